@@ -1,0 +1,53 @@
+"""Every error that this package raises on purpose.
+
+Each message says what was asked, what was found, and what to do. Catch
+:class:`CocktailError` for all of them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "BundleError",
+    "CocktailError",
+    "ExportFailed",
+    "PatternError",
+    "SlimError",
+    "SubnetError",
+    "TrainingError",
+]
+
+
+class CocktailError(Exception):
+    """Base class of all errors of this package."""
+
+
+class AdapterError(CocktailError):
+    """A model's name is not known, or its example inputs cannot be made."""
+
+
+class ExportFailed(CocktailError):
+    """``torch.export`` could not follow the model on the example inputs."""
+
+
+class PatternError(CocktailError, ValueError):
+    """A pattern's name, specification or parameters make no sense."""
+
+
+class SubnetError(CocktailError, KeyError):
+    """No subnetwork of that name exists."""
+
+    def __str__(self) -> str:  # KeyError would print the message's repr
+        return str(self.args[0]) if self.args else ""
+
+
+class SlimError(CocktailError):
+    """A slim model could not be made, or does not compute what the masked one does."""
+
+
+class BundleError(CocktailError):
+    """A bundle cannot be read, or does not belong to the model."""
+
+
+class TrainingError(CocktailError):
+    """Training cannot start or go on."""

@@ -1,0 +1,240 @@
+"""What was learned of a model: its weights, and which channels go together.
+
+These are plain data. They are made by :func:`cocktailsdk.graph.couple` and know nothing
+of sparsity: patterns decide *what* to remove, the coupling says what goes with it.
+
+Words: a *unit* is a set of channels that can only be removed together, wherever they
+occur. Units are numbered ``0 … n_units-1``. A *group* is a contiguous run of units made by the same
+weights, among which a ratio is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+STAYS = -1
+"""In place of a unit's number: this position belongs to something that must stay."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that is contracted with activations (a convolution, a linear layer, …).
+
+    Attributes:
+        name: Its name in ``model.named_parameters()`` (of a tied parameter, the first).
+        module: Path of the module that owns it (``""`` for the model itself).
+        op: ``"conv"``, ``"conv_transpose"``, ``"linear"`` or ``"matmul"``.
+        shape: The parameter's shape.
+        out_axis: The axis whose positions make output channels.
+        in_axis: The axis that is summed over (per convolution group where grouped).
+        groups: Convolution groups (1 elsewhere).
+        macs: Multiply-adds of all its uses in one forward pass on the example inputs.
+        role: ``""``, ``"first convolution"`` or ``"classifier"``: the two kinds that are
+            not prunable by default.
+    """
+
+    name: str
+    module: str
+    op: str
+    shape: tuple[int, ...]
+    out_axis: int
+    in_axis: int
+    groups: int
+    macs: int
+    role: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A weight's axis that makes channels of a group.
+
+    Attributes:
+        weight: The parameter's name.
+        axis: Its output axis.
+        units: For each position along the axis the unit made there, or ``STAYS``.
+    """
+
+    weight: str
+    axis: int
+    units: Int64[Tensor, " out"]
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A tensor's axis (or axes) that loses entries when units of a group go.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        axes: The axes along which the units vary.
+        kind: ``"rows"`` (outputs of a weight), ``"columns"`` (inputs of a weight) or
+            ``"entries"`` (biases, norm weights, statistics, position tables …).
+    """
+
+    tensor: str
+    axes: tuple[int, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units made by the same weights, among which a ratio is chosen.
+
+    Attributes:
+        name: Short, readable and unique (``"layer1"``, ``"blocks.0.mlp.fc1"``).
+        start: First unit.
+        stop: One past the last unit.
+        producers: Names of the weights that make its channels.
+        touches: Everything that loses entries with a unit, producers' rows included.
+        channels: Channels a unit stands for, in the widest place (heads: head_dim).
+    """
+
+    name: str
+    start: int
+    stop: int
+    producers: tuple[str, ...]
+    touches: tuple[Touch, ...]
+    channels: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that is kept whole.
+
+    Attributes:
+        where: A module path, a parameter's name or an op.
+        reason: Why, in one sentence.
+    """
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One product of the graph, for counting: a weight's use, or activations with activations.
+
+    Attributes:
+        module: Path of the module that ran it.
+        weight: The weight's name, or ``None`` where activations meet activations.
+        macs: Multiply-adds as a dense kernel runs them.
+        factors: Unit fields of the dimensions that shrink; the share of multiply-adds
+            left is the product over these of the share of their entries left.
+    """
+
+    module: str
+    weight: str | None
+    macs: int
+    factors: tuple[Int64[Tensor, "..."], ...] = ()
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A model's weights, channel units and groups.
+
+    Attributes:
+        weights: In the order of execution, each parameter once.
+        producers: Every weight axis that makes channels.
+        groups: The channel groups, in order of their units.
+        fields: For each parameter or buffer that units touch, its unit fields: integer tensors
+            broadcastable to its shape, ``STAYS`` where an element belongs to no unit. An element
+            goes when a unit of any of its fields goes.
+        kept: What is kept whole, and why.
+        contractions: For counting.
+        shapes: Shape of every parameter of the model.
+        unknown_ops: Names of ops that had no rule, each with the number of its uses.
+    """
+
+    weights: tuple[Weight, ...]
+    producers: tuple[Producer, ...]
+    groups: tuple[Group, ...]
+    fields: Mapping[str, tuple[Int64[Tensor, "..."], ...]]
+    kept: tuple[Kept, ...]
+    contractions: tuple[Contraction, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    unknown_ops: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def n_units(self) -> int:
+        """Number of channel units."""
+        return self.groups[-1].stop if self.groups else 0
+
+    def masks(self, removed: Bool[Tensor, " units"]) -> dict[str, Bool[Tensor, "..."]]:
+        """What is left of every tensor that the removed units touch.
+
+        Args:
+            removed: For each unit whether it goes.
+
+        Returns:
+            For each touched parameter or buffer a mask, True where an element stays, broadcastable
+            to the tensor's shape. Tensors that lose nothing are left out.
+        """
+        out: dict[str, Tensor] = {}
+        gone = torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])  # STAYS indexes the last
+        for name, fields in self.fields.items():
+            keep: Tensor | None = None
+            for units in fields:
+                k = ~gone[units]
+                keep = k if keep is None else keep & k
+            if keep is not None and not bool(keep.all()):
+                out[name] = keep
+        return out
+
+    def params(self, removed: Bool[Tensor, " units"] | None = None) -> int:
+        """Number of parameters, or of those left when units go."""
+        total = sum(_numel(s) for s in self.shapes.values())
+        if removed is None:
+            return total
+        for name, keep in self.masks(removed).items():
+            if name in self.shapes:
+                share = _numel(self.shapes[name]) // keep.numel()
+                total -= int((~keep).sum()) * share
+        return total
+
+    def flops(self, removed: Bool[Tensor, " units"] | None = None) -> int:
+        """FLOPs (2 x multiply-adds) of one forward pass on the example inputs.
+
+        Args:
+            removed: Units that are gone; ``None`` for the dense network.
+        """
+        if removed is None:
+            return 2 * sum(c.macs for c in self.contractions)
+        gone = torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])
+        total = 0
+        for c in self.contractions:
+            macs = c.macs
+            for units in c.factors:
+                macs = macs * int((~gone[units]).sum()) // units.numel()
+            total += macs
+        return 2 * total
+
+    def group_of(self, unit: int) -> Group:
+        """The group that a unit belongs to."""
+        for g in self.groups:
+            if g.start <= unit < g.stop:
+                return g
+        raise IndexError(f"no unit {unit}: the model has {self.n_units}")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for s in shape:
+        n *= s
+    return n
