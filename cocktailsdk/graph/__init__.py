@@ -1,5 +1,18 @@
 """From a model to its weights, channel units and groups. Knows nothing of sparsity."""
 
-from .coupling import STAYS, Contraction, Coupling, Group, Kept, Producer, Touch, Weight
+from .couple import couple
+from .coupling import STAYS, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 
-__all__ = ["STAYS", "Contraction", "Coupling", "Group", "Kept", "Producer", "Touch", "Weight"]
+__all__ = [
+    "STAYS",
+    "Contraction",
+    "Coupling",
+    "Group",
+    "Kept",
+    "Node",
+    "Producer",
+    "Touch",
+    "Trace",
+    "Weight",
+    "couple",
+]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Int64
-from torch import Tensor
+from torch import Tensor, fx
 
 STAYS = -1
 """In place of a unit's number: this position belongs to something that must stay."""
@@ -135,14 +135,49 @@ class Contraction:
         module: Path of the module that ran it.
         weight: The weight's name, or ``None`` where activations meet activations.
         macs: Multiply-adds as a dense kernel runs them.
-        factors: Unit fields of the dimensions that shrink; the share of multiply-adds
-            left is the product over these of the share of their entries left.
+        factors: Where activations meet activations, unit fields of the dimensions that shrink: the share
+            of multiply-adds left is the product over these of the share of their entries left. A weight's
+            own share is that of its elements left.
     """
 
     module: str
     weight: str | None
     macs: int
     factors: tuple[Int64[Tensor, "..."], ...] = ()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call of the exported graph.
+
+    Attributes:
+        name: Its name in the graph.
+        op: The op's base name.
+        module: Path of the module that ran it.
+        shape: Its result's shape; ``None`` where it is no tensor.
+        units: Its unit fields, broadcastable to the shape.
+    """
+
+    name: str
+    op: str
+    module: str
+    shape: tuple[int, ...] | None
+    units: tuple[Int64[Tensor, "..."], ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What slimming needs of the graph besides the coupling. Not stored in files: it is found again from the model.
+
+    Attributes:
+        nodes: Every call, in order of execution.
+        norms: For modules that normalise over labelled channels, the channel axis of their input.
+        pads: For modules that only slice and pad along channels, their graph.
+    """
+
+    nodes: tuple[Node, ...]
+    norms: Mapping[str, int]
+    pads: Mapping[str, fx.GraphModule]
 
 
 @dataclass(frozen=True)
@@ -160,6 +195,7 @@ class Coupling:
         contractions: For counting.
         shapes: Shape of every parameter of the model.
         unknown_ops: Names of ops that had no rule, each with the number of its uses.
+        trace: What slimming needs besides; ``None`` in a coupling read from a file.
     """
 
     weights: tuple[Weight, ...]
@@ -170,6 +206,7 @@ class Coupling:
     contractions: tuple[Contraction, ...]
     shapes: Mapping[str, tuple[int, ...]]
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
+    trace: Trace | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_units(self) -> int:
@@ -217,12 +254,14 @@ class Coupling:
         if removed is None:
             return 2 * sum(c.macs for c in self.contractions)
         gone = torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])
+        masks = self.masks(removed)
         total = 0
         for c in self.contractions:
-            macs = c.macs
-            for units in c.factors:
-                macs = macs * int((~gone[units]).sum()) // units.numel()
-            total += macs
+            kept = [masks[c.weight]] if c.weight in masks else [~gone[units] for units in c.factors]
+            left, whole = c.macs, 1
+            for k in kept:
+                left, whole = left * int(k.sum()), whole * k.numel()
+            total += left // whole
         return 2 * total
 
     def group_of(self, unit: int) -> Group:

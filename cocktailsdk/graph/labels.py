@@ -1,0 +1,155 @@
+"""Labels, fields and joining: which element of which tensor belongs to which channel.
+
+A *label* is an integer that stands for one channel of one weight. A *field* is an integer tensor with as many
+dimensions as the tensor it belongs to, of size 1 along every dimension it does not vary in, whose entries are labels.
+Labels are joined when they can only be removed together. Label 0 means 'belongs to something that must stay'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+MUST_STAY = 0
+
+
+@dataclass(frozen=True)
+class Field:
+    """One family of labels on a tensor.
+
+    Attributes:
+        labels: As many dimensions as the tensor; size 1 along those it does not vary in.
+        zero: Whether an element whose label is masked is exactly zero here.
+    """
+
+    labels: Int64[Tensor, "..."]
+    zero: bool
+
+    @property
+    def dims(self) -> frozenset[int]:
+        """The dimensions along which it varies."""
+        return frozenset(d for d, n in enumerate(self.labels.shape) if n > 1)
+
+    def with_labels(self, labels: Int64[Tensor, "..."]) -> Field:
+        """The same zero bit on other labels."""
+        return Field(labels, self.zero)
+
+    def with_zero(self, zero: bool) -> Field:
+        """The same labels with another zero bit."""
+        return self if zero == self.zero else Field(self.labels, zero)
+
+
+Fields = tuple[Field, ...]
+
+
+class Labels:
+    """Makes labels and joins them. Joining only collects pairs; classes are found once, at the end.
+
+    Attributes:
+        because: The reason recorded with whatever is made to stay, until it is changed.
+    """
+
+    def __init__(self) -> None:
+        self.because = ""
+        self._next = 1
+        self._left: list[np.ndarray] = []
+        self._right: list[np.ndarray] = []
+        self._stay: list[tuple[np.ndarray, str]] = []
+
+    def fresh(self, n: int) -> Int64[Tensor, " n"]:
+        """``n`` new labels."""
+        out = torch.arange(self._next, self._next + n)
+        self._next += n
+        return out
+
+    def join(self, a: Int64[Tensor, "..."], b: Int64[Tensor, "..."]) -> None:
+        """Joins labels position by position, under broadcasting."""
+        x, y = torch.broadcast_tensors(a, b)
+        differ = x != y
+        left, right = x[differ], y[differ]
+        fixed = (left == MUST_STAY) | (right == MUST_STAY)
+        if bool(fixed.any()):
+            self.stay(torch.maximum(left[fixed], right[fixed]))
+            left, right = left[~fixed], right[~fixed]
+        if left.numel():
+            self._left.append(left.numpy())
+            self._right.append(right.numpy())
+
+    def stay(self, labels: Int64[Tensor, "..."], because: str | None = None) -> None:
+        """Nothing of these labels may be removed."""
+        labels = labels.unique()
+        labels = labels[labels != MUST_STAY]
+        if labels.numel():
+            self._stay.append((labels.numpy(), because or self.because))
+
+    def collapse(self, field: Field, dims: Iterable[int]) -> Field | None:
+        """Joins along dimensions, so that the field no longer varies there.
+
+        Returns:
+            What is left of the field; ``None`` (and its labels stay) if it varies along nothing else.
+        """
+        labels = field.labels
+        for d in dims:
+            if labels.shape[d] > 1:
+                first = labels.narrow(d, 0, 1)
+                self.join(labels, first)
+                labels = first
+        if labels.numel() == 1:
+            self.stay(labels)
+            return None
+        return field.with_labels(labels)
+
+    def stay_all(self, fields: Iterable[Field], because: str | None = None) -> None:
+        """Everything that these fields label stays whole."""
+        for f in fields:
+            self.stay(f.labels, because)
+
+    def classes(self) -> tuple[Int64[Tensor, " labels"], dict[int, str]]:
+        """For every label the smallest label of its class, ``MUST_STAY`` for classes that stay.
+
+        Returns:
+            The roots, and for labels that stay the first reason given for their class.
+        """
+        n = self._next
+        component = np.arange(n)
+        if self._left:
+            left, right = np.concatenate(self._left), np.concatenate(self._right)
+            graph = coo_matrix((np.ones(left.size, dtype=np.int8), (left, right)), shape=(n, n))
+            _, component = connected_components(graph, directed=False)
+        # The first label of a component, in label order, is its smallest.
+        _, first = np.unique(component, return_index=True)
+        root = first[component]
+        reason: dict[int, str] = {}
+        for labels, because in self._stay:
+            for r in np.unique(root[labels]):
+                reason.setdefault(int(r), because)
+        stays = np.zeros(n, dtype=bool)
+        stays[list(reason)] = True
+        why = {int(i): reason[int(root[i])] for i in np.flatnonzero(stays[root])}
+        root = np.where(stays[root], MUST_STAY, root)
+        return torch.from_numpy(root.astype(np.int64)), why
+
+
+def compact(labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """Size 1 along every dimension in which nothing changes."""
+    for d in range(labels.dim()):
+        if labels.shape[d] > 1:
+            first = labels.narrow(d, 0, 1)
+            if bool((labels == first).all()):
+                labels = first
+    return labels
+
+
+def spread(labels: Int64[Tensor, "..."], shape: Sequence[int], dims: Iterable[int]) -> Int64[Tensor, "..."]:
+    """Gives labels their full size along some dimensions of a tensor of that shape."""
+    size = list(labels.shape)
+    for d in dims:
+        size[d] = shape[d]
+    return labels.expand(size)

@@ -1,0 +1,6 @@
+"""One small function for each kind of op; importing this package registers them all."""
+
+from . import contraction, elementwise, movement, norm, reduction
+from .registry import RULES, Context, Product, Result, WeightUse, rule
+
+__all__ = ["RULES", "Context", "Product", "Result", "WeightUse", "contraction", "elementwise", "movement", "norm", "reduction", "rule"]

@@ -1,0 +1,277 @@
+"""Products summed over a dimension: linear layers, convolutions, matrix products, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor, fx
+
+from ..export import module_of
+from ..labels import Field, Fields
+from .elementwise import all_zero, any_zero, unify
+from .registry import Context, Product, Result, WeightUse, argument, rule
+
+BIAS_LOSES_ZERO = False
+
+
+def _is_weight(ctx: Context, node: Any) -> str | None:
+    """The parameter's name where an operand is one of the model's own."""
+    name = ctx.tensor_name(node)
+    return name if name in ctx.exported.trainable else None
+
+
+def consume(ctx: Context, left: Fields, right: Fields, left_dim: int, right_dim: int, *, batch: Sequence[tuple[int, int]] = ()) -> tuple[list[Field], list[Field]]:
+    """Ties the labels along a contracted dimension of two operands.
+
+    Args:
+        left: Fields of the left operand.
+        right: Fields of the right operand.
+        left_dim: The left operand's contracted dimension.
+        right_dim: The right operand's contracted dimension.
+        batch: Dimensions of both that are paired, not contracted.
+
+    Returns:
+        The fields that go on, each with its own operand's dimensions.
+    """
+    passing_left = [f for f in left if left_dim not in f.dims]
+    passing_right = [f for f in right if right_dim not in f.dims]
+    along_left = [f for f in left if left_dim in f.dims]
+    along_right = [f for f in right if right_dim in f.dims]
+    pairs = dict(batch)
+    for f in along_left:
+        # A partner that varies as this one does (through paired dimensions) is tied to it position by position.
+        partner = next((g for g in along_right if {pairs.get(d, -1) for d in f.dims - {left_dim}} == g.dims - {right_dim}), None)
+        if partner is not None and (f.zero or partner.zero):
+            along_right.remove(partner)
+            ctx.labels.join(*_face(f, partner, left_dim, right_dim, pairs))
+            if f.dims != {left_dim}:
+                rest, other = ctx.labels.collapse(f, [left_dim]), ctx.labels.collapse(partner, [right_dim])
+                if rest is not None:
+                    passing_left.append(rest)
+                if other is not None:
+                    passing_right.append(other)
+        else:
+            rest = ctx.labels.collapse(f, [left_dim])
+            if rest is not None:
+                passing_left.append(rest)
+    for g in along_right:
+        rest = ctx.labels.collapse(g, [right_dim])
+        if rest is not None:
+            passing_right.append(rest)
+    return passing_left, passing_right
+
+
+def _face(f: Field, g: Field, left_dim: int, right_dim: int, pairs: dict[int, int]) -> tuple[Int64[Tensor, "..."], Int64[Tensor, "..."]]:
+    """Both fields' labels with their varying dimensions in the same order."""
+    order = [d for d in range(f.labels.dim()) if d in f.dims]
+    left = f.labels.permute(*order, *(d for d in range(f.labels.dim()) if d not in f.dims)).reshape([f.labels.shape[d] for d in order])
+    there = [right_dim if d == left_dim else pairs[d] for d in order]
+    right = g.labels.permute(*there, *(d for d in range(g.labels.dim()) if d not in there)).reshape([g.labels.shape[d] for d in there])
+    return left, right
+
+
+@rule("linear", "addmm", "_addmm_activation")
+def linear(ctx: Context, node: fx.Node) -> Result:
+    """``y[..., o] = sum_i x[..., i] w[o, i] + b[o]`` (``addmm`` has the bias first and w as [i, o])."""
+    if node.target._opname == "linear":  # type: ignore[union-attr]
+        x, w, bias, out_axis, in_axis = node.args[0], node.args[1], argument(node, "bias"), 0, 1
+    else:
+        bias, x, w, out_axis, in_axis = *node.args[:3], 1, 0  # type: ignore[assignment]
+    rank = len(ctx.shape(node))
+    passing, made = consume(ctx, ctx.fields(x), ctx.fields(w), len(ctx.shape(x)) - 1, in_axis)
+    _remember(ctx, node, w, "linear", out_axis, in_axis, prod(ctx.shape(node)) * ctx.shape(x)[-1], ctx.fields(x))
+    if len(ctx.shape(w)) == 1:
+        return tuple(f.with_labels(f.labels.squeeze(-1)) for f in passing)
+    out = []
+    for f in made:
+        labels = f.labels.movedim(out_axis, -1).reshape((1,) * (rank - 1) + (f.labels.shape[out_axis],))
+        if labels.numel() > 1:
+            out.append(f.with_labels(labels))
+    product = tuple(out) + tuple(f.with_labels(f.labels) for f in passing)
+    if bias is None:
+        return product
+    rows = unify(ctx, [(ctx.shape(node), product), (ctx.shape(bias), ctx.fields(bias))], ctx.shape(node))
+    return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+
+
+def _remember(ctx: Context, node: fx.Node, w: Any, op: str, out_axis: int, in_axis: int, macs: int, fields: Fields = (), groups: int = 1) -> None:
+    name = _is_weight(ctx, w)
+    module = module_of(node)
+    ctx.products.append(Product(node, module, name, macs, tuple(f.labels for f in fields) if name is None else ()))
+    if name is not None:
+        ctx.uses.setdefault(name, WeightUse(name, module, op, out_axis, in_axis, groups))
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(ctx: Context, node: fx.Node) -> Result:
+    """Convolutions: channels are contracted (per group), positions are mixed."""
+    name = node.target._opname  # type: ignore[union-attr]
+    x, w = node.args[:2]
+    bias, groups = argument(node, "bias"), int(argument(node, "groups", 1))
+    transposed = "transpose" in name or bool(name == "convolution" and argument(node, "transposed"))
+    rank, shape, wshape = len(ctx.shape(x)), ctx.shape(node), ctx.shape(w)
+    batched = len(wshape) == rank
+    channel = 1 if batched else 0
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+
+    def without_positions(fields: Fields, first: int) -> Fields:
+        held = [ctx.labels.collapse(f, [d for d in f.dims if d >= first]) if any(d >= first for d in f.dims) else f for f in fields]
+        return tuple(f for f in held if f is not None)
+
+    xs = without_positions(ctx.fields(x), channel + 1)
+    ws = without_positions(ctx.fields(w), 2)
+    out_channels = shape[channel]
+    macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
+    _remember(ctx, node, w, "conv_transpose" if transposed else "conv", out_axis, in_axis, macs, (), groups)
+
+    if groups == 1:
+        passing, made = consume(ctx, xs, ws, channel, in_axis)
+    else:
+        passing, made = _grouped(ctx, xs, ws, channel, groups, out_channels, transposed)
+    out = []
+    for f in made:
+        view = [1] * len(shape)
+        view[channel] = f.labels.numel()
+        if f.labels.numel() > 1:
+            out.append(f.with_labels(f.labels.reshape(view)))
+    product = (*out, *passing)
+    if bias is None:
+        return product
+    column = (out_channels,) + (1,) * (len(shape) - channel - 1)
+    biases = tuple(f.with_labels(f.labels.view((-1,) + (1,) * (len(shape) - channel - 1))) for f in ctx.fields(bias))
+    rows = unify(ctx, [(shape, product), (column, biases)], shape)
+    return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+
+
+def _grouped(ctx: Context, xs: Fields, ws: Fields, channel: int, groups: int, out_channels: int, transposed: bool) -> tuple[list[Field], list[Field]]:
+    """Grouped convolutions.
+
+    Depthwise: an input channel goes with the outputs made from it. Otherwise the same positions go from every
+    group, so that all groups stay equally wide.
+    """
+    x = next((f for f in xs if f.dims == {channel}), None)
+    passing = []
+    for f in xs:
+        if f is not x:
+            left = ctx.labels.collapse(f, [channel]) if channel in f.dims else f
+            if left is not None:
+                passing.append(left)
+    rows, columns = ctx.axis_field(ws, 0), ctx.axis_field(ws, 1)
+    into, outof = (rows, columns) if transposed else (columns, rows)  # labels along the weight's input and output axes
+    per_group = out_channels // groups
+    if not transposed and columns is None and outof is not None and x is not None:  # depthwise
+        ctx.labels.join(x.labels.reshape(groups, 1), outof.labels.reshape(groups, per_group))
+        return passing, [outof]
+    if transposed or x is None or into is None or outof is None:
+        # A grouped transposed convolution, or an unlabelled side: the groups stay as they are.
+        for f in (x, into, outof):
+            if f is not None:
+                ctx.labels.stay(f.labels, ctx.labels.because + " (grouped)")
+        return passing, []
+    inner = x.labels.reshape(groups, -1)
+    ctx.labels.join(inner, into.labels.reshape(1, -1))
+    outer = outof.labels.reshape(groups, per_group)
+    ctx.labels.join(outer, outer[:1])
+    if per_group == 1:
+        ctx.labels.stay(outof.labels)
+        return passing, []
+    return passing, [outof]
+
+
+@rule("matmul", "mm", "bmm", "baddbmm", "mv", "dot")
+def matmul(ctx: Context, node: fx.Node) -> Result:
+    """Matrix products of two activations, or of activations and a parameter."""
+    if node.target._opname == "baddbmm":  # type: ignore[union-attr]
+        ctx.labels.stay_all(ctx.fields(node.args[0]))
+        a, b = node.args[1:3]
+    else:
+        a, b = node.args[:2]
+    sa, sb = ctx.shape(a), ctx.shape(b)
+    if len(sa) < 2 or len(sb) < 2:
+        ctx.labels.stay_all((*ctx.fields(a), *ctx.fields(b)))
+        return ()
+    name = _is_weight(ctx, b)
+    if name is not None and len(sb) == 2:
+        _remember(ctx, node, b, "matmul", 1, 0, prod(ctx.shape(node)) * sa[-1])
+    else:
+        ctx.products.append(Product(node, module_of(node), None, prod(ctx.shape(node)) * sa[-1], _factors(ctx, a, b, sa, sb)))
+    return product(ctx, ctx.fields(a), sa, ctx.fields(b), sb, ctx.shape(node))
+
+
+def _factors(ctx: Context, a: Any, b: Any, sa: tuple[int, ...], sb: tuple[int, ...]) -> tuple[Int64[Tensor, "..."], ...]:
+    """Label arrays whose shares multiply to the share of multiply-adds left."""
+    taken: set[int] = set()
+    out = []
+    for f in ctx.fields(a):
+        if not f.dims & taken:
+            taken |= f.dims
+            out.append(f.labels)
+    shift = len(sa) - len(sb)
+    rank = len(sa)
+    for f in ctx.fields(b):
+        dims = {rank - 1 if d == len(sb) - 2 else (rank if d == len(sb) - 1 else d + shift) for d in f.dims}
+        if not dims & taken:
+            taken |= dims
+            out.append(f.labels)
+    return tuple(out)
+
+
+def product(ctx: Context, fa: Fields, sa: Sequence[int], fb: Fields, sb: Sequence[int], shape: Sequence[int]) -> Fields:
+    """Fields of ``a @ b`` with batch dimensions."""
+    rank = len(shape)
+    la, lb = rank - len(sa), rank - len(sb)
+    fa = tuple(f.with_labels(f.labels[(None,) * la]) for f in fa)
+    fb = tuple(f.with_labels(f.labels[(None,) * lb]) for f in fb)
+    sa, sb = (1,) * la + tuple(sa), (1,) * lb + tuple(sb)
+    batch = [(d, d) for d in range(rank - 2)]
+    left, right = consume(ctx, fa, fb, rank - 1, rank - 2, batch=batch)
+    # What goes on: rows of a, columns of b, and whatever varies along batch dimensions, which is paired.
+    left = [f.with_labels(f.labels.narrow(rank - 1, 0, 1)) for f in left]
+    right = [f.with_labels(f.labels.narrow(rank - 2, 0, 1)) for f in right]
+    shape_a, shape_b = (*sa[:-1], 1), (*sb[:-2], 1, sb[-1])
+    rows = unify(ctx, [(shape_a, tuple(left)), (shape_b, tuple(right))], shape)
+    return tuple(next(f for f in row if f is not None).with_zero(any_zero(row)) for row in rows)
+
+
+@rule("scaled_dot_product_attention")
+def attention(ctx: Context, node: fx.Node) -> Result:
+    """Attention in one op: ``softmax(scale q kᵀ + mask) v``."""
+    q, k, v = node.args[:3]
+    mask, scale, grouped = argument(node, "attn_mask"), argument(node, "scale"), bool(argument(node, "enable_gqa", False))
+    sq, sk, sv = ctx.shape(q), ctx.shape(k), ctx.shape(v)
+    fq, fk, fv = ctx.fields(q), ctx.fields(k), ctx.fields(v)
+    rank = len(sq)
+    scores_shape = (*sq[:-1], sk[-2])
+    per_head = prod(scores_shape)
+    heads = max((f.labels for f in fq if f.dims <= set(range(rank - 2)) | {rank - 1} and min(f.dims) < rank - 1), key=Tensor.numel, default=None)
+    ctx.products.append(Product(node, module_of(node), None, per_head * (sq[-1] + sv[-1]), () if heads is None else (heads,)))
+    if grouped and sk[-3] != sq[-3]:
+        times = sq[-3] // sk[-3]
+
+        def repeated(fields: Fields) -> Fields:
+            return tuple(f.with_labels(f.labels.repeat_interleave(times, rank - 3)) if rank - 3 in f.dims else f for f in fields)
+
+        fk, fv = repeated(fk), repeated(fv)
+        sk, sv = (*sk[:-3], sq[-3], *sk[-2:]), (*sv[:-3], sq[-3], *sv[-2:])
+    if scale is None:
+        # The scale is taken from the width of q as it runs, so that width stays; whole heads may go.
+        fq, fk = _whole(ctx, fq, rank - 1), _whole(ctx, fk, rank - 1)
+    swapped = tuple(f.with_labels(f.labels.transpose(-2, -1)) for f in fk)
+    scores = product(ctx, fq, sq, swapped, (*sk[:-2], sk[-1], sk[-2]), scores_shape)
+    if isinstance(mask, fx.Node):
+        rows = unify(ctx, [(scores_shape, scores), (ctx.shape(mask), ctx.fields(mask))], scores_shape)
+        scores = tuple(next(f for f in row if f is not None) for row in rows)
+    weights = tuple(f.with_zero(False) for f in _whole(ctx, scores, rank - 1))
+    return product(ctx, weights, scores_shape, fv, sv, ctx.shape(node))
+
+
+def _whole(ctx: Context, fields: Fields, dim: int) -> Fields:
+    out = []
+    for f in fields:
+        left = ctx.labels.collapse(f, [dim]) if dim in f.dims else f
+        if left is not None:
+            out.append(left)
+    return tuple(out)

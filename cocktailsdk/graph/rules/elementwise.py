@@ -1,0 +1,232 @@
+"""Elementwise ops: labels of the operands are joined position by position under broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..labels import Field, Fields
+from .registry import Context, Result, rule
+
+KEEP_ZERO = [  # f(0) == 0
+    "relu", "relu6", "gelu", "silu", "mish", "hardswish", "leaky_relu", "elu", "selu", "celu", "tanh", "softsign", "hardshrink",
+    "softshrink", "tanhshrink", "rrelu", "abs", "neg", "negative", "sqrt", "square", "sin", "asin", "sinh", "tan", "atan", "erf", "floor", "ceil", "round", "trunc",
+    "sign", "expm1", "log1p", "nan_to_num", "sgn", "rrelu_with_noise", "absolute",
+]  # fmt: skip
+LOSE_ZERO = [
+    "sigmoid", "hardsigmoid", "exp", "exp2", "log", "log2", "log10", "rsqrt", "reciprocal", "cos", "cosh", "acos", "erfc", "softplus", "log_sigmoid", "bitwise_not", "logical_not",
+    "isnan", "isinf", "isfinite", "rand_like", "randn_like", "zeros_like", "ones_like", "full_like", "empty_like", "erfinv", "sigmoid_backward", "eq", "ne",
+    "lt", "le", "gt", "ge", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "atan2", "remainder", "fmod", "floor_divide",
+]  # fmt: skip
+ADDITIVE = ["add", "sub", "rsub", "where", "maximum", "minimum", "subtract", "fmax", "fmin"]
+
+
+def unify(ctx: Context, operands: Sequence[tuple[tuple[int, ...], Fields]], shape: Sequence[int]) -> list[list[Field | None]]:
+    """Joins the fields of operands that meet elementwise.
+
+    Args:
+        operands: Shape and fields of each operand.
+        shape: The result's shape.
+
+    Returns:
+        For every field of the result the operands' own contributions (``None`` for an operand that has none), all with
+        the same labels up to joining; the first that is not ``None`` carries the labels.
+    """
+    rank = len(shape)
+    aligned: list[tuple[tuple[int, ...], list[Field]]] = []
+    for own, fields in operands:
+        extra = rank - len(own)
+        aligned.append(((1,) * extra + tuple(own), [f.with_labels(f.labels[(None,) * extra]) for f in fields]))
+
+    # An operand that varies along a dimension without labels there asks for all of it.
+    for d in range(rank):
+        if shape[d] <= 1 or not any(d in f.dims for _, fields in aligned for f in fields):
+            continue
+        if any(own[d] > 1 and not any(d in f.dims for f in fields) for own, fields in aligned):
+            for _, fields in aligned:
+                fields[:] = _collapsed(ctx, fields, {d})
+
+    rows: list[Row] = []
+    for operand, (_, fields) in enumerate(aligned):
+        for f in fields:
+            _place(ctx, rows, operand, f)
+    out = []
+    for row in rows:
+        dims = frozenset.intersection(*(f.dims for f in row.values()))
+        reduced = {i: left for i, f in row.items() if (left := _reduced(ctx, f, dims)) is not None}
+        held = list(reduced.values())
+        for f in held[1:]:
+            ctx.labels.join(held[0].labels, f.labels)
+        if held:
+            out.append([reduced.get(i) for i in range(len(operands))])
+    return out
+
+
+Row = dict[int, Field]
+"""Fields that meet, by operand."""
+
+
+def _collapsed(ctx: Context, fields: Sequence[Field], dims: set[int]) -> list[Field]:
+    out = []
+    for f in fields:
+        left = ctx.labels.collapse(f, dims & f.dims) if dims & f.dims else f
+        if left is not None:
+            out.append(left)
+    return out
+
+
+def _reduced(ctx: Context, f: Field, dims: frozenset[int]) -> Field | None:
+    return f if f.dims == dims else ctx.labels.collapse(f, f.dims - dims)
+
+
+def _place(ctx: Context, rows: list[Row], operand: int, f: Field) -> None:
+    """Puts a field into the row it joins: one that varies along the same dimensions, else one that overlaps, else a new one.
+
+    Where one field varies along rows and columns and the other only along columns (a norm's weight shared by all
+    heads), the rows survive: the first field is joined along the columns, and the second stays.
+    """
+    open_rows = [row for row in rows if operand not in row]
+    for row in open_rows:
+        if _dims(row) == f.dims:
+            row[operand] = f
+            return
+    for row in open_rows:
+        shared = _dims(row) & f.dims
+        if not shared:
+            continue
+        wider = max(_dims(row), f.dims, key=len)
+        if min(wider) in shared:
+            row[operand] = f
+            return
+        if len(_dims(row)) >= len(f.dims):
+            ctx.labels.stay(f.labels)
+            kept = {i: left for i, g in row.items() if (left := ctx.labels.collapse(g, shared)) is not None}
+            row.clear()
+            row.update(kept)
+            if not row:
+                rows.remove(row)
+            return
+        rows.remove(row)
+        ctx.labels.stay_all(row.values())
+        left = ctx.labels.collapse(f, shared)
+        if left is not None:
+            _place(ctx, rows, operand, left)
+        return
+    rows.append({operand: f})
+
+
+def _dims(row: Row) -> frozenset[int]:
+    return frozenset.intersection(*(f.dims for f in row.values()))
+
+
+def combine(ctx: Context, operands: Sequence[Any], shape: Sequence[int], zero: Callable[[list[Field | None]], bool]) -> Fields:
+    """Fields of an elementwise result.
+
+    Args:
+        operands: Nodes or numbers.
+        shape: The result's shape.
+        zero: From an operand's contributions to a field, the result's zero bit.
+    """
+    pairs = [(ctx.shape(a), ctx.fields(a)) for a in operands]
+    rows = unify(ctx, pairs, shape)
+    return tuple(next(f for f in row if f is not None).with_zero(zero(row)) for row in rows)
+
+
+def all_zero(row: list[Field | None]) -> bool:
+    """A sum is zero where every operand is."""
+    return all(f is not None and f.zero for f in row)
+
+
+def any_zero(row: list[Field | None]) -> bool:
+    """A product is zero where one operand is."""
+    return any(f is not None and f.zero for f in row)
+
+
+@rule(*KEEP_ZERO)
+def keeps_zero(ctx: Context, node: fx.Node) -> Result:
+    """One operand, f(0) = 0."""
+    return ctx.fields(node.args[0])
+
+
+@rule(*LOSE_ZERO)
+def loses_zero(ctx: Context, node: fx.Node) -> Result:
+    """A function that does not keep zeros."""
+    return combine(ctx, _operands(node), ctx.shape(node), lambda row: False)
+
+
+@rule(*ADDITIVE)
+def additive(ctx: Context, node: fx.Node) -> Result:
+    """Sums, and choices between operands: zero where all are."""
+    name = node.target._opname  # type: ignore[union-attr]
+    if name == "where":
+        condition, *values = node.args
+        return combine(ctx, [*values, condition], ctx.shape(node), lambda row: all_zero(row[:2]))
+    return combine(ctx, node.args, ctx.shape(node), all_zero)
+
+
+@rule("mul", "multiply", "logical_and")
+def multiplicative(ctx: Context, node: fx.Node) -> Result:
+    """Products: zero where one operand is."""
+    return combine(ctx, _operands(node), ctx.shape(node), any_zero)
+
+
+@rule("div", "divide", "true_divide")
+def division(ctx: Context, node: fx.Node) -> Result:
+    """Quotients: zero where the numerator is, unless the denominator is masked with it (0/0)."""
+    fields = combine(ctx, node.args[:2], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and row[1:] == [None])
+    for f in ctx.fields(node.args[1]):
+        if f.zero:
+            ctx.labels.stay(f.labels, "divided by channels that masking would make zero")
+    return fields
+
+
+@rule("pow", "float_power")
+def power(ctx: Context, node: fx.Node) -> Result:
+    """A power keeps zeros if its exponent is a positive number."""
+    exponent = node.args[1]
+    positive = isinstance(exponent, (int, float)) and exponent > 0
+    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: positive and all_zero(row[:1]))
+
+
+@rule("clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold")
+def clamp(ctx: Context, node: fx.Node) -> Result:
+    """Bounds keep zeros if zero lies between them."""
+    low, high = (*node.args[1:3], None, None)[:2]
+    name = node.target._opname.rstrip("_")  # type: ignore[union-attr]
+    if name == "clamp_max":
+        low, high = None, low
+    numbers = all(b is None or isinstance(b, (int, float)) for b in (low, high))
+    keeps = numbers and (low is None or low <= 0) and (high is None or high >= 0) and name != "threshold"  # type: ignore[operator]
+    return combine(ctx, _operands(node), ctx.shape(node), lambda row: keeps and all_zero(row[:1]))
+
+
+@rule("masked_fill")
+def masked_fill(ctx: Context, node: fx.Node) -> Result:
+    """Some positions are replaced by a number."""
+    value = node.args[2]
+    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: value == 0 and row[0] is not None and row[0].zero)
+
+
+@rule("addcmul", "addcdiv")
+def addcmul(ctx: Context, node: fx.Node) -> Result:
+    """A sum and a product in one."""
+    return combine(ctx, node.args[:3], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and any_zero(row[1:]))
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(ctx: Context, node: fx.Node) -> Result:
+    """A slope per channel, along dimension 1."""
+    x, slope = node.args[:2]
+    rank = len(ctx.shape(x))
+    n = ctx.shape(slope)[0] if ctx.shape(slope) else 1
+    view = (1, n) + (1,) * (rank - 2)
+    slopes = tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(slope))
+    rows = unify(ctx, [(ctx.shape(x), ctx.fields(x)), (view, slopes)], ctx.shape(node))
+    return tuple(next(f for f in row if f is not None).with_zero(row[0] is not None and row[0].zero) for row in rows)
+
+
+def _operands(node: fx.Node) -> list[Any]:
+    """Tensor and number operands, whichever way they were given."""
+    return [a for a in [*node.args, *node.kwargs.values()] if isinstance(a, fx.Node) or (isinstance(a, (int, float)) and not isinstance(a, bool))]

@@ -1,0 +1,392 @@
+"""Data movement: executed on the labels, not modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, fx
+
+from ..export import module_of
+from ..labels import MUST_STAY, Field, Fields, compact, spread
+from .registry import Context, Result, argument, rule
+
+LabelTensor = Int64[Tensor, "..."]
+
+
+def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
+    """Runs the same movement on every field's labels."""
+    return tuple(f.with_labels(fn(f.labels)) for f in fields)
+
+
+@rule(
+    "alias", "clone", "contiguous", "detach", "detach_copy", "dropout", "feature_dropout", "lift_fresh_copy", "to", "_to_copy",
+    "type_as", "positive", "bernoulli", "copy", "requires_grad", "feature_alpha_dropout", "alpha_dropout", "resolve_conj",
+    "resolve_neg", "native_dropout", "identity", "view_as_real_copy",
+)  # fmt: skip
+def same(ctx: Context, node: fx.Node) -> Result:
+    """Values, or a cast of them, passed on as they are."""
+    return ctx.fields(node.args[0])
+
+
+def reshaped(labels: LabelTensor, old: Sequence[int], new: Sequence[int]) -> LabelTensor:
+    """Reshapes a field's labels, keeping size 1 wherever a block of dimensions does not vary.
+
+    Args:
+        labels: Compact labels of a tensor of shape ``old``.
+        old: The tensor's shape.
+        new: The shape it gets.
+    """
+    before, after = list(labels.shape), [1] * len(new)
+    for block_in, block_out in _blocks(old, new):
+        if any(labels.shape[d] > 1 for d in block_in):
+            for d in block_in:
+                before[d] = old[d]
+            for d in block_out:
+                after[d] = new[d]
+    return compact(labels.expand(before).reshape(after))
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of dimensions of both shapes that hold the same number of elements."""
+    blocks, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
+        a = b = 1
+        for d in left:
+            a *= old[d]
+        for d in right:
+            b *= new[d]
+        i, j = i + len(left), j + len(right)
+        while a != b:
+            if a < b:
+                a *= old[i]
+                left.append(i)
+                i += 1
+            else:
+                b *= new[j]
+                right.append(j)
+                j += 1
+        blocks.append((left, right))
+    return blocks
+
+
+@rule("reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_copy", "squeeze", "unsqueeze", "reshape_as", "view_as", "ravel")
+def reshape(ctx: Context, node: fx.Node) -> Result:
+    """Any change of shape that keeps the order of elements."""
+    old, new = ctx.shape(node.args[0]), ctx.shape(node)
+    out = moved(ctx.fields(node.args[0]), lambda labels: reshaped(labels, old, new))
+    for f in out:
+        if len(f.dims) > 1:
+            ctx.rectangles.append(f.labels)
+    return out
+
+
+@rule("permute", "permute_copy")
+def permute(ctx: Context, node: fx.Node) -> Result:
+    """Dimensions in another order."""
+    dims = argument(node, "dims")
+    return moved(ctx.fields(node.args[0]), lambda labels: labels.permute(dims))
+
+
+@rule("transpose", "transpose_copy", "swapaxes", "swapdims")
+def transpose(ctx: Context, node: fx.Node) -> Result:
+    """Two dimensions change places."""
+    a, b = node.args[1], node.args[2]
+    return moved(ctx.fields(node.args[0]), lambda labels: labels.transpose(a, b))  # type: ignore[arg-type]
+
+
+@rule("t", "numpy_T", "mT", "adjoint", "matrix_H")
+def matrix_transpose(ctx: Context, node: fx.Node) -> Result:
+    """A matrix transposed."""
+    return moved(ctx.fields(node.args[0]), lambda labels: labels.transpose(-2, -1) if labels.dim() > 1 else labels)
+
+
+@rule("movedim", "moveaxis")
+def movedim(ctx: Context, node: fx.Node) -> Result:
+    """Dimensions moved to other places."""
+    source, target = node.args[1], node.args[2]
+    return moved(ctx.fields(node.args[0]), lambda labels: labels.movedim(source, target))  # type: ignore[arg-type]
+
+
+@rule("expand", "expand_as", "broadcast_to", "expand_copy")
+def expand(ctx: Context, node: fx.Node) -> Result:
+    """New dimensions in front; along a repeated one nothing varies."""
+    extra = len(ctx.shape(node)) - len(ctx.shape(node.args[0]))
+    return moved(ctx.fields(node.args[0]), lambda labels: labels[(None,) * extra])
+
+
+def whole_along(ctx: Context, fields: Fields, dim: int) -> Fields:
+    """Positions along a dimension are named by number, so nothing may be removed along it."""
+    out = []
+    for f in fields:
+        left = ctx.labels.collapse(f, [dim]) if dim in f.dims else f
+        if left is not None:
+            out.append(left)
+    return tuple(out)
+
+
+@rule("select", "select_copy")
+def select(ctx: Context, node: fx.Node) -> Result:
+    """One position of a dimension."""
+    dim = int(node.args[1]) % len(ctx.shape(node.args[0]))  # type: ignore[arg-type]
+    return moved(whole_along(ctx, ctx.fields(node.args[0]), dim), lambda labels: labels.select(dim, 0))
+
+
+@rule("unbind", "unbind_copy")
+def unbind(ctx: Context, node: fx.Node) -> Result:
+    """Every position of a dimension, apart."""
+    shape = ctx.shape(node.args[0])
+    dim = int(argument(node, "dim", 0)) % len(shape)
+    part = moved(whole_along(ctx, ctx.fields(node.args[0]), dim), lambda labels: labels.select(dim, 0))
+    return (part,) * shape[dim]
+
+
+@rule("slice", "narrow", "slice_copy")
+def slice_(ctx: Context, node: fx.Node) -> Result:
+    """A run of positions. Along labelled channels only the whole run can be followed."""
+    old, new = ctx.shape(node.args[0]), ctx.shape(node)
+    out = ctx.fields(node.args[0])
+    for dim in range(len(old)):
+        if old[dim] != new[dim]:
+            out = whole_along(ctx, out, dim)
+    return out
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split", "split_copy", "split_with_sizes_copy", "unsafe_split", "unsafe_chunk")
+def split(ctx: Context, node: fx.Node) -> Result:
+    """Parts along a dimension. Equal parts must lose the same positions; unequal ones stay whole."""
+    shape = ctx.shape(node.args[0])
+    dim = int(argument(node, "dim", 0)) % len(shape)
+    sizes = [int(v.shape[dim]) for v in node.meta["val"]]
+    fields = ctx.fields(node.args[0])
+    if len(set(sizes)) > 1:
+        return (whole_along(ctx, fields, dim),) * len(sizes)
+    out = []
+    for f in fields:
+        if dim in f.dims:
+            parts = f.labels.unflatten(dim, (len(sizes), sizes[0]))
+            first = parts.select(dim, 0)
+            ctx.labels.join(parts, first.unsqueeze(dim))
+            if first.numel() == 1:
+                ctx.labels.stay(first)
+                continue
+            f = f.with_labels(first)
+        out.append(f)
+    return (tuple(out),) * len(sizes)
+
+
+@rule("getitem")
+def getitem(ctx: Context, node: fx.Node) -> Result:
+    """One of several results."""
+    several = ctx.env.get(node.args[0], ())  # type: ignore[arg-type]
+    if several and not isinstance(several[0], Field):
+        return several[node.args[1]]  # type: ignore[index,return-value]
+    return several if node.args[1] == 0 else ()
+
+
+@rule("cat", "concat", "concatenate")
+def cat(ctx: Context, node: fx.Node) -> Result:
+    """Tensors one after the other."""
+    parts = [p for p in node.args[0] if ctx.shape(p) != (0,)]  # type: ignore[union-attr]
+    dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
+    return concatenated(ctx, [ctx.fields(p) for p in parts], [ctx.shape(p) for p in parts], dim)
+
+
+@rule("stack")
+def stack(ctx: Context, node: fx.Node) -> Result:
+    """Tensors along a new dimension."""
+    dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
+    parts = [moved(ctx.fields(p), lambda labels: labels.unsqueeze(dim)) for p in node.args[0]]  # type: ignore[union-attr]
+    shapes = []
+    for p in node.args[0]:  # type: ignore[union-attr]
+        shape = list(ctx.shape(p))
+        shape.insert(dim, 1)
+        shapes.append(tuple(shape))
+    return concatenated(ctx, parts, shapes, dim)
+
+
+def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[int, ...]], dim: int) -> Fields:
+    """Fields of a concatenation: one along ``dim``, and those across it that every part shares."""
+    out: list[Field] = []
+    along: list[Field | None] = []
+    across: list[list[Field]] = []
+    for fields in parts:
+        varying = [f for f in fields if dim in f.dims]
+        for extra in varying[1:]:  # two families along one axis: keep the first, the other stays
+            ctx.labels.stay(extra.labels)
+        along.append(varying[0] if varying else None)
+        across.append([f for f in fields if dim not in f.dims])
+    # Across: a field goes on if every part has one along the same dimensions.
+    for f in across[0]:
+        partners = [next((g for g in other if g.dims == f.dims), None) for other in across[1:]]
+        if all(p is not None for p in partners):
+            for p in partners:
+                ctx.labels.join(f.labels, p.labels)  # type: ignore[union-attr]
+            out.append(f.with_zero(f.zero and all(p.zero for p in partners)))  # type: ignore[union-attr]
+    shared = [f.dims for f in out]
+    for fields_ in across:
+        ctx.labels.stay_all((f for f in fields_ if f.dims not in shared), ctx.labels.because + " (joined with channels that stay)")
+    if any(a is not None for a in along):
+        dims = {d for a in along if a is not None for d in a.dims} | {dim}
+        labels = []
+        for a, shape in zip(along, shapes, strict=True):
+            own = a.labels if a is not None else torch.full([1] * len(shape), MUST_STAY)
+            labels.append(spread(own, shape, dims))
+        joined = torch.cat(labels, dim)
+        out.append(Field(joined, all(a is None or a.zero for a in along)))
+        if len(dims) > 1:
+            ctx.rectangles.append(joined)
+    return tuple(out)
+
+
+@rule("pad", "constant_pad_nd")
+def pad(ctx: Context, node: fx.Node) -> Result:
+    """Padding. Zeros along channels get free labels where the module that pads can be rewritten."""
+    amounts = list(argument(node, "pad"))
+    mode = argument(node, "mode", "constant")
+    value = argument(node, "value", 0) or 0
+    shape = ctx.shape(node.args[0])
+    free = mode == "constant" and value == 0 and rewritable(ctx, module_of(node))
+    out = []
+    for f in ctx.fields(node.args[0]):
+        labels: LabelTensor | None = f.labels
+        for i in range(0, len(amounts), 2):
+            dim = len(shape) - 1 - i // 2
+            before, after = amounts[i], amounts[i + 1]
+            if labels is None or dim not in f.dims or (before, after) == (0, 0):
+                continue
+            if mode != "constant" or before < 0 or after < 0:
+                left = ctx.labels.collapse(f.with_labels(labels), [dim])
+                labels = None if left is None else left.labels
+                continue
+            parts = [labels]
+            for count, first in ((before, True), (after, False)):
+                size = list(labels.shape)
+                size[dim] = count
+                new = ctx.labels.fresh(count) if free else torch.full((count,), MUST_STAY)
+                view = [1] * len(shape)
+                view[dim] = count
+                new = new.view(view).expand(size)
+                parts = [new, *parts] if first else [*parts, new]
+            labels = torch.cat(parts, dim)
+            if free:
+                ctx.pads.add(module_of(node))
+        if labels is not None:
+            out.append(Field(labels, f.zero and value == 0))
+    return tuple(out)
+
+
+REWRITABLE = {"pad", "constant_pad_nd", "slice", "alias", "clone", "contiguous"}
+
+
+def rewritable(ctx: Context, module: str) -> bool:
+    """Whether a module does nothing but slice and pad one tensor, so that its graph can stand for it."""
+    nodes = ctx.nodes_of(module)
+    if not module or any(n.target._opname not in REWRITABLE for n in nodes):  # type: ignore[union-attr]
+        return False
+    owned = any(name.rpartition(".")[0] == module for name in ctx.exported.shapes)
+    nested = any(m.startswith(module + ".") for m in (ctx._by_module or {}))
+    inputs = {a for n in nodes for a in n.all_input_nodes if a not in set(nodes)}
+    return not owned and not nested and len(inputs) == 1
+
+
+@rule("index", "index_select", "gather", "take_along_dim", "masked_select", "index_put", "take")
+def index(ctx: Context, node: fx.Node) -> Result:
+    """Positions chosen by values: a field passes through if it does not vary along the gathered dimensions."""
+    source = node.args[0]
+    shape = ctx.shape(source)
+    name = node.target._opname  # type: ignore[union-attr]
+    if name == "index":
+        indices = list(node.args[1])  # type: ignore[arg-type]
+        chosen = [d for d, i in enumerate(indices) if i is not None]
+        ranks = {len(ctx.shape(indices[d])) for d in chosen}
+        booleans = any(indices[d].meta["val"].dtype in (torch.bool, torch.uint8) for d in chosen)
+        together = chosen == list(range(chosen[0], chosen[-1] + 1))
+        if booleans or not together:
+            ctx.labels.stay_all(ctx.fields(source))
+            return ()
+        rank = max(ranks)
+        out = []
+        for f in ctx.fields(source):
+            for d in chosen:
+                if f is not None:
+                    f = ctx.labels.collapse(f, [d]) if d in f.dims else f  # type: ignore[assignment]
+            if f is not None:
+                labels = f.labels
+                for _ in chosen:
+                    labels = labels.squeeze(chosen[0])
+                for _ in range(rank):
+                    labels = labels.unsqueeze(chosen[0])
+                out.append(f.with_labels(labels))
+        return tuple(out)
+    if name == "index_select":
+        return whole_along(ctx, ctx.fields(source), int(node.args[1]) % len(shape))  # type: ignore[arg-type]
+    ctx.labels.stay_all(ctx.fields(source))
+    return ()
+
+
+@rule("embedding")
+def embedding(ctx: Context, node: fx.Node) -> Result:
+    """Rows of a table chosen by index: its columns are the channels."""
+    table = ctx.fields(node.args[0])
+    rank = len(ctx.shape(node)) - 1
+    out = []
+    for f in table:
+        if 0 in f.dims:
+            ctx.labels.stay(f.labels, "rows of an embedding are chosen by index")
+        else:
+            out.append(f.with_labels(f.labels.view((1,) * rank + (f.labels.shape[1],))))
+    name = ctx.tensor_name(node.args[0])
+    if name is not None:
+        ctx.tables.add(name)
+    return tuple(out)
+
+
+@rule("repeat", "tile")
+def repeat(ctx: Context, node: fx.Node) -> Result:
+    """Copies along dimensions; channels repeated by a number stay."""
+    times = list(node.args[1])  # type: ignore[arg-type]
+    extra = len(times) - len(ctx.shape(node.args[0]))
+    out = []
+    for f in ctx.fields(node.args[0]):
+        labels = f.labels[(None,) * max(extra, 0)]
+        g = f.with_labels(labels)
+        if any(times[d + min(extra, 0)] != 1 for d in g.dims if d + min(extra, 0) >= 0):
+            ctx.labels.stay(f.labels)
+        else:
+            out.append(g)
+    return tuple(out)
+
+
+@rule("roll", "flip", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "im2col", "rot90")
+def executed(ctx: Context, node: fx.Node) -> Result:
+    """Any other movement whose arguments are constants: run on labels of full size."""
+    shape = ctx.shape(node.args[0])
+    out = []
+    for f in ctx.fields(node.args[0]):
+        full = f.labels.expand(shape).contiguous()
+        if _shifts_channels(node, f):
+            ctx.labels.stay(f.labels)
+            continue
+        result = compact(node.target(full, *node.args[1:], **node.kwargs))  # type: ignore[operator]
+        g = Field(result, f.zero)
+        if len(g.dims) > 1:
+            ctx.rectangles.append(result)
+        out.append(g)
+    return tuple(out)
+
+
+def _shifts_channels(node: fx.Node, f: Field) -> bool:
+    """Rolling or flipping channels by a number of positions cannot be followed once some are gone."""
+    name = node.target._opname  # type: ignore[union-attr]
+    rank = f.labels.dim()
+    if name == "roll":
+        dims = argument(node, "dims", []) or range(rank)
+        return any(int(d) % rank in f.dims for d in dims)
+    if name == "flip":
+        return any(int(d) % rank in f.dims for d in argument(node, "dims"))
+    if name in ("repeat_interleave", "unfold", "im2col", "rot90"):
+        return bool(f.dims)
+    return False

@@ -1,0 +1,153 @@
+"""Norms: batch norm is per channel; LayerNorm takes its statistics over all channels, absent zeros included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from ..export import module_of
+from ..labels import Field, Fields
+from .elementwise import unify
+from .registry import Context, Result, argument, rule
+
+
+def _affine(ctx: Context, fields: Fields, shape: Sequence[int], parameters: Sequence[Any], view: Sequence[int]) -> tuple[Fields, bool]:
+    """Joins channels with per-channel parameters.
+
+    Returns:
+        The fields, and whether weight and bias make a masked channel zero.
+    """
+    operands: list[tuple[tuple[int, ...], Fields]] = [(tuple(shape), fields)]
+    for p in parameters:
+        if isinstance(p, fx.Node):
+            operands.append((tuple(view), tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(p))))
+    rows = unify(ctx, operands, shape)
+    affine = isinstance(parameters[0], fx.Node) and isinstance(parameters[1], fx.Node)
+    return tuple(next(f for f in row if f is not None) for row in rows), affine
+
+
+@rule("batch_norm", "_batch_norm_with_update", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "instance_norm")
+def batch_norm(ctx: Context, node: fx.Node) -> Result:
+    """Batch norm (in eval mode, with running statistics) and instance norm: each channel by itself."""
+    x = node.args[0]
+    shape = ctx.shape(x)
+    view = (1, shape[1]) + (1,) * (len(shape) - 2)
+    fields = ctx.fields(x)
+    if node.target._opname == "instance_norm":  # type: ignore[union-attr]
+        held = [ctx.labels.collapse(f, [d for d in f.dims if d > 1]) if any(d > 1 for d in f.dims) else f for f in fields]
+        fields = tuple(f for f in held if f is not None)
+    out, affine = _affine(ctx, fields, shape, node.args[1:5], view)
+    # Masked weight and bias make the channel zero, whatever came in; without them it is -mean/std.
+    out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
+    several = not hasattr(node.meta["val"], "shape")
+    return (out, (), ()) if several else out
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm")
+def layer_norm(ctx: Context, node: fx.Node) -> Result:
+    """LayerNorm over labelled channels: exact if the absent channels are zeros that are counted.
+
+    The slim model then needs a norm that remembers how many channels there were, which takes the place of the module
+    that ran this op. Where that module does more than normalise, the channels stay.
+    """
+    x, normalized = node.args[:2]
+    weight = node.args[2] if len(node.args) > 2 else None
+    name = node.target._opname  # type: ignore[union-attr]
+    bias = None if name == "rms_norm" or len(node.args) < 4 else node.args[3]
+    shape = ctx.shape(x)
+    rank, n = len(shape), len(normalized)  # type: ignore[arg-type]
+    inside = set(range(rank - n, rank))
+    out: list[Field] = []
+    axis = replaceable(ctx, node)
+    for f in ctx.fields(x):
+        if not f.dims & inside:
+            out.append(f)
+        elif f.dims == {rank - 1} and n == 1 and f.zero and axis is not None:
+            ctx.norms[module_of(node)] = axis
+            out.append(f)
+        else:
+            left = ctx.labels.collapse(f, f.dims & inside)
+            if left is not None:
+                out.append(left)
+    view = (1,) * (rank - n) + tuple(shape[rank - n :])
+    fields, _ = _affine(ctx, tuple(out), shape, [weight, bias], view)
+    masked = isinstance(weight, fx.Node) and (name == "rms_norm" or bias is None or isinstance(bias, fx.Node))
+    zero_without_bias = name == "rms_norm"
+    fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
+    several = not hasattr(node.meta["val"], "shape")
+    return (fields, (), ()) if several else fields
+
+
+AROUND_NORM = {"layer_norm", "rms_norm", "permute", "contiguous", "transpose", "to", "_to_copy", "alias", "clone", "type_as"}
+
+
+def replaceable(ctx: Context, node: fx.Node) -> int | None:
+    """The channel axis of the input of the module that ran a norm, if the module does nothing else.
+
+    Returns:
+        The axis, or ``None`` where the norm is not a module by itself.
+    """
+    module = module_of(node)
+    nodes = ctx.nodes_of(module)
+    if not module or any(n.target._opname not in AROUND_NORM for n in nodes):  # type: ignore[union-attr]
+        return None
+    if sum(n.target._opname in ("layer_norm", "rms_norm") for n in nodes) != 1:  # type: ignore[union-attr]
+        return None
+    # Follow the channel axis from the norm's input back to the module's input, and forward to its output.
+    axis = len(ctx.shape(node.args[0])) - 1
+    current: Any = node.args[0]
+    while isinstance(current, fx.Node) and current in nodes:
+        axis = _axis_before(ctx, current, axis)
+        current = current.args[0]
+    end = len(ctx.shape(node)) - 1
+    last = node
+    for n in nodes[nodes.index(node) + 1 :]:
+        end = _axis_after(ctx, n, end)
+        last = n
+    outside = [u for n in nodes if n is not last for u in n.users if u not in nodes]
+    return axis if axis == end and not outside else None
+
+
+def _axis_before(ctx: Context, node: fx.Node, axis: int) -> int:
+    name, rank = node.target._opname, len(ctx.shape(node))  # type: ignore[union-attr]
+    if name == "permute":
+        return [int(d) % rank for d in argument(node, "dims")][axis]
+    if name == "transpose":
+        a, b = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore[arg-type]
+        return b if axis == a else a if axis == b else axis
+    return axis
+
+
+def _axis_after(ctx: Context, node: fx.Node, axis: int) -> int:
+    name, rank = node.target._opname, len(ctx.shape(node))  # type: ignore[union-attr]
+    if name == "permute":
+        return [int(d) % rank for d in argument(node, "dims")].index(axis)
+    return _axis_before(ctx, node, axis)
+
+
+@rule("group_norm", "native_group_norm")
+def group_norm(ctx: Context, node: fx.Node) -> Result:
+    """GroupNorm: whole groups may go, since each group's statistics are its own."""
+    x = node.args[0]
+    shape = ctx.shape(x)
+    native = node.target._opname != "group_norm"  # type: ignore[union-attr]
+    groups = int(node.args[6] if native else node.args[1])  # type: ignore[arg-type]
+    weight, bias = (node.args[1], node.args[2]) if native else (argument(node, "weight"), argument(node, "bias"))
+    view = (1, shape[1]) + (1,) * (len(shape) - 2)
+    held: list[Field] = []
+    for f in ctx.fields(x):
+        positions = [d for d in f.dims if d != 1]
+        left = ctx.labels.collapse(f, positions) if positions else f
+        if left is not None and 1 in left.dims:
+            if groups == 1:
+                ctx.labels.stay(left.labels)
+                continue
+            rows = left.labels.reshape(groups, -1)
+            ctx.labels.join(rows, rows[:, :1])
+        if left is not None:
+            held.append(left)
+    out, affine = _affine(ctx, tuple(held), shape, [weight, bias], view)
+    out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
+    return (out, (), ()) if native else out

@@ -1,0 +1,136 @@
+"""Ops that mix values along dimensions: sums, means, softmax, pooling, sorting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from ..labels import Field, Fields
+from .registry import Context, Result, argument, rule
+
+
+def mixed(ctx: Context, fields: Fields, dims: Iterable[int], *, absent_zeros_count: bool) -> tuple[Fields, frozenset[int]]:
+    """Joins labels along the dimensions that are mixed.
+
+    Args:
+        fields: Fields of the operand.
+        dims: The dimensions mixed.
+        absent_zeros_count: Whether leaving out zeros changes the result (not so for a sum).
+
+    Returns:
+        What is left of the fields, with the operand's dimensions, and the dimensions mixed.
+    """
+    gone = frozenset(dims)
+    out: list[Field] = []
+    for f in fields:
+        if not f.dims & gone:
+            out.append(f)
+        elif f.dims <= gone and f.zero and not absent_zeros_count:
+            continue  # a sum over channels that are truly zero: nothing to join, nothing goes on
+        else:
+            left = ctx.labels.collapse(f, f.dims & gone)
+            if left is not None:
+                out.append(left)
+    return tuple(out), gone
+
+
+def _reduced_dims(ctx: Context, node: fx.Node) -> list[int]:
+    rank = len(ctx.shape(node.args[0]))
+    dims = argument(node, "dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    dims = [dims] if isinstance(dims, int) else dims
+    return [int(d) % rank for d in dims]
+
+
+@rule("sum", "mean", "amax", "amin", "prod", "any", "all", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "nansum", "nanmean", "argmax", "argmin", "count_nonzero")
+def reduction(ctx: Context, node: fx.Node) -> Result:
+    """Values combined along dimensions, which then go."""
+    name = node.target._opname  # type: ignore[union-attr]
+    dims = _reduced_dims(ctx, node)
+    fields, gone = mixed(ctx, ctx.fields(node.args[0]), dims, absent_zeros_count=name not in ("sum", "norm", "linalg_vector_norm", "nansum"))
+    keep = bool(argument(node, "keepdim", False))
+    keeps_zero = name in ("sum", "mean", "amax", "amin", "prod", "norm", "linalg_vector_norm", "nansum", "var", "std", "nanmean")
+    out = []
+    for f in fields:
+        labels = f.labels
+        if not keep:
+            for d in sorted(gone, reverse=True):
+                labels = labels.squeeze(d)
+        out.append(Field(labels, f.zero and keeps_zero))
+    return tuple(out)
+
+
+@rule("max", "min", "median", "mode", "kthvalue", "topk", "sort", "var_mean", "std_mean", "aminmax", "cummax", "cummin")
+def selection(ctx: Context, node: fx.Node) -> Result:
+    """Ops with values and indices (or two statistics) as results; mixed along one dimension, or all."""
+    source = node.args[0]
+    if len(node.args) > 1 and isinstance(node.args[1], fx.Node):  # max(a, b)
+        from .elementwise import all_zero, combine
+
+        return combine(ctx, node.args[:2], ctx.shape(node), all_zero)
+    several = not hasattr(node.meta["val"], "shape")
+    first = node.meta["val"][0] if several else node.meta["val"]
+    rank = len(ctx.shape(source))
+    name = node.target._opname  # type: ignore[union-attr]
+    last = -1 if name in ("topk", "sort", "kthvalue", "mode", "median") else None
+    dims = argument(node, "dim", last)
+    dims = list(range(rank)) if dims is None else [int(d) % rank for d in ([dims] if isinstance(dims, int) else dims)]
+    fields, gone = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
+    out = []
+    for f in fields:
+        labels = f.labels
+        if first.dim() < rank:
+            for d in sorted(gone, reverse=True):
+                labels = labels.squeeze(d)
+        out.append(Field(labels, f.zero and name in ("max", "min")))
+    values = tuple(out)
+    return (values, tuple(f.with_zero(False) for f in values)) if several else values
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "argsort", "glu_backward", "_fft_c2c", "normalize")
+def along(ctx: Context, node: fx.Node) -> Result:
+    """Values mixed along a dimension that stays."""
+    source = node.args[0]
+    rank = len(ctx.shape(source))
+    dim = argument(node, "dim", -1)
+    dims = [int(d) % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    fields, _ = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
+    keeps = node.target._opname.rstrip("_") in ("cumsum", "cumprod")  # type: ignore[union-attr]
+    return tuple(f.with_zero(f.zero and keeps) for f in fields)
+
+
+@rule(
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
+    "adaptive_max_pool2d", "lp_pool2d", "max_pool2d_with_indices", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest1d", "upsample_linear1d",
+    "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_nearest3d", "upsample_trilinear3d", "grid_sampler", "grid_sampler_2d",
+)  # fmt: skip
+def spatial(ctx: Context, node: fx.Node) -> Result:
+    """Pooling and resizing: positions are mixed, channels are not."""
+    name = node.target._opname  # type: ignore[union-attr]
+    rank = len(ctx.shape(node.args[0]))
+    first = 2 if name.startswith(("upsample", "_upsample", "grid")) else rank - int(next(c for c in name if c in "123"))
+    fields, _ = mixed(ctx, ctx.fields(node.args[0]), range(first, rank), absent_zeros_count=True)
+    several = not hasattr(node.meta["val"], "shape")
+    return (fields, tuple(f.with_zero(False) for f in fields)) if several else fields
+
+
+@rule("glu")
+def glu(ctx: Context, node: fx.Node) -> Result:
+    """One half gates the other: the same positions go from both."""
+    source = node.args[0]
+    rank = len(ctx.shape(source))
+    dim = int(argument(node, "dim", -1)) % rank
+    out = []
+    for f in ctx.fields(source):
+        if dim in f.dims:
+            halves = f.labels.unflatten(dim, (2, -1))
+            first = halves.select(dim, 0)
+            ctx.labels.join(halves, first.unsqueeze(dim))
+            if first.numel() == 1:
+                ctx.labels.stay(first)
+                continue
+            f = f.with_labels(first)
+        out.append(f)
+    return tuple(out)

@@ -1,0 +1,154 @@
+"""Where op rules are found, and what a rule sees.
+
+A rule is a function ``(ctx, node) -> Result`` registered under an ATen op's name: it reads the fields of the node's
+operands, joins what must go together, and returns the fields of the result. An op without a rule keeps everything
+that touches it whole and is named in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor, fx
+
+from ..export import Exported, module_of, shape_of
+from ..labels import Field, Fields, Labels
+
+Result = Fields | tuple[Fields, ...]
+Rule = Callable[["Context", fx.Node], Result]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for ATen ops, by base name (``"add"`` also covers ``add_``)."""
+
+    def register(fn: Rule) -> Rule:
+        for name in names:
+            RULES[name] = fn
+        return fn
+
+    return register
+
+
+@dataclass(frozen=True)
+class Product:
+    """A contraction seen in the graph, before labels are turned into units."""
+
+    node: fx.Node
+    module: str
+    weight: str | None
+    macs: int
+    factors: tuple[Int64[Tensor, "..."], ...]
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """A parameter contracted with activations."""
+
+    name: str
+    module: str
+    op: str
+    out_axis: int
+    in_axis: int
+    groups: int
+
+
+@dataclass
+class Context:
+    """The state of one pass over the graph.
+
+    Attributes:
+        exported: The graph.
+        labels: Makes and joins labels.
+        env: Fields of every node done so far; a tuple of them for nodes with several results.
+        rectangles: Label arrays that must lose whole rows or whole columns only.
+        products: Every contraction, for counting.
+        uses: Parameters contracted with activations, by name.
+        norms: For norms over labelled channels: the module that runs it, and the channel axis of its input.
+        pads: Modules whose padding along channels can be rewritten.
+        tables: Embeddings, whose columns are channels.
+        unknown: Ops without a rule, with the number of their uses.
+    """
+
+    exported: Exported
+    labels: Labels = field(default_factory=Labels)
+    env: dict[fx.Node, Result] = field(default_factory=dict)
+    rectangles: list[Int64[Tensor, "..."]] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    uses: dict[str, WeightUse] = field(default_factory=dict)
+    norms: dict[str, int] = field(default_factory=dict)
+    pads: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
+    unknown: dict[str, int] = field(default_factory=dict)
+    _axes: dict[str, Fields] = field(default_factory=dict)
+    _by_module: dict[str, list[fx.Node]] | None = None
+
+    def fields(self, value: Any) -> Fields:
+        """The fields of an operand; none for constants and user inputs."""
+        if not isinstance(value, fx.Node):
+            return ()
+        name = self.tensor_name(value)
+        if name is not None and value not in self.env:
+            return self.axis_fields(name)
+        got = self.env.get(value, ())
+        if got and not isinstance(got[0], Field):
+            raise TypeError(f"{value.name} has several results")
+        return got  # type: ignore[return-value]
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """An operand's shape; ``()`` for numbers."""
+        return shape_of(value) or ()
+
+    def tensor_name(self, value: Any) -> str | None:
+        """The parameter or buffer that a node stands for, if it does."""
+        if isinstance(value, fx.Node) and value.op == "placeholder":
+            return self.exported.tensors.get(value.name)
+        return None
+
+    def axis_fields(self, name: str) -> Fields:
+        """One field per axis of a parameter or buffer, the same at every use (one axis, one set of labels)."""
+        if name not in self._axes:
+            shape = self.exported.shapes[name]
+            made = []
+            for axis, n in enumerate(shape):
+                if n > 1:
+                    view = [1] * len(shape)
+                    view[axis] = n
+                    made.append(Field(self.labels.fresh(n).view(view), zero=True))
+            self._axes[name] = tuple(made)
+        return self._axes[name]
+
+    def axis_field(self, fields: Fields, axis: int) -> Field | None:
+        """The field that varies along one axis and nothing else."""
+        return next((f for f in fields if f.dims == {axis}), None)
+
+    @property
+    def named_axes(self) -> Mapping[str, Fields]:
+        """Fields of every parameter and buffer used so far."""
+        return self._axes
+
+    def nodes_of(self, module: str) -> list[fx.Node]:
+        """Nodes whose innermost module is this one."""
+        if self._by_module is None:
+            self._by_module = {}
+            for node in self.exported.graph.nodes:
+                if node.op == "call_function":
+                    self._by_module.setdefault(module_of(node), []).append(node)
+        return self._by_module.get(module, [])
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An op's argument by its schema name, whether it was given by position or by name."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = node.target._schema  # type: ignore[union-attr]
+    for i, arg in enumerate(schema.arguments):
+        if arg.name == name:
+            if i < len(node.args):
+                return node.args[i]
+            return arg.default_value if arg.has_default_value() and default is None else default
+    return default
