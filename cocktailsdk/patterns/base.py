@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from ..errors import PatternError
 from ..graph import Coupling, Weight
 from ..masks import Mask
 
@@ -27,7 +28,7 @@ class Subnet:
         name: What users type: ``"dense"``, ``"unstructured@0.488"``, ``"2:4"``, ``"channel@0.271"``.
         pattern: The registered name of its pattern (``"dense"`` for the dense network).
         sparsity: The sparsity asked for, in [0, 1].
-        options: What else the pattern needs to make it (``{"n": 2, "m": 4}``).
+        options: What else the pattern needs to make it (``{"n": 2, "m": 4}``), as JSON values.
     """
 
     name: str
@@ -102,4 +103,109 @@ class Pattern(ABC):
         kept = sum(int(mask.elements[w.name].sum()) if w.name in mask.elements else w.numel for w in umg.eligible)
         return 1.0 - kept / total if total else 0.0
 
+    def coverage(self, subnet: Subnet, umg: UMG) -> float:
+        """The share of the eligible weights that the pattern can touch at all (1 unless it leaves remainders)."""
+        del subnet, umg
+        return 1.0
 
+    @classmethod
+    def parse(cls, spec: str) -> Self | None:
+        """The pattern that a string stands for, or ``None`` where the string is not about this pattern.
+
+        By default ``"name"`` is ``cls()`` and ``"name@0.5"`` is ``cls(sparsities=[0.5])``.
+
+        Raises:
+            PatternError: The string names this pattern but the rest makes no sense.
+        """
+        name, at, argument = spec.partition("@")
+        if name.strip() != cls.name:
+            return None
+        if not at:
+            return cls()
+        try:
+            sparsity = float(argument)
+        except ValueError:
+            raise PatternError(
+                f"pattern {spec!r}: {argument!r} is not a number; write it like '{cls.name}@0.5'"
+            ) from None
+        try:
+            return cls(sparsities=[sparsity])  # type: ignore[call-arg]
+        except TypeError as e:
+            raise PatternError(
+                f"pattern {spec!r}: {cls.__name__} takes no 'sparsities'; give the object instead ({e})"
+            ) from None
+
+    def merged(self, other: Self) -> Self:
+        """One pattern with the subnets of both; called when a pattern is given twice (``"1:2", "2:4"``).
+
+        By default patterns that differ in nothing but ``sparsities`` merge.
+
+        Raises:
+            PatternError: The two cannot be one.
+        """
+        a, b = self.config(), other.config()
+        mine, theirs = a.pop("sparsities", None), b.pop("sparsities", None)
+        if a != b or mine is None or theirs is None:
+            raise PatternError(
+                f"pattern {self.name!r} is given twice, as {self!r} and {other!r}; give one that has all its subnets"
+            )
+        return type(self)(**a, sparsities=sorted({*mine, *theirs}))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.config() == other.config()  # type: ignore[attr-defined]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def level_name(pattern: str, sparsity: float) -> str:
+    """``"channel@0.271"``: three decimals, trailing zeros stripped; more only where three would read 0 or 1."""
+    digits = 3
+    while digits < 12 and 0 < sparsity < 1 and round(sparsity, digits) in (0.0, 1.0):
+        digits += 1
+    text = f"{sparsity:.{digits}f}".rstrip("0").rstrip(".")
+    return f"{pattern}@{text}"
+
+
+def geometric_sparsities(rounds: int, rate: float) -> tuple[float, ...]:
+    """``1 - (1 - rate)^k`` for k = 1 … rounds (paper, Section 3.2), without the last digits' rounding noise."""
+    return tuple(round(1.0 - (1.0 - rate) ** k, 12) for k in range(1, rounds + 1))
+
+
+def checked_sparsities(
+    pattern: str, sparsities: object, rounds: int, rate: float
+) -> tuple[tuple[float, ...], tuple[Subnet, ...]]:
+    """The sparsities of a nested pattern, ascending, and its subnets.
+
+    Raises:
+        PatternError: Not numbers in [0, 1], none, not ascending, or two that would have one name.
+    """
+    if sparsities is None:
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise PatternError(f"{pattern}: rounds must be a whole number of at least 1, not {rounds!r}")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 < rate < 1.0:
+            raise PatternError(f"{pattern}: rate must be a number between 0 and 1, not {rate!r}")
+        values = geometric_sparsities(rounds, rate)
+    else:
+        try:
+            given = [sparsities] if isinstance(sparsities, int | float) else list(sparsities)  # type: ignore[call-overload]
+            values = tuple(float(s) for s in given)
+        except (TypeError, ValueError):
+            raise PatternError(f"{pattern}: sparsities must be numbers in [0, 1], not {sparsities!r}") from None
+        if not values:
+            raise PatternError(f"{pattern}: sparsities is empty; give at least one number in [0, 1]")
+        for s in values:
+            if not 0.0 <= s <= 1.0:  # also refuses NaN
+                raise PatternError(f"{pattern}: sparsity {s} is not in [0, 1]")
+        if sorted(values) != list(values):
+            raise PatternError(
+                f"{pattern}: sparsities must ascend, since each mask contains the one before; found {list(values)}"
+            )
+    subnets = tuple(Subnet(level_name(pattern, s), pattern, s) for s in values)
+    for a, b in zip(subnets, subnets[1:], strict=False):
+        if a.name == b.name:
+            raise PatternError(f"{pattern}: sparsities {a.sparsity} and {b.sparsity} would both be named {a.name!r}")
+    return values, subnets

@@ -1,0 +1,109 @@
+"""One checkpoint, every sparse pattern, every ratio.
+
+The public names are listed in ``__all__``; each is imported when it is first used, so that
+``import cocktailsdk`` loads neither torch nor any model library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    AdapterError,
+    BundleError,
+    CocktailError,
+    ExportFailed,
+    PatternError,
+    SlimError,
+    SubnetError,
+    TrainingError,
+)
+
+if TYPE_CHECKING:
+    from .bundle import from_pretrained as from_pretrained
+    from .checks import Failure as Failure
+    from .checks import NMCheck as NMCheck
+    from .checks import verify_nm as verify_nm
+    from .counts import SubnetReport as SubnetReport
+    from .inspection import Inspection as Inspection
+    from .inspection import inspect as inspect
+    from .masks import Mask as Mask
+    from .net import CocktailNet as CocktailNet
+    from .net import sparsify as sparsify
+    from .patterns import NM as NM
+    from .patterns import UMG as UMG
+    from .patterns import Channel as Channel
+    from .patterns import Pattern as Pattern
+    from .patterns import Subnet as Subnet
+    from .patterns import Unstructured as Unstructured
+    from .patterns import register_pattern as register_pattern
+    from .slimming import slim as slim
+    from .training import CoTrainer as CoTrainer
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Channel": ".patterns",
+    "CoTrainer": ".training",
+    "CocktailNet": ".net",
+    "Failure": ".checks",
+    "Inspection": ".inspection",
+    "Mask": ".masks",
+    "NM": ".patterns",
+    "NMCheck": ".checks",
+    "Pattern": ".patterns",
+    "Subnet": ".patterns",
+    "SubnetReport": ".counts",
+    "UMG": ".patterns",
+    "Unstructured": ".patterns",
+    "from_pretrained": ".bundle",
+    "inspect": ".inspection",
+    "register_pattern": ".patterns",
+    "slim": ".slimming",
+    "sparsify": ".net",
+    "verify_nm": ".checks",
+}
+
+__all__ = [
+    "NM",
+    "UMG",
+    "AdapterError",
+    "BundleError",
+    "Channel",
+    "CoTrainer",
+    "CocktailError",
+    "CocktailNet",
+    "ExportFailed",
+    "Failure",
+    "Inspection",
+    "Mask",
+    "NMCheck",
+    "Pattern",
+    "PatternError",
+    "SlimError",
+    "Subnet",
+    "SubnetError",
+    "SubnetReport",
+    "TrainingError",
+    "Unstructured",
+    "__version__",
+    "from_pretrained",
+    "inspect",
+    "register_pattern",
+    "slim",
+    "sparsify",
+    "verify_nm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name], __name__), name)
+        globals()[name] = value  # the next look-up finds it without this function
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,78 @@
+"""What each subnetwork holds and costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .graph import Coupling
+from .masks import Mask
+
+
+@dataclass(frozen=True)
+class SubnetReport:
+    """One subnetwork in numbers.
+
+    Attributes:
+        name: ``"dense"``, ``"unstructured@0.488"``, ``"2:4"``, ``"channel@0.271"``.
+        pattern: The registered name of its pattern, or ``"dense"``.
+        sparsity: The sparsity asked for.
+        sparsity_exact: The sparsity its mask has, by the pattern's definition.
+        params: Parameters kept: those not masked.
+        flops: FLOPs (2 x multiply-adds) of one forward pass on the example inputs as a dense kernel runs them, once
+            removed channels are sliced away.
+        nonzero_macs: Multiply-adds by weights that are not masked.
+        metric: The metric set for it, if any.
+        coverage: Share of the eligible weights that the pattern can touch at all.
+    """
+
+    name: str
+    pattern: str
+    sparsity: float
+    sparsity_exact: float
+    params: int
+    flops: int
+    nonzero_macs: int
+    metric: float | None = None
+    coverage: float = 1.0
+
+
+def params_kept(coupling: Coupling, mask: Mask) -> int:
+    """Parameters that the mask leaves, tied ones once."""
+    total = coupling.params()
+    for name, keep in mask.tensors(coupling).items():
+        if name in coupling.shapes:
+            share = math.prod(coupling.shapes[name]) // keep.numel()
+            total -= int((~keep).sum()) * share
+    return total
+
+
+def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
+    """Multiply-adds that are left when those by masked weights are not counted.
+
+    A weight's elements are used equally often, border effects of padding aside, which dense kernels run too.
+    """
+    kept = mask.tensors(coupling)
+    channels: Mapping[str, Tensor] = coupling.masks(mask.removed) if mask.removed is not None else {}
+    gone = None if mask.removed is None else mask.removed
+    total = 0
+    for c in coupling.contractions:
+        macs = c.macs
+        if gone is not None:
+            for units in c.factors:
+                left = int(((units < 0) | ~gone[units.clamp(min=0)]).sum())
+                macs = macs * left // units.numel()
+        if c.weight is not None and c.weight in mask.elements:
+            shape = coupling.shapes[c.weight]
+            whole = _count(channels.get(c.weight), shape)
+            macs = macs * _count(kept[c.weight], shape) // whole if whole else 0
+        total += macs
+    return total
+
+
+def _count(keep: Tensor | None, shape: tuple[int, ...]) -> int:
+    n = math.prod(shape)
+    return n if keep is None else int(keep.sum()) * (n // keep.numel())

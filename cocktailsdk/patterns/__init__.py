@@ -1,0 +1,27 @@
+"""Families of masks. One file a pattern; new ones register themselves by name."""
+
+from .base import DENSE, UMG, Pattern, Subnet
+from .channel import Channel
+from .generation import in_order, make_all_masks, rounds_of
+from .nm import NM
+from .registry import make_pattern, parse_pattern, pattern_class, register_pattern, registered, resolve_patterns
+from .unstructured import Unstructured
+
+__all__ = [
+    "DENSE",
+    "NM",
+    "UMG",
+    "Channel",
+    "Pattern",
+    "Subnet",
+    "Unstructured",
+    "in_order",
+    "make_all_masks",
+    "make_pattern",
+    "parse_pattern",
+    "pattern_class",
+    "register_pattern",
+    "registered",
+    "resolve_patterns",
+    "rounds_of",
+]

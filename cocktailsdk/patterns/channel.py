@@ -1,0 +1,177 @@
+"""Channel sparsity: whole units of coupled channels, the same share of every group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from ..errors import PatternError
+from ..graph import Coupling, Group
+from ..masks import Mask
+from .base import UMG, Pattern, Subnet, checked_sparsities
+from .registry import register_pattern
+
+AUTO_MULTIPLE = 8  # what GPUs' matrix units want
+AUTO_CHANNELS = 256  # groups at least this wide
+
+
+def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
+    """Importance of every channel unit (paper, Section 3.2, with units in place of channels).
+
+    A row C of a producer has the score β‖m_u⊙C‖₁ + (1-β)‖m_nm⊙C‖₁ on unmasked weights, divided by the mean over
+    the producer's rows, so that no layer dominates a residual stream. A unit's score is the sum over its producers.
+
+    A pattern that made no mask this round drops its term; where neither did, and for producers that are not
+    eligible, the unmasked rows stand in.
+
+    Args:
+        umg: ``made`` may hold masks of ``"unstructured"`` and ``"n:m"``.
+        beta: Weight of the unstructured term, in [0, 1].
+
+    Returns:
+        On the CPU.
+    """
+    scores = torch.zeros(umg.coupling.n_units, dtype=torch.float64)
+    terms = [
+        (share, umg.made[name].elements)
+        for name, share in (("unstructured", beta), ("n:m", 1.0 - beta))
+        if name in umg.made
+    ] or [(1.0, {})]
+    for producer in umg.coupling.producers:
+        has_unit = producer.units >= 0
+        if not bool(has_unit.any()):
+            continue
+        magnitude = umg.values[producer.weight].detach().abs()
+        norms = torch.zeros(magnitude.shape[producer.axis], dtype=torch.float64)
+        for share, elements in terms:
+            m = elements.get(producer.weight)
+            rows = magnitude if m is None else magnitude * m.to(magnitude.device)
+            norms += share * _row_sums(rows, producer.axis)
+        mean = float(norms.mean())
+        if mean > 0.0:
+            scores.index_add_(0, producer.units[has_unit], norms[has_unit] / mean)
+    return scores
+
+
+def _row_sums(t: Tensor, axis: int) -> Float64[Tensor, " out"]:
+    if t.device.type == "mps":  # has no float64
+        t = t.cpu()
+    dims = [d for d in range(t.ndim) if d != axis]
+    return (t.sum(dims, dtype=torch.float64) if dims else t.to(torch.float64)).cpu()
+
+
+def kept_units(group: Group, sparsity: float, round_to: int | str = 1) -> int:
+    """How many of a group's n units stay: ``n - round(sparsity * n)``, at least one.
+
+    Args:
+        group: The group.
+        sparsity: In [0, 1].
+        round_to: The number of channels kept is rounded to a multiple of this (at least one multiple, at most all);
+            ``"auto"`` means 8 in groups of 256 channels and more, 1 elsewhere.
+    """
+    n = group.size
+    gone = min(round(sparsity * n), n - 1)
+    if round_to == "auto":
+        round_to = AUTO_MULTIPLE if n * group.channels >= AUTO_CHANNELS else 1
+    step = int(round_to) // math.gcd(int(round_to), group.channels)
+    if gone == 0 or step == 1:
+        return n - gone
+    return min(n, max(1, round((n - gone) / step)) * step)
+
+
+def removed_units(
+    scores: Float64[Tensor, " units"],
+    coupling: Coupling,
+    sparsity: float,
+    previous: Bool[Tensor, " units"] | None = None,
+    round_to: int | str = 1,
+) -> Bool[Tensor, " units"]:
+    """The units of least score of each group; those removed before go first, ties by position."""
+    removed = torch.zeros(coupling.n_units, dtype=torch.bool)
+    for g in coupling.groups:
+        s = scores[g.start : g.stop].clone()
+        gone = g.size - kept_units(g, sparsity, round_to)
+        if previous is not None:
+            before = previous[g.start : g.stop]
+            s[before] = -math.inf
+            gone = max(gone, int(before.sum()))
+        removed[g.start + s.argsort(stable=True)[:gone]] = True
+    return removed
+
+
+@register_pattern("channel")
+class Channel(Pattern):
+    """Removes the same share of channel units from every group (paper, Section 3.2), nested over its levels.
+
+    Of a group's n units exactly ``round(sparsity * n)`` go, never all. About ``1 - (1 - sparsity)²`` of the weights
+    go with them.
+
+    Args:
+        sparsities: Ascending, in [0, 1]; by default ``1 - (1 - rate)^k`` for k = 1 … rounds.
+        rounds: Number of default levels.
+        rate: Share of the kept units that each default level removes.
+        beta: Weight of the unstructured mask in the score; the N:M mask has the rest.
+        round_to: Channels kept are rounded to a multiple of this; ``"auto"``: 8 in groups of 256 channels and more.
+
+    Raises:
+        PatternError: An argument makes no sense.
+    """
+
+    after = ("unstructured", "n:m")
+
+    def __init__(
+        self,
+        sparsities: Sequence[float] | None = None,
+        rounds: int = 10,
+        rate: float = 0.1,
+        beta: float = 0.8,
+        round_to: int | str | None = "auto",
+    ) -> None:
+        self._given = sparsities is not None
+        self._rounds, self._rate = rounds, rate
+        self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
+        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0.0 <= beta <= 1.0:
+            raise PatternError(f"channel: beta must be a number in [0, 1], not {beta!r}")
+        self.beta = float(beta)
+        self.round_to = checked_round_to(round_to)
+
+    def subnets(self) -> tuple[Subnet, ...]:
+        """Its subnetworks, from the widest to the narrowest."""
+        return self._subnets
+
+    def mask(self, subnet: Subnet, umg: UMG) -> Mask:
+        """The units of least score go."""
+        previous = umg.previous.removed if umg.previous is not None else None
+        scores = unit_scores(umg, self.beta)
+        return Mask(removed=removed_units(scores, umg.coupling, subnet.sparsity, previous, self.round_to))
+
+    def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
+        """Removed units among all."""
+        del subnet
+        n = umg.coupling.n_units
+        return int(mask.removed.sum()) / n if mask.removed is not None and n else 0.0
+
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make an equal pattern."""
+        levels = {"sparsities": list(self.sparsities)} if self._given else {"rounds": self._rounds, "rate": self._rate}
+        return {**levels, "beta": self.beta, "round_to": self.round_to}
+
+
+def checked_round_to(round_to: object) -> int | str:
+    """``"auto"`` or a positive whole number; ``None`` is 1, no rounding.
+
+    Raises:
+        PatternError: It is neither.
+    """
+    if round_to is None:
+        return 1
+    if round_to == "auto":
+        return "auto"
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise PatternError(f"channel: round_to must be 'auto' or a whole number of at least 1, not {round_to!r}")
+    return round_to

@@ -1,0 +1,79 @@
+"""Unified mask generation over all patterns and rounds (method: UMG)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ..errors import PatternError
+from ..graph import Coupling, Weight
+from ..masks import Mask
+from .base import UMG, Pattern, Subnet
+
+
+def in_order(patterns: Sequence[Pattern]) -> tuple[Pattern, ...]:
+    """Patterns such that each comes after those whose masks it wants to see; otherwise in the order given.
+
+    Raises:
+        PatternError: Two patterns wait for each other.
+    """
+    present = {p.name for p in patterns}
+    left, out, done = list(patterns), [], set[str]()
+    while left:
+        ready = next((p for p in left if all(a in done or a not in present for a in p.after)), None)
+        if ready is None:
+            raise PatternError(f"patterns {', '.join(repr(p.name) for p in left)} wait for each other ('after')")
+        left.remove(ready)
+        out.append(ready)
+        done.add(ready.name)
+    return tuple(out)
+
+
+def rounds_of(patterns: Sequence[Pattern], total: int | None = None) -> tuple[dict[str, tuple[Subnet, ...]], ...]:
+    """For each round, which subnets of each pattern train in it; patterns in the order in which masks are made.
+
+    Args:
+        patterns: The patterns.
+        total: Number of rounds; by default as many as the longest pattern has levels.
+
+    Raises:
+        PatternError: A pattern's rounds leave out one of its subnets.
+    """
+    if total is None:
+        total = max(len(p.subnets()) for p in patterns)
+    ordered = in_order(patterns)
+    plans = {p.name: p.rounds(total) for p in ordered}
+    for p in ordered:
+        made = {s.name for r in plans[p.name] for s in r}
+        missing = [s.name for s in p.subnets() if s.name not in made]
+        if missing or len(plans[p.name]) != total:
+            raise PatternError(
+                f"pattern {p.name!r}: rounds({total}) gives {len(plans[p.name])} rounds and leaves out {missing}"
+            )
+    return tuple({name: plan[k] for name, plan in plans.items()} for k in range(total))
+
+
+def make_all_masks(
+    patterns: Sequence[Pattern], coupling: Coupling, eligible: tuple[Weight, ...], values: Mapping[str, Tensor]
+) -> dict[str, Mask]:
+    """Every subnet's mask from the weights as they are, as the rounds of training would make them.
+
+    Returns:
+        By subnet name, patterns in the order given.
+    """
+    by_name = {p.name: p for p in patterns}
+    masks: dict[str, Mask] = {}
+    last: dict[str, Mask] = {}
+    for plan in rounds_of(patterns):
+        made: dict[str, Mask] = {}
+        for name, subnets in plan.items():
+            pattern = by_name[name]
+            for s in subnets:
+                if s.name not in masks:
+                    previous = last.get(name) if pattern.nested else None
+                    masks[s.name] = pattern.mask(s, UMG(coupling, eligible, values, previous, dict(made)))
+                    last[name] = masks[s.name]
+            if subnets:
+                made[name] = masks[subnets[-1].name]
+    return {s.name: masks[s.name] for p in patterns for s in p.subnets()}

@@ -1,0 +1,149 @@
+"""N:M sparsity: of every M consecutive weights along the input channels at most N are kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import PatternError
+from ..graph import Weight
+from ..masks import Mask
+from .base import UMG, Pattern, Subnet
+from .registry import register_pattern
+
+DEFAULT_PAIRS = ((1, 2), (2, 4), (4, 8))
+
+
+def runs(weight: Weight, tensor: Tensor, m: int) -> Tensor:
+    """A tensor of the weight's shape as runs of M consecutive input channels, remainders left out.
+
+    Returns:
+        ``(..., n_runs, m)``; a view or a copy. The order of the runs is fixed by the weight alone.
+    """
+    t = _by_input(weight, tensor)
+    n = t.shape[-1] // m
+    return t[..., : n * m].reshape(*t.shape[:-1], n, m)
+
+
+def unruns(weight: Weight, parts: Tensor, fill: bool | float) -> Tensor:
+    """The inverse of :func:`runs`; remainders take the value ``fill``."""
+    shape = torch.empty(weight.shape, device="meta")
+    folded = _by_input(weight, shape)
+    length, n = folded.shape[-1], parts.shape[-2] * parts.shape[-1]
+    out = parts.new_full(folded.shape, fill)
+    out[..., :n] = parts.reshape(*folded.shape[:-1], n)
+    if _split(weight):
+        out = out.movedim(-1, 1).reshape(weight.groups * length, *weight.shape[1:])
+        return out.contiguous()
+    return out.movedim(-1, weight.in_axis).contiguous()
+
+
+def _split(weight: Weight) -> bool:
+    # A grouped transposed convolution holds its groups' input channels one after another; a run must not cross them.
+    return weight.op == "conv_transpose" and weight.groups > 1 and weight.in_axis == 0
+
+
+def _by_input(weight: Weight, tensor: Tensor) -> Tensor:
+    if _split(weight):
+        return tensor.reshape(weight.groups, -1, *tensor.shape[1:]).movedim(1, -1)
+    return tensor.movedim(weight.in_axis, -1)
+
+
+def covered(weight: Weight, m: int) -> int:
+    """How many of the weight's elements lie in full runs of M."""
+    length = weight.shape[weight.in_axis] // (weight.groups if _split(weight) else 1)
+    return weight.numel // length * (length // m * m) if length else 0
+
+
+def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool[Tensor, "..."]:
+    """Keep the N largest magnitudes of each run, ties by position; a remainder is kept whole."""
+    parts = runs(weight, value.detach(), m).abs()
+    order = parts.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    keep = torch.zeros(parts.shape, dtype=torch.bool, device=value.device).scatter_(-1, order, True)
+    return unruns(weight, keep, True)
+
+
+@register_pattern("n:m")
+class NM(Pattern):
+    """N of every M consecutive input channels are kept, for each kernel position (paper, Section 3.2).
+
+    Runs go along the input channels, as sparse tensor cores and NVIDIA's ASP read them. A remainder shorter than M
+    is kept whole and counts as not covered; the exact sparsity is that of the weights covered.
+
+    Args:
+        n: Weights kept of each run.
+        m: Length of a run.
+        pairs: Several (n, m) instead of one; by default 1:2, 2:4 and 4:8, all 50 % sparse.
+
+    Raises:
+        PatternError: Not 0 < n < m, or a pair twice.
+    """
+
+    nested = False
+
+    def __init__(
+        self, n: int | None = None, m: int | None = None, *, pairs: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        if (n is None) != (m is None) or (n is not None and pairs is not None):
+            raise PatternError(f"NM takes n and m, or pairs, or nothing; found n={n!r}, m={m!r}, pairs={pairs!r}")
+        chosen: Sequence[Sequence[Any]] = pairs if pairs is not None else DEFAULT_PAIRS if n is None else ((n, m),)
+        for pair in chosen:
+            if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in pair):
+                raise PatternError(f"n:m takes pairs of whole numbers, not {pair!r}")
+            if not 0 < pair[0] < pair[1]:
+                raise PatternError(f"n:m needs 0 < n < m, found {pair[0]}:{pair[1]}")
+        self.pairs = tuple((int(a), int(b)) for a, b in chosen)
+        if not self.pairs or len(set(self.pairs)) < len(self.pairs):
+            raise PatternError(f"n:m needs at least one pair, each once; found {list(self.pairs)}")
+
+    def subnets(self) -> tuple[Subnet, ...]:
+        """One for each pair, named like ``"2:4"``."""
+        return tuple(Subnet(f"{n}:{m}", self.name, 1.0 - n / m, {"n": n, "m": m}) for n, m in self.pairs)
+
+    def mask(self, subnet: Subnet, umg: UMG) -> Mask:
+        """The N largest of each run of M, from the weights as they are."""
+        n, m = subnet.options["n"], subnet.options["m"]
+        return Mask({w.name: nm_mask(w, umg.values[w.name], n, m).cpu() for w in umg.eligible})
+
+    def rounds(self, total: int) -> tuple[tuple[Subnet, ...], ...]:
+        """One N:M network at a time; none in round 1, where there are rounds enough.
+
+        Of 3 networks over 10 rounds the first trains in rounds 2-4, the second in 5-7, the third in 8-10. Where
+        fewer than one round each is left after the first, all rounds are used, several networks sharing one if need be.
+        """
+        levels = self.subnets()
+        if total - 1 < len(levels):
+            return super().rounds(total)
+        return ((), *((levels[k * len(levels) // (total - 1)],) for k in range(total - 1)))
+
+    def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
+        """Zeros among the weights covered."""
+        total = sum(covered(w, subnet.options["m"]) for w in umg.eligible)
+        zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
+        return zeros / total if total else 0.0
+
+    def coverage(self, subnet: Subnet, umg: UMG) -> float:
+        """The share of eligible weights that lie in full runs of M."""
+        total = sum(w.numel for w in umg.eligible)
+        return sum(covered(w, subnet.options["m"]) for w in umg.eligible) / total if total else 0.0
+
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make an equal pattern."""
+        return {"pairs": [list(p) for p in self.pairs]}
+
+    @classmethod
+    def parse(cls, spec: str) -> Self | None:
+        """``"n:m"`` is the default three; ``"2:4"`` is one."""
+        if spec == cls.name:
+            return cls()
+        found = re.fullmatch(r"(\d+)\s*:\s*(\d+)", spec)
+        return cls(int(found[1]), int(found[2])) if found else None
+
+    def merged(self, other: Self) -> Self:
+        """The pairs of both, in the order given."""
+        return type(self)(pairs=list(dict.fromkeys(self.pairs + other.pairs)))

@@ -1,0 +1,58 @@
+"""Unstructured sparsity: single weights, ranked by magnitude over the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..masks import Mask
+from .base import UMG, Pattern, Subnet, checked_sparsities
+from .ranking import drop_smallest
+from .registry import register_pattern
+
+
+@register_pattern("unstructured")
+class Unstructured(Pattern):
+    """Global magnitude pruning of single weights, nested over its levels (paper, Section 3.2).
+
+    Exactly ``round(sparsity * total)`` of the eligible weights are zero. Each level ranks the weights that the level
+    before has kept; ties are broken by position.
+
+    Args:
+        sparsities: Ascending, in [0, 1]; by default ``1 - (1 - rate)^k`` for k = 1 … rounds.
+        rounds: Number of default levels.
+        rate: Share of the kept weights that each default level removes.
+
+    Raises:
+        PatternError: An argument makes no sense.
+    """
+
+    def __init__(self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.2) -> None:
+        self._given = sparsities is not None
+        self._rounds, self._rate = rounds, rate
+        self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
+
+    def subnets(self) -> tuple[Subnet, ...]:
+        """Its subnetworks, from the least sparse to the most."""
+        return self._subnets
+
+    def mask(self, subnet: Subnet, umg: UMG) -> Mask:
+        """Drop the smallest of the weights kept so far, until the asked count is zero."""
+        values = {w.name: umg.values[w.name] for w in umg.eligible}
+        before = umg.previous.elements if umg.previous is not None else {}
+        keep = {
+            name: before[name].to(v.device) if name in before else torch.ones_like(v, dtype=torch.bool)
+            for name, v in values.items()
+        }
+        total = sum(v.numel() for v in values.values())
+        kept = sum(int(k.sum()) for k in keep.values())
+        count = round(subnet.sparsity * total) - (total - kept)
+        return Mask({name: k.cpu() for name, k in drop_smallest(values, keep, count).items()})
+
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make an equal pattern."""
+        if self._given:
+            return {"sparsities": list(self.sparsities)}
+        return {"rounds": self._rounds, "rate": self._rate}

@@ -1,0 +1,171 @@
+"""Which weights patterns may touch: ``target_modules`` and ``exclude_modules``, as PEFT reads them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import PatternError
+from .graph import Coupling, Weight
+
+Modules = str | Iterable[str] | None
+"""One regular expression, or names and suffixes, or nothing."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Modules chosen by the user.
+
+    A string is a regular expression that must match a module's whole path. A list holds module paths or their last
+    parts (``"layer1.0.conv1"``, ``"conv1"``); an entry that names a container stands for all inside it. Parameters that
+    are not called ``weight`` (``in_proj_weight``) can be named like modules.
+
+    Attributes:
+        target: Only these are eligible; ``None`` for all but the first convolution and the classifier.
+        exclude: These are not.
+        whole: Paths of the modules that keep their output channels.
+    """
+
+    target: str | tuple[str, ...] | None = None
+    exclude: str | tuple[str, ...] | None = None
+    whole: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, model: nn.Module, target: Modules = None, exclude: Modules = None) -> Selection:
+        """The selection, checked against the model.
+
+        Raises:
+            PatternError: A name or expression that fits nothing in the model, or is malformed.
+        """
+        wanted = _checked(model, "target_modules", target)
+        unwanted = _checked(model, "exclude_modules", exclude)
+        whole = set()
+        if unwanted:
+            whole |= {path for path, _ in model.named_modules() if path and _module_match(unwanted, path)}
+            whole |= {_owner(name) for name, _ in model.named_parameters() if _match(unwanted, _owner(name), name)}
+        if wanted is not None:
+            # Only what makes channels: a norm beside a targeted convolution must not hold its channels back.
+            whole |= {
+                _owner(name)
+                for name, p in model.named_parameters()
+                if p.ndim >= 2 and _owner(name) and not _match(wanted, _owner(name), name)
+            }
+        return cls(wanted, unwanted, frozenset(whole))
+
+    def keeps_channels(self, module: str) -> bool:
+        """Whether the module at this path keeps its output channels."""
+        return module in self.whole
+
+    def eligible(self, coupling: Coupling) -> tuple[Weight, ...]:
+        """The weights that elementwise patterns may touch, in order of execution.
+
+        Raises:
+            PatternError: ``target_modules`` was given and selects no weight.
+        """
+        out = tuple(w for w in coupling.weights if self._takes(w))
+        if self.target is not None and not out:
+            raise PatternError(
+                f"target_modules={self.target!r} selects no weight that is multiplied with activations"
+                + (f" once exclude_modules={self.exclude!r} are gone" if self.exclude else "")
+                + f"; the model has {_some(w.module or w.name for w in coupling.weights)}"
+            )
+        return out
+
+    def why_not(self, weight: Weight) -> str | None:
+        """Why a weight is not eligible; ``None`` where it is."""
+        if self._takes(weight):
+            return None
+        if self.exclude is not None and _match(self.exclude, weight.module, weight.name):
+            return "excluded"
+        if self.target is not None and not _match(self.target, weight.module, weight.name):
+            return "not targeted"
+        return f"{weight.role} (name it in target_modules to prune it)"
+
+    def _takes(self, w: Weight) -> bool:
+        if self.exclude is not None and _match(self.exclude, w.module, w.name):
+            return False
+        if self.target is None:
+            return not w.role
+        how = _match(self.target, w.module, w.name)
+        # A container does not name the first convolution in it; the module's own name does.
+        return how == "itself" or (how == "inside" and not w.role)
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _match(entries: str | tuple[str, ...], module: str, name: str) -> str:
+    """``"itself"``, ``"inside"`` or ``""``, for a parameter by its module's path or its own name."""
+    how = _module_match(entries, module)
+    if how == "itself":
+        return how
+    if isinstance(entries, str):
+        # ``weight`` is left out, or '(?!fc$).*' would find 'fc.weight' after rightly refusing 'fc'.
+        named = not name.endswith(".weight") and re.fullmatch(entries, name)
+        return "itself" if named else how
+    return "itself" if any(_is(e, name) for e in entries) else how
+
+
+def _module_match(entries: str | tuple[str, ...], path: str) -> str:
+    if isinstance(entries, str):
+        return "itself" if re.fullmatch(entries, path) else ""
+    if any(_is(e, path) for e in entries):
+        return "itself"
+    return "inside" if any(_is(e, above) for above in _above(path) for e in entries) else ""
+
+
+def _is(entry: str, path: str) -> bool:
+    return path == entry or path.endswith("." + entry)
+
+
+def _above(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _checked(model: nn.Module, argument: str, given: Modules) -> str | tuple[str, ...] | None:
+    if given is None:
+        return None
+    paths = [p for p, _ in model.named_modules() if p]
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    if isinstance(given, str):
+        try:
+            re.compile(given)
+        except re.error as e:
+            raise PatternError(f"{argument}={given!r} is not a regular expression: {e}") from None
+        if not any(_match(given, _owner(n), n) for n in names) and not any(_module_match(given, p) for p in paths):
+            hint = f" (write [{given!r}] to find it as a suffix)" if any(_is(given, p) for p in paths) else ""
+            raise PatternError(
+                f"{argument}={given!r} matches no module's whole path{hint}{_near(given, paths)}; modules are "
+                f"{_some(paths)}"
+            )
+        return given
+    try:
+        entries = tuple(sorted(given) if isinstance(given, set | frozenset) else given)
+    except TypeError:
+        raise PatternError(f"{argument} must be a regular expression or a list of names, not {given!r}") from None
+    for e in entries:
+        if not isinstance(e, str) or not e:
+            raise PatternError(f"{argument} must hold names, found {e!r}")
+        if not any(_is(e, p) for p in paths) and not any(_is(e, n) for n in names):
+            raise PatternError(f"{argument}: nothing in the model is called {e!r}{_near(e, paths)}")
+    if not entries and argument == "target_modules":
+        raise PatternError("target_modules is empty: nothing would be pruned; leave it out for the default")
+    return entries or None
+
+
+def _near(name: str, paths: list[str]) -> str:
+    tails = {p.rpartition(".")[2] for p in paths}
+    near = difflib.get_close_matches(name, [*paths, *sorted(tails)], n=3, cutoff=0.6)
+    return f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    all_names = list(dict.fromkeys(names))
+    return ", ".join(all_names[:most]) + (f" and {len(all_names) - most} more" if len(all_names) > most else "")

@@ -1,0 +1,120 @@
+"""Batch-norm statistics: found, and recalibrated for the network that is active."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import CocktailError
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The modules that keep running statistics, by path."""
+    return {
+        path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
+
+
+def batch_norm_buffers(model: nn.Module) -> tuple[str, ...]:
+    """Names of all their buffers, ``num_batches_tracked`` included."""
+    return tuple(f"{path}.{name}".lstrip(".") for path, m in batch_norms(model).items() for name in m._buffers)
+
+
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running means and variances, by the buffers' full names."""
+    return {
+        f"{path}.{name}".lstrip("."): b.detach().clone()
+        for path, m in batch_norms(model).items()
+        for name in ("running_mean", "running_var")
+        if (b := m._buffers.get(name)) is not None
+    }
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: a tensor, a tuple or list that begins with the inputs, or a dict of keyword arguments."""
+    batch = to_device(batch, device_of(model))
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, list | tuple):
+        return model(batch[0])
+    return model(batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor lies."""
+    first = next(model.parameters(), None)
+    if first is None:
+        first = next(model.buffers(), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Nested tuples, lists and mappings with their tensors moved."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(v, device) for v in value))
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(v, device) for v in value)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value
+
+
+@contextlib.contextmanager
+def cumulative(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms average their statistics over the batches, from nothing; all other modules evaluate.
+
+    Dropout and the like stay off, since the statistics are those of the network that is served. Modes and momenta are
+    restored; the statistics are left as they were measured.
+    """
+    norms = batch_norms(model)
+    modes = [(m, m.training) for m in model.modules()]
+    momenta = [(m, m.momentum) for m in norms.values()]
+    try:
+        model.eval()
+        for m in norms.values():
+            m.train()
+            m.momentum = None  # a cumulative average: every batch weighs the same
+            m.reset_running_stats()
+        yield
+    finally:
+        for m, momentum in momenta:
+            m.momentum = momentum
+        for module, training in modes:
+            module.training = training
+
+
+def measure(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> int:
+    """Replace the running statistics by their exact average over batches.
+
+    Args:
+        model: Run under no gradient, in place.
+        batches: Any iterable; every batch weighs the same.
+        forward: How a batch is used, ``forward(model, batch)``; by default :func:`default_forward`.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        CocktailError: There were no batches.
+    """
+    run = forward or default_forward
+    n = 0
+    with cumulative(model), torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+            n += 1
+    if n == 0:
+        raise CocktailError(
+            "recalibration got no batches: the iterable was empty (an iterator that was already used up?); "
+            "give a list or a loader"
+        )
+    return n
