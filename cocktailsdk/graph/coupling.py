@@ -166,17 +166,34 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A module that normalises over labelled channels.
+
+    Attributes:
+        axis: The channel axis of its input.
+        channels: How many there are.
+        eps: Added to the variance.
+        root_mean_square: RMSNorm rather than LayerNorm.
+    """
+
+    axis: int
+    channels: int
+    eps: float
+    root_mean_square: bool
+
+
+@dataclass(frozen=True)
 class Trace:
     """What slimming needs of the graph besides the coupling. Not stored in files: it is found again from the model.
 
     Attributes:
         nodes: Every call, in order of execution.
-        norms: For modules that normalise over labelled channels, the channel axis of their input.
+        norms: By path, modules that normalise over labelled channels.
         pads: For modules that only slice and pad along channels, their graph.
     """
 
     nodes: tuple[Node, ...]
-    norms: Mapping[str, int]
+    norms: Mapping[str, Norm]
     pads: Mapping[str, fx.GraphModule]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
+from ..coupling import Norm
 from ..export import module_of
 from ..labels import Field, Fields
 from .elementwise import unify
@@ -65,7 +67,7 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
         if not f.dims & inside:
             out.append(f)
         elif f.dims == {rank - 1} and n == 1 and f.zero and axis is not None:
-            ctx.norms[module_of(node)] = axis
+            ctx.norms[module_of(node)] = Norm(axis, shape[-1], _eps(node), name == "rms_norm")
             out.append(f)
         else:
             left = ctx.labels.collapse(f, f.dims & inside)
@@ -78,6 +80,11 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
     several = not hasattr(node.meta["val"], "shape")
     return (fields, (), ()) if several else fields
+
+
+def _eps(node: fx.Node) -> float:
+    eps = argument(node, "eps")
+    return float(torch.finfo(torch.float32).eps if eps is None else eps)
 
 
 AROUND_NORM = {"layer_norm", "rms_norm", "permute", "contiguous", "transpose", "to", "_to_copy", "alias", "clone", "type_as"}
@@ -94,6 +101,9 @@ def replaceable(ctx: Context, node: fx.Node) -> int | None:
     if not module or any(n.target._opname not in AROUND_NORM for n in nodes):  # type: ignore[union-attr]
         return None
     if sum(n.target._opname in ("layer_norm", "rms_norm") for n in nodes) != 1:  # type: ignore[union-attr]
+        return None
+    owned = {name.rpartition(".")[2] for name in ctx.exported.shapes if name.rpartition(".")[0] == module}
+    if not owned <= {"weight", "bias"}:
         return None
     # Follow the channel axis from the norm's input back to the module's input, and forward to its output.
     axis = len(ctx.shape(node.args[0])) - 1

@@ -14,6 +14,7 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor, fx
 
+from ..coupling import Norm
 from ..export import Exported, module_of, shape_of
 from ..labels import Field, Fields, Labels
 
@@ -68,7 +69,7 @@ class Context:
         rectangles: Label arrays that must lose whole rows or whole columns only.
         products: Every contraction, for counting.
         uses: Parameters contracted with activations, by name.
-        norms: For norms over labelled channels: the module that runs it, and the channel axis of its input.
+        norms: Modules that normalise over labelled channels.
         pads: Modules whose padding along channels can be rewritten.
         tables: Embeddings, whose columns are channels.
         unknown: Ops without a rule, with the number of their uses.
@@ -80,7 +81,7 @@ class Context:
     rectangles: list[Int64[Tensor, "..."]] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     uses: dict[str, WeightUse] = field(default_factory=dict)
-    norms: dict[str, int] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
     pads: set[str] = field(default_factory=set)
     tables: set[str] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,69 @@
+"""The small modules that stand in a slim model for those that cannot simply be narrowed."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["SlimLayerNorm", "SlimRMSNorm"]
+
+
+class _SlimNorm(nn.Module):
+    """A norm over channels of which some are gone: the absent ones were zeros, and are still counted.
+
+    Attributes:
+        channels: How many channels the original normalised over.
+        axis: The channel axis of the input.
+        eps: Added to the variance.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, *, channels: int, axis: int, eps: float) -> None:
+        super().__init__()
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.channels, self.axis, self.eps = channels, axis, eps
+
+    def _affine(self, y: Float[Tensor, "..."], axis: int) -> Float[Tensor, "..."]:
+        view = [1] * y.dim()
+        view[axis] = -1
+        if self.weight is not None:
+            y = y * self.weight.view(view)
+        if self.bias is not None:
+            y = y + self.bias.view(view)
+        return y
+
+    def extra_repr(self) -> str:
+        """What a printed model shows."""
+        return f"channels={self.channels}, axis={self.axis}, eps={self.eps}"
+
+
+class SlimLayerNorm(_SlimNorm):
+    """LayerNorm whose statistics count the absent channels as zeros.
+
+    With C channels in the original and C' left, of mean m = Σx / C: the variance is (Σ(x-m)² + (C-C')m²) / C.
+    """
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Normalises ``x`` along its channel axis; shape and dtype stay."""
+        axis = self.axis % x.dim()
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        absent = self.channels - x.shape[axis]
+        mean = wide.sum(axis, keepdim=True) / self.channels
+        centred = wide - mean
+        variance = (centred.square().sum(axis, keepdim=True) + absent * mean.square()) / self.channels
+        return self._affine((centred * torch.rsqrt(variance + self.eps)).to(x.dtype), axis)
+
+
+class SlimRMSNorm(_SlimNorm):
+    """RMSNorm whose mean square counts the absent channels as zeros."""
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Normalises ``x`` along its channel axis; shape and dtype stay."""
+        axis = self.axis % x.dim()
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        square = wide.square().sum(axis, keepdim=True) / self.channels
+        return self._affine((wide * torch.rsqrt(square + self.eps)).to(x.dtype), axis)
