@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from .graph import Coupling
 from .masks import Mask
@@ -56,23 +55,14 @@ def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
     A weight's elements are used equally often, border effects of padding aside, which dense kernels run too.
     """
     kept = mask.tensors(coupling)
-    channels: Mapping[str, Tensor] = coupling.masks(mask.removed) if mask.removed is not None else {}
-    gone = None if mask.removed is None else mask.removed
+    gone = None if mask.removed is None else torch.cat([mask.removed, torch.zeros(1, dtype=torch.bool)])
     total = 0
     for c in coupling.contractions:
-        macs = c.macs
-        if gone is not None:
+        left, whole = c.macs, 1
+        if c.weight in kept:
+            left, whole = left * int(kept[c.weight].sum()), kept[c.weight].numel()
+        elif gone is not None:
             for units in c.factors:
-                left = int(((units < 0) | ~gone[units.clamp(min=0)]).sum())
-                macs = macs * left // units.numel()
-        if c.weight is not None and c.weight in mask.elements:
-            shape = coupling.shapes[c.weight]
-            whole = _count(channels.get(c.weight), shape)
-            macs = macs * _count(kept[c.weight], shape) // whole if whole else 0
-        total += macs
+                left, whole = left * int((~gone[units]).sum()), whole * units.numel()  # STAYS indexes the last
+        total += left // whole
     return total
-
-
-def _count(keep: Tensor | None, shape: tuple[int, ...]) -> int:
-    n = math.prod(shape)
-    return n if keep is None else int(keep.sum()) * (n // keep.numel())

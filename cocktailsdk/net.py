@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -76,7 +77,6 @@ class CocktailNet(nn.Module):
         self._cache: dict[str, dict[str, Tensor]] = {}
         self._switcher = Switcher(model)
         self._active = self._statistics_active = DENSE
-        self._recouple = False  # set on loading: the coupling came from a file, not from this model's graph
         self.training = model.training
         for name, mask in masks.items():
             self.set_mask(name, mask)
@@ -412,6 +412,13 @@ class CocktailNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CocktailNet:
+        memo[id(self.coupling)] = self.coupling  # plain data that nobody changes, and as large as the graph
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     def extra_repr(self) -> str:
         """The subnetworks, for ``repr``."""

@@ -93,10 +93,10 @@ def tiny_coupling(model: nn.Module) -> Coupling:
         fields=fields,
         kept=(),
         contractions=(
-            Contraction("first", "first.weight", macs["first"], (ua,)),
-            Contraction("widen", "widen.weight", macs["widen"], (ub, ua)),
-            Contraction("inner", "inner.weight", macs["inner"], (ub, ub)),
-            Contraction("fc", "fc.weight", macs["fc"], (ub,)),
+            Contraction("first", "first.weight", macs["first"]),
+            Contraction("widen", "widen.weight", macs["widen"]),
+            Contraction("inner", "inner.weight", macs["inner"]),
+            Contraction("fc", "fc.weight", macs["fc"]),
         ),
         shapes={n: tuple(p.shape) for n, p in model.named_parameters()},
     )

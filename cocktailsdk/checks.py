@@ -1,0 +1,151 @@
+"""Does a model hold the sparsity it is said to hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .errors import PatternError
+from .graph import Kept, Weight
+from .net import CocktailNet
+from .patterns import NM
+from .patterns.nm import runs
+from .selection import Modules, Selection
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A weight that does not hold N of M.
+
+    Attributes:
+        module: Path of its module.
+        weight: The parameter's name.
+        worst: Non-zeros in its fullest run of M.
+        runs: How many of its runs hold more than N.
+        total: How many runs it has.
+    """
+
+    module: str
+    weight: str
+    worst: int
+    runs: int
+    total: int
+
+
+@dataclass(frozen=True)
+class NMCheck:
+    """What :func:`verify_nm` found; true where all is well.
+
+    Attributes:
+        n: Weights allowed in a run.
+        m: Length of a run.
+        failures: Weights that hold more somewhere.
+        checked: Names of the weights that were looked at.
+        skipped: Weights that were not, with the reason.
+    """
+
+    n: int
+    m: int
+    failures: tuple[Failure, ...]
+    checked: tuple[str, ...]
+    skipped: tuple[Kept, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every run of every weight checked holds at most N non-zeros."""
+        return not self.failures
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def verify_nm(
+    model: nn.Module, n: int, m: int, *, target_modules: Modules = None, exclude_modules: Modules = None
+) -> NMCheck:
+    """Does every eligible weight hold at most N non-zeros in every M consecutive input channels?
+
+    Of a :class:`CocktailNet` the active subnetwork is checked, with the net's own eligible weights. Of any other module all
+    convolution and linear weights are, but the first convolution and, where it is the last weight, the classifier, in the
+    order in which the modules were registered (if those are all there is, they are checked). Remainders shorter than M are not
+    covered by the pattern and not checked.
+
+    Args:
+        model: Holds plain tensors with zeros in them.
+        n: Weights allowed in a run.
+        m: Length of a run.
+        target_modules: Check only these (see :func:`sparsify`); not for a net, which knows its own.
+        exclude_modules: Do not check these.
+
+    Raises:
+        PatternError: Not 0 < n < m, a selection names nothing, or there is no weight to check.
+    """
+    NM(n, m)  # checks the numbers
+    if isinstance(model, CocktailNet):
+        if target_modules is not None or exclude_modules is not None:
+            raise PatternError("a net knows its eligible weights; leave target_modules and exclude_modules out")
+        tensors = dict(model.model.named_parameters())
+        weights, selection = model.coupling.weights, model.selection
+    else:
+        found = _marked([w for w, _ in _weights(model)])
+        tensors = {w.name: t for w, t in _weights(model)}
+        weights, selection = tuple(found), Selection.of(model, target_modules, exclude_modules)
+    failures, checked, skipped = [], [], []
+    for w in weights:
+        reason = selection.why_not(w)
+        parts = None if reason else runs(w, tensors[w.name].detach(), m)
+        if parts is not None and parts.numel() == 0:
+            reason = f"has fewer than {m} input channels{' in a group' if w.groups > 1 else ''}"
+        if parts is None or reason:
+            skipped.append(Kept(w.name, reason or ""))
+            continue
+        checked.append(w.name)
+        counts = (parts != 0).sum(-1)
+        bad = int((counts > n).sum())
+        if bad:
+            failures.append(Failure(w.module, w.name, int(counts.max()), bad, counts.numel()))
+    if not checked:
+        why = "; ".join(f"{k.where}: {k.reason}" for k in skipped[:5]) or "it has no convolution and no linear layer"
+        raise PatternError(f"{type(model).__name__} has no weight that {n}:{m} could be checked on ({why})")
+    return NMCheck(n, m, tuple(failures), tuple(checked), tuple(skipped))
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[Weight, Tensor]]:
+    """Weights by the class of their module, for want of a graph; each parameter once."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, t, op, out_axis, in_axis in _of(module):
+            if id(t) not in seen:
+                seen.add(id(t))
+                groups = int(getattr(module, "groups", 1))
+                full = f"{path}.{name}".lstrip(".")
+                yield Weight(full, path, op, tuple(t.shape), out_axis, in_axis, groups, 0), t
+
+
+def _of(module: nn.Module) -> Iterator[tuple[str, Tensor, str, int, int]]:
+    if isinstance(module, _ConvTransposeNd):
+        yield "weight", module.weight, "conv_transpose", 1, 0
+    elif isinstance(module, _ConvNd):
+        yield "weight", module.weight, "conv", 0, 1
+    elif isinstance(module, nn.Linear):
+        yield "weight", module.weight, "linear", 0, 1
+    elif isinstance(module, nn.MultiheadAttention):
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            t = getattr(module, name, None)
+            if isinstance(t, Tensor):
+                yield name, t, "linear", 0, 1
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' linear layer, transposed
+        weight = module.weight
+        if isinstance(weight, Tensor):
+            yield "weight", weight, "linear", 1, 0
+
+
+def _marked(weights: list[Weight]) -> list[Weight]:
+    first = next((i for i, w in enumerate(weights) if w.op == "conv"), None)
+    last = len(weights) - 1 if weights and weights[-1].op == "linear" else None
+    if not set(range(len(weights))) - {first, last}:
+        return weights
+    roles = {first: "first convolution", last: "classifier"}
+    return [replace(w, role=roles.get(i, "")) for i, w in enumerate(weights)]
