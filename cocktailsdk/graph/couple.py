@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from .coupling import STAYS, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 from .export import Exported, export, module_of, shape_of
 from .labels import MUST_STAY, Field
-from .rules import RULES, Context, WeightUse
+from .rules import RULES, Context
 
 __all__ = ["couple"]
 
@@ -129,79 +129,88 @@ def _distinct(now: Int64[Tensor, "..."], dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """A weight's axis that makes channels, with its labels."""
+
+    name: str
+    axis: int
+    labels: Int64[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of units that the same weights make."""
+
+    start: int
+    stop: int
+    makers: frozenset[str]
+
+
+@dataclass(frozen=True)
 class _Units:
-    """Units found: the unit of every label, and the weights that make each."""
+    """Units found: the unit of every label, and their runs."""
 
     of_label: Int64[Tensor, " labels"]
-    bounds: list[tuple[int, int, frozenset[str]]]
+    runs: tuple[_Run, ...]
 
 
-def _number(root: Int64[Tensor, " labels"], made: list[tuple[str, int, Int64[Tensor, " n"]]]) -> _Units:
-    """Numbers the classes that weights make, group by group.
+def _number(root: Int64[Tensor, " labels"], made: Sequence[_Made]) -> _Units:
+    """Numbers the classes that weights make, run by run: those of the same makers are neighbours.
 
     Args:
         root: Root of every label.
-        made: For each axis that makes channels its parameter, axis and labels.
+        made: Every axis that makes channels, in order of execution.
     """
-    n = root.numel()
+    n, never = root.numel(), np.iinfo(np.int64).max
     rng = np.random.default_rng(0)
-    key = np.zeros(n, dtype=np.uint64)
-    order = np.full(n, np.iinfo(np.int64).max, dtype=np.int64)
+    makers_key = np.zeros(n, dtype=np.uint64)  # a class's set of makers, as the XOR of a random number for each
+    order = np.full(n, never, dtype=np.int64)  # where a class was first made
     position = 0
-    members: dict[int, set[str]] = {}
-    for name, _, labels in made:
-        roots = root[labels].numpy()
+    for m in made:
+        roots = root[m.labels].numpy()
         unique, first = np.unique(roots, return_index=True)
-        key[unique] ^= rng.integers(1, 2**63, dtype=np.uint64)
+        makers_key[unique] ^= rng.integers(1, 2**63, dtype=np.uint64)
         order[unique] = np.minimum(order[unique], position + first)
         position += roots.size
-        del name
-    key[MUST_STAY] = 0
-    live = np.flatnonzero(order < np.iinfo(np.int64).max)
+    live = np.flatnonzero(order < never)
     live = live[live != MUST_STAY]
-    first_of: dict[int, int] = {}
-    for k, o in zip(key[live].tolist(), order[live].tolist(), strict=True):
-        first_of[k] = min(first_of.get(k, o), o)
-    ranked = sorted(live.tolist(), key=lambda r: (first_of[int(key[r])], order[r]))
+    key = makers_key[live]
+    kinds, kind = np.unique(key, return_inverse=True)
+    kind_first = np.full(kinds.size, never, dtype=np.int64)
+    np.minimum.at(kind_first, kind, order[live])
+    ranked = np.lexsort((order[live], kind_first[kind]))
     of_root = np.full(n, STAYS, dtype=np.int64)
-    of_root[ranked] = np.arange(len(ranked))
+    of_root[live[ranked]] = np.arange(live.size)
     of_label = torch.from_numpy(of_root)[root]
-    del members
-    bounds: list[tuple[int, int, frozenset[str]]] = []
-    start = 0
-    for i in range(1, len(ranked) + 1):
-        if i == len(ranked) or key[ranked[i]] != key[ranked[start]]:
-            bounds.append((start, i, frozenset()))
-            start = i
-    makers: list[set[str]] = [set() for _ in bounds]
-    group_of = np.zeros(max(len(ranked), 1), dtype=np.int64)
-    for g, (a, b, _) in enumerate(bounds):
-        group_of[a:b] = g
-    for name, _, labels in made:
-        units = of_label[labels]
-        for g in np.unique(group_of[units[units >= 0].numpy()]):
-            makers[int(g)].add(name)
-    return _Units(of_label, [(a, b, frozenset(m)) for (a, b, _), m in zip(bounds, makers, strict=True)])
+
+    sorted_kind = kind[ranked]
+    starts = np.flatnonzero(np.r_[True, sorted_kind[1:] != sorted_kind[:-1]]) if live.size else np.zeros(0, dtype=np.int64)
+    stops = np.r_[starts[1:], live.size] if live.size else starts
+    makers: list[set[str]] = [set() for _ in starts]
+    for m in made:
+        units = of_label[m.labels]
+        for run in np.unique(np.searchsorted(starts, units[units != STAYS].numpy(), side="right") - 1):
+            makers[int(run)].add(m.name)
+    runs = (_Run(int(a), int(b), frozenset(w)) for a, b, w in zip(starts, stops, makers, strict=True))
+    return _Units(of_label, tuple(runs))
+
+
+def _makers(ctx: Context) -> list[_Made]:
+    """Every axis of a weight or an embedding that makes channels."""
+    axes = [(use.name, use.out_axis) for use in ctx.uses.values()]
+    axes += [(name, 1) for name in sorted(ctx.tables - set(ctx.uses))]
+    fields = [(name, axis, ctx.axis_field(ctx.axis_fields(name), axis)) for name, axis in axes]
+    return [_Made(name, axis, f.labels.flatten()) for name, axis, f in fields if f is not None]
 
 
 def _assemble(ctx: Context) -> Coupling:
+    made = _makers(ctx)
     root, why = ctx.labels.classes()
-    made: list[tuple[str, int, Int64[Tensor, " n"]]] = []
-    for use in ctx.uses.values():
-        field = ctx.axis_field(ctx.axis_fields(use.name), use.out_axis)
-        if field is not None:
-            made.append((use.name, use.out_axis, field.labels.flatten()))
-    for name in sorted(ctx.tables - set(ctx.uses)):
-        field = ctx.axis_field(ctx.axis_fields(name), 1)
-        if field is not None:
-            made.append((name, 1, field.labels.flatten()))
-    # A unit of one group alone could never go: at least one of each group stays.
     units = _number(root, made)
-    alone = [(a, b) for a, b, _ in units.bounds if b - a < 2]
-    if alone:
-        for a, _ in alone:
-            label = int((units.of_label == a).nonzero()[0])
-            ctx.labels.stay(torch.tensor([label]), "a group of one unit has nothing to spare")
+    alone = [r.start for r in units.runs if r.stop - r.start < 2]
+    if alone:  # one of each group must stay, so a group of one has nothing to spare
+        labels = [int((units.of_label == a).nonzero()[0]) for a in alone]
+        ctx.labels.stay(torch.tensor(labels), "the only unit of its group")
         root, why = ctx.labels.classes()
         units = _number(root, made)
 
@@ -210,12 +219,11 @@ def _assemble(ctx: Context) -> Coupling:
         held = tuple(u for f in axis_fields if bool(((u := units.of_label[f.labels]) != STAYS).any()))
         if held:
             fields[name] = held
-    weights = _weights(ctx)
     producers = tuple(
-        Producer(name, axis, u) for name, axis, labels in made if bool(((u := units.of_label[labels]) != STAYS).any())
+        Producer(m.name, m.axis, u) for m in made if bool(((u := units.of_label[m.labels]) != STAYS).any())
     )
     return Coupling(
-        weights=weights,
+        weights=_weights(ctx),
         producers=producers,
         groups=_groups(ctx, units, fields, producers),
         fields=fields,
@@ -257,28 +265,29 @@ def _classifiers(ctx: Context) -> set[str]:
     return {name for name in found if name is not None}
 
 
-def _groups(ctx: Context, units: _Units, fields: Mapping[str, tuple[Tensor, ...]], producers: Sequence[Producer]) -> tuple[Group, ...]:
+def _groups(
+    ctx: Context, units: _Units, fields: Mapping[str, tuple[Tensor, ...]], producers: Sequence[Producer]
+) -> tuple[Group, ...]:
     rows = {p.weight: p.axis for p in producers}
-    uses: Mapping[str, WeightUse] = ctx.uses
-    touches: list[list[Touch]] = [[] for _ in units.bounds]
-    starts = torch.tensor([a for a, _, _ in units.bounds])
-    widest = [1] * len(units.bounds)
+    touches: list[list[Touch]] = [[] for _ in units.runs]
+    channels = [1] * len(units.runs)
+    starts = torch.tensor([r.start for r in units.runs])
     for name, held in fields.items():
+        columns = ctx.uses[name].in_axis if name in ctx.uses else None
         for u in held:
             axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
-            present = u[u != STAYS]
-            owners, counts = torch.unique(torch.searchsorted(starts, present, right=True) - 1, return_counts=True)
-            for g, count in zip(owners.tolist(), counts.tolist(), strict=True):
-                kind = "rows" if rows.get(name) == axes[0] else "columns" if name in uses and axes[0] == uses[name].in_axis else "entries"
+            kind = "rows" if rows.get(name) == axes[0] else "columns" if columns == axes[0] else "entries"
+            owners = torch.searchsorted(starts, u[u != STAYS], right=True) - 1
+            for g, count in zip(*(t.tolist() for t in torch.unique(owners, return_counts=True)), strict=True):
                 touches[g].append(Touch(name, axes, kind))
                 if kind == "rows":
-                    a, b, _ = units.bounds[g]
-                    widest[g] = max(widest[g], count // (b - a))
-    names = _names([makers for _, _, makers in units.bounds])
-    in_order = [w for w in [*uses, *sorted(ctx.tables)]]
+                    run = units.runs[g]
+                    channels[g] = max(channels[g], count // (run.stop - run.start))
+    order = {name: i for i, name in enumerate([*ctx.uses, *sorted(ctx.tables)])}
+    names = _names([r.makers for r in units.runs])
     return tuple(
-        Group(names[g], a, b, tuple(w for w in in_order if w in makers), tuple(touches[g]), widest[g])
-        for g, (a, b, makers) in enumerate(units.bounds)
+        Group(names[g], r.start, r.stop, tuple(sorted(r.makers, key=order.__getitem__)), tuple(touches[g]), channels[g])
+        for g, r in enumerate(units.runs)
     )
 
 
@@ -299,14 +308,14 @@ def _names(makers: Sequence[frozenset[str]]) -> list[str]:
     return out
 
 
-def _kept(ctx: Context, made: Sequence[tuple[str, int, Tensor]], units: _Units, why: Mapping[int, str]) -> tuple[Kept, ...]:
+def _kept(ctx: Context, made: Sequence[_Made], units: _Units, why: Mapping[int, str]) -> tuple[Kept, ...]:
     out = []
-    for name, _, labels in made:
-        staying = labels[units.of_label[labels] == STAYS]
+    for m in made:
+        staying = m.labels[units.of_label[m.labels] == STAYS]
         if staying.numel():
-            reason = next((why[i] for i in staying.tolist() if i in why), "nothing else goes with these channels")
-            share = "" if staying.numel() == labels.numel() else f"{staying.numel()} of {labels.numel()} channels: "
-            out.append(Kept(name, share + reason))
+            reason = next((why[i] for i in staying.tolist() if i in why), "no reason recorded")
+            share = "" if staying.numel() == m.labels.numel() else f"{staying.numel()} of {m.labels.numel()} channels: "
+            out.append(Kept(m.name, share + reason))
     out += [Kept(op, f"an op without a rule, used {n} times; what touches it is kept whole") for op, n in ctx.unknown.items()]
     return tuple(out)
 
@@ -330,13 +339,12 @@ def _trace(ctx: Context, units: _Units) -> Trace:
         if shape is not None and all(isinstance(f, Field) for f in result):
             held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
         nodes.append(Node(node.name, op_name(node), module_of(node), shape, held))
-    pads = {m: _padding(ctx, m, units) for m in ctx.pads}
+    pads = {m: _padding(ctx, m) for m in ctx.pads}
     return Trace(tuple(nodes), dict(ctx.norms), pads)
 
 
-def _padding(ctx: Context, module: str, units: _Units) -> fx.GraphModule:
+def _padding(ctx: Context, module: str) -> fx.GraphModule:
     """The graph of a module that only slices and pads, to stand for it with other amounts."""
-    del units
     inner = ctx.nodes_of(module)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}

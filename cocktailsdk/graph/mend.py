@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .coupling import Coupling, Node, Trace
+from .coupling import Node, Norm, Trace
 from .layers import SlimLayerNorm, SlimRMSNorm
 
-__all__ = ["Sizes", "mend", "sizes_of"]
+__all__ = ["Options", "Sizes", "mend", "sizes_of", "surviving"]
 
 
 @dataclass
@@ -52,6 +52,18 @@ def new_shape(node: Node, keep: Bool[Tensor, " units_and_stays"]) -> tuple[int, 
     return tuple(shape)
 
 
+def surviving(value: Tensor, node: Node, keep: Bool[Tensor, " units_and_stays"]) -> Tensor:
+    """What is left of a node's value in the slim model."""
+    for units in node.units:
+        mask = keep[units]
+        for d in range(mask.dim()):
+            if mask.shape[d] > 1:
+                left = mask.movedim(d, 0).flatten(1).any(1)
+                if left.numel() == value.shape[d]:
+                    value = value.index_select(d, left.nonzero().flatten().to(value.device))
+    return value
+
+
 def sizes_of(trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> dict[str, Sizes]:
     """For each module the sizes that change in what it runs itself."""
     out: dict[str, Sizes] = {}
@@ -63,25 +75,40 @@ def sizes_of(trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> dict[str, 
     return out
 
 
-def mend(slim: nn.Module, original: nn.Module, coupling: Coupling, trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> None:
+Options = dict[str, dict[str, list[int]]]
+"""By module path and attribute, the values it may need, the likeliest first."""
+
+
+def mend(
+    slim: nn.Module,
+    original: nn.Module,
+    trace: Trace,
+    keep: Bool[Tensor, " units_and_stays"],
+    chosen: Mapping[str, Mapping[str, int]] | None = None,
+) -> Options:
     """Mends a model whose parameters were cut.
 
     Args:
         slim: The cut copy; changed in place.
         original: The model it was cut from.
-        coupling: The original's coupling.
         trace: The original's trace.
         keep: For each unit whether it stays; a last entry, True, for what belongs to no unit.
+        chosen: Values of attributes that are known; of the others the likeliest is taken.
+
+    Returns:
+        Attributes that equal a size which shrank, with all that they may have become.
     """
     before = dict(original.named_modules())
     sizes = sizes_of(trace, keep)
+    options: Options = {}
     for path, module in list(slim.named_modules()):
         was = before[path]
-        if path in trace.norms and _narrowed(module, was):
+        if path in trace.norms and _narrowed(module, was, trace.norms[path], sizes.get(path)):
             norm = trace.norms[path]
             make = SlimRMSNorm if norm.root_mean_square else SlimLayerNorm
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            slim.set_submodule(path, make(weight, bias, channels=norm.channels, axis=norm.axis, eps=norm.eps).train(module.training))
+            made = make(weight, bias, channels=norm.channels, axis=norm.axis, eps=norm.eps)
+            slim.set_submodule(path, made.train(module.training))
         elif path in trace.pads:
             _mend_padding(slim, path, trace, keep, module.training)
         elif not _mend_known(module, was):
@@ -89,14 +116,21 @@ def mend(slim: nn.Module, original: nn.Module, coupling: Coupling, trace: Trace,
             for name, parameter in module.named_parameters(recurse=False):
                 for old, new in zip(getattr(was, name).shape, parameter.shape, strict=True):
                     seen.add(old, new)
-            _mend_attributes(module, seen.changed)
-    del coupling
+            found = {name: [*seen.changed[value], value] for name, value in _integers(module) if value in seen.changed}
+            if found:
+                options[path] = found
+                known = (chosen or {}).get(path, {})
+                for name, values in found.items():
+                    setattr(module, name, known.get(name, values[0]))
+    return options
 
 
-def _narrowed(module: nn.Module, was: nn.Module) -> bool:
-    return any(p.shape != getattr(was, n).shape for n, p in module.named_parameters(recurse=False)) or not list(
-        module.parameters(recurse=False)
-    )
+def _narrowed(module: nn.Module, was: nn.Module, norm: Norm, sizes: Sizes | None) -> bool:
+    """Whether a norm's channels shrank (one without parameters is known by what it ran)."""
+    own = list(module.named_parameters(recurse=False))
+    if own:
+        return any(p.shape != getattr(was, n).shape for n, p in own)
+    return sizes is not None and norm.channels in sizes.changed
 
 
 def _mend_known(module: nn.Module, was: nn.Module) -> bool:
@@ -128,14 +162,6 @@ def _mend_known(module: nn.Module, was: nn.Module) -> bool:
     else:
         return False
     return True
-
-
-def _mend_attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> None:
-    """Gives integer attributes that equal a size which shrank the size it became."""
-    for name, value in _integers(module):
-        options = changed.get(value)
-        if options:
-            setattr(module, name, options[0])
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from ..errors import SlimError
 from .couple import couple
 from .coupling import STAYS, Coupling, Trace
-from .mend import mend
+from .mend import Options, mend
 from .verify import verify_slim
 
-__all__ = ["slim_module"]
+__all__ = ["Cutter", "slim_module"]
 
 log = logging.getLogger(__name__)
 
@@ -55,34 +56,60 @@ def slim_module(
         if bool(removed[g.start : g.stop].all()):
             raise SlimError(f"all {g.size} units of group {g.name!r} would go; at least one of each group must stay.")
     trace = coupling.trace or _found_again(model, coupling, args, kwargs)
-    slim = cut(model, coupling, trace, removed)
-    if verify:
-        verify_slim(model, coupling, removed, lambda probe: cut(probe, coupling, trace, removed), args, kwargs)
-    return slim
+    mends = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).mends if verify else None
+    return Cutter(coupling, trace, removed).cut(model, mends)[0]
 
 
-def cut(model: nn.Module, coupling: Coupling, trace: Trace, removed: Bool[Tensor, " units"]) -> nn.Module:
-    """Copies a model without the removed units and mends the copy; nothing is checked."""
-    keep = torch.cat([~removed, torch.ones(1, dtype=torch.bool)])  # STAYS indexes the last
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    # Cut tensors are given to deepcopy as already copied, so that the wide ones never are, and ties are kept.
-    memo: dict[int, Any] = {}
-    for name, fields in coupling.fields.items():
-        tensor = tensors[name]
-        smaller = tensor.detach()
-        for units in fields:
-            left = keep[units]
-            if bool(left.all()):
-                continue
-            axes = [d for d in range(left.dim()) if left.shape[d] > 1]
-            if len(axes) != 1:
-                raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
-            smaller = smaller.index_select(axes[0], left.flatten().nonzero().flatten().to(tensor.device))
-        if smaller.shape != tensor.shape:
-            memo[id(tensor)] = nn.Parameter(smaller.clone(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller.clone()
-    slim = copy.deepcopy(model, memo)
-    mend(slim, model, coupling, trace, keep)
-    return slim
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts the same units from models of the same structure.
+
+    Attributes:
+        coupling: The structure's coupling.
+        trace: Its trace.
+        removed: The units that go.
+    """
+
+    coupling: Coupling
+    trace: Trace
+    removed: Bool[Tensor, " units"]
+
+    @property
+    def keep(self) -> Bool[Tensor, " units_and_stays"]:
+        """What stays; the last entry, True, is for what belongs to no unit (``STAYS`` indexes it)."""
+        return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
+
+    def cut(self, model: nn.Module, mends: Mapping[str, Mapping[str, int]] | None = None) -> tuple[nn.Module, Options]:
+        """Copies a model without the removed units and mends the copy; nothing is checked.
+
+        Args:
+            model: The model.
+            mends: Values of attributes that are known.
+
+        Returns:
+            The copy, and the attributes that may need other values.
+        """
+        keep = self.keep
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        # Cut tensors are given to deepcopy as already copied, so that the wide ones never are, and ties are kept.
+        memo: dict[int, Any] = {}
+        for name, fields in self.coupling.fields.items():
+            tensor = tensors[name]
+            smaller = tensor.detach()
+            for units in fields:
+                left = keep[units]
+                if bool(left.all()):
+                    continue
+                axes = [d for d in range(left.dim()) if left.shape[d] > 1]
+                if len(axes) != 1:
+                    raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
+                smaller = smaller.index_select(axes[0], left.flatten().nonzero().flatten().to(tensor.device))
+            if smaller.shape != tensor.shape:
+                smaller = smaller.clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+        slim = copy.deepcopy(model, memo)
+        return slim, mend(slim, model, self.trace, keep, mends)
 
 
 def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Trace:

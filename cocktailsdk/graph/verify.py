@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, product
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool
@@ -13,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import SlimError
-from .coupling import Coupling
+from .coupling import Coupling, Trace
 from .export import evaluating
+from .mend import Options, surviving
 
-__all__ = ["EXACT", "SINGLE", "apply_masks", "randomise", "verify_slim"]
+__all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
 
 EXACT = 1e-9
 """Largest relative error allowed in float64."""
@@ -61,26 +65,48 @@ def apply_masks(model: nn.Module, coupling: Coupling, removed: Bool[Tensor, " un
             tensors[name].mul_(keep.to(tensors[name]))
 
 
-def verify_slim(
-    model: nn.Module,
-    coupling: Coupling,
-    removed: Bool[Tensor, " units"],
-    cut: Callable[[nn.Module], nn.Module],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-) -> float:
+class Cut(Protocol):
+    """Makes the slim model of a model; see :class:`cocktailsdk.graph.slim.Cutter`."""
+
+    coupling: Coupling
+    trace: Trace
+    removed: Bool[Tensor, " units"]
+
+    @property
+    def keep(self) -> Bool[Tensor, " units_and_stays"]:
+        """What stays."""
+
+    def cut(self, model: nn.Module, mends: Mapping[str, Mapping[str, int]] | None = None) -> tuple[nn.Module, Options]:
+        """The slim model, and attributes that may need other values."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the check found.
+
+    Attributes:
+        error: The largest relative error over all outputs.
+        mends: By module path, values of attributes with which the slim model is right.
+    """
+
+    error: float
+    mends: dict[str, dict[str, int]]
+
+
+def verify_slim(model: nn.Module, cutter: Cut, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Proof:
     """Compares slim and masked on a randomised float64 copy of a model.
+
+    Attributes that could have become several sizes (four heads of four channels, say) are settled on the way, each
+    module by its own output.
 
     Args:
         model: The model; not altered.
-        coupling: Its coupling.
-        removed: The units that go.
-        cut: Makes the slim model of a copy.
+        cutter: Makes the slim model.
         args: Example positional inputs.
         kwargs: Example keyword inputs.
 
     Returns:
-        The largest relative error over all outputs.
+        The proof.
 
     Raises:
         SlimError: If the slim model does not run, or computes something else. The first module that differs is named.
@@ -88,34 +114,108 @@ def verify_slim(
     if not args and not kwargs:
         raise SlimError("a slim model is checked by running it, but there are no example inputs; pass example_inputs=(x,).")
     generator = torch.Generator().manual_seed(0)
-    probe = copy.deepcopy(model).to(torch.float64)
-    randomise(probe, generator)
+    masked = copy.deepcopy(model).to(torch.float64)
+    randomise(masked, generator)
     args, kwargs = _doubled((tuple(args), dict(kwargs or {})), generator)
-    slim = cut(probe)
-    with evaluating(probe), evaluating(slim), torch.no_grad():
-        dense = _tensors(probe(*args, **kwargs))
-        apply_masks(probe, coupling, removed)
+    slim, options = cutter.cut(masked)
+    with evaluating(masked), evaluating(slim), torch.no_grad():
+        dense = _tensors(masked(*args, **kwargs))
+        apply_masks(masked, cutter.coupling, cutter.removed)
         precision = _Precision()
-        with precision:
-            want = _tensors(probe(*args, **kwargs))
+        with precision, _Outputs(masked, options) as outputs:
+            want = _tensors(masked(*args, **kwargs))
         try:
-            got = _tensors(slim(*args, **kwargs))
+            with _Settling(slim, options, outputs.seen, cutter) as settling:
+                got = _tensors(slim(*args, **kwargs))
         except Exception as error:
-            where = _failing_module(slim, args, kwargs)
+            reason = str(error).splitlines()[0] if str(error) else "no message"
             raise SlimError(
-                f"the slim {type(model).__name__} does not run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-                f"it fails in {where}. An attribute that this module reshapes or splits by could not be mended: exclude it "
-                "(exclude_modules=[...]) or register an adapter for its class."
+                f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
+                f"{_failing_module(slim, args, kwargs)}. An attribute that this module reshapes or splits by could not "
+                "be mended: exclude it (exclude_modules=[...]) or register an adapter for its class."
             ) from error
         worst = _compare(got, want, dense)
         limit = SINGLE if precision.single else EXACT
         if not worst <= limit:
-            where = _first_difference(probe, slim, args, kwargs)
             raise SlimError(
-                f"the slim {type(model).__name__} computes something else than the masked one: relative error {worst:.1e}, allowed {limit:.0e}. "
-                f"The first module that differs is {where}. Exclude it (exclude_modules=[...]) and report it, please: this should not happen."
+                f"the slim {type(model).__name__} computes something else than the masked one: relative error "
+                f"{worst:.1e}, allowed {limit:.0e}. The first module that differs is "
+                f"{_first_difference(masked, slim, args, kwargs)}. Exclude it (exclude_modules=[...]) and report it, "
+                "please: this should not happen."
             )
-    return worst
+    return Proof(worst, settling.mends)
+
+
+class _Outputs:
+    """Records what some modules of the masked model return, at their first call."""
+
+    def __init__(self, model: nn.Module, paths: Mapping[str, Any]) -> None:
+        self.seen: dict[str, list[Tensor]] = {}
+        self._model, self._paths, self._hooks = model, paths, []
+
+    def __enter__(self) -> _Outputs:
+        for path in self._paths:
+
+            def hook(_m: nn.Module, _i: Any, out: Any, path: str = path) -> None:
+                self.seen.setdefault(path, _tensors(out))
+
+            self._hooks.append(self._model.get_submodule(path).register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for h in self._hooks:
+            h.remove()
+
+
+class _Settling:
+    """As the slim model runs, finds for each module the values of its attributes with which it is right."""
+
+    MOST = 128
+    """Combinations tried for a module."""
+
+    def __init__(self, slim: nn.Module, options: Options, wanted: Mapping[str, list[Tensor]], cutter: Cut) -> None:
+        self.mends: dict[str, dict[str, int]] = {}
+        self._slim, self._options, self._wanted, self._cutter, self._hooks = slim, options, wanted, cutter, []
+        self._trying = False
+
+    def __enter__(self) -> _Settling:
+        for path in self._options:
+            hook = partial(self._settle, path)
+            self._hooks.append(self._slim.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for h in self._hooks:
+            h.remove()
+
+    def _settle(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if path in self.mends or self._trying:
+            return
+        names = list(self._options[path])
+        expected = self._expected(path)
+        for values in islice(product(*self._options[path].values()), self.MOST):
+            for name, value in zip(names, values, strict=True):
+                setattr(module, name, value)
+            self._trying = True
+            try:
+                got = _tensors(type(module).forward(module, *args, **kwargs))
+            except Exception:  # a wrong size: try the next
+                continue
+            finally:
+                self._trying = False
+            if expected is None or _compare(got[:1], expected, expected) <= SINGLE:
+                self.mends[path] = dict(zip(names, values, strict=True))
+                return
+        for name in names:  # none is right: the run will say so
+            setattr(module, name, self._options[path][name][0])
+
+    def _expected(self, path: str) -> list[Tensor] | None:
+        """What the module should return first: the masked model's value without what is gone."""
+        wanted = self._wanted.get(path)
+        last = next((n for n in reversed(self._cutter.trace.nodes) if n.module == path or n.module.startswith(path + ".")), None)
+        if not wanted or last is None or tuple(wanted[0].shape) != last.shape:
+            return None
+        return [surviving(wanted[0], last, self._cutter.keep)]
 
 
 def _doubled(inputs: Any, generator: torch.Generator) -> Any:

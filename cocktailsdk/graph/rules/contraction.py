@@ -14,8 +14,6 @@ from ..labels import Field, Fields
 from .elementwise import all_zero, any_zero, unify
 from .registry import Context, Product, Result, WeightUse, argument, rule
 
-BIAS_LOSES_ZERO = False
-
 
 def _is_weight(ctx: Context, node: Any) -> str | None:
     """The parameter's name where an operand is one of the model's own."""
