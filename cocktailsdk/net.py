@@ -290,6 +290,10 @@ class CocktailNet(nn.Module):
         values = {n: self._switcher.dense(n) for n in names}
         return UMG(self.coupling, self.eligible, values, previous, dict(made or {}))
 
+    def dense_tensor(self, name: str) -> Tensor:
+        """A parameter's or buffer's dense value, whatever is active; the model's own memory, or the copy kept of it."""
+        return self._switcher.dense(name)
+
     # ------------------------------------------------------------- statistics
 
     def recalibrate(self, name: str, batches: Iterable[Any], forward: Forward | None = None) -> None:
