@@ -67,10 +67,10 @@ def verify_nm(
 ) -> NMCheck:
     """Does every eligible weight hold at most N non-zeros in every M consecutive input channels?
 
-    Of a :class:`CocktailNet` the active subnetwork is checked, with the net's own eligible weights. Of any other module all
-    convolution and linear weights are, but the first convolution and, where it is the last weight, the classifier, in the
-    order in which the modules were registered (if those are all there is, they are checked). Remainders shorter than M are not
-    covered by the pattern and not checked.
+    Of a :class:`CocktailNet` the active subnetwork is checked, with the net's own eligible weights. Of any other module
+    all convolution and linear weights are, but the first convolution and, where it is the last weight, the classifier,
+    in the order in which the modules were registered (if those are all there is, they are checked). Remainders shorter
+    than M are not covered by the pattern and not checked.
 
     Args:
         model: Holds plain tensors with zeros in them.
@@ -86,7 +86,7 @@ def verify_nm(
     if isinstance(model, CocktailNet):
         if target_modules is not None or exclude_modules is not None:
             raise PatternError("a net knows its eligible weights; leave target_modules and exclude_modules out")
-        tensors = dict(model.model.named_parameters())
+        tensors: dict[str, Tensor] = dict(model.model.named_parameters())
         weights, selection = model.coupling.weights, model.selection
     else:
         found = _marked([w for w, _ in _weights(model)])

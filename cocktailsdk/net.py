@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -14,30 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from .counts import SubnetReport, nonzero_macs, params_kept
-from .errors import PatternError, SubnetError
+from .errors import PatternError
 from .graph import Coupling, Weight
 from .masks import Mask
 from .patterns import DENSE, UMG, Pattern, Subnet, make_all_masks, resolve_patterns
 from .selection import Modules, Selection
 from .statistics import Forward, device_of, measure, statistics_of, to_device
-from .switching import Switcher
+from .switchable import SwitchableNet
 
 log = logging.getLogger(__name__)
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
-_MASK_CACHE_BYTES = 1 << 30
 
-
-class CocktailNet(nn.Module):
+class CocktailNet(SwitchableNet):
     """A dense network and its sparse subnetworks, which share its weights.
 
     Made by :func:`sparsify` and :func:`from_pretrained`. It behaves as the model does: calls and unknown attributes go
     to :attr:`model`, the user's own instance, whose tensors are changed in place by :meth:`switch`.
 
     While a subnetwork is active, ``net.model`` *is* that subnetwork: ``net.model.state_dict()`` holds its masked
-    weights. ``net.state_dict()``, ``net.save_pretrained()`` and ``net.umg()`` always see the dense weights. Copies made by
-    ``copy.deepcopy(net)`` have the same subnetwork active.
+    weights. ``net.state_dict()``, ``net.save_pretrained()`` and ``net.umg()`` always see the dense weights. Copies made
+    by ``copy.deepcopy(net)`` have the same subnetwork active.
 
     Attributes:
         model: The user's own model.
@@ -47,12 +42,10 @@ class CocktailNet(nn.Module):
         selection: What the user targeted and excluded.
         example: ``(args, kwargs)`` on which the model was traced; ``None`` where a bundle could not describe them.
         metrics: A metric by subnet name, set by training or by the user, saved in bundles.
-        statistics: Batch-norm means and variances by subnet name, each by the buffers' full names. Where a subnet has none,
-            the dense network's are used. Those of ``"dense"`` are the model's own buffers; its entry here, if there is one,
-            is a copy for reading.
+        statistics: Batch-norm means and variances by subnet name, each by the buffers' full names. Where a subnet has
+            none, the dense network's are used. Those of ``"dense"`` are the model's own buffers; its entry here, if
+            there is one, is a copy for reading.
     """
-
-    model: nn.Module
 
     def __init__(
         self,
@@ -63,63 +56,13 @@ class CocktailNet(nn.Module):
         example: Example | None,
         masks: Mapping[str, Mask],
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, coupling, [s for p in patterns for s in p.subnets()])
         self.patterns = patterns
-        self.coupling = coupling
         self.selection = selection
         self.eligible: tuple[Weight, ...] = selection.eligible(coupling)
         self.example = example
-        self.metrics: dict[str, float] = {}
-        self.statistics: dict[str, dict[str, Tensor]] = {}
-        self._subnets = {DENSE: Subnet(DENSE, DENSE, 0.0)} | {s.name: s for p in patterns for s in p.subnets()}
-        self._masks: dict[str, Mask] = {}
-        self._cache: dict[str, dict[str, Tensor]] = {}
-        self._switcher = Switcher(model)
-        self._active = self._statistics_active = DENSE
-        self.training = model.training
         for name, mask in masks.items():
             self.set_mask(name, mask)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the active subnetwork."""
-        return self.model(*args, **kwargs)
-
-    # ------------------------------------------------------------------ names
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all subnetworks: ``"dense"``, then by pattern."""
-        return list(self._subnets)
-
-    @property
-    def active(self) -> str:
-        """Name of the active subnetwork."""
-        return self._active
-
-    @property
-    def masks(self) -> Mapping[str, Mask]:
-        """Masks by subnet name, on the CPU; the dense network has none. Change them with :meth:`set_mask`."""
-        return dict(self._masks)
-
-    def subnet(self, name: str) -> Subnet:
-        """The subnetwork of a name; numbers may be written loosely (``"channel@0.10"``).
-
-        Raises:
-            SubnetError: There is none.
-        """
-        if isinstance(name, str):
-            if name in self._subnets:
-                return self._subnets[name]
-            loose = _loose(name)
-            for known, s in self._subnets.items():
-                if loose is not None and loose == _loose(known):
-                    return s
-        text = str(name)
-        near = difflib.get_close_matches(text, self._subnets, n=3, cutoff=0.4) or list(self._subnets)[:3]
-        raise SubnetError(
-            f"no subnet {text!r}; nearest: {', '.join(near)} (net.names lists all {len(self._subnets)})"
-        )
 
     def pattern(self, name: str) -> Pattern:
         """The pattern of a registered name.
@@ -132,147 +75,9 @@ class CocktailNet(nn.Module):
                 return p
         raise PatternError(f"this net has no pattern {name!r}; it has {', '.join(p.name for p in self.patterns)}")
 
-    # -------------------------------------------------------------- switching
-
-    def switch(self, name: str) -> CocktailNet:
-        """Make a subnetwork the active one, in place.
-
-        The model's own tensors are changed; their dense values are kept beside and restored bit for bit by
-        ``switch("dense")``. Changes made meanwhile to tensors that the subnetwork masks, and to batch-norm buffers, are lost.
-
-        Returns:
-            The net itself.
-
-        Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
-        """
-        self._go(self._ready(name), statistics=True)
-        if self._active == DENSE:
-            self._switcher.release()
-        return self
-
-    @contextlib.contextmanager
-    def using(self, name: str, *, statistics: bool = True) -> Iterator[CocktailNet]:
-        """Make a subnetwork active for a while; may be nested.
-
-        Whatever happens inside, on leaving the network that was active before is active again. Updates made inside to
-        parameters that the subnetwork masks are discarded on leaving, so training steps its optimizer outside.
-
-        Args:
-            name: The subnetwork.
-            statistics: Whether batch-norm buffers go with it. If not, they are neither swapped nor restored: training
-                shares them.
-
-        Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
-        """
-        target = self._ready(name)
-        before, statistics_before = self._active, self._statistics_active
-        try:
-            self._go(target, statistics=statistics)
-            yield self
-        finally:
-            self._go(before, statistics=False)
-            if statistics:
-                self._go_statistics(statistics_before)
-
-    def _ready(self, name: str) -> str:
-        name = self.subnet(name).name
-        if name != DENSE and name not in self._masks:
-            raise SubnetError(f"subnet {name!r} has no mask yet: it is made in a later round of training (set_mask)")
-        return name
-
-    def _go(self, name: str, *, statistics: bool) -> None:
-        if name != self._active:
-            masks = {} if name == DENSE else self._device_masks(name)
-            self._switcher.to_dense(statistics=False)
-            self._active = DENSE  # true if what follows fails
-            if masks:
-                self._switcher.mask(masks)
-            self._active = name
-        if statistics:
-            self._go_statistics(name)
-
-    def _go_statistics(self, name: str) -> None:
-        if name == self._statistics_active:
-            return
-        masks = {} if name == DENSE else self._device_masks(name)
-        self._switcher.norms.restore(self._switcher.tensors)
-        self._statistics_active = DENSE
-        if name != DENSE:
-            self._switcher.load_statistics(self.statistics.get(name, {}), masks)
-        self._statistics_active = name
-
-    # ------------------------------------------------------------------ masks
-
-    def set_mask(self, name: str, mask: Mask) -> None:
-        """Give a subnetwork its mask. Statistics and metric that belonged to another mask are dropped.
-
-        Raises:
-            SubnetError: There is no such subnetwork, it is the dense one, or a subnetwork is active.
-            PatternError: The mask does not fit the model.
-        """
-        name = self.subnet(name).name
-        if name == DENSE:
-            raise SubnetError("the dense network has no mask")
-        if self._active != DENSE or self._statistics_active != DENSE:
-            raise SubnetError(f"masks change only while 'dense' is active; now {self._active!r} is: switch('dense') first")
-        for weight, keep in mask.elements.items():
-            shape = self.coupling.shapes.get(weight)
-            if shape is None:
-                raise PatternError(f"the mask of {name!r} is for {weight!r}, which is no parameter of the model")
-            if keep.dtype != torch.bool or tuple(keep.shape) != tuple(shape):
-                raise PatternError(
-                    f"the mask of {name!r} for {weight!r} must be bool of shape {tuple(shape)}, not {keep.dtype} of "
-                    f"{tuple(keep.shape)}"
-                )
-        if mask.removed is not None and (
-            mask.removed.dtype != torch.bool or tuple(mask.removed.shape) != (self.coupling.n_units,)
-        ):
-            raise PatternError(
-                f"the mask of {name!r} removes units given as {mask.removed.dtype} of {tuple(mask.removed.shape)}; the "
-                f"model has {self.coupling.n_units} units, so bool of ({self.coupling.n_units},)"
-            )
-        removed = None if mask.removed is None else mask.removed.detach().cpu()
-        self._masks[name] = Mask({n: k.detach().cpu() for n, k in mask.elements.items()}, removed)
-        self._cache.pop(name, None)
-        self.statistics.pop(name, None)
-        self.metrics.pop(name, None)
-
-    def mask_tensors(self, name: str) -> dict[str, Tensor]:
-        """Masks of a subnetwork's parameters as numbers (1 kept, 0 masked), to mask gradients with.
-
-        Returns:
-            By parameter name, in the parameter's dtype and on its device, broadcastable to its shape. Parameters that the
-            subnetwork leaves whole are left out. Cached: do not change them.
-
-        Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
-        """
-        name = self._ready(name)
-        if name == DENSE:
-            return {}
-        return {n: m for n, m in self._device_masks(name).items() if n in self.coupling.shapes}
-
-    def _device_masks(self, name: str) -> dict[str, Tensor]:
-        tensors = self._switcher.tensors
-        new = name not in self._cache
-        masks = dict(self._masks[name].tensors(self.coupling)) if new else self._cache.pop(name)
-        with torch.inference_mode(False):
-            for n, m in masks.items():
-                t = tensors[n]
-                if m.dtype != t.dtype or m.device != t.device:  # new, or the model has moved
-                    masks[n] = m.to(device=t.device, dtype=t.dtype)
-        self._cache[name] = masks  # at the end: the dict's order is that of use
-        if new:
-            held = {k: sum(m.nbytes for m in v.values()) for k, v in self._cache.items()}
-            for oldest in list(held)[:-1]:
-                if sum(held.values()) <= _MASK_CACHE_BYTES:
-                    break
-                del self._cache[oldest], held[oldest]
-        return masks
-
-    def make_masks(self, subnet: Subnet | str, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> Mask:
+    def make_masks(
+        self, subnet: Subnet | str, previous: Mask | None = None, made: Mapping[str, Mask] | None = None
+    ) -> Mask:
         """The mask that the subnet's pattern makes from the dense weights as they are now (UMG). It is not set.
 
         Args:
@@ -289,12 +94,6 @@ class CocktailNet(nn.Module):
         names = dict.fromkeys([*(w.name for w in self.eligible), *(p.weight for p in self.coupling.producers)])
         values = {n: self._switcher.dense(n) for n in names}
         return UMG(self.coupling, self.eligible, values, previous, dict(made or {}))
-
-    def dense_tensor(self, name: str) -> Tensor:
-        """A parameter's or buffer's dense value, whatever is active; the model's own memory, or the copy kept of it."""
-        return self._switcher.dense(name)
-
-    # ------------------------------------------------------------- statistics
 
     def recalibrate(self, name: str, batches: Iterable[Any], forward: Forward | None = None) -> None:
         """Measure a subnetwork's own batch-norm statistics and keep them in :attr:`statistics`.
@@ -335,8 +134,6 @@ class CocktailNet(nn.Module):
                     tensors[n].copy_(value)
             raise
         self.statistics[DENSE] = statistics_of(self.model)
-
-    # ------------------------------------------------------- reports and files
 
     def subnets(self) -> list[SubnetReport]:
         """Every subnetwork that has a mask, in numbers, in the order of :attr:`names`."""
@@ -385,49 +182,6 @@ class CocktailNet(nn.Module):
 
         save_pretrained(self, path)
 
-    # ---------------------------------------------------------------- nn.Module
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, with the dense values, whatever is active."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for stash in (self._switcher.weights, self._switcher.norms):
-            for name, value in stash.saved.items():
-                key = f"{prefix}model.{name}"
-                if key in state:
-                    state[key] = value.clone()
-        return state
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; the values are the dense ones, whatever is active."""
-        if self._active == DENSE and self._statistics_active == DENSE:
-            return super().load_state_dict(*args, **kwargs)
-        with self.using(DENSE):
-            return super().load_state_dict(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            model = self.__dict__.get("_modules", {}).get("model")
-            if model is None or name == "model":
-                raise
-            return getattr(model, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CocktailNet:
-        memo[id(self.coupling)] = self.coupling  # plain data that nobody changes, and as large as the graph
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return new
-
-    def extra_repr(self) -> str:
-        """The subnetworks, for ``repr``."""
-        return f"{len(self._subnets)} networks, {self._active} active"
-
 
 def sparsify(
     model: nn.Module,
@@ -445,11 +199,11 @@ def sparsify(
     Args:
         model: Any module that ``torch.export`` can follow.
         patterns: Names (``"unstructured"``), spec strings (``"2:4"``, ``"channel@0.3"``) or pattern objects.
-        example_inputs: Positional arguments of one forward pass (a single tensor is taken as one). Where none are given, an adapter
-            is asked for them.
+        example_inputs: Positional arguments of one forward pass (a single tensor is taken as one). Where none are
+            given, an adapter is asked for them.
         example_kwargs: Keyword arguments of that pass.
-        target_modules: Which modules are eligible: a regular expression over the whole path, or a list of names and suffixes.
-            By default all convolution and linear weights but the first convolution and the classifier.
+        target_modules: Which modules are eligible: a regular expression over the whole path, or a list of names and
+            suffixes. By default all convolution and linear weights but the first convolution and the classifier.
         exclude_modules: Which are not; the same forms. They also keep their output channels.
 
     Raises:
@@ -468,15 +222,20 @@ def sparsify(
     eligible = selection.eligible(coupling)
     if not eligible and not coupling.groups:
         raise PatternError(
-            "nothing in the model can be pruned: no weight is eligible and no channels can go; the first convolution and "
-            "the classifier become eligible when target_modules names them"
+            "nothing in the model can be pruned: no weight is eligible and no channels can go; the first convolution "
+            "and the classifier become eligible when target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
     umg = net.umg()
     for name, mask in make_all_masks(chosen, coupling, eligible, umg.values).items():
         net.set_mask(name, mask)
-    log.info("%d networks of %s: %d eligible weights, %d channel groups", len(net.names), type(model).__name__,
-             len(eligible), len(coupling.groups))
+    log.info(
+        "%d networks of %s: %d eligible weights, %d channel groups",
+        len(net.names),
+        type(model).__name__,
+        len(eligible),
+        len(coupling.groups),
+    )
     return net
 
 
@@ -504,13 +263,3 @@ def couple_model(model: nn.Module, example: Example, selection: Selection) -> Co
 
     args, kwargs = to_device(example, device_of(model))
     return couple(model, args, kwargs, exclude=selection.keeps_channels if selection.whole else None)
-
-
-def _loose(name: str) -> tuple[str, float] | None:
-    pattern, at, level = name.partition("@")
-    if not at:
-        return None
-    try:
-        return pattern.strip(), round(float(level), 3)
-    except ValueError:
-        return None

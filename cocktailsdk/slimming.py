@@ -45,7 +45,8 @@ def slim(
         example_kwargs: Keyword arguments of that pass.
         ratio: Share of the units removed from every prunable channel group, in [0, 1); at least one unit stays.
         round_to: The channels kept are a multiple of this; ``"auto"``: 8 in groups of 256 and more.
-        flops: Instead of a ratio: the share of FLOPs that may be left, in (0, 1]; the smallest ratio that meets it is found.
+        flops: Instead of a ratio: the share of FLOPs that may be left, in (0, 1]; the smallest ratio that meets it is
+            found.
         params: Likewise for parameters. With both, both are met.
         target_modules: Only these may lose output channels.
         exclude_modules: These keep theirs.
@@ -109,9 +110,13 @@ def _smallest_ratio(
 
     if not meets(steps[-1]):
         f, p = left(steps[-1])
-        asked = [f"{n}={a} (at least {h:.4f} stays)" for n, a, h in (("flops", flops, f), ("params", params, p)) if a is not None]
+        asked = [
+            f"{n}={a} (at least {h:.4f} stays)"
+            for n, a, h in (("flops", flops, f), ("params", params, p))
+            if a is not None
+        ]
         raise PatternError(
-            f"cannot be met: {', '.join(asked)}, even with one unit left in each of the {len(coupling.groups)} channel groups"
+            f"cannot be met: {', '.join(asked)}, even with one unit left in each of the {len(coupling.groups)} groups"
         )
     low, high = 0, len(steps) - 1
     while low < high:
@@ -136,7 +141,8 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
             return copy.deepcopy(net.model)
     if net.example is None:
         raise SlimError(
-            "slimming traces the model, but the bundle could not describe its example inputs; set net.example = (args, kwargs)"
+            "slimming traces the model, but the bundle could not describe its example inputs: set "
+            "net.example = (args, kwargs)"
         )
     args, kwargs = to_device(net.example, device_of(net.model))
     if net.coupling.trace is None:  # read from a file: the graph is found again, and must say the same
@@ -145,8 +151,8 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
         difference = coupling_difference(net.coupling, fresh)
         if difference:
             raise SlimError(
-                f"the model couples its channels otherwise than when the bundle was made: {difference}; use the versions of the "
-                "model's library and of PyTorch that made it"
+                f"the model couples its channels otherwise than when the bundle was made: {difference}; use the "
+                "versions of the model's library and of PyTorch that made it"
             )
         net.coupling = replace(net.coupling, trace=fresh.trace)
     with net.using(name):

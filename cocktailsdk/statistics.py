@@ -17,9 +17,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """The modules that keep running statistics, by path."""
-    return {
-        path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
-    }
+    return {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
 def batch_norm_buffers(model: nn.Module) -> tuple[str, ...]:

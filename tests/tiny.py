@@ -41,7 +41,9 @@ def tiny_coupling(model: nn.Module) -> Coupling:
     area = IMAGE * IMAGE
 
     def weight(name: str, op: str, macs: int, role: str = "") -> Weight:
-        return Weight(f"{name}.weight", name, op, tuple(model.get_parameter(f"{name}.weight").shape), 0, 1, 1, macs, role)
+        return Weight(
+            f"{name}.weight", name, op, tuple(model.get_parameter(f"{name}.weight").shape), 0, 1, 1, macs, role
+        )
 
     def rows(u: Tensor, n: int) -> Tensor:
         return u.reshape(-1, *[1] * (n - 1))

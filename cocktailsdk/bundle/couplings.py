@@ -104,7 +104,11 @@ def write_coupling(coupling: Coupling, tensors: Sequence[str]) -> tuple[dict[str
 
 
 def read_coupling(
-    meta: Mapping[str, Any], data: Tensor, tensors: Sequence[str], shapes: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]]
+    meta: Mapping[str, Any],
+    data: Tensor,
+    tensors: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    buffers: Mapping[str, tuple[int, ...]],
 ) -> Coupling:
     """The inverse of :func:`write_coupling`.
 
@@ -120,8 +124,12 @@ def read_coupling(
     """
     groups = tuple(
         Group(
-            name, start, stop, tuple(tensors[p] for p in producers),
-            tuple(Touch(tensors[t], tuple(axes), _KINDS[kind]) for t, axes, kind in touches), channels,
+            name,
+            start,
+            stop,
+            tuple(tensors[p] for p in producers),
+            tuple(Touch(tensors[t], tuple(axes), _KINDS[kind]) for t, axes, kind in touches),
+            channels,
         )
         for name, start, stop, channels, producers, touches in meta["groups"]
     )
@@ -157,7 +165,9 @@ def read_coupling(
         kept=tuple(Kept(where, reason) for where, reason in meta["kept"]),
         contractions=tuple(
             Contraction(
-                module if i is None else owner(tensors[i], module), None if i is None else tensors[i], macs,
+                module if i is None else owner(tensors[i], module),
+                None if i is None else tensors[i],
+                macs,
                 unit_fields(factors),
             )
             for module, i, macs, *factors in meta["contractions"]

@@ -66,7 +66,7 @@ def level_bits(levels: int) -> int | None:
 
 
 def to_levels(kept: Sequence[Bool[Tensor, " n"]]) -> npt.NDArray[np.uint8] | None:
-    """Nested masks as one number an element: 0 kept by all, k first masked by the k-th; ``None`` if they do not nest."""
+    """Nested masks as one number an element: 0 kept by all, k first masked by the k-th; ``None`` if not nested."""
     levels = np.zeros(kept[0].numel(), np.uint8)
     for k, keep in enumerate(kept, 1):
         gone = ~keep.numpy()

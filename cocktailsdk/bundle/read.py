@@ -25,12 +25,13 @@ from .write import all_tensors, fingerprint, stored_names
 def from_pretrained(path: str | PathLike[str], model: nn.Module) -> CocktailNet:
     """Load a bundle into a freshly built model.
 
-    No code is run from the files. Everything is checked before the model is touched: if this raises, the model is as it was.
+    No code is run from the files. Everything is checked before the model is touched: if this raises, the model is as
+    it was.
 
     Args:
         path: The bundle's folder.
-        model: Of the class and configuration that the bundle was made from; its weights are replaced in place, on the device
-            where they lie.
+        model: Of the class and configuration that the bundle was made from; its weights are replaced in place, on the
+            device where they lie.
 
     Returns:
         A net with the dense network active.
@@ -64,13 +65,17 @@ def _read(folder: Path, meta: Mapping[str, Any], model: nn.Module) -> tuple[Cock
     tensors = all_tensors(model)
     wrong = [n for n, t in weights.items() if t.dtype != tensors[n].dtype]
     if wrong or fingerprint(model) != meta["model"]["fingerprint"]:
-        found = f"{wrong[0]!r} is {tensors[wrong[0]].dtype}, in the bundle {weights[wrong[0]].dtype}" if wrong else (
-            "its parameters and buffers have other names, shapes or dtypes"
+        found = (
+            f"{wrong[0]!r} is {tensors[wrong[0]].dtype}, in the bundle {weights[wrong[0]].dtype}"
+            if wrong
+            else ("its parameters and buffers have other names, shapes or dtypes")
         )
         raise BundleError(f"the bundle was made from another model than this {type(model).__name__}: {found}")
     meta_device = [n for n, t in tensors.items() if t.is_meta]
     if meta_device:
-        raise BundleError(f"the model has no memory yet ({meta_device[0]!r} is on 'meta'): call model.to_empty(device=...)")
+        raise BundleError(
+            f"the model has no memory yet ({meta_device[0]!r} is on 'meta'): call model.to_empty(device=...)"
+        )
 
     patterns = tuple(_pattern(p) for p in meta["patterns"])
     subnets = [s for p in patterns for s in p.subnets()]
@@ -78,7 +83,9 @@ def _read(folder: Path, meta: Mapping[str, Any], model: nn.Module) -> tuple[Cock
     stored = [s["name"] for s in meta["subnets"]]
     if [DENSE, *names] != stored:
         odd = sorted(set(stored) ^ {DENSE, *names})
-        raise BundleError(f"the bundle's patterns now have other subnets than when it was saved: {', '.join(odd) or 'another order'}")
+        raise BundleError(
+            f"the bundle's patterns now have other subnets than when it was saved: {', '.join(odd) or 'another order'}"
+        )
     target, exclude = (_entries(meta["selection"][k]) for k in ("target", "exclude"))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     buffers = {n: tuple(b.shape) for n, b in model.named_buffers()}

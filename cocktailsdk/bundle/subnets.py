@@ -35,8 +35,8 @@ def write_masks(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Masks as entries (JSON values) and packed tensors.
 
-    For each pattern the smallest form that holds its masks: N:M runs as ranks (1 bit a pair for 1:2, 3 bits for 2:4, 7 for
-    4:8), nested masks as levels (4 bits a weight for up to 15), others bit by bit.
+    For each pattern the smallest form that holds its masks: N:M runs as ranks (1 bit a pair for 1:2, 3 bits for 2:4,
+    7 for 4:8), nested masks as levels (4 bits a weight for up to 15), others bit by bit.
     """
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -77,7 +77,11 @@ def write_masks(
 
 
 def read_masks(
-    entries: Sequence[Mapping[str, Any]], fetch: Fetch, names: Sequence[str], coupling: Coupling, eligible: tuple[Weight, ...]
+    entries: Sequence[Mapping[str, Any]],
+    fetch: Fetch,
+    names: Sequence[str],
+    coupling: Coupling,
+    eligible: tuple[Weight, ...],
 ) -> dict[str, Mask]:
     """The inverse of :func:`write_masks`.
 
@@ -189,7 +193,11 @@ def write_statistics(
 
 
 def read_statistics(
-    entries: Sequence[Mapping[str, Any]], fetch: Fetch, masks: Mapping[str, Mask], coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]
+    entries: Sequence[Mapping[str, Any]],
+    fetch: Fetch,
+    masks: Mapping[str, Mask],
+    coupling: Coupling,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, dict[str, Tensor]]:
     """The inverse of :func:`write_statistics`; ``shapes`` are those of the model's buffers.
 

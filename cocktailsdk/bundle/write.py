@@ -22,7 +22,7 @@ from .subnets import read_masks, write_masks, write_statistics
 
 
 def save_pretrained(net: CocktailNet, path: str | PathLike[str]) -> None:
-    """Write a net's bundle. The dense weights are written, whatever subnetwork is active; two calls write the same bytes.
+    """Write a net's bundle: the dense weights, whatever subnetwork is active. Two calls write the same bytes.
 
     Raises:
         BundleError: A subnetwork has no mask yet, or the folder holds something else.
@@ -42,10 +42,12 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str]) -> None:
     if broken:
         raise BundleError(f"the masks of {', '.join(broken)} cannot be packed: report this with the pattern's code")
     known = {n: tuple(b.shape) for n, b in net.model.named_buffers()}
-    for s, own in net.statistics.items():
+    for of, own in net.statistics.items():
         wrong = [b for b, t in own.items() if known.get(b) != tuple(t.shape)]
-        if s not in net.names or wrong:
-            raise BundleError(f"net.statistics has an entry for {s!r} that fits no buffer: {', '.join(wrong[:3]) or s}")
+        if of not in net.names or wrong:
+            raise BundleError(
+                f"net.statistics has an entry for {of!r} that fits no buffer: {', '.join(wrong[:3]) or of}"
+            )
     statistics, measured = write_statistics(net.statistics, names, masks, net.coupling)
     unknown = [n for n in net.metrics if n not in net.names]
     if unknown:

@@ -6,6 +6,7 @@ at a time from weight magnitudes. It knows nothing of training, files or devices
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ class Pattern(ABC):
                 f"pattern {spec!r}: {argument!r} is not a number; write it like '{cls.name}@0.5'"
             ) from None
         try:
-            return cls(sparsities=[sparsity])  # type: ignore[call-arg]
+            return cls(sparsities=[sparsity])
         except TypeError as e:
             raise PatternError(
                 f"pattern {spec!r}: {cls.__name__} takes no 'sparsities'; give the object instead ({e})"
@@ -149,14 +150,15 @@ class Pattern(ABC):
             raise PatternError(
                 f"pattern {self.name!r} is given twice, as {self!r} and {other!r}; give one that has all its subnets"
             )
-        return type(self)(**a, sparsities=sorted({*mine, *theirs}))
+        a["sparsities"] = sorted({*mine, *theirs})
+        return type(self)(**a)
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.config().items())
         return f"{type(self).__name__}({arguments})"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.config() == other.config()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.config() == other.config()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -205,7 +207,7 @@ def checked_sparsities(
                 f"{pattern}: sparsities must ascend, since each mask contains the one before; found {list(values)}"
             )
     subnets = tuple(Subnet(level_name(pattern, s), pattern, s) for s in values)
-    for a, b in zip(subnets, subnets[1:], strict=False):
+    for a, b in itertools.pairwise(subnets):
         if a.name == b.name:
             raise PatternError(f"{pattern}: sparsities {a.sparsity} and {b.sparsity} would both be named {a.name!r}")
     return values, subnets
