@@ -1,0 +1,203 @@
+"""Names to models, and models to example inputs.
+
+What is particular to a model library lives in an adapter: any package can ship one and name it under the entry point
+group ``cocktailsdk.adapters``. Those for timm, transformers and torchvision come with this package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from .errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["GROUP", "Adapter", "Inputs", "adapters", "build_model", "example_inputs_for"]
+
+log = logging.getLogger(__name__)
+
+GROUP = "cocktailsdk.adapters"
+"""The entry point group that adapters are found in."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one forward pass."""
+
+FORMS = (
+    "a timm name (resnet50), hf:TYPE_OR_PATH (hf:bert), torchvision:NAME (torchvision:resnet18), "
+    "or package.module:factory"
+)
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """What a model library's adapter offers. It is made without arguments, and should import its library late.
+
+    Attributes:
+        name: The library's name, unique among adapters.
+    """
+
+    name: str
+
+    def owns(self, reference: str) -> bool:
+        """Whether a reference is written in this adapter's form, whether or not such a model exists."""
+        ...
+
+    def build(self, reference: str, *, pretrained: bool = False) -> nn.Module:
+        """The model, with random or trained weights.
+
+        Raises:
+            AdapterError: No such model, or its weights cannot be had.
+        """
+        ...
+
+    def example_inputs(self, model: nn.Module) -> Inputs | None:
+        """Inputs for one forward pass, batch size 1; ``None`` for a model that is not of this library."""
+        ...
+
+    def references(self) -> Iterable[str]:
+        """All references that it can build, for suggestions; may be empty."""
+        ...
+
+
+@cache
+def adapters() -> Mapping[str, Adapter]:
+    """Installed adapters by name. One that cannot be loaded is logged and left out."""
+    found: dict[str, Adapter] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        try:
+            adapter = point.load()()
+        except Exception as error:  # someone else's package must not break ours
+            log.warning("adapter %r (%s) could not be loaded: %s", point.name, point.value, error)
+            continue
+        if not isinstance(adapter, Adapter):
+            log.warning("adapter %r (%s) is no Adapter: it lacks a method or its name", point.name, point.value)
+            continue
+        found.setdefault(adapter.name, adapter)
+    return found
+
+
+def build_model(reference: str, pretrained: bool = False) -> nn.Module:
+    """A model by its reference.
+
+    Args:
+        reference: A timm name (``resnet50``), ``hf:TYPE_OR_PATH`` (``hf:bert``), ``torchvision:NAME``, whatever an
+            installed adapter owns, or ``package.module:factory``, where the factory is called without arguments and the
+            module may lie in the current directory.
+        pretrained: Whether to load trained weights; a factory then gets ``pretrained=True``.
+
+    Raises:
+        AdapterError: The reference names nothing; says what comes near.
+    """
+    for adapter in adapters().values():
+        if adapter.owns(reference):
+            return adapter.build(reference, pretrained=pretrained)
+    if ":" in reference:
+        return _from_factory(reference, pretrained)
+    raise AdapterError(f"no model is named {reference!r}{suggestions(reference)}. A model is {FORMS}.")
+
+
+def example_inputs_for(model: nn.Module) -> Inputs:
+    """Inputs for one forward pass of a model, batch size 1.
+
+    An attribute ``example_inputs`` of the model (a tensor, a tuple, a dict, or a method that gives one) comes first,
+    then the adapters.
+
+    Raises:
+        AdapterError: Nobody knows.
+    """
+    own = getattr(model, "example_inputs", None)
+    if own is not None:
+        return _as_inputs(own() if callable(own) else own)
+    for adapter in adapters().values():
+        found = adapter.example_inputs(model)
+        if found is not None:
+            return found
+    raise AdapterError(
+        f"no example inputs are known for {type(model).__name__}; give them: example_inputs=(x,) or "
+        "example_kwargs={...} in Python, --input-size on the command line, or an attribute 'example_inputs' of the "
+        "model"
+    )
+
+
+def suggestions(reference: str, among: Iterable[str] | None = None) -> str:
+    """``"; did you mean …?"`` with the names nearest to a reference, or nothing."""
+    names = list(among) if among is not None else [r for a in adapters().values() for r in a.references()]
+    near = difflib.get_close_matches(reference, names, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _as_inputs(given: Any) -> Inputs:
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, tuple | list):
+        return tuple(given), {}
+    return (given,), {}
+
+
+def _from_factory(reference: str, pretrained: bool) -> nn.Module:
+    from torch import nn
+
+    module_name, _, path = reference.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
+        raise AdapterError(f"{reference!r} names no model{suggestions(reference)}. A model is {FORMS}.")
+    with _current_directory_importable():
+        try:
+            factory: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+                raise AdapterError(f"{reference!r}: importing {module_name} failed: {error}") from error
+            raise AdapterError(
+                f"{reference!r}: there is no module {error.name!r} here or among the installed packages"
+                f"{suggestions(reference)}. A model is {FORMS}."
+            ) from error
+        except Exception as error:
+            raise AdapterError(
+                f"{reference!r}: importing {module_name} failed with {type(error).__name__}: {error}"
+            ) from error
+        for part in path.split("."):
+            if not hasattr(factory, part):
+                near = difflib.get_close_matches(part, dir(factory), n=3)
+                hint = f"; it has {', '.join(near)}" if near else ""
+                raise AdapterError(f"{reference!r}: {module_name} has no {part!r}{hint}")
+            factory = getattr(factory, part)
+        if isinstance(factory, nn.Module):
+            return factory
+        if not callable(factory):
+            raise AdapterError(
+                f"{reference!r} is {type(factory).__name__}, neither a model nor a function that makes one"
+            )
+        try:
+            model = factory(pretrained=True) if pretrained else factory()
+        except Exception as error:
+            call = "pretrained=True" if pretrained else ""
+            raise AdapterError(
+                f"{reference!r}: calling {path}({call}) failed with {type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"{reference!r}: {path}() gave {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """The console script's path begins with its own folder, where users expect theirs, as with ``python -m``."""
+    here = os.getcwd()
+    if "" in sys.path or here in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
