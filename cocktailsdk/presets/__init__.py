@@ -1,0 +1,55 @@
+"""Presets: a model, data and settings that train together with one command.
+
+Example:
+    ```python
+    from cocktailsdk.presets import get_preset
+
+    net, trainer, loaders = get_preset("digits").prepare(out_dir="runs/digits")
+    trainer.fit()
+    print(trainer.evaluate(loaders.test))
+    ```
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import TrainingError
+from . import cifar10, digits, fashion_mnist
+from .base import Loaders, Prepared, Preset
+
+__all__ = ["PRESETS", "Loaders", "Prepared", "Preset", "get_preset"]
+
+PRESETS: dict[str, Callable[..., Preset]] = {
+    "digits": digits.preset,
+    "cifar10": cifar10.preset,
+    "fashion-mnist": fashion_mnist.preset,
+}
+"""Makers of presets by name."""
+
+
+def get_preset(name: str, **settings: Any) -> Preset:
+    """A preset by name.
+
+    Args:
+        name: ``"digits"``, ``"cifar10"`` or ``"fashion-mnist"``.
+        **settings: Those of the preset: the image sets take ``model``, ``epochs_scale`` and ``weights``. ``None``
+            stands for the default.
+
+    Raises:
+        TrainingError: For an unknown name or setting.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TrainingError(f"no preset {name!r}{hint}: there are {', '.join(PRESETS)}")
+    make = PRESETS[name]
+    given = {key: value for key, value in settings.items() if value is not None}
+    known = make.__kwdefaults__ or {}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise TrainingError(
+            f"preset {name!r} has no setting {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}"
+        )
+    return make(**given)

@@ -1,0 +1,135 @@
+"""What a preset is: a model, data and settings that train together with one command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import TrainingError
+from ..net import CocktailNet, sparsify
+from ..patterns import Pattern
+from ..training.trainer import CoTrainer
+
+__all__ = ["Loaders", "Prepared", "Preset"]
+
+
+class Loaders(NamedTuple):
+    """A preset's data.
+
+    Attributes:
+        train: Training batches, shuffled and augmented.
+        merge: Held-out batches that choose how rounds are merged.
+        test: Batches that nothing is chosen by.
+    """
+
+    train: Iterable[tuple[Tensor, Tensor]]
+    merge: Iterable[tuple[Tensor, Tensor]]
+    test: Iterable[tuple[Tensor, Tensor]]
+
+
+class Prepared(NamedTuple):
+    """A preset, ready to train: ``prepared.trainer.fit()``."""
+
+    net: CocktailNet
+    trainer: CoTrainer
+    loaders: Loaders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model, data and settings.
+
+    Attributes:
+        name: What it is called.
+        model: What its model is called.
+        make_model: Builds the model; draws from torch's global generator.
+        load: ``load(path) -> Loaders``.
+        needs_data: Whether ``path`` must be given.
+        input_shape: Of one image.
+        patterns: Its patterns.
+        training: Keyword arguments of :class:`~cocktailsdk.CoTrainer`.
+        seed: The default seed.
+        weights: A safetensors file that the model starts from, if any.
+    """
+
+    name: str
+    model: str
+    make_model: Callable[[], nn.Module]
+    load: Callable[[Path | None], Loaders]
+    needs_data: bool
+    input_shape: tuple[int, ...]
+    patterns: tuple[str | Pattern, ...]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    weights: Path | None = None
+
+    def build_model(self, seed: int | None = None) -> nn.Module:
+        """The model, its weights drawn from a seed or read from ``weights``; global generators stay as they were.
+
+        Raises:
+            TrainingError: Where the file is not of this model.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed if seed is None else seed)
+            model = self.make_model()
+        if self.weights is not None:
+            _load_weights(model, self.model, self.weights)
+        return model
+
+    def example_input(self) -> Tensor:
+        """One input, for tracing the model."""
+        return torch.zeros(1, *self.input_shape)
+
+    def loaders(self, data: str | PathLike[str] | None = None) -> Loaders:
+        """The data.
+
+        Args:
+            data: The folder that holds it; ``None`` where it comes with a package.
+
+        Raises:
+            TrainingError: Where it is not there; says what was looked for.
+        """
+        if data is None and self.needs_data:
+            raise TrainingError(f"preset {self.name!r} needs the folder that holds its images (--data PATH)")
+        return self.load(None if data is None else Path(data))
+
+    def prepare(
+        self, data: str | PathLike[str] | None = None, *, seed: int | None = None, **overrides: Any
+    ) -> Prepared:
+        """Build the model, load the data, and make the trainer.
+
+        Args:
+            data: The folder that holds the data.
+            seed: Of the model's weights and of training; by default the preset's.
+            **overrides: Arguments of :class:`~cocktailsdk.CoTrainer`: ``out_dir``, ``callbacks``, ``device``, …
+        """
+        seed = self.seed if seed is None else seed
+        net = sparsify(self.build_model(seed), self.patterns, example_inputs=(self.example_input(),))
+        loaders = self.loaders(data)
+        options: dict[str, Any] = {**self.training, "seed": seed, **overrides}
+        config = {"preset": self.name, "model": self.model, **options.pop("config", {})}
+        trainer = CoTrainer(net, loaders.train, F.cross_entropy, val_loader=loaders.merge, config=config, **options)
+        return Prepared(net, trainer, loaders)
+
+
+def _load_weights(model: nn.Module, name: str, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise TrainingError(f"no weights at {path}")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise TrainingError(f"{path} is no safetensors file: {error}") from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise TrainingError(f"{path} does not hold the weights of {name}: {error}") from error

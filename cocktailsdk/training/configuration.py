@@ -1,0 +1,97 @@
+"""What a run was asked to do, as JSON values: another run may not go on in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..errors import TrainingError
+from ..net import CocktailNet
+from .options import Options
+
+__all__ = ["describe"]
+
+_PLAIN = (
+    "distill_weight",
+    "metric_mode",
+    "epochs",
+    "rewind_epoch",
+    "rewind_schedule",
+    "rounds",
+    "steps_per_epoch",
+    "start",
+    "merge",
+    "recalibration_batches",
+    "seed",
+)
+_FUNCTIONS = ("loss_fn", "forward_fn", "distill_fn", "metric")
+
+
+def describe(net: CocktailNet, options: Options, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A run's configuration.
+
+    Of functions only the name is known; of the optimizer its class and settings; of the schedule its class and, for
+    ``LambdaLR``, the rate at some steps. Weights and data are not part of it: what matters of them belongs in
+    ``config``.
+
+    Raises:
+        TrainingError: Where ``config`` is no mapping of JSON values, or a factory returns something else.
+    """
+    try:
+        user = json.loads(json.dumps(dict(config or {})))
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"config must be a mapping of JSON values: {error}") from error
+    training: dict[str, Any] = {name: getattr(options, name) for name in _PLAIN}
+    training |= {name: _name(getattr(options, name)) for name in _FUNCTIONS}
+    training["alphas"] = sorted(options.alphas)
+    return {
+        "format": 1,
+        "patterns": {p.name: p.config() for p in net.patterns},
+        "eligible": [w.name for w in net.eligible],
+        "tensors": {name: list(t.shape) for name, t in [*net.model.named_parameters(), *net.model.named_buffers()]},
+        "training": training,
+        **_optimization(net, options),
+        "config": user,
+    }
+
+
+def _optimization(net: CocktailNet, options: Options) -> dict[str, Any]:
+    parameters = [p for p in net.model.parameters() if p.requires_grad]
+    if not parameters:
+        raise TrainingError("the model has no parameter that requires a gradient: there is nothing to train")
+    optimizer = options.optimizer(parameters)
+    if not hasattr(optimizer, "param_groups"):
+        raise TrainingError(f"optimizer(parameters) must return an Optimizer, got {type(optimizer).__name__}")
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    steps = options.epochs * options.steps_per_epoch
+    schedule = options.schedule(optimizer, steps)
+    if not all(hasattr(schedule, name) for name in ("step", "state_dict", "get_last_lr")):
+        raise TrainingError(
+            f"schedule(optimizer, steps) must return a torch learning-rate scheduler, got {type(schedule).__name__}"
+        )
+    rates = []
+    if isinstance(schedule, LambdaLR):
+        rates = [float(schedule.lr_lambdas[0](steps * i // 8)) for i in range(9)]
+    return {
+        "optimizer": {"class": type(optimizer).__name__, "groups": groups},
+        "schedule": {"class": type(schedule).__name__, "rates": rates},
+    }
+
+
+def _name(function: Any) -> str | None:
+    if function is None:
+        return None
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return str(value)

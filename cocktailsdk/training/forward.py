@@ -1,0 +1,102 @@
+"""How a batch is used: the forward pass, the loss and the logits, found from what is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+
+__all__ = ["ForwardFn", "LossFn", "default_forward", "loss_of", "output_tensor"]
+
+ForwardFn = Callable[[nn.Module, Any], tuple[Any, Any]]
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Run a model on a batch of one of the usual forms.
+
+    ====================== ======================================================================
+    batch                  used as
+    ====================== ======================================================================
+    ``(x, y)``             ``model(x)``, target ``y``; ``x`` may be a tuple (``model(*x)``) or a
+                           mapping (``model(**x)``)
+    ``(x,)`` or a tensor   ``model(x)``, target ``None``
+    a mapping              ``model(**batch)``, target ``batch["labels"]`` where there is one
+    ====================== ======================================================================
+
+    Args:
+        model: The network as it stands.
+        batch: From the loader, on the model's device.
+
+    Returns:
+        The model's output and the target.
+
+    Raises:
+        TrainingError: For any other batch, naming ``forward_fn``.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch), batch.get("labels")
+    if isinstance(batch, Tensor):
+        return model(batch), None
+    if isinstance(batch, tuple | list) and 1 <= len(batch) <= 2:
+        x, target = (*batch, None)[:2]
+        if isinstance(x, Mapping):
+            return model(**x), target
+        if isinstance(x, tuple | list):
+            return model(*x), target
+        return model(x), target
+    size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise TrainingError(
+        f"cannot tell how to use a batch that is a {type(batch).__name__}{size}: known are (inputs, target), a tensor "
+        "and a mapping of keyword arguments; give forward_fn(model, batch) -> (output, target)"
+    )
+
+
+def loss_of(output: Any, target: Any, loss_fn: LossFn | None, name: str = "loss_fn") -> Float[Tensor, ""]:
+    """The training loss of an output.
+
+    Args:
+        output: From the forward pass.
+        target: From the forward pass.
+        loss_fn: The user's ``loss_fn(output, target)``; ``None`` takes the model's own: ``output.loss``,
+            ``output["loss"]``, or the sum of an output that is a mapping of scalar losses.
+        name: What the function is called in errors.
+
+    Raises:
+        TrainingError: Where there is no loss, or it is no scalar.
+    """
+    if loss_fn is not None:
+        loss = loss_fn(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TrainingError(f"{name} must return a scalar tensor, got {found}; reduce it with .mean()")
+        return loss.reshape(())
+    own: Any = getattr(output, "loss", None)
+    if own is None and isinstance(output, Mapping):
+        if "loss" in output:
+            own = output["loss"]
+        elif output and all(isinstance(v, Tensor) and v.numel() == 1 for v in output.values()):
+            own = torch.stack([v.reshape(()) for v in output.values()]).sum()
+    if not isinstance(own, Tensor) or own.numel() != 1:
+        raise TrainingError(
+            f"the model's output ({type(output).__name__}) holds no scalar loss: give loss_fn(output, target), or "
+            "batches from which the model computes its own loss"
+        )
+    return own.reshape(())
+
+
+def output_tensor(output: Any) -> Tensor | None:
+    """The logits in a model's output: itself, ``.logits``, ``["logits"]`` or the first of a tuple; else ``None``."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    return logits if isinstance(logits, Tensor) else None

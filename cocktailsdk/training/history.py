@@ -1,0 +1,74 @@
+"""What a run has done so far: where it stands and what came out of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["History", "Position", "RoundHistory"]
+
+
+@dataclass
+class RoundHistory:
+    """A round's record.
+
+    Attributes:
+        round: Its number.
+        networks: The subnets that trained in it with the dense network.
+        losses: By epoch, the mean training loss of each network.
+        learning_rates: By epoch, the rate at its end.
+        metrics: Held-out metric by network at the round's end, statistics recalibrated.
+    """
+
+    round: int
+    networks: list[str]
+    losses: list[dict[str, float]] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class History:
+    """A run's record.
+
+    Attributes:
+        rounds: One for every round that has begun.
+        alphas: The share chosen when rounds 2, 3, … were merged in.
+        merged: The mean held-out metric at each of these shares.
+        judged: Recalibrated networks that merging evaluated.
+        seconds: Time spent, over all calls.
+    """
+
+    rounds: list[RoundHistory] = field(default_factory=list)
+    alphas: list[float] = field(default_factory=list)
+    merged: list[float] = field(default_factory=list)
+    judged: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> History:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**data, "rounds": [RoundHistory(**r) for r in data["rounds"]]})
+
+
+@dataclass
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        phase: What it is doing.
+        round: The round.
+        entered: Whether the round's masks are made and its weights rewound.
+        epoch: Epoch in the round.
+        step: Batches of the epoch that are done.
+    """
+
+    phase: Literal["train", "merge", "finish", "done"]
+    round: int
+    entered: bool = False
+    epoch: int = 0
+    step: int = 0

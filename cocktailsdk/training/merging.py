@@ -1,0 +1,95 @@
+"""Merging the rounds, and what comes after: statistics and metrics of every network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..patterns.base import DENSE
+from .events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
+from .metrics import Score
+from .search import Choice, choose_alpha, interpolate
+from .session import Session, load_tensors
+
+__all__ = ["finish", "merge_rounds"]
+
+log = logging.getLogger(__name__)
+
+
+def merge_rounds(session: Session) -> None:
+    """Merge the weights of all rounds into the model, one round after the other (paper, section 3.3).
+
+    Starts from round 1's weights; what was chosen before an interruption is not searched again.
+    """
+    if session.position.phase != "merge":
+        return
+    options, history = session.options, session.history
+    if options.merge:
+        shares = len(set(options.alphas))
+        total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
+        session.emit(MergeStarted(options.rounds, total))
+        merged = _round(session, 1)
+        done = 0
+        for k in range(2, options.rounds + 1):
+            other = _round(session, k)
+            if len(history.alphas) < k - 1:
+                choice = _search(session, merged, other, k, done, total)
+                history.alphas.append(choice.alpha)
+                history.merged.append(session.readable(choice.value))
+                # at share 1 the next round's candidate is this one: its networks are judged already
+                maximum = next(iter(session.judged.values())).maximum
+                session.judged = {(1.0, name): Score(value, maximum) for name, value in choice.scores.items()}
+            alpha = history.alphas[k - 2]
+            merged = interpolate(merged, other, alpha)
+            done += shares * len(session.names(k))
+            log.info("merged round %d with share %g: mean metric %.4f", k, alpha, history.merged[k - 2])
+            session.save_if_due()
+            session.emit(AlphaChosen(k, alpha, history.merged[k - 2]))
+    else:
+        merged = _round(session, options.rounds)
+    load_tensors(session.net.model, merged)
+    session.judged = {}
+    session.position.phase = "finish"
+    session.save()
+
+
+def _round(session: Session, k: int) -> dict[str, Tensor]:
+    return {name: tensor.to(session.device) for name, tensor in session.store.get(f"round-{k:02d}").items()}
+
+
+def _search(
+    session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor], k: int, done: int, total: int
+) -> Choice:
+    loaded: float | None = None
+
+    def judge(alpha: float, name: str) -> Score:
+        nonlocal loaded
+        if alpha != loaded:
+            load_tensors(session.net.model, interpolate(merged, other, alpha))
+            loaded = alpha
+        session.history.judged += 1
+        return session.score(name)
+
+    def judged(alpha: float, settled: int) -> None:
+        if session.due():
+            session.emit(MergeProgress(k, alpha, done + settled, total))
+
+    return choose_alpha(session.options.alphas, session.names(k), judge, session.judged, judged)
+
+
+def finish(session: Session) -> None:
+    """Give every network its own statistics and its held-out metric."""
+    net = session.net
+    names = [DENSE, *session.names(session.options.rounds)]
+    net.statistics.clear()
+    net.metrics.clear()
+    for i, name in enumerate(names):
+        if session.held_out is None:
+            net.recalibrate(name, session.recalibration, session.forward)
+        else:
+            net.metrics[name] = session.readable(session.score(name).value)
+        session.emit(NetworkFinished(name, net.metrics.get(name), i + 1, len(names)))
+    session.position.phase = "done"
+    session.save()

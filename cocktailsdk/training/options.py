@@ -1,0 +1,96 @@
+"""What a run is asked to do, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.optim import SGD, Optimizer
+
+from ..errors import TrainingError
+from .distill import DistillFn
+from .events import Callback
+from .forward import ForwardFn, LossFn
+from .metrics import MetricFn
+from .schedules import ScheduleFactory
+
+__all__ = ["OptimizerFactory", "Options", "default_optimizer"]
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+Start = Literal["scratch", "pretrained"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments of :class:`~cocktailsdk.CoTrainer`, which documents them."""
+
+    loss_fn: LossFn | None
+    forward_fn: ForwardFn
+    distill_fn: DistillFn | None
+    distill_weight: float
+    metric: MetricFn | None
+    metric_mode: Literal["max", "min"]
+    optimizer: OptimizerFactory
+    schedule: ScheduleFactory
+    epochs: int
+    rewind_epoch: int
+    rewind_schedule: bool
+    rounds: int
+    steps_per_epoch: int
+    start: Start
+    merge: bool
+    alphas: Sequence[float]
+    recalibration_batches: int
+    seed: int
+    save_seconds: float
+    event_seconds: float
+    callbacks: Sequence[Callback]
+
+    def __post_init__(self) -> None:
+        checks = {
+            "start": (self.start in ("scratch", "pretrained"), 'must be "scratch" or "pretrained"'),
+            "metric_mode": (self.metric_mode in ("max", "min"), 'must be "max" or "min"'),
+            "epochs": (self.epochs >= 1, "must be at least 1"),
+            "rounds": (self.rounds >= 1, "must be at least 1"),
+            "rewind_epoch": (
+                0 <= self.rewind_epoch <= self.epochs - self.rewind_schedule,
+                f"must lie in 0 … {self.epochs - self.rewind_schedule} (epochs"
+                f"{' - 1, with rewind_schedule' if self.rewind_schedule else ''})",
+            ),
+            "distill_weight": (0 <= self.distill_weight <= 1, "must lie in 0 … 1"),
+            "recalibration_batches": (self.recalibration_batches >= 1, "must be at least 1"),
+            "alphas": (
+                len(self.alphas) > 0 and all(0 < a <= 1 for a in self.alphas),
+                "must be shares in (0, 1], at least one",
+            ),
+            "callbacks": (all(map(callable, self.callbacks)), "must all be callable"),
+        }
+        for name, (holds, rule) in checks.items():
+            if not holds:
+                raise TrainingError(f"{name} {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def first_round(self) -> int:
+        """0, or 1 where the given weights are the rewind point."""
+        return 0 if self.start == "scratch" else 1
+
+    def epochs_of(self, round_: int) -> range:
+        """The epochs that a round trains."""
+        skipped = self.rewind_epoch if self.rewind_schedule and round_ > 0 and self.start == "scratch" else 0
+        return range(skipped, self.epochs)
+
+    def steps_before(self, round_: int) -> int:
+        """Optimizer steps of all rounds before one."""
+        return sum(len(self.epochs_of(k)) for k in range(self.first_round, round_)) * self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all rounds."""
+        return self.steps_before(self.rounds + 1)
+
+
+def default_optimizer(start: Start) -> OptimizerFactory:
+    """The paper's SGD: rate 0.1 (0.01 from pretrained weights), momentum 0.9, weight decay 1e-4."""
+    rate = 0.1 if start == "scratch" else 0.01
+    return lambda parameters: SGD(parameters, lr=rate, momentum=0.9, weight_decay=1e-4)

@@ -1,0 +1,50 @@
+"""Randomness of a run: seeded at every step, and none of it left behind.
+
+A run draws all its randomness from seeds that are made of what is being done: the user's seed, the round, the epoch
+and the step. Nothing of a generator's state needs to be saved to resume exactly, and whether a callback or a metric
+draws numbers of its own changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["forked", "seed_everything"]
+
+
+def seed_everything(*key: int | str) -> None:
+    """Seed torch (CPU and CUDA), numpy and ``random`` from a key.
+
+    Args:
+        *key: What the seed stands for, say ``(seed, "step", round, epoch, step)``.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    # not torch.manual_seed, which formats a stack trace whenever CUDA was not used yet: 80 us a call
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """Put the global generators of torch, numpy and ``random`` back as they were, whatever happens inside."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    numpy, python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        np.random.set_state(numpy)
+        random.setstate(python)
