@@ -42,7 +42,15 @@ class SubnetError(CocktailError, KeyError):
 
 
 class SlimError(CocktailError):
-    """A slim model could not be made, or does not compute what the masked one does."""
+    """A slim model could not be made, or does not compute what the masked one does.
+
+    Attributes:
+        module: Path of the module that fails or differs first, where it is known.
+    """
+
+    def __init__(self, message: str, module: str | None = None) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class BundleError(CocktailError):

@@ -16,44 +16,78 @@ from torch import Tensor, fx, nn
 from .coupling import STAYS, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 from .export import Exported, export, module_of, shape_of
 from .labels import MUST_STAY, Field
+from .mend import READS_SIZES
 from .rules import RULES, Context
 
-__all__ = ["couple"]
+__all__ = ["Pass"]
 
 log = logging.getLogger(__name__)
 
 
-def couple(
-    model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    exclude: Callable[[str], bool] | None = None,
-) -> Coupling:
-    """Finds a model's weights and which of its channels can only be removed together.
+class Pass:
+    """One pass of the rules over a model, from which a coupling is made; more can be made to stay, and it be made again.
 
     Args:
         model: Any module; it is run in eval mode, without gradients, and left as it was.
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         exclude: For a module's path, whether its output channels must all stay (its input columns may go).
-
-    Returns:
-        The coupling.
-
-    Raises:
-        ExportFailed: If ``torch.export`` cannot follow the model.
     """
-    exported = export(model, args, kwargs)
-    ctx = propagate(exported)
-    if exclude is not None:
-        for use in ctx.uses.values():
-            if exclude(use.module):
-                field = ctx.axis_field(ctx.axis_fields(use.name), use.out_axis)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        exclude: Callable[[str], bool] | None = None,
+    ) -> None:
+        self._ctx = propagate(export(model, args, kwargs))
+        for use in self._ctx.uses.values() if exclude is not None else ():
+            if exclude(use.module):  # type: ignore[misc]
+                field = self._ctx.axis_field(self._ctx.axis_fields(use.name), use.out_axis)
                 if field is not None:
-                    ctx.labels.stay(field.labels, "excluded by the user")
-    _rectangles(ctx)
-    return _assemble(ctx)
+                    self._ctx.labels.stay(field.labels, "excluded by the user")
+        self._pinned: dict[str, int] = {}
+
+    def coupling(self) -> Coupling:
+        """The coupling, as things stand."""
+        _rectangles(self._ctx)
+        return _assemble(self._ctx)
+
+    def pin(self, module: str | None, reason: str) -> None:
+        """Keeps whole what a module deals with: first what its own code gives sizes to, then all that it is given."""
+        if module is None:
+            return
+        depth = self._pinned.get(module, 0)
+        self._pinned[module] = depth + 1
+        for node in self._ctx.exported.graph.nodes:
+            if node.op != "call_function":
+                continue
+            path = module_of(node)
+            inside = path == module or path.startswith(module + ".") or not module
+            if (path == module and (op_name(node) in READS_SIZES or depth)) or (inside and depth > 1):
+                for touched in (node, *(node.all_input_nodes if depth else ())):
+                    self._ctx.labels.stay_all(_flat(self._ctx, touched), reason)
+        if depth == 1:  # what it is given enters its children too
+            for node in self._ctx.exported.graph.nodes:
+                if module_of(node).startswith(module + "."):
+                    for source in node.all_input_nodes:
+                        if source.op == "call_function" and not (module_of(source) + ".").startswith(module + "."):
+                            self._ctx.labels.stay_all(_flat(self._ctx, source), reason)
+
+    def pin_units(self, coupling: Coupling, group: int, reason: str) -> None:
+        """Keeps a group whole."""
+        for name in coupling.groups[group].producers:
+            field = next(p for p in coupling.producers if p.weight == name)
+            own = self._ctx.axis_field(self._ctx.axis_fields(name), field.axis)
+            g = coupling.groups[group]
+            if own is not None:
+                self._ctx.labels.stay(own.labels.flatten()[(field.units >= g.start) & (field.units < g.stop)], reason)
+
+    def pin_everything(self, reason: str) -> None:
+        """Keeps every channel."""
+        for m in _makers(self._ctx):
+            self._ctx.labels.stay(m.labels, reason)
 
 
 def propagate(exported: Exported) -> Context:
@@ -338,7 +372,8 @@ def _trace(ctx: Context, units: _Units) -> Trace:
         held: tuple[Tensor, ...] = ()
         if shape is not None and all(isinstance(f, Field) for f in result):
             held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
-        nodes.append(Node(node.name, op_name(node), module_of(node), shape, held))
+        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function")
+        nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
     return Trace(tuple(nodes), dict(ctx.norms), pads)
 

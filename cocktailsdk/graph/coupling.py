@@ -156,6 +156,7 @@ class Node:
         module: Path of the module that ran it.
         shape: Its result's shape; ``None`` where it is no tensor.
         units: Its unit fields, broadcastable to the shape.
+        inputs: Names of the calls whose results it takes.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Node:
     module: str
     shape: tuple[int, ...] | None
     units: tuple[Int64[Tensor, "..."], ...]
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

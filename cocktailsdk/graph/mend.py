@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice, product
 
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .coupling import Node, Norm, Trace
 from .layers import SlimLayerNorm, SlimRMSNorm
 
-__all__ = ["Options", "Sizes", "mend", "sizes_of", "surviving"]
+__all__ = ["Mends", "Options", "Sizes", "Value", "as_module", "mend", "new_shape", "sizes_of", "surviving"]
 
 
 @dataclass
@@ -33,50 +34,68 @@ class Sizes:
             self.changed[old].append(new)
 
 
-def kept_along(units: Tensor, keep: Bool[Tensor, " units_and_stays"]) -> dict[int, int]:
-    """How many positions are left along each dimension that a unit field varies in."""
+def left_along(units: Tensor, keep: Bool[Tensor, " units_and_stays"]) -> dict[int, Bool[Tensor, " n"]]:
+    """Which positions are left along each dimension that a unit field varies in."""
     mask = keep[units]
-    out = {}
-    for d in range(mask.dim()):
-        if mask.shape[d] > 1:
-            out[d] = int(mask.movedim(d, 0).flatten(1).any(1).sum())
-    return out
+    return {d: mask.movedim(d, 0).reshape(n, -1).any(1) for d, n in enumerate(mask.shape) if n > 1}
 
 
 def new_shape(node: Node, keep: Bool[Tensor, " units_and_stays"]) -> tuple[int, ...]:
     """A node's shape in the slim model."""
     shape = list(node.shape or ())
     for units in node.units:
-        for d, n in kept_along(units, keep).items():
-            shape[d] = min(shape[d], n)
+        for d, left in left_along(units, keep).items():
+            shape[d] = min(shape[d], int(left.sum()))
     return tuple(shape)
 
 
 def surviving(value: Tensor, node: Node, keep: Bool[Tensor, " units_and_stays"]) -> Tensor:
     """What is left of a node's value in the slim model."""
     for units in node.units:
-        mask = keep[units]
-        for d in range(mask.dim()):
-            if mask.shape[d] > 1:
-                left = mask.movedim(d, 0).flatten(1).any(1)
-                if left.numel() == value.shape[d]:
-                    value = value.index_select(d, left.nonzero().flatten().to(value.device))
+        for d, left in left_along(units, keep).items():
+            if left.numel() == value.shape[d]:
+                value = value.index_select(d, left.nonzero().flatten().to(value.device))
     return value
 
 
 def sizes_of(trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> dict[str, Sizes]:
-    """For each module the sizes that change in what it runs itself."""
+    """For each module the sizes that change in what it runs itself: in results first, then in what it is given."""
     out: dict[str, Sizes] = {}
-    for node in trace.nodes:
-        if node.units and node.shape is not None:
-            seen = out.setdefault(node.module, Sizes())
-            for old, new in zip(node.shape, new_shape(node, keep), strict=True):
-                seen.add(old, new)
+    by_name = {n.name: n for n in trace.nodes}
+    became = {n.name: new_shape(n, keep) for n in trace.nodes if n.units and n.shape is not None}
+    for given in (False, True):
+        for node in trace.nodes:
+            for name in node.inputs if given else (node.name,):
+                if name in became:
+                    seen = out.setdefault(node.module, Sizes())
+                    for old, new in zip(by_name[name].shape or (), became[name], strict=True):
+                        seen.add(old, new)
     return out
 
 
-Options = dict[str, dict[str, list[int]]]
+Value = int | tuple[int, ...] | list[int]
+"""What an attribute that sizes are taken from may be."""
+
+READS_SIZES = {"view", "reshape", "unflatten", "expand", "split", "split_with_sizes", "chunk", "repeat", "_unsafe_view"}
+"""Ops whose arguments a module's code takes from numbers."""
+
+Options = dict[str, dict[str, list[Value]]]
 """By module path and attribute, the values it may need, the likeliest first."""
+
+
+@dataclass
+class Mends:
+    """What makes a slim model right besides the counts of known layers.
+
+    Attributes:
+        attributes: By module path, the values of its attributes.
+        forwards: By module path, its own code with other sizes (see :mod:`cocktailsdk.graph.rewrite`).
+    """
+
+    attributes: dict[str, dict[str, Value]] = field(default_factory=dict)
+    forwards: dict[str, fx.Graph] = field(default_factory=dict)
+
+
 
 
 def mend(
@@ -84,7 +103,7 @@ def mend(
     original: nn.Module,
     trace: Trace,
     keep: Bool[Tensor, " units_and_stays"],
-    chosen: Mapping[str, Mapping[str, int]] | None = None,
+    chosen: Mends | None = None,
 ) -> Options:
     """Mends a model whose parameters were cut.
 
@@ -116,13 +135,27 @@ def mend(
             for name, parameter in module.named_parameters(recurse=False):
                 for old, new in zip(getattr(was, name).shape, parameter.shape, strict=True):
                     seen.add(old, new)
-            found = {name: [*seen.changed[value], value] for name, value in _integers(module) if value in seen.changed}
+            found = _attributes(module, seen.changed)
             if found:
                 options[path] = found
-                known = (chosen or {}).get(path, {})
+                known = chosen.attributes.get(path, {}) if chosen is not None else {}
                 for name, values in found.items():
                     setattr(module, name, known.get(name, values[0]))
+            if path in sizes and any(n.op in READS_SIZES and n.module == path and n.units for n in trace.nodes):
+                options.setdefault(path, {})
+    # Innermost first, so that a rewritten parent holds its rewritten children.
+    for path in sorted(chosen.forwards if chosen is not None else (), key=lambda p: -p.count(".")):
+        slim.set_submodule(path, as_module(slim.get_submodule(path), chosen.forwards[path]))
     return options
+
+
+def as_module(slim: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module that runs a rewritten graph on a slim module's own children and parameters."""
+    made = fx.GraphModule(slim, graph, class_name=type(slim).__name__)
+    for name, value in vars(slim).items():
+        if not name.startswith("_") and not hasattr(made, name):
+            setattr(made, name, value)
+    return made.train(slim.training)
 
 
 def _narrowed(module: nn.Module, was: nn.Module, norm: Norm, sizes: Sizes | None) -> bool:
@@ -164,10 +197,20 @@ def _mend_known(module: nn.Module, was: nn.Module) -> bool:
     return True
 
 
-def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str, list[Value]]:
+    """Attributes that hold sizes which shrank, with all that they may have become."""
+    out: dict[str, list[Value]] = {}
     for name, value in list(vars(module).items()):
-        if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_") and value > 1:
-            yield name, value
+        if name.startswith("_"):
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and value in changed:
+            out[name] = [*changed[value], value]
+        elif isinstance(value, (tuple, list)) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
+            choices = [[*changed.get(v, []), v] for v in value]
+            made = [type(value)(c) for c in islice(product(*choices), 32)]
+            if len(made) > 1:
+                out[name] = made
+    return out
 
 
 def _mend_padding(slim: nn.Module, path: str, trace: Trace, keep: Bool[Tensor, " units_and_stays"], training: bool) -> None:
@@ -181,11 +224,10 @@ def _mend_padding(slim: nn.Module, path: str, trace: Trace, keep: Bool[Tensor, "
         amounts = list(node.args[1])
         rank = len(record.shape or ())
         for units in record.units:
-            mask = keep[units]
+            along = left_along(units, keep)
             for i in range(0, len(amounts), 2):
-                dim = rank - 1 - i // 2
-                if mask.shape[dim] > 1:
-                    left = mask.movedim(dim, 0).flatten(1).any(1)
+                left = along.get(rank - 1 - i // 2)
+                if left is not None:
                     before, after = node.args[1][i : i + 2]
                     amounts[i] = int(left[:before].sum())
                     amounts[i + 1] = int(left[left.numel() - after :].sum()) if after else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import SlimError
-from .couple import couple
+from .couple import Pass
 from .coupling import STAYS, Coupling, Trace
-from .mend import Options, mend
+from .mend import Mends, Options, mend
 from .verify import verify_slim
 
 __all__ = ["Cutter", "slim_module"]
@@ -79,7 +79,7 @@ class Cutter:
         """What stays; the last entry, True, is for what belongs to no unit (``STAYS`` indexes it)."""
         return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
 
-    def cut(self, model: nn.Module, mends: Mapping[str, Mapping[str, int]] | None = None) -> tuple[nn.Module, Options]:
+    def cut(self, model: nn.Module, mends: Mends | None = None) -> tuple[nn.Module, Options]:
         """Copies a model without the removed units and mends the copy; nothing is checked.
 
         Args:
@@ -114,7 +114,7 @@ class Cutter:
 
 def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Trace:
     """The trace of a model whose coupling came from a file, which must be the same."""
-    fresh = couple(model, args, kwargs)
+    fresh = Pass(model, args, kwargs).coupling()
     same = set(fresh.fields) >= set(coupling.fields) and fresh.trace is not None
     if same and fresh.n_units != coupling.n_units:
         # Units that the user excluded are absent from the file's coupling: map the fresh units onto the stored ones.
@@ -123,7 +123,7 @@ def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwar
     if mapping is None or fresh.trace is None:
         raise SlimError("the model's channels are coupled otherwise than when the bundle was made; use the same versions of the model's library and of PyTorch.")
     nodes = tuple(
-        type(n)(n.name, n.op, n.module, n.shape, tuple(mapping[u] for u in n.units)) for n in fresh.trace.nodes
+        replace(n, units=tuple(mapping[u] for u in n.units)) for n in fresh.trace.nodes
     )
     return Trace(nodes, fresh.trace.norms, fresh.trace.pads)
 

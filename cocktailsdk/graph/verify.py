@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import SlimError
 from .coupling import Coupling, Trace
 from .export import evaluating
-from .mend import Options, surviving
+from .mend import Mends, Options, as_module, surviving
+from .rewrite import rewritten
 
 __all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
 
@@ -76,7 +77,7 @@ class Cut(Protocol):
     def keep(self) -> Bool[Tensor, " units_and_stays"]:
         """What stays."""
 
-    def cut(self, model: nn.Module, mends: Mapping[str, Mapping[str, int]] | None = None) -> tuple[nn.Module, Options]:
+    def cut(self, model: nn.Module, mends: Mends | None = None) -> tuple[nn.Module, Options]:
         """The slim model, and attributes that may need other values."""
 
 
@@ -86,11 +87,11 @@ class Proof:
 
     Attributes:
         error: The largest relative error over all outputs.
-        mends: By module path, values of attributes with which the slim model is right.
+        mends: What makes the slim model right.
     """
 
     error: float
-    mends: dict[str, dict[str, int]]
+    mends: Mends
 
 
 def verify_slim(model: nn.Module, cutter: Cut, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Proof:
@@ -125,41 +126,52 @@ def verify_slim(model: nn.Module, cutter: Cut, args: Sequence[Any] = (), kwargs:
         with precision, _Outputs(masked, options) as outputs:
             want = _tensors(masked(*args, **kwargs))
         try:
-            with _Settling(slim, options, outputs.seen, cutter) as settling:
+            with _Settling(masked, slim, options, outputs, cutter) as settling:
                 got = _tensors(slim(*args, **kwargs))
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else "no message"
+            where = _failing_module(slim, args, kwargs)
             raise SlimError(
                 f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
-                f"{_failing_module(slim, args, kwargs)}. An attribute that this module reshapes or splits by could not "
-                "be mended: exclude it (exclude_modules=[...]) or register an adapter for its class."
+                f"{where or 'its own forward'!r}. An attribute that this module reshapes or splits by could not "
+                "be mended: exclude it (exclude_modules=[...]) or register an adapter for its class.",
+                module=where,
             ) from error
         worst = _compare(got, want, dense)
         limit = SINGLE if precision.single else EXACT
         if not worst <= limit:
+            where = _first_difference(masked, slim, args, kwargs)
             raise SlimError(
                 f"the slim {type(model).__name__} computes something else than the masked one: relative error "
                 f"{worst:.1e}, allowed {limit:.0e}. The first module that differs is "
-                f"{_first_difference(masked, slim, args, kwargs)}. Exclude it (exclude_modules=[...]) and report it, "
-                "please: this should not happen."
+                f"{where!r}. Exclude it (exclude_modules=[...]) and report it, "
+                "please: this should not happen.",
+                module=where,
             )
     return Proof(worst, settling.mends)
 
 
+def _assign(module: nn.Module, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
 class _Outputs:
-    """Records what some modules of the masked model return, at their first call."""
+    """Records what some modules of the masked model are given and return, at their first call."""
 
     def __init__(self, model: nn.Module, paths: Mapping[str, Any]) -> None:
+        self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.seen: dict[str, list[Tensor]] = {}
         self._model, self._paths, self._hooks = model, paths, []
 
     def __enter__(self) -> _Outputs:
         for path in self._paths:
 
-            def hook(_m: nn.Module, _i: Any, out: Any, path: str = path) -> None:
+            def hook(_m: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
+                self.inputs.setdefault(path, (args, kwargs))
                 self.seen.setdefault(path, _tensors(out))
 
-            self._hooks.append(self._model.get_submodule(path).register_forward_hook(hook))
+            self._hooks.append(self._model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,10 +185,12 @@ class _Settling:
     MOST = 128
     """Combinations tried for a module."""
 
-    def __init__(self, slim: nn.Module, options: Options, wanted: Mapping[str, list[Tensor]], cutter: Cut) -> None:
-        self.mends: dict[str, dict[str, int]] = {}
-        self._slim, self._options, self._wanted, self._cutter, self._hooks = slim, options, wanted, cutter, []
-        self._trying = False
+    def __init__(self, masked: nn.Module, slim: nn.Module, options: Options, outputs: _Outputs, cutter: Cut) -> None:
+        self.mends = Mends()
+        self._masked, self._slim, self._options, self._outputs, self._cutter = masked, slim, options, outputs, cutter
+        self._hooks: list[Any] = []
+        self._settled: set[str] = set()
+        self._busy: set[str] = set()
 
     def __enter__(self) -> _Settling:
         for path in self._options:
@@ -189,29 +203,52 @@ class _Settling:
             h.remove()
 
     def _settle(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if path in self.mends or self._trying:
+        # Children settle while their parent is tried, so each is looked at with the inputs that it really gets.
+        if path in self._settled or path in self._busy:
             return
+        self._busy.add(path)
+        try:
+            self._try(path, module, args, kwargs)
+        finally:
+            self._busy.discard(path)
+
+    def _try(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         names = list(self._options[path])
-        expected = self._expected(path)
+        first = {name: values[0] for name, values in self._options[path].items()}
         for values in islice(product(*self._options[path].values()), self.MOST):
-            for name, value in zip(names, values, strict=True):
-                setattr(module, name, value)
-            self._trying = True
-            try:
-                got = _tensors(type(module).forward(module, *args, **kwargs))
-            except Exception:  # a wrong size: try the next
-                continue
-            finally:
-                self._trying = False
-            if expected is None or _compare(got[:1], expected, expected) <= SINGLE:
-                self.mends[path] = dict(zip(names, values, strict=True))
+            chosen = dict(zip(names, values, strict=True))
+            _assign(module, chosen)
+            if self._right(path, lambda: type(module).forward(module, *args, **kwargs)):
+                self.mends.attributes[path] = chosen
+                self._settled.add(path)
                 return
-        for name in names:  # none is right: the run will say so
-            setattr(module, name, self._options[path][name][0])
+        # No attribute does it: give the module its own code with the right sizes.
+        _assign(module, first)
+        if path not in self._outputs.inputs:
+            return
+        original, inputs = self._masked.get_submodule(path), self._outputs.inputs[path]
+        graph = rewritten(original, module, path, inputs, (args, kwargs), self._cutter.trace, self._cutter.keep)
+        if graph is None:
+            return
+        made = as_module(module, graph)
+        if self._right(path, lambda: made(*args, **kwargs)):
+            self.mends.attributes[path] = first
+            self.mends.forwards[path] = graph
+            self._settled.add(path)
+            module.forward = made.forward  # for the rest of this run; the model that is kept gets a module
+
+    def _right(self, path: str, run: Callable[[], Any]) -> bool:
+        """Whether a module returns what is left of the masked one's value."""
+        try:
+            got = _tensors(run())
+        except Exception:  # wrong sizes raise all kinds of errors
+            return False
+        expected = self._expected(path)
+        return expected is None or _compare(got[:1], expected, expected) <= SINGLE
 
     def _expected(self, path: str) -> list[Tensor] | None:
         """What the module should return first: the masked model's value without what is gone."""
-        wanted = self._wanted.get(path)
+        wanted = self._outputs.seen.get(path)
         last = next((n for n in reversed(self._cutter.trace.nodes) if n.module == path or n.module.startswith(path + ".")), None)
         if not wanted or last is None or tuple(wanted[0].shape) != last.shape:
             return None
@@ -279,6 +316,7 @@ def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Te
 
 
 def _failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
+    """Path of the innermost module that raises."""
     entered: list[str] = []
     hooks = []
     for name, m in model.named_modules():
@@ -287,17 +325,17 @@ def _failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
     try:
         model(*args, **kwargs)
     except Exception:
-        return repr(entered[-1]) if entered and entered[-1] else "the model's own forward"
+        return entered[-1] if entered else ""
     finally:
         for h in hooks:
             h.remove()
-    return "the model's own forward"
+    return ""
 
 
 def _first_difference(masked: nn.Module, slim: nn.Module, args: Any, kwargs: Any) -> str:
+    """Path of the first module to finish whose output, where its shape is unchanged, differs."""
     want, got = _record(masked, args, kwargs), _record(slim, args, kwargs)
     for (name, w), (_, g) in zip(want, got, strict=False):
         if w and g and w[0].shape == g[0].shape and _compare(g[:1], w[:1], w[:1]) > SINGLE:
-            return repr(name or "the model itself")
-        # Where channels are gone, sums of squares still agree: what is absent is zero, or is not read any more.
-    return "not to be told from module outputs of equal shape"
+            return name
+    return ""

@@ -177,6 +177,12 @@ def split(ctx: Context, node: fx.Node) -> Result:
     return (tuple(out),) * len(sizes)
 
 
+@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "sym_size")
+def checks(ctx: Context, node: fx.Node) -> Result:
+    """Assertions and sizes say nothing of channels."""
+    return ()
+
+
 @rule("getitem")
 def getitem(ctx: Context, node: fx.Node) -> Result:
     """One of several results."""

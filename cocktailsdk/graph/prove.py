@@ -1,0 +1,111 @@
+"""A coupling of which every group can be slimmed: what cannot be proven is kept whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from ..errors import SlimError
+from .coupling import Coupling
+from .couple import Pass
+from .slim import Cutter
+from .verify import verify_slim
+
+__all__ = ["couple"]
+
+log = logging.getLogger(__name__)
+
+MOST_PINS = 64
+"""Modules kept whole before everything is."""
+
+
+def couple(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    exclude: Callable[[str], bool] | None = None,
+    prove: bool = True,
+) -> Coupling:
+    """Finds a model's weights and which of its channels can only be removed together.
+
+    Args:
+        model: Any module; it is run in eval mode, without gradients, and left as it was.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+        exclude: For a module's path, whether its output channels must all stay (its input columns may go).
+        prove: Slim half of every group on a randomised copy in float64, and keep whole what cannot be mended, with the
+            reason. Models on the meta device, which hold no values, are never run.
+
+    Returns:
+        The coupling.
+
+    Raises:
+        ExportFailed: If ``torch.export`` cannot follow the model.
+    """
+    found = Pass(model, args, kwargs, exclude)
+    coupling = found.coupling()
+    if not prove or any(p.is_meta for p in model.parameters()):
+        return coupling
+    for _ in range(MOST_PINS):
+        error = _failure(model, coupling, args, kwargs, range(len(coupling.groups)))
+        if error is None:
+            return coupling
+        log.info("kept whole: %s", error)
+        before = coupling.n_units
+        found.pin(error.module, _reason(error))
+        coupling = found.coupling()
+        if coupling.n_units == before:
+            culprits = _culprits(model, coupling, args, kwargs, range(len(coupling.groups)))
+            for g in culprits:
+                found.pin_units(coupling, g, _reason(error))
+            coupling = found.coupling()
+            if coupling.n_units == before:
+                break
+    found.pin_everything("the slim model could not be shown to equal the masked one")
+    return found.coupling()
+
+
+def _reason(error: SlimError) -> str:
+    where = f"in {error.module!r} " if error.module else ""
+    return f"its code {where}could not be mended for fewer channels"
+
+
+def halves(coupling: Coupling, groups: Sequence[int]) -> Bool[Tensor, " units"]:
+    """Half of the units of some groups, at random positions."""
+    generator = torch.Generator().manual_seed(0)
+    removed = torch.zeros(coupling.n_units, dtype=torch.bool)
+    for i in groups:
+        g = coupling.groups[i]
+        removed[g.start + torch.randperm(g.size, generator=generator)[: g.size // 2]] = True
+    return removed
+
+
+def _failure(
+    model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None, groups: Sequence[int]
+) -> SlimError | None:
+    if not coupling.groups or coupling.trace is None:
+        return None
+    try:
+        verify_slim(model, Cutter(coupling, coupling.trace, halves(coupling, groups)), args, kwargs)
+    except SlimError as error:
+        return error
+    return None
+
+
+def _culprits(
+    model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None, groups: Sequence[int]
+) -> list[int]:
+    """Groups that fail by themselves, found by halving; all of these together where only their combination fails."""
+    if len(groups) <= 1:
+        return list(groups)
+    middle = len(groups) // 2
+    parts = [p for p in (groups[:middle], groups[middle:]) if _failure(model, coupling, args, kwargs, p) is not None]
+    if not parts:
+        return list(groups)
+    return [g for p in parts for g in _culprits(model, coupling, args, kwargs, p)]
