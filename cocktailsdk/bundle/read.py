@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import BundleError, CocktailError, PatternError
@@ -44,9 +45,20 @@ def from_pretrained(path: str | PathLike[str], model: nn.Module) -> CocktailNet:
     try:
         folder, meta = read_meta(path)
         net, weights = _read(folder, meta, model)
+    except PatternError as e:
+        raise BundleError(f"the bundle in {path} does not fit this {type(model).__name__}: {e}") from e
     except CocktailError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
+    except (
+        SafetensorError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as e:
         # The bytes are as they were written, so whoever wrote them broke the format.
         raise BundleError(f"the bundle in {path} is malformed: {type(e).__name__}: {e}") from e
     tensors = all_tensors(model)

@@ -52,7 +52,7 @@ def write_masks(
             put(name, levels, bits, levels=list(subnets), **entry)
         else:
             for s, k in zip(subnets, kept, strict=True):
-                put(f"{name}.{s}", k.numpy(), 1, levels=[s], **entry)
+                put(f"{name}.{s}", (~k).numpy(), 1, levels=[s], **entry)
 
     weights = {w.name: w for w in coupling.weights}
     for p in patterns:

@@ -129,8 +129,9 @@ class Pattern(ABC):
             raise PatternError(
                 f"pattern {spec!r}: {argument!r} is not a number; write it like '{cls.name}@0.5'"
             ) from None
+        arguments: dict[str, Any] = {"sparsities": [sparsity]}
         try:
-            return cls(sparsities=[sparsity])
+            return cls(**arguments)
         except TypeError as e:
             raise PatternError(
                 f"pattern {spec!r}: {cls.__name__} takes no 'sparsities'; give the object instead ({e})"
@@ -151,7 +152,8 @@ class Pattern(ABC):
                 f"pattern {self.name!r} is given twice, as {self!r} and {other!r}; give one that has all its subnets"
             )
         a["sparsities"] = sorted({*mine, *theirs})
-        return type(self)(**a)
+        merged: dict[str, Any] = a
+        return type(self)(**merged)
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.config().items())

@@ -1,0 +1,117 @@
+"""Channel masks: the paper's score, exact counts in every group, never all, nested."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_net
+
+from cocktailsdk import Channel, PatternError
+from cocktailsdk.graph import Group
+from cocktailsdk.patterns.channel import kept_units, unit_scores
+
+
+def naive_scores(net, beta, made):
+    """β‖m_u ⊙ C‖₁ + (1-β)‖m_nm ⊙ C‖₁ for every row C, over the mean of its layer, summed over producers."""
+    scores = [0.0] * net.coupling.n_units
+    eligible = {w.name for w in net.eligible}
+    for p in net.coupling.producers:
+        weight = net.model.get_parameter(p.weight).detach().double()
+        rows = []
+        for i in range(weight.shape[p.axis]):
+            row = weight.select(p.axis, i).reshape(-1).tolist()
+            terms = []
+            for name, share in (("unstructured", beta), ("n:m", 1 - beta)):
+                if name in made:
+                    kept = [True] * len(row)
+                    if p.weight in eligible:
+                        kept = made[name].elements[p.weight].select(p.axis, i).reshape(-1).tolist()
+                    terms.append(share * sum(abs(v) for v, k in zip(row, kept, strict=True) if k))
+            rows.append(sum(terms) if terms else sum(abs(v) for v in row))
+        mean = sum(rows) / len(rows)
+        for i, u in enumerate(p.units.tolist()):
+            if u >= 0:
+                scores[u] += rows[i] / mean
+    return scores
+
+
+@pytest.mark.parametrize("made_by", [(), ("unstructured",), ("n:m",), ("unstructured", "n:m")])
+@pytest.mark.parametrize("beta", [0.8, 0.3])
+def test_the_score_is_the_papers_formula(made_by, beta):
+    net = tiny_net()
+    masks = {"unstructured": net.masks["unstructured@0.738"], "n:m": net.masks["2:4"]}
+    made = {n: masks[n] for n in made_by}
+    found = unit_scores(net.umg(made=made), beta)
+    assert found.tolist() == pytest.approx(naive_scores(net, beta, made), rel=1e-6)
+
+
+@given(st.floats(0.0, 1.0), st.booleans())
+def test_of_every_group_the_asked_share_goes_but_never_all(sparsity, ties):
+    net = tiny_net([Channel([sparsity])])
+    if ties:
+        with torch.no_grad():
+            for p in net.model.parameters():
+                p.fill_(0.5)
+        net.set_mask(net.names[1], net.make_masks(net.names[1]))
+    removed = net.masks[net.names[1]].removed
+    for g in net.coupling.groups:
+        assert int(removed[g.start : g.stop].sum()) == min(round(sparsity * g.size), g.size - 1)
+        if ties:  # by position
+            assert removed[g.start : g.stop].tolist() == sorted(removed[g.start : g.stop].tolist(), reverse=True)
+
+
+@given(st.integers(0, 5))
+def test_masks_are_nested_even_when_weights_change_between_rounds(seed):
+    net = tiny_net([Channel()])
+    generator = torch.Generator().manual_seed(seed)
+    previous = None
+    for s in net.patterns[0].subnets():
+        mask = net.make_masks(s, previous)
+        if previous is not None:
+            assert not (previous.removed & ~mask.removed).any()
+        previous = mask
+        with torch.no_grad():
+            for p in net.model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+
+@given(
+    st.integers(1, 600),
+    st.sampled_from([1, 2, 3, 8, 64]),
+    st.lists(st.floats(0, 1), min_size=2, max_size=2),
+    st.sampled_from([1, 4, 8, "auto"]),
+)
+def test_rounding_keeps_at_least_one_and_is_monotone(size, channels, sparsities, round_to):
+    group = Group("g", 0, size, (), (), channels)
+    less, more = (kept_units(group, s, round_to) for s in sorted(sparsities))
+    assert 1 <= more <= less <= size
+    multiple = (8 if size * channels >= 256 else 1) if round_to == "auto" else round_to
+    if multiple > 1 and 0 < more < size:
+        assert more * channels % math.lcm(multiple, 1) == 0
+
+
+def test_auto_rounds_only_wide_groups():
+    assert kept_units(Group("narrow", 0, 64, (), ()), 0.3, "auto") == 64 - 19
+    assert kept_units(Group("wide", 0, 512, (), ()), 0.3, "auto") % 8 == 0
+    assert kept_units(Group("wide", 0, 512, (), ()), 0.3, 1) == 512 - 154
+
+
+def test_the_round_of_training_decides_which_masks_enter_the_score():
+    net = tiny_net()
+    umg = net.umg(made={"unstructured": net.masks["unstructured@0.2"]})  # round 1 has no N:M network yet
+    pattern = net.pattern("channel")
+    first = pattern.mask(net.subnet("channel@0.1"), umg)
+    assert torch.equal(first.removed, net.masks["channel@0.1"].removed)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"beta": 1.5}, {"beta": "x"}, {"round_to": 0}, {"round_to": "even"}, {"round_to": 2.0}, {"sparsities": [2.0]}],
+)
+def test_bad_arguments_are_refused(arguments):
+    with pytest.raises(PatternError, match="channel"):
+        Channel(**arguments)
