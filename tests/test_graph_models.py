@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocktailsdk.graph import Coupling, couple, slim_module
-from cocktailsdk.graph.slim import Cutter
+from cocktailsdk.graph.cut import Cutter
 from cocktailsdk.graph.verify import EXACT, verify_slim
 
 
@@ -104,7 +104,14 @@ class Lambda(nn.Module):
 
 
 def test_option_a_shortcut_loses_padded_channels_too() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), LambdaShortcut(16, 32), LambdaShortcut(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        LambdaShortcut(16, 32),
+        LambdaShortcut(32, 64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
     coupling, slim = check(model, torch.randn(1, 3, 16, 16))
     assert sum(g.size for g in coupling.groups) == 64  # every channel of the last stage is a unit, padded or not
     slim(torch.randn(4, 3, 20, 20)).sum().backward()  # other sizes, and gradients

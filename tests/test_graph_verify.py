@@ -11,7 +11,7 @@ from torch import nn
 
 from cocktailsdk.errors import SlimError
 from cocktailsdk.graph import couple, slim_module
-from cocktailsdk.graph.slim import Cutter
+from cocktailsdk.graph.cut import Cutter
 from cocktailsdk.graph.verify import verify_slim
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Pass:
-    """One pass of the rules over a model, from which a coupling is made; more can be made to stay, and it be made again.
+    """One pass of the rules over a model, from which couplings are made; what is pinned in between stays.
 
     Args:
         model: Any module; it is run in eval mode, without gradients, and left as it was.
@@ -95,7 +95,9 @@ def propagate(exported: Exported) -> Context:
     ctx = Context(exported)
     for node in exported.graph.nodes:
         if node.op == "call_function":
-            ctx.labels.because = f"{op_name(node)} in {module_of(node) or 'the model'} mixes these channels or needs them all"
+            ctx.labels.because = (
+                f"{op_name(node)} in {module_of(node) or 'the model'} mixes these channels or needs them all"
+            )
             _apply(ctx, node)
         elif node.op == "output":
             ctx.labels.because = "an output of the model"
@@ -218,7 +220,9 @@ def _number(root: Int64[Tensor, " labels"], made: Sequence[_Made]) -> _Units:
     of_label = torch.from_numpy(of_root)[root]
 
     sorted_kind = kind[ranked]
-    starts = np.flatnonzero(np.r_[True, sorted_kind[1:] != sorted_kind[:-1]]) if live.size else np.zeros(0, dtype=np.int64)
+    starts = (
+        np.flatnonzero(np.r_[True, sorted_kind[1:] != sorted_kind[:-1]]) if live.size else np.zeros(0, dtype=np.int64)
+    )
     stops = np.r_[starts[1:], live.size] if live.size else starts
     makers: list[set[str]] = [set() for _ in starts]
     for m in made:
@@ -280,13 +284,27 @@ def _weights(ctx: Context) -> tuple[Weight, ...]:
     for use in ctx.uses.values():
         role = "first convolution" if use.name == first else "classifier" if use.name in last else ""
         shape = ctx.exported.shapes[use.name]
-        out.append(Weight(use.name, use.module, use.op, shape, use.out_axis, use.in_axis, use.groups, macs[use.name], role))
+        out.append(
+            Weight(use.name, use.module, use.op, shape, use.out_axis, use.in_axis, use.groups, macs[use.name], role)
+        )
     return tuple(out)
 
 
 def _classifiers(ctx: Context) -> set[str]:
-    """Weights whose product reaches an output of the model through nothing but movement and elementwise ops of one operand."""
-    transparent = {"reshape", "view", "flatten", "squeeze", "unsqueeze", "alias", "dropout", "contiguous", "clone", "to", "_to_copy"}
+    """Weights whose product reaches an output of the model through nothing but movement."""
+    transparent = {
+        "reshape",
+        "view",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+        "alias",
+        "dropout",
+        "contiguous",
+        "clone",
+        "to",
+        "_to_copy",
+    }
     found = set()
     output = next(n for n in ctx.exported.graph.nodes if n.op == "output")
     products = {p.node: p.weight for p in ctx.products if p.weight is not None}
@@ -334,7 +352,9 @@ def _names(makers: Sequence[frozenset[str]]) -> list[str]:
         common = paths[0].split(".")
         for p in paths[1:]:
             parts = p.split(".")
-            n = next((i for i, (x, y) in enumerate(zip(common, parts, strict=False)) if x != y), min(len(common), len(parts)))
+            n = next(
+                (i for i, (x, y) in enumerate(zip(common, parts, strict=False)) if x != y), min(len(common), len(parts))
+            )
             common = common[:n]
         name = ".".join(common) or "stream"
         seen[name] = seen.get(name, 0) + 1
@@ -350,7 +370,10 @@ def _kept(ctx: Context, made: Sequence[_Made], units: _Units, why: Mapping[int, 
             reason = next((why[i] for i in staying.tolist() if i in why), "no reason recorded")
             share = "" if staying.numel() == m.labels.numel() else f"{staying.numel()} of {m.labels.numel()} channels: "
             out.append(Kept(m.name, share + reason))
-    out += [Kept(op, f"an op without a rule, used {n} times; what touches it is kept whole") for op, n in ctx.unknown.items()]
+    out += [
+        Kept(op, f"an op without a rule, used {n} times; what touches it is kept whole")
+        for op, n in ctx.unknown.items()
+    ]
     return tuple(out)
 
 

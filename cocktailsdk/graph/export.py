@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,7 @@ class Exported:
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and back as it was."""
     was = [(m, m.training) for m in model.modules()]
     try:
@@ -102,7 +102,7 @@ def module_of(node: fx.Node) -> str:
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Export's own log lines (guards it could not make, say) mean nothing to users."""
     logger = logging.getLogger("torch")
     level = logger.level

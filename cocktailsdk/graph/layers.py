@@ -21,7 +21,9 @@ class _SlimNorm(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, *, channels: int, axis: int, eps: float) -> None:
+    def __init__(
+        self, weight: nn.Parameter | None, bias: nn.Parameter | None, *, channels: int, axis: int, eps: float
+    ) -> None:
         super().__init__()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)

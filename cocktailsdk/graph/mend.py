@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice, product
+from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor, fx, nn
@@ -96,8 +97,6 @@ class Mends:
     forwards: dict[str, fx.Graph] = field(default_factory=dict)
 
 
-
-
 def mend(
     slim: nn.Module,
     original: nn.Module,
@@ -144,8 +143,9 @@ def mend(
             if path in sizes and any(n.op in READS_SIZES and n.module == path and n.units for n in trace.nodes):
                 options.setdefault(path, {})
     # Innermost first, so that a rewritten parent holds its rewritten children.
-    for path in sorted(chosen.forwards if chosen is not None else (), key=lambda p: -p.count(".")):
-        slim.set_submodule(path, as_module(slim.get_submodule(path), chosen.forwards[path]))
+    forwards = chosen.forwards if chosen is not None else {}
+    for path in sorted(forwards, key=lambda p: -p.count(".")):
+        slim.set_submodule(path, as_module(slim.get_submodule(path), forwards[path]))
     return options
 
 
@@ -166,7 +166,7 @@ def _narrowed(module: nn.Module, was: nn.Module, norm: Norm, sizes: Sizes | None
     return sizes is not None and norm.channels in sizes.changed
 
 
-def _mend_known(module: nn.Module, was: nn.Module) -> bool:
+def _mend_known(module: nn.Module, was: Any) -> bool:
     """Mends the counts of PyTorch's own layers (and of what inherits from them)."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -207,13 +207,15 @@ def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str
             out[name] = [*changed[value], value]
         elif isinstance(value, (tuple, list)) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
             choices = [[*changed.get(v, []), v] for v in value]
-            made = [type(value)(c) for c in islice(product(*choices), 32)]
+            made: list[Value] = [type(value)(c) for c in islice(product(*choices), 32)]
             if len(made) > 1:
                 out[name] = made
     return out
 
 
-def _mend_padding(slim: nn.Module, path: str, trace: Trace, keep: Bool[Tensor, " units_and_stays"], training: bool) -> None:
+def _mend_padding(
+    slim: nn.Module, path: str, trace: Trace, keep: Bool[Tensor, " units_and_stays"], training: bool
+) -> None:
     """Puts the module's graph, with the amounts of padding that are left, in its place."""
     by_name = {n.name: n for n in trace.nodes}
     graph = copy.deepcopy(trace.pads[path])
@@ -234,5 +236,3 @@ def _mend_padding(slim: nn.Module, path: str, trace: Trace, keep: Bool[Tensor, "
         node.args = (node.args[0], amounts, *node.args[2:])
     graph.recompile()
     slim.set_submodule(path, graph.train(training))
-
-

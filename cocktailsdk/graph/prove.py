@@ -11,9 +11,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import SlimError
-from .coupling import Coupling
 from .couple import Pass
-from .slim import Cutter
+from .coupling import Coupling
+from .cut import Cutter
 from .verify import verify_slim
 
 __all__ = ["couple"]

@@ -1,7 +1,8 @@
-"""The last mend: a module whose code takes channel counts from shapes gets its own forward, traced, with the right sizes.
+"""The last mend: a module whose code takes channel counts from shapes gets its own forward, with the right sizes.
 
-``q.reshape(b, n, self.num_heads, c // self.num_heads)``, with ``c`` read from an input that lost channels of its own, has no
-attribute to mend. Such a module is traced with its children as they are, and the numbers that must differ are put in place.
+``q.reshape(b, n, self.num_heads, c // self.num_heads)``, with ``c`` read from an input that lost channels of its own,
+has no attribute to mend. Such a module is traced with its children as they are, and the numbers that must differ are
+put in place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ __all__ = ["rewritten"]
 
 log = logging.getLogger(__name__)
 
-SIZED = {"view": "view", "reshape": "view", "unflatten": "view", "expand": "expand", "broadcast_to": "expand", "_unsafe_view": "view"}
+SIZED = {
+    "view": "view",
+    "reshape": "view",
+    "unflatten": "view",
+    "expand": "expand",
+    "broadcast_to": "expand",
+    "_unsafe_view": "view",
+}
 SPLIT = {"split", "split_with_sizes", "tensor_split"}
 
 
@@ -89,7 +97,7 @@ def _bound(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
-    """The module's code for these inputs; what is no tensor is a constant of the code, and stays an optional argument."""
+    """The module's code for these inputs; what is no tensor is a constant, and stays an optional argument."""
     signature = inspect.signature(type(module).forward)
     given = _bound(module, args, kwargs)
     fixed: dict[str, Any] = {}
@@ -150,7 +158,9 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def _edit(node: fx.Node, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any], records: Sequence[Node], keep: Tensor) -> None:
+def _edit(
+    node: Any, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any], records: Sequence[Node], keep: Tensor
+) -> None:
     """Puts the slim model's sizes into one call."""
     name = _name(node)
     out = wide[node]
@@ -158,7 +168,11 @@ def _edit(node: fx.Node, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, A
         expected = _expected(records, SIZED[name], tuple(out.shape), keep)
         if expected is not None:
             first = 2 if name == "unflatten" else 1
-            sizes = node.args[first] if len(node.args) == first + 1 and isinstance(node.args[first], (tuple, list)) else node.args[first:]
+            sizes = (
+                node.args[first]
+                if len(node.args) == first + 1 and isinstance(node.args[first], (tuple, list))
+                else node.args[first:]
+            )
             start = node.args[1] % wide[node.args[0]].dim() if name == "unflatten" else 0
             new = [_size(a, expected[start + i], wide, values) for i, a in enumerate(sizes)]
             node.args = (*node.args[:first], tuple(new)) if name == "unflatten" else (node.args[0], *new)
@@ -174,13 +188,19 @@ def _edit(node: fx.Node, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, A
             expected_sizes.append(shape[dim])
         node.args = (node.args[0], expected_sizes)
         node.kwargs = {"dim": dim}
-    elif isinstance(out, Tensor) and node.op in ("call_function", "call_method") and node.target is not operator.getitem:
+    elif (
+        isinstance(out, Tensor) and node.op in ("call_function", "call_method") and node.target is not operator.getitem
+    ):
         node.args = tuple(_constant(a, wide, values) for a in node.args)
 
 
 def _expected(records: Sequence[Node], family: str, shape: tuple[int, ...], keep: Tensor) -> tuple[int, ...] | None:
     """The slim shape of a result that has this shape in the original."""
-    ops = {"view": {"view", "reshape", "unflatten", "_unsafe_view"}, "expand": {"expand"}, "part": {"getitem", "slice", "narrow"}}[family]
+    ops = {
+        "view": {"view", "reshape", "unflatten", "_unsafe_view"},
+        "expand": {"expand"},
+        "part": {"getitem", "slice", "narrow"},
+    }[family]
     found = {new_shape(r, keep) for r in records if r.op in ops and r.shape == shape}
     if len(found) > 1:
         raise ValueError(f"results of shape {shape} become {sorted(found)}")
@@ -195,8 +215,11 @@ def _size(arg: Any, expected: int, wide: Mapping[fx.Node, Any], values: Mapping[
 
 def _constant(arg: Any, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any]) -> Any:
     """A number computed from a channel count is a constant of the original."""
-    if isinstance(arg, fx.Node) and isinstance(wide[arg], (int, float)) and not isinstance(wide[arg], bool) and values[arg] != wide[arg]:
+    if (
+        isinstance(arg, fx.Node)
+        and isinstance(wide[arg], (int, float))
+        and not isinstance(wide[arg], bool)
+        and values[arg] != wide[arg]
+    ):
         return wide[arg]
     return arg
-
-

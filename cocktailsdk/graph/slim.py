@@ -1,11 +1,10 @@
-"""Slimming: a copy of a model in which removed channels are physically gone, proven to compute what the masked model does."""
+"""Slimming: a copy of a model without its removed channels, proven to compute what the masked model does."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from ..errors import SlimError
 from .couple import Pass
 from .coupling import STAYS, Coupling, Trace
-from .mend import Mends, Options, mend
+from .cut import Cutter
 from .verify import verify_slim
 
-__all__ = ["Cutter", "slim_module"]
+__all__ = ["slim_module"]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,10 @@ def slim_module(
             else than the masked one.
     """
     if tuple(removed.shape) != (coupling.n_units,) or removed.dtype != torch.bool:
-        raise SlimError(f"a mask of {tuple(removed.shape)} {removed.dtype} was given, but the model has {coupling.n_units} channel units (torch.bool).")
+        raise SlimError(
+            f"a mask of {tuple(removed.shape)} {removed.dtype} was given, but the model has {coupling.n_units} channel "
+            "units (torch.bool)."
+        )
     removed = removed.cpu()
     for g in coupling.groups:
         if bool(removed[g.start : g.stop].all()):
@@ -58,58 +60,6 @@ def slim_module(
     trace = coupling.trace or _found_again(model, coupling, args, kwargs)
     mends = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).mends if verify else None
     return Cutter(coupling, trace, removed).cut(model, mends)[0]
-
-
-@dataclass(frozen=True)
-class Cutter:
-    """Cuts the same units from models of the same structure.
-
-    Attributes:
-        coupling: The structure's coupling.
-        trace: Its trace.
-        removed: The units that go.
-    """
-
-    coupling: Coupling
-    trace: Trace
-    removed: Bool[Tensor, " units"]
-
-    @property
-    def keep(self) -> Bool[Tensor, " units_and_stays"]:
-        """What stays; the last entry, True, is for what belongs to no unit (``STAYS`` indexes it)."""
-        return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
-
-    def cut(self, model: nn.Module, mends: Mends | None = None) -> tuple[nn.Module, Options]:
-        """Copies a model without the removed units and mends the copy; nothing is checked.
-
-        Args:
-            model: The model.
-            mends: Values of attributes that are known.
-
-        Returns:
-            The copy, and the attributes that may need other values.
-        """
-        keep = self.keep
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        # Cut tensors are given to deepcopy as already copied, so that the wide ones never are, and ties are kept.
-        memo: dict[int, Any] = {}
-        for name, fields in self.coupling.fields.items():
-            tensor = tensors[name]
-            smaller = tensor.detach()
-            for units in fields:
-                left = keep[units]
-                if bool(left.all()):
-                    continue
-                axes = [d for d in range(left.dim()) if left.shape[d] > 1]
-                if len(axes) != 1:
-                    raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
-                smaller = smaller.index_select(axes[0], left.flatten().nonzero().flatten().to(tensor.device))
-            if smaller.shape != tensor.shape:
-                smaller = smaller.clone()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
-        slim = copy.deepcopy(model, memo)
-        return slim, mend(slim, model, self.trace, keep, mends)
 
 
 def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Trace:
@@ -121,10 +71,11 @@ def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwar
         log.debug("the stored coupling has %d units, the model %d", coupling.n_units, fresh.n_units)
     mapping = _correspondence(fresh, coupling) if same else None
     if mapping is None or fresh.trace is None:
-        raise SlimError("the model's channels are coupled otherwise than when the bundle was made; use the same versions of the model's library and of PyTorch.")
-    nodes = tuple(
-        replace(n, units=tuple(mapping[u] for u in n.units)) for n in fresh.trace.nodes
-    )
+        raise SlimError(
+            "the model's channels are coupled otherwise than when the bundle was made; use the same versions of the "
+            "model's library and of PyTorch."
+        )
+    nodes = tuple(replace(n, units=tuple(mapping[u] for u in n.units)) for n in fresh.trace.nodes)
     return Trace(nodes, fresh.trace.norms, fresh.trace.pads)
 
 

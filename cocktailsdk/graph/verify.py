@@ -1,4 +1,4 @@
-"""The proof at every slimming: slim equals masked in float64, on weights of unit scale, whatever the model's own are."""
+"""The proof at every slimming: slim equals masked in float64, on weights of unit scale."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import SlimError
-from .coupling import Coupling, Trace
+from .coupling import Coupling
+from .cut import Cutter
 from .export import evaluating
 from .mend import Mends, Options, as_module, surviving
 from .rewrite import rewritten
@@ -66,21 +67,6 @@ def apply_masks(model: nn.Module, coupling: Coupling, removed: Bool[Tensor, " un
             tensors[name].mul_(keep.to(tensors[name]))
 
 
-class Cut(Protocol):
-    """Makes the slim model of a model; see :class:`cocktailsdk.graph.slim.Cutter`."""
-
-    coupling: Coupling
-    trace: Trace
-    removed: Bool[Tensor, " units"]
-
-    @property
-    def keep(self) -> Bool[Tensor, " units_and_stays"]:
-        """What stays."""
-
-    def cut(self, model: nn.Module, mends: Mends | None = None) -> tuple[nn.Module, Options]:
-        """The slim model, and attributes that may need other values."""
-
-
 @dataclass(frozen=True)
 class Proof:
     """What the check found.
@@ -94,7 +80,9 @@ class Proof:
     mends: Mends
 
 
-def verify_slim(model: nn.Module, cutter: Cut, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Proof:
+def verify_slim(
+    model: nn.Module, cutter: Cutter, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Proof:
     """Compares slim and masked on a randomised float64 copy of a model.
 
     Attributes that could have become several sizes (four heads of four channels, say) are settled on the way, each
@@ -113,7 +101,9 @@ def verify_slim(model: nn.Module, cutter: Cut, args: Sequence[Any] = (), kwargs:
         SlimError: If the slim model does not run, or computes something else. The first module that differs is named.
     """
     if not args and not kwargs:
-        raise SlimError("a slim model is checked by running it, but there are no example inputs; pass example_inputs=(x,).")
+        raise SlimError(
+            "a slim model is checked by running it, but there are no example inputs; pass example_inputs=(x,)."
+        )
     generator = torch.Generator().manual_seed(0)
     masked = copy.deepcopy(model).to(torch.float64)
     randomise(masked, generator)
@@ -162,7 +152,8 @@ class _Outputs:
     def __init__(self, model: nn.Module, paths: Mapping[str, Any]) -> None:
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.seen: dict[str, list[Tensor]] = {}
-        self._model, self._paths, self._hooks = model, paths, []
+        self._model, self._paths = model, paths
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> _Outputs:
         for path in self._paths:
@@ -185,7 +176,7 @@ class _Settling:
     MOST = 128
     """Combinations tried for a module."""
 
-    def __init__(self, masked: nn.Module, slim: nn.Module, options: Options, outputs: _Outputs, cutter: Cut) -> None:
+    def __init__(self, masked: nn.Module, slim: nn.Module, options: Options, outputs: _Outputs, cutter: Cutter) -> None:
         self.mends = Mends()
         self._masked, self._slim, self._options, self._outputs, self._cutter = masked, slim, options, outputs, cutter
         self._hooks: list[Any] = []
@@ -249,7 +240,9 @@ class _Settling:
     def _expected(self, path: str) -> list[Tensor] | None:
         """What the module should return first: the masked model's value without what is gone."""
         wanted = self._outputs.seen.get(path)
-        last = next((n for n in reversed(self._cutter.trace.nodes) if n.module == path or n.module.startswith(path + ".")), None)
+        last = next(
+            (n for n in reversed(self._cutter.trace.nodes) if n.module == path or n.module.startswith(path + ".")), None
+        )
         if not wanted or last is None or tuple(wanted[0].shape) != last.shape:
             return None
         return [surviving(wanted[0], last, self._cutter.keep)]
@@ -304,7 +297,10 @@ class _Precision(TorchDispatchMode):
 def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor]]]:
     """Outputs of every module in order of completion, as far as the model runs."""
     seen: list[tuple[str, list[Tensor]]] = []
-    hooks = [m.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, _tensors(out)))) for name, m in model.named_modules()]
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, _tensors(out))))
+        for name, m in model.named_modules()
+    ]
     try:
         model(*args, **kwargs)
     except Exception:  # only used to see how far it came

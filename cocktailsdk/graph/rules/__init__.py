@@ -3,4 +3,16 @@
 from . import contraction, elementwise, movement, norm, reduction
 from .registry import RULES, Context, Product, Result, WeightUse, rule
 
-__all__ = ["RULES", "Context", "Product", "Result", "WeightUse", "contraction", "elementwise", "movement", "norm", "reduction", "rule"]
+__all__ = [
+    "RULES",
+    "Context",
+    "Product",
+    "Result",
+    "WeightUse",
+    "contraction",
+    "elementwise",
+    "movement",
+    "norm",
+    "reduction",
+    "rule",
+]

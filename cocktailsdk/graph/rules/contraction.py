@@ -21,7 +21,9 @@ def _is_weight(ctx: Context, node: Any) -> str | None:
     return name if name in ctx.exported.trainable else None
 
 
-def consume(ctx: Context, left: Fields, right: Fields, left_dim: int, right_dim: int, *, batch: Sequence[tuple[int, int]] = ()) -> tuple[list[Field], list[Field]]:
+def consume(
+    ctx: Context, left: Fields, right: Fields, left_dim: int, right_dim: int, *, batch: Sequence[tuple[int, int]] = ()
+) -> tuple[list[Field], list[Field]]:
     """Ties the labels along a contracted dimension of two operands.
 
     Args:
@@ -41,7 +43,9 @@ def consume(ctx: Context, left: Fields, right: Fields, left_dim: int, right_dim:
     pairs = dict(batch)
     for f in along_left:
         # A partner that varies as this one does (through paired dimensions) is tied to it position by position.
-        partner = next((g for g in along_right if {pairs.get(d, -1) for d in f.dims - {left_dim}} == g.dims - {right_dim}), None)
+        partner = next(
+            (g for g in along_right if {pairs.get(d, -1) for d in f.dims - {left_dim}} == g.dims - {right_dim}), None
+        )
         if partner is not None and (f.zero or partner.zero):
             along_right.remove(partner)
             ctx.labels.join(*_face(f, partner, left_dim, right_dim, pairs))
@@ -62,12 +66,18 @@ def consume(ctx: Context, left: Fields, right: Fields, left_dim: int, right_dim:
     return passing_left, passing_right
 
 
-def _face(f: Field, g: Field, left_dim: int, right_dim: int, pairs: dict[int, int]) -> tuple[Int64[Tensor, "..."], Int64[Tensor, "..."]]:
+def _face(
+    f: Field, g: Field, left_dim: int, right_dim: int, pairs: dict[int, int]
+) -> tuple[Int64[Tensor, "..."], Int64[Tensor, "..."]]:
     """Both fields' labels with their varying dimensions in the same order."""
     order = [d for d in range(f.labels.dim()) if d in f.dims]
-    left = f.labels.permute(*order, *(d for d in range(f.labels.dim()) if d not in f.dims)).reshape([f.labels.shape[d] for d in order])
+    left = f.labels.permute(*order, *(d for d in range(f.labels.dim()) if d not in f.dims)).reshape(
+        [f.labels.shape[d] for d in order]
+    )
     there = [right_dim if d == left_dim else pairs[d] for d in order]
-    right = g.labels.permute(*there, *(d for d in range(g.labels.dim()) if d not in there)).reshape([g.labels.shape[d] for d in there])
+    right = g.labels.permute(*there, *(d for d in range(g.labels.dim()) if d not in there)).reshape(
+        [g.labels.shape[d] for d in there]
+    )
     return left, right
 
 
@@ -77,7 +87,7 @@ def linear(ctx: Context, node: fx.Node) -> Result:
     if node.target._opname == "linear":  # type: ignore[union-attr]
         x, w, bias, out_axis, in_axis = node.args[0], node.args[1], argument(node, "bias"), 0, 1
     else:
-        bias, x, w, out_axis, in_axis = *node.args[:3], 1, 0  # type: ignore[assignment]
+        bias, x, w, out_axis, in_axis = *node.args[:3], 1, 0
     rank = len(ctx.shape(node))
     passing, made = consume(ctx, ctx.fields(x), ctx.fields(w), len(ctx.shape(x)) - 1, in_axis)
     _remember(ctx, node, w, "linear", out_axis, in_axis, prod(ctx.shape(node)) * ctx.shape(x)[-1], ctx.fields(x))
@@ -95,7 +105,17 @@ def linear(ctx: Context, node: fx.Node) -> Result:
     return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
 
 
-def _remember(ctx: Context, node: fx.Node, w: Any, op: str, out_axis: int, in_axis: int, macs: int, fields: Fields = (), groups: int = 1) -> None:
+def _remember(
+    ctx: Context,
+    node: fx.Node,
+    w: Any,
+    op: str,
+    out_axis: int,
+    in_axis: int,
+    macs: int,
+    fields: Fields = (),
+    groups: int = 1,
+) -> None:
     name = _is_weight(ctx, w)
     module = module_of(node)
     ctx.products.append(Product(node, module, name, macs, tuple(f.labels for f in fields) if name is None else ()))
@@ -116,7 +136,10 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
 
     def without_positions(fields: Fields, first: int) -> Fields:
-        held = [ctx.labels.collapse(f, [d for d in f.dims if d >= first]) if any(d >= first for d in f.dims) else f for f in fields]
+        held = [
+            ctx.labels.collapse(f, [d for d in f.dims if d >= first]) if any(d >= first for d in f.dims) else f
+            for f in fields
+        ]
         return tuple(f for f in held if f is not None)
 
     xs = without_positions(ctx.fields(x), channel + 1)
@@ -144,7 +167,9 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
     return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
 
 
-def _grouped(ctx: Context, xs: Fields, ws: Fields, channel: int, groups: int, out_channels: int, transposed: bool) -> tuple[list[Field], list[Field]]:
+def _grouped(
+    ctx: Context, xs: Fields, ws: Fields, channel: int, groups: int, out_channels: int, transposed: bool
+) -> tuple[list[Field], list[Field]]:
     """Grouped convolutions.
 
     Depthwise: an input channel goes with the outputs made from it. Otherwise the same positions go from every
@@ -163,11 +188,11 @@ def _grouped(ctx: Context, xs: Fields, ws: Fields, channel: int, groups: int, ou
     if not transposed and columns is None and outof is not None and x is not None:  # depthwise
         ctx.labels.join(x.labels.reshape(groups, 1), outof.labels.reshape(groups, per_group))
         return passing, [outof]
-    if transposed or x is None or into is None or outof is None:
+    if transposed or x is None or into is None or outof is None or not (x.zero or into.zero):
         # A grouped transposed convolution, or an unlabelled side: the groups stay as they are.
-        for f in (x, into, outof):
-            if f is not None:
-                ctx.labels.stay(f.labels, ctx.labels.because + " (grouped)")
+        for side in (x, into, outof):
+            if side is not None:
+                ctx.labels.stay(side.labels, ctx.labels.because + " (grouped)")
         return passing, []
     inner = x.labels.reshape(groups, -1)
     ctx.labels.join(inner, into.labels.reshape(1, -1))
@@ -195,11 +220,15 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
     if name is not None and len(sb) == 2:
         _remember(ctx, node, b, "matmul", 1, 0, prod(ctx.shape(node)) * sa[-1])
     else:
-        ctx.products.append(Product(node, module_of(node), None, prod(ctx.shape(node)) * sa[-1], _factors(ctx, a, b, sa, sb)))
+        ctx.products.append(
+            Product(node, module_of(node), None, prod(ctx.shape(node)) * sa[-1], _factors(ctx, a, b, sa, sb))
+        )
     return product(ctx, ctx.fields(a), sa, ctx.fields(b), sb, ctx.shape(node))
 
 
-def _factors(ctx: Context, a: Any, b: Any, sa: tuple[int, ...], sb: tuple[int, ...]) -> tuple[Int64[Tensor, "..."], ...]:
+def _factors(
+    ctx: Context, a: Any, b: Any, sa: tuple[int, ...], sb: tuple[int, ...]
+) -> tuple[Int64[Tensor, "..."], ...]:
     """Label arrays whose shares multiply to the share of multiply-adds left."""
     taken: set[int] = set()
     out = []
@@ -238,19 +267,31 @@ def product(ctx: Context, fa: Fields, sa: Sequence[int], fb: Fields, sb: Sequenc
 def attention(ctx: Context, node: fx.Node) -> Result:
     """Attention in one op: ``softmax(scale q kᵀ + mask) v``."""
     q, k, v = node.args[:3]
-    mask, scale, grouped = argument(node, "attn_mask"), argument(node, "scale"), bool(argument(node, "enable_gqa", False))
+    mask, scale, grouped = (
+        argument(node, "attn_mask"),
+        argument(node, "scale"),
+        bool(argument(node, "enable_gqa", False)),
+    )
     sq, sk, sv = ctx.shape(q), ctx.shape(k), ctx.shape(v)
     fq, fk, fv = ctx.fields(q), ctx.fields(k), ctx.fields(v)
     rank = len(sq)
     scores_shape = (*sq[:-1], sk[-2])
     per_head = prod(scores_shape)
-    heads = max((f.labels for f in fq if f.dims <= set(range(rank - 2)) | {rank - 1} and min(f.dims) < rank - 1), key=Tensor.numel, default=None)
-    ctx.products.append(Product(node, module_of(node), None, per_head * (sq[-1] + sv[-1]), () if heads is None else (heads,)))
+    heads = max(
+        (f.labels for f in fq if f.dims <= set(range(rank - 2)) | {rank - 1} and min(f.dims) < rank - 1),
+        key=Tensor.numel,
+        default=None,
+    )
+    ctx.products.append(
+        Product(node, module_of(node), None, per_head * (sq[-1] + sv[-1]), () if heads is None else (heads,))
+    )
     if grouped and sk[-3] != sq[-3]:
         times = sq[-3] // sk[-3]
 
         def repeated(fields: Fields) -> Fields:
-            return tuple(f.with_labels(f.labels.repeat_interleave(times, rank - 3)) if rank - 3 in f.dims else f for f in fields)
+            return tuple(
+                f.with_labels(f.labels.repeat_interleave(times, rank - 3)) if rank - 3 in f.dims else f for f in fields
+            )
 
         fk, fv = repeated(fk), repeated(fv)
         sk, sv = (*sk[:-3], sq[-3], *sk[-2:]), (*sv[:-3], sq[-3], *sv[-2:])

@@ -10,20 +10,24 @@ from torch import fx
 from ..labels import Field, Fields
 from .registry import Context, Result, rule
 
-KEEP_ZERO = [  # f(0) == 0
-    "relu", "relu6", "gelu", "silu", "mish", "hardswish", "leaky_relu", "elu", "selu", "celu", "tanh", "softsign", "hardshrink",
-    "softshrink", "tanhshrink", "rrelu", "abs", "neg", "negative", "sqrt", "square", "sin", "asin", "sinh", "tan", "atan", "erf", "floor", "ceil", "round", "trunc",
-    "sign", "expm1", "log1p", "nan_to_num", "sgn", "rrelu_with_noise", "absolute",
-]  # fmt: skip
-LOSE_ZERO = [
-    "sigmoid", "hardsigmoid", "exp", "exp2", "log", "log2", "log10", "rsqrt", "reciprocal", "cos", "cosh", "acos", "erfc", "softplus", "log_sigmoid", "bitwise_not", "logical_not",
-    "isnan", "isinf", "isfinite", "rand_like", "randn_like", "zeros_like", "ones_like", "full_like", "empty_like", "erfinv", "sigmoid_backward", "eq", "ne",
-    "lt", "le", "gt", "ge", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "atan2", "remainder", "fmod", "floor_divide",
-]  # fmt: skip
+# Functions with f(0) = 0, and some others.
+KEEP_ZERO = """
+    relu relu6 gelu silu mish hardswish leaky_relu elu selu celu tanh softsign hardshrink softshrink tanhshrink
+    rrelu abs neg negative sqrt square sin asin sinh tan atan erf floor ceil round trunc sign expm1 log1p
+    nan_to_num sgn rrelu_with_noise absolute
+""".split()  # noqa: SIM905
+LOSE_ZERO = """
+    sigmoid hardsigmoid exp exp2 log log2 log10 rsqrt reciprocal cos cosh acos erfc softplus log_sigmoid
+    bitwise_not logical_not isnan isinf isfinite rand_like randn_like zeros_like ones_like full_like empty_like
+    erfinv sigmoid_backward eq ne lt le gt ge logical_or logical_xor bitwise_and bitwise_or atan2 remainder fmod
+    floor_divide
+""".split()  # noqa: SIM905
 ADDITIVE = ["add", "sub", "rsub", "where", "maximum", "minimum", "subtract", "fmax", "fmin"]
 
 
-def unify(ctx: Context, operands: Sequence[tuple[tuple[int, ...], Fields]], shape: Sequence[int]) -> list[list[Field | None]]:
+def unify(
+    ctx: Context, operands: Sequence[tuple[tuple[int, ...], Fields]], shape: Sequence[int]
+) -> list[list[Field | None]]:
     """Joins the fields of operands that meet elementwise.
 
     Args:
@@ -36,17 +40,17 @@ def unify(ctx: Context, operands: Sequence[tuple[tuple[int, ...], Fields]], shap
     """
     rank = len(shape)
     aligned: list[tuple[tuple[int, ...], list[Field]]] = []
-    for own, fields in operands:
+    for own, given in operands:
         extra = rank - len(own)
-        aligned.append(((1,) * extra + tuple(own), [f.with_labels(f.labels[(None,) * extra]) for f in fields]))
+        aligned.append(((1,) * extra + tuple(own), [f.with_labels(f.labels[(None,) * extra]) for f in given]))
 
     # An operand that varies along a dimension without labels there asks for all of it.
     for d in range(rank):
         if shape[d] <= 1 or not any(d in f.dims for _, fields in aligned for f in fields):
             continue
         if any(own[d] > 1 and not any(d in f.dims for f in fields) for own, fields in aligned):
-            for _, fields in aligned:
-                fields[:] = _collapsed(ctx, fields, {d})
+            for _, own_fields in aligned:
+                own_fields[:] = _collapsed(ctx, own_fields, {d})
 
     rows: list[Row] = []
     for operand, (_, fields) in enumerate(aligned):
@@ -82,7 +86,7 @@ def _reduced(ctx: Context, f: Field, dims: frozenset[int]) -> Field | None:
 
 
 def _place(ctx: Context, rows: list[Row], operand: int, f: Field) -> None:
-    """Puts a field into the row it joins: one that varies along the same dimensions, else one that overlaps, else a new one.
+    """Puts a field into the row it joins: of the same dimensions, else one that overlaps, else a new one.
 
     Where one field varies along rows and columns and the other only along columns (a norm's weight shared by all
     heads), the rows survive: the first field is joined along the columns, and the second stays.
@@ -121,7 +125,9 @@ def _dims(row: Row) -> frozenset[int]:
     return frozenset.intersection(*(f.dims for f in row.values()))
 
 
-def combine(ctx: Context, operands: Sequence[Any], shape: Sequence[int], zero: Callable[[list[Field | None]], bool]) -> Fields:
+def combine(
+    ctx: Context, operands: Sequence[Any], shape: Sequence[int], zero: Callable[[list[Field | None]], bool]
+) -> Fields:
     """Fields of an elementwise result.
 
     Args:
@@ -175,7 +181,9 @@ def multiplicative(ctx: Context, node: fx.Node) -> Result:
 @rule("div", "divide", "true_divide")
 def division(ctx: Context, node: fx.Node) -> Result:
     """Quotients: zero where the numerator is, unless the denominator is masked with it (0/0)."""
-    fields = combine(ctx, node.args[:2], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and row[1:] == [None])
+    fields = combine(
+        ctx, node.args[:2], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and row[1:] == [None]
+    )
     for f in ctx.fields(node.args[1]):
         if f.zero:
             ctx.labels.stay(f.labels, "divided by channels that masking would make zero")
@@ -186,7 +194,7 @@ def division(ctx: Context, node: fx.Node) -> Result:
 def power(ctx: Context, node: fx.Node) -> Result:
     """A power keeps zeros if its exponent is a positive number."""
     exponent = node.args[1]
-    positive = isinstance(exponent, (int, float)) and exponent > 0
+    positive = bool(isinstance(exponent, (int, float)) and exponent > 0)
     return combine(ctx, node.args[:2], ctx.shape(node), lambda row: positive and all_zero(row[:1]))
 
 
@@ -198,8 +206,8 @@ def clamp(ctx: Context, node: fx.Node) -> Result:
     if name == "clamp_max":
         low, high = None, low
     numbers = all(b is None or isinstance(b, (int, float)) for b in (low, high))
-    keeps = numbers and (low is None or low <= 0) and (high is None or high >= 0) and name != "threshold"  # type: ignore[operator]
-    return combine(ctx, _operands(node), ctx.shape(node), lambda row: keeps and all_zero(row[:1]))
+    keeps = numbers and bool(low is None or low <= 0) and bool(high is None or high >= 0) and name != "threshold"  # type: ignore[operator]
+    return combine(ctx, _operands(node), ctx.shape(node), lambda row: bool(keeps) and all_zero(row[:1]))
 
 
 @rule("masked_fill")
@@ -212,7 +220,9 @@ def masked_fill(ctx: Context, node: fx.Node) -> Result:
 @rule("addcmul", "addcdiv")
 def addcmul(ctx: Context, node: fx.Node) -> Result:
     """A sum and a product in one."""
-    return combine(ctx, node.args[:3], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and any_zero(row[1:]))
+    return combine(
+        ctx, node.args[:3], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and any_zero(row[1:])
+    )
 
 
 @rule("prelu", "_prelu_kernel")
@@ -229,4 +239,8 @@ def prelu(ctx: Context, node: fx.Node) -> Result:
 
 def _operands(node: fx.Node) -> list[Any]:
     """Tensor and number operands, whichever way they were given."""
-    return [a for a in [*node.args, *node.kwargs.values()] if isinstance(a, fx.Node) or (isinstance(a, (int, float)) and not isinstance(a, bool))]
+    return [
+        a
+        for a in [*node.args, *node.kwargs.values()]
+        if isinstance(a, fx.Node) or (isinstance(a, (int, float)) and not isinstance(a, bool))
+    ]

@@ -20,11 +20,14 @@ def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
     return tuple(f.with_labels(fn(f.labels)) for f in fields)
 
 
-@rule(
-    "alias", "clone", "contiguous", "detach", "detach_copy", "dropout", "feature_dropout", "lift_fresh_copy", "to", "_to_copy",
-    "type_as", "positive", "bernoulli", "copy", "requires_grad", "feature_alpha_dropout", "alpha_dropout", "resolve_conj",
-    "resolve_neg", "native_dropout", "identity", "view_as_real_copy",
-)  # fmt: skip
+PASSED_ON = """
+    alias clone contiguous detach detach_copy dropout feature_dropout lift_fresh_copy to _to_copy type_as positive
+    bernoulli copy requires_grad feature_alpha_dropout alpha_dropout resolve_conj resolve_neg native_dropout
+    identity view_as_real_copy
+""".split()  # noqa: SIM905
+
+
+@rule(*PASSED_ON)
 def same(ctx: Context, node: fx.Node) -> Result:
     """Values, or a cast of them, passed on as they are."""
     return ctx.fields(node.args[0])
@@ -52,7 +55,9 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     """The smallest runs of dimensions of both shapes that hold the same number of elements."""
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        left, right = ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
+        left, right = (
+            ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
+        )
         a = b = 1
         for d in left:
             a *= old[d]
@@ -72,7 +77,19 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return blocks
 
 
-@rule("reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_copy", "squeeze", "unsqueeze", "reshape_as", "view_as", "ravel")
+@rule(
+    "reshape",
+    "view",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "view_copy",
+    "squeeze",
+    "unsqueeze",
+    "reshape_as",
+    "view_as",
+    "ravel",
+)
 def reshape(ctx: Context, node: fx.Node) -> Result:
     """Any change of shape that keeps the order of elements."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
@@ -154,7 +171,16 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
     return out
 
 
-@rule("chunk", "split", "split_with_sizes", "tensor_split", "split_copy", "split_with_sizes_copy", "unsafe_split", "unsafe_chunk")
+@rule(
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "split_copy",
+    "split_with_sizes_copy",
+    "unsafe_split",
+    "unsafe_chunk",
+)
 def split(ctx: Context, node: fx.Node) -> Result:
     """Parts along a dimension. Equal parts must lose the same positions; unequal ones stay whole."""
     shape = ctx.shape(node.args[0])
@@ -177,7 +203,14 @@ def split(ctx: Context, node: fx.Node) -> Result:
     return (tuple(out),) * len(sizes)
 
 
-@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "sym_size")
+@rule(
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "sym_size",
+)
 def checks(ctx: Context, node: fx.Node) -> Result:
     """Assertions and sizes say nothing of channels."""
     return ()
@@ -188,7 +221,7 @@ def getitem(ctx: Context, node: fx.Node) -> Result:
     """One of several results."""
     several = ctx.env.get(node.args[0], ())  # type: ignore[arg-type]
     if several and not isinstance(several[0], Field):
-        return several[node.args[1]]  # type: ignore[index,return-value]
+        return several[node.args[1]]  # type: ignore[index]
     return several if node.args[1] == 0 else ()
 
 
@@ -233,7 +266,9 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
             out.append(f.with_zero(f.zero and all(p.zero for p in partners)))  # type: ignore[union-attr]
     shared = [f.dims for f in out]
     for fields_ in across:
-        ctx.labels.stay_all((f for f in fields_ if f.dims not in shared), ctx.labels.because + " (joined with channels that stay)")
+        ctx.labels.stay_all(
+            (f for f in fields_ if f.dims not in shared), ctx.labels.because + " (joined with channels that stay)"
+        )
     if any(a is not None for a in along):
         dims = {d for a in along if a is not None for d in a.dims} | {dim}
         labels = []
@@ -366,7 +401,17 @@ def repeat(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@rule("roll", "flip", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "im2col", "rot90")
+@rule(
+    "roll",
+    "flip",
+    "repeat_interleave",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "unfold",
+    "im2col",
+    "rot90",
+)
 def executed(ctx: Context, node: fx.Node) -> Result:
     """Any other movement whose arguments are constants: run on labels of full size."""
     shape = ctx.shape(node.args[0])

@@ -15,22 +15,29 @@ from .elementwise import unify
 from .registry import Context, Result, argument, rule
 
 
-def _affine(ctx: Context, fields: Fields, shape: Sequence[int], parameters: Sequence[Any], view: Sequence[int]) -> tuple[Fields, bool]:
+def _affine(
+    ctx: Context, fields: Fields, shape: Sequence[int], parameters: Sequence[Any], view: Sequence[int]
+) -> tuple[Fields, bool]:
     """Joins channels with per-channel parameters.
 
     Returns:
         The fields, and whether weight and bias make a masked channel zero.
     """
-    operands: list[tuple[tuple[int, ...], Fields]] = [(tuple(shape), fields)]
-    for p in parameters:
-        if isinstance(p, fx.Node):
-            operands.append((tuple(view), tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(p))))
-    rows = unify(ctx, operands, shape)
+    given = [p for p in parameters if isinstance(p, fx.Node)]
+    views = [(tuple(view), tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(p))) for p in given]
+    rows = unify(ctx, [(tuple(shape), fields), *views], shape)
     affine = isinstance(parameters[0], fx.Node) and isinstance(parameters[1], fx.Node)
     return tuple(next(f for f in row if f is not None) for row in rows), affine
 
 
-@rule("batch_norm", "_batch_norm_with_update", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "instance_norm")
+@rule(
+    "batch_norm",
+    "_batch_norm_with_update",
+    "native_batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "instance_norm",
+)
 def batch_norm(ctx: Context, node: fx.Node) -> Result:
     """Batch norm (in eval mode, with running statistics) and instance norm: each channel by itself."""
     x = node.args[0]
@@ -38,7 +45,9 @@ def batch_norm(ctx: Context, node: fx.Node) -> Result:
     view = (1, shape[1]) + (1,) * (len(shape) - 2)
     fields = ctx.fields(x)
     if node.target._opname == "instance_norm":  # type: ignore[union-attr]
-        held = [ctx.labels.collapse(f, [d for d in f.dims if d > 1]) if any(d > 1 for d in f.dims) else f for f in fields]
+        held = [
+            ctx.labels.collapse(f, [d for d in f.dims if d > 1]) if any(d > 1 for d in f.dims) else f for f in fields
+        ]
         fields = tuple(f for f in held if f is not None)
     out, affine = _affine(ctx, fields, shape, node.args[1:5], view)
     # Masked weight and bias make the channel zero, whatever came in; without them it is -mean/std.
@@ -87,7 +96,18 @@ def _eps(node: fx.Node) -> float:
     return float(torch.finfo(torch.float32).eps if eps is None else eps)
 
 
-AROUND_NORM = {"layer_norm", "rms_norm", "permute", "contiguous", "transpose", "to", "_to_copy", "alias", "clone", "type_as"}
+AROUND_NORM = {
+    "layer_norm",
+    "rms_norm",
+    "permute",
+    "contiguous",
+    "transpose",
+    "to",
+    "_to_copy",
+    "alias",
+    "clone",
+    "type_as",
+}
 
 
 def replaceable(ctx: Context, node: fx.Node) -> int | None:

@@ -10,7 +10,9 @@ from ..labels import Field, Fields
 from .registry import Context, Result, argument, rule
 
 
-def mixed(ctx: Context, fields: Fields, dims: Iterable[int], *, absent_zeros_count: bool) -> tuple[Fields, frozenset[int]]:
+def mixed(
+    ctx: Context, fields: Fields, dims: Iterable[int], *, absent_zeros_count: bool
+) -> tuple[Fields, frozenset[int]]:
     """Joins labels along the dimensions that are mixed.
 
     Args:
@@ -44,14 +46,49 @@ def _reduced_dims(ctx: Context, node: fx.Node) -> list[int]:
     return [int(d) % rank for d in dims]
 
 
-@rule("sum", "mean", "amax", "amin", "prod", "any", "all", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "nansum", "nanmean", "argmax", "argmin", "count_nonzero")
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "any",
+    "all",
+    "var",
+    "std",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "nansum",
+    "nanmean",
+    "argmax",
+    "argmin",
+    "count_nonzero",
+)
 def reduction(ctx: Context, node: fx.Node) -> Result:
     """Values combined along dimensions, which then go."""
     name = node.target._opname  # type: ignore[union-attr]
     dims = _reduced_dims(ctx, node)
-    fields, gone = mixed(ctx, ctx.fields(node.args[0]), dims, absent_zeros_count=name not in ("sum", "norm", "linalg_vector_norm", "nansum"))
+    fields, gone = mixed(
+        ctx,
+        ctx.fields(node.args[0]),
+        dims,
+        absent_zeros_count=name not in ("sum", "norm", "linalg_vector_norm", "nansum"),
+    )
     keep = bool(argument(node, "keepdim", False))
-    keeps_zero = name in ("sum", "mean", "amax", "amin", "prod", "norm", "linalg_vector_norm", "nansum", "var", "std", "nanmean")
+    keeps_zero = name in (
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "prod",
+        "norm",
+        "linalg_vector_norm",
+        "nansum",
+        "var",
+        "std",
+        "nanmean",
+    )
     out = []
     for f in fields:
         labels = f.labels
@@ -89,7 +126,20 @@ def selection(ctx: Context, node: fx.Node) -> Result:
     return (values, tuple(f.with_zero(False) for f in values)) if several else values
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "argsort", "glu_backward", "_fft_c2c", "normalize")
+@rule(
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "_safe_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "argsort",
+    "glu_backward",
+    "_fft_c2c",
+    "normalize",
+)
 def along(ctx: Context, node: fx.Node) -> Result:
     """Values mixed along a dimension that stays."""
     source = node.args[0]
@@ -101,11 +151,16 @@ def along(ctx: Context, node: fx.Node) -> Result:
     return tuple(f.with_zero(f.zero and keeps) for f in fields)
 
 
-@rule(
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "lp_pool2d", "max_pool2d_with_indices", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest1d", "upsample_linear1d",
-    "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_nearest3d", "upsample_trilinear3d", "grid_sampler", "grid_sampler_2d",
-)  # fmt: skip
+SPATIAL = """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d lp_pool2d max_pool2d_with_indices
+    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d
+    _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest3d
+    upsample_trilinear3d grid_sampler grid_sampler_2d
+""".split()  # noqa: SIM905
+
+
+@rule(*SPATIAL)
 def spatial(ctx: Context, node: fx.Node) -> Result:
     """Pooling and resizing: positions are mixed, channels are not."""
     name = node.target._opname  # type: ignore[union-attr]

@@ -1,0 +1,69 @@
+"""Cutting: a copy of a model without some of its channel units, mended, and not yet proven."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from ..errors import SlimError
+from .coupling import Coupling, Trace
+from .mend import Mends, Options, mend
+
+__all__ = ["Cutter"]
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts the same units from models of the same structure.
+
+    Attributes:
+        coupling: The structure's coupling.
+        trace: Its trace.
+        removed: The units that go.
+    """
+
+    coupling: Coupling
+    trace: Trace
+    removed: Bool[Tensor, " units"]
+
+    @property
+    def keep(self) -> Bool[Tensor, " units_and_stays"]:
+        """What stays; the last entry, True, is for what belongs to no unit (``STAYS`` indexes it)."""
+        return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
+
+    def cut(self, model: nn.Module, mends: Mends | None = None) -> tuple[nn.Module, Options]:
+        """Copies a model without the removed units and mends the copy; nothing is checked.
+
+        Args:
+            model: The model.
+            mends: Values of attributes that are known.
+
+        Returns:
+            The copy, and the attributes that may need other values.
+        """
+        keep = self.keep
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        # Cut tensors are given to deepcopy as already copied, so that the wide ones never are, and ties are kept.
+        memo: dict[int, Any] = {}
+        for name, fields in self.coupling.fields.items():
+            tensor = tensors[name]
+            smaller = tensor.detach()
+            for units in fields:
+                left = keep[units]
+                if bool(left.all()):
+                    continue
+                axes = [d for d in range(left.dim()) if left.shape[d] > 1]
+                if len(axes) != 1:
+                    raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
+                smaller = smaller.index_select(axes[0], left.flatten().nonzero().flatten().to(tensor.device))
+            if smaller.shape != tensor.shape:
+                smaller = smaller.clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+        slim = copy.deepcopy(model, memo)
+        return slim, mend(slim, model, self.trace, keep, mends)
