@@ -150,11 +150,11 @@ def _checked(model: nn.Module, argument: str, given: Modules) -> str | tuple[str
         entries = tuple(sorted(given) if isinstance(given, set | frozenset) else given)
     except TypeError:
         raise PatternError(f"{argument} must be a regular expression or a list of names, not {given!r}") from None
-    for e in entries:
-        if not isinstance(e, str) or not e:
-            raise PatternError(f"{argument} must hold names, found {e!r}")
-        if not any(_is(e, p) for p in paths) and not any(_is(e, n) for n in names):
-            raise PatternError(f"{argument}: nothing in the model is called {e!r}{_near(e, paths)}")
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise PatternError(f"{argument} must hold names, found {entry!r}")
+        if not any(_is(entry, p) for p in [*paths, *names]):
+            raise PatternError(f"{argument}: nothing in the model is called {entry!r}{_near(entry, paths)}")
     if not entries and argument == "target_modules":
         raise PatternError("target_modules is empty: nothing would be pruned; leave it out for the default")
     return entries or None

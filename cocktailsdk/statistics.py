@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -47,9 +48,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first tensor lies."""
-    first = next(model.parameters(), None)
-    if first is None:
-        first = next(model.buffers(), None)
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return first.device if first is not None else torch.device("cpu")
 
 

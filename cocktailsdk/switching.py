@@ -20,7 +20,7 @@ class Tensors:
             for table in (module._parameters, module._buffers):
                 for name, t in table.items():
                     if t is not None:
-                        self.where[f"{path}.{name}".lstrip(".")] = (table, name)  # type: ignore[assignment]
+                        self.where[f"{path}.{name}".lstrip(".")] = (table, name)
 
     def __getitem__(self, name: str) -> Tensor:
         table, key = self.where[name]

@@ -126,7 +126,8 @@ def _entries(value: Any) -> Any:
 
 
 def _check_model(meta: Mapping[str, Any], model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
-    want = {n: tuple(t.shape) for n, t in all_tensors(model).items() if n in set(stored_names(model))}
+    tensors = all_tensors(model)
+    want = {n: tuple(tensors[n].shape) for n in stored_names(model)}
     missing = [n for n in found if n not in want]
     extra = [n for n in want if n not in found]
     other = [n for n in want if n in found and want[n] != found[n]]

@@ -213,21 +213,19 @@ def read_statistics(
         dtype = e["dtype"]
         if buffers and dtype not in data:
             data[dtype], at[dtype] = fetch(f"statistics.{dtype}"), 0
-        mask = masks.get(e["subnet"])
-        own: dict[str, Tensor] = {}
-        for b in buffers:
-            t = torch.zeros(shapes[b], dtype=data[dtype].dtype)
-            keep = _kept_entries({b: t}, mask, coupling).get(b) if mask is not None and e.get("trimmed") else None
+        own = {b: torch.zeros(shapes[b], dtype=data[dtype].dtype) for b in buffers}
+        kept = _kept_entries(own, masks[e["subnet"]], coupling) if e.get("trimmed") else {}
+        for b, t in own.items():
+            keep = kept.get(b)
             n = t.numel() if keep is None else int(keep.sum())
             values = data[dtype][at[dtype] : at[dtype] + n]
             if values.numel() != n:
                 raise BundleError(f"the statistics of {e['subnet']!r} end early, in {b!r}")
             at[dtype] += n
             if keep is None:
-                own[b] = values.reshape(t.shape).clone()
+                t.copy_(values.reshape(t.shape))
             else:
                 t[keep] = values
-                own[b] = t
         out[e["subnet"]] = own
     if any(at[d] != t.numel() for d, t in data.items()):
         raise BundleError("the bundle has statistics that belong to no subnet")
