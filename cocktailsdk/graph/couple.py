@@ -77,12 +77,11 @@ class Pass:
 
     def pin_units(self, coupling: Coupling, group: int, reason: str) -> None:
         """Keeps a group whole."""
-        for name in coupling.groups[group].producers:
-            field = next(p for p in coupling.producers if p.weight == name)
-            own = self._ctx.axis_field(self._ctx.axis_fields(name), field.axis)
-            g = coupling.groups[group]
-            if own is not None:
-                self._ctx.labels.stay(own.labels.flatten()[(field.units >= g.start) & (field.units < g.stop)], reason)
+        g = coupling.groups[group]
+        for p in coupling.producers:
+            field = self._ctx.axis_field(self._ctx.axis_fields(p.weight), p.axis)
+            if field is not None:
+                self._ctx.labels.stay(field.labels.flatten()[(p.units >= g.start) & (p.units < g.stop)], reason)
 
     def pin_everything(self, reason: str) -> None:
         """Keeps every channel."""
@@ -236,7 +235,7 @@ def _number(root: Int64[Tensor, " labels"], made: Sequence[_Made]) -> _Units:
 def _makers(ctx: Context) -> list[_Made]:
     """Every axis of a weight or an embedding that makes channels."""
     axes = [(use.name, use.out_axis) for use in ctx.uses.values()]
-    axes += [(name, 1) for name in sorted(ctx.tables - set(ctx.uses))]
+    axes += [(name, 1) for name in sorted(ctx.tables)]
     fields = [(name, axis, ctx.axis_field(ctx.axis_fields(name), axis)) for name, axis in axes]
     return [_Made(name, axis, f.labels.flatten()) for name, axis, f in fields if f is not None]
 
@@ -320,7 +319,7 @@ def _classifiers(ctx: Context) -> set[str]:
 def _groups(
     ctx: Context, units: _Units, fields: Mapping[str, tuple[Tensor, ...]], producers: Sequence[Producer]
 ) -> tuple[Group, ...]:
-    rows = {p.weight: p.axis for p in producers}
+    rows = {(p.weight, p.axis) for p in producers}
     touches: list[list[Touch]] = [[] for _ in units.runs]
     channels = [1] * len(units.runs)
     starts = torch.tensor([r.start for r in units.runs])
@@ -328,7 +327,7 @@ def _groups(
         columns = ctx.uses[name].in_axis if name in ctx.uses else None
         for u in held:
             axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
-            kind = "rows" if rows.get(name) == axes[0] else "columns" if columns == axes[0] else "entries"
+            kind = "rows" if (name, axes[0]) in rows else "columns" if columns == axes[0] else "entries"
             owners = torch.searchsorted(starts, u[u != STAYS], right=True) - 1
             for g, count in zip(*(t.tolist() for t in torch.unique(owners, return_counts=True)), strict=True):
                 touches[g].append(Touch(name, axes, kind))

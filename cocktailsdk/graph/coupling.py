@@ -135,9 +135,8 @@ class Contraction:
         module: Path of the module that ran it.
         weight: The weight's name, or ``None`` where activations meet activations.
         macs: Multiply-adds as a dense kernel runs them.
-        factors: Where activations meet activations, unit fields of the dimensions that shrink: the share
-            of multiply-adds left is the product over these of the share of their entries left. A weight's
-            own share is that of its elements left.
+        factors: Unit fields of activations' dimensions that shrink: the share of multiply-adds left is the
+            product over these of the share of their entries left, and of the share of the weight's elements left.
     """
 
     module: str
@@ -174,13 +173,13 @@ class Norm:
     Attributes:
         axis: The channel axis of its input.
         channels: How many there are.
-        eps: Added to the variance.
+        eps: Added to the variance; ``None`` for the smallest that the input's dtype resolves.
         root_mean_square: RMSNorm rather than LayerNorm.
     """
 
     axis: int
     channels: int
-    eps: float
+    eps: float | None
     root_mean_square: bool
 
 
@@ -276,7 +275,9 @@ class Coupling:
         masks = self.masks(removed)
         total = 0
         for c in self.contractions:
-            kept = [masks[c.weight]] if c.weight in masks else [~gone[units] for units in c.factors]
+            kept = [~gone[units] for units in c.factors]
+            if c.weight in masks:
+                kept.append(masks[c.weight])
             left, whole = c.macs, 1
             for k in kept:
                 left, whole = left * int(k.sum()), whole * k.numel()

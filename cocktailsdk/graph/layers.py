@@ -15,19 +15,22 @@ class _SlimNorm(nn.Module):
     Attributes:
         channels: How many channels the original normalised over.
         axis: The channel axis of the input.
-        eps: Added to the variance.
+        eps: Added to the variance; ``None`` for the smallest that the input's dtype resolves.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: nn.Parameter | None, bias: nn.Parameter | None, *, channels: int, axis: int, eps: float
+        self, weight: nn.Parameter | None, bias: nn.Parameter | None, *, channels: int, axis: int, eps: float | None
     ) -> None:
         super().__init__()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.channels, self.axis, self.eps = channels, axis, eps
+
+    def _eps(self, x: Float[Tensor, "..."]) -> float:
+        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
 
     def _affine(self, y: Float[Tensor, "..."], axis: int) -> Float[Tensor, "..."]:
         view = [1] * y.dim()
@@ -57,7 +60,7 @@ class SlimLayerNorm(_SlimNorm):
         mean = wide.sum(axis, keepdim=True) / self.channels
         centred = wide - mean
         variance = (centred.square().sum(axis, keepdim=True) + absent * mean.square()) / self.channels
-        return self._affine((centred * torch.rsqrt(variance + self.eps)).to(x.dtype), axis)
+        return self._affine((centred * torch.rsqrt(variance + self._eps(x))).to(x.dtype), axis)
 
 
 class SlimRMSNorm(_SlimNorm):
@@ -68,4 +71,4 @@ class SlimRMSNorm(_SlimNorm):
         axis = self.axis % x.dim()
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         square = wide.square().sum(axis, keepdim=True) / self.channels
-        return self._affine((wide * torch.rsqrt(square + self.eps)).to(x.dtype), axis)
+        return self._affine((wide * torch.rsqrt(square + self._eps(x))).to(x.dtype), axis)

@@ -90,7 +90,7 @@ def linear(ctx: Context, node: fx.Node) -> Result:
         bias, x, w, out_axis, in_axis = *node.args[:3], 1, 0
     rank = len(ctx.shape(node))
     passing, made = consume(ctx, ctx.fields(x), ctx.fields(w), len(ctx.shape(x)) - 1, in_axis)
-    _remember(ctx, node, w, "linear", out_axis, in_axis, prod(ctx.shape(node)) * ctx.shape(x)[-1], ctx.fields(x))
+    _remember(ctx, node, w, "linear", out_axis, in_axis, prod(ctx.shape(node)) * ctx.shape(x)[-1], passing)
     if len(ctx.shape(w)) == 1:
         return tuple(f.with_labels(f.labels.squeeze(-1)) for f in passing)
     out = []
@@ -113,12 +113,12 @@ def _remember(
     out_axis: int,
     in_axis: int,
     macs: int,
-    fields: Fields = (),
+    fields: Sequence[Field] = (),
     groups: int = 1,
 ) -> None:
     name = _is_weight(ctx, w)
     module = module_of(node)
-    ctx.products.append(Product(node, module, name, macs, tuple(f.labels for f in fields) if name is None else ()))
+    ctx.products.append(Product(node, module, name, macs, tuple(f.labels for f in fields)))
     if name is not None:
         ctx.uses.setdefault(name, WeightUse(name, module, op, out_axis, in_axis, groups))
 
@@ -218,7 +218,8 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
         return ()
     name = _is_weight(ctx, b)
     if name is not None and len(sb) == 2:
-        _remember(ctx, node, b, "matmul", 1, 0, prod(ctx.shape(node)) * sa[-1])
+        passing = tuple(f for f in ctx.fields(a) if len(sa) - 1 not in f.dims)
+        _remember(ctx, node, b, "matmul", 1, 0, prod(ctx.shape(node)) * sa[-1], passing)
     else:
         ctx.products.append(
             Product(node, module_of(node), None, prod(ctx.shape(node)) * sa[-1], _factors(ctx, a, b, sa, sb))

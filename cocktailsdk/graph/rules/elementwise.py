@@ -214,7 +214,8 @@ def clamp(ctx: Context, node: fx.Node) -> Result:
 def masked_fill(ctx: Context, node: fx.Node) -> Result:
     """Some positions are replaced by a number."""
     value = node.args[2]
-    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: value == 0 and row[0] is not None and row[0].zero)
+    fills_zero = isinstance(value, (int, float)) and value == 0
+    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: fills_zero and row[0] is not None and row[0].zero)
 
 
 @rule("addcmul", "addcdiv")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..coupling import Norm
@@ -76,7 +75,7 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
         if not f.dims & inside:
             out.append(f)
         elif f.dims == {rank - 1} and n == 1 and f.zero and axis is not None:
-            ctx.norms[module_of(node)] = Norm(axis, shape[-1], _eps(node), name == "rms_norm")
+            ctx.norms[module_of(node)] = Norm(axis, shape[-1], argument(node, "eps"), name == "rms_norm")
             out.append(f)
         else:
             left = ctx.labels.collapse(f, f.dims & inside)
@@ -89,11 +88,6 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
     several = not hasattr(node.meta["val"], "shape")
     return (fields, (), ()) if several else fields
-
-
-def _eps(node: fx.Node) -> float:
-    eps = argument(node, "eps")
-    return float(torch.finfo(torch.float32).eps if eps is None else eps)
 
 
 AROUND_NORM = {
