@@ -1,0 +1,30 @@
+"""Finding bundles on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import BundleError
+
+__all__ = ["bundle_folder", "run_folder"]
+
+MARK = "bundle.json"
+
+
+def bundle_folder(path: Path) -> Path:
+    """The bundle that a path means: itself, or the one in a run's folder.
+
+    Raises:
+        BundleError: There is none.
+    """
+    for folder in (path, path / "bundle"):
+        if (folder / MARK).is_file():
+            return folder
+    if not path.exists():
+        raise BundleError(f"{path} does not exist; give a bundle's folder, or the folder of a finished run")
+    raise BundleError(f"{path} holds no bundle ({MARK} is neither in it nor in {path / 'bundle'})")
+
+
+def run_folder(bundle: Path) -> Path:
+    """The folder in which a bundle's run would have left its report."""
+    return bundle.resolve().parent

@@ -1,0 +1,78 @@
+"""Where commands write to, and how they fail."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..errors import CocktailError
+
+__all__ = ["INTERRUPTED", "command", "log_to", "messages", "print_json", "results"]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def results() -> Console:
+    """Standard output: tables. Without colour where it is no terminal, or where NO_COLOR is set."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def messages() -> Console:
+    """Standard error: progress, warnings and errors."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output, and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Errors of this package and of the file system become one message and exit code 1; Ctrl-C becomes 130."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except (CocktailError, OSError) as error:
+            messages().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+class _Lines(logging.Handler):
+    """Log lines as messages; through a console, so that a live view on it stays whole."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        level = record.levelname.lower()
+        self._console.print(Text(f"{level}: {record.getMessage()}", style="yellow"), soft_wrap=True)
+
+
+def log_to(console: Console) -> None:
+    """Send this package's warnings to a console instead of Python's default."""
+    logger = logging.getLogger("cocktailsdk")
+    for handler in [h for h in logger.handlers if isinstance(h, _Lines)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_Lines(console))

@@ -1,0 +1,57 @@
+"""``cocktail-cli eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .bundles import bundle_folder, run_folder
+from .console import command, log_to, messages, print_json, results
+
+__all__ = ["evaluate"]
+
+
+@command
+def evaluate(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
+    ],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME…", help="Which networks; all if none.", show_default=False)
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Whose model and test data to use.", show_default="as the run had it")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the images; the digits need none.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The preset's model.", show_default="as the run had it")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+) -> None:
+    """Measure networks of a bundle on a preset's test data."""
+    log_to(messages())
+    folder = bundle_folder(bundle)
+
+    from ..report.run import read_report
+
+    report = read_report(run_folder(folder))
+    if preset is None:
+        if report is None:
+            raise typer.BadParameter(
+                f"there is no report beside {folder} that says it: name the preset", param_hint="--preset"
+            )
+        preset = report.preset
+    if model is None and report is not None and report.preset == preset and report.preset != "digits":
+        model = report.model
+
+    from .measure import measure
+
+    rows = measure(folder, preset, names or None, data=data, model=model)
+    if as_json:
+        print_json({"bundle": str(folder), "preset": preset, "networks": [r.__dict__ for r in rows]})
+        return
+    from ..report.tables import networks_table
+
+    results().print(networks_table(rows))

@@ -1,0 +1,90 @@
+"""Inputs for models that are named on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Inputs, example_inputs_for
+from ..errors import AdapterError
+
+__all__ = ["inputs_for"]
+
+SIDES = (224, 32, 28, 64)
+"""Sides of images that are tried on a model of which nothing is known."""
+
+
+def inputs_for(model: nn.Module, sizes: Sequence[tuple[int, ...]] = ()) -> Inputs:
+    """Inputs for one forward pass, batch size 1.
+
+    Args:
+        model: The model.
+        sizes: Shapes without the batch, for the inputs in order; without any, the model or its adapter is asked, and
+            where nobody knows, what fits the first layer is tried.
+
+    Raises:
+        AdapterError: Nothing is known, and nothing that was tried runs.
+    """
+    try:
+        known = example_inputs_for(model)
+    except AdapterError:
+        if sizes:
+            return tuple(_noise((1, *s)) for s in sizes), {}
+        for candidate in _candidates(model):
+            if _runs(model, candidate):
+                return (candidate,), {}
+        raise
+    return _resized(known, sizes) if sizes else known
+
+
+def _resized(known: Inputs, sizes: Sequence[tuple[int, ...]]) -> Inputs:
+    """The known inputs with other shapes, of the same kinds."""
+    args, kwargs = list(known[0]), dict(known[1])
+    places: list[tuple[Any, Any]] = [(args, i) for i, a in enumerate(args) if isinstance(a, Tensor)]
+    places += [(kwargs, k) for k, v in kwargs.items() if isinstance(v, Tensor)]
+    if len(sizes) > len(places):
+        raise AdapterError(f"{len(sizes)} input sizes are given, but the model takes {len(places)} tensors")
+    for (holder, at), size in zip(places, sizes, strict=False):
+        whole = holder[at].dtype.is_floating_point
+        holder[at] = _noise((1, *size)) if whole else torch.ones(1, *size, dtype=holder[at].dtype)
+    return tuple(args), kwargs
+
+
+def _candidates(model: nn.Module) -> Iterator[Tensor]:
+    """What the first layer could take."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            yield from (_noise((1, module.in_channels, side)) for side in (1024, 128))
+        elif isinstance(module, nn.Conv2d):
+            yield from (_noise((1, module.in_channels, side, side)) for side in SIDES)
+        elif isinstance(module, nn.Conv3d):
+            yield _noise((1, module.in_channels, 16, 64, 64))
+        elif isinstance(module, nn.Linear):
+            yield _noise((1, module.in_features))
+            yield _noise((1, 16, module.in_features))
+        elif isinstance(module, nn.Embedding):
+            yield torch.ones(1, 16, dtype=torch.int64)
+        else:
+            continue
+        return
+
+
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(x)
+    except Exception:  # whatever the model says of an input that it cannot take
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return True
+
+
+def _noise(shape: Sequence[int]) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,54 @@
+"""The command line's entry point. Importing it loads neither torch nor any model library."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .evaluate import evaluate
+from .inspect import inspect_model
+from .subnets import list_subnets
+from .train import train
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="cocktail-cli",
+    help="One checkpoint, every sparse pattern, every ratio.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cocktailsdk {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    del version
+
+
+def _example(*lines: str) -> str:
+    return "Example:  " + "   ".join(f"[bold]{line}[/bold]" for line in lines)
+
+
+app.command("train", epilog=_example("cocktail-cli train --preset digits --out runs/digits"))(train)
+app.command("inspect", epilog=_example("cocktail-cli inspect resnet50"))(inspect_model)
+app.command("subnets", epilog=_example("cocktail-cli subnets runs/digits"))(list_subnets)
+app.command("eval", epilog=_example("cocktail-cli eval runs/digits channel@0.271 2:4"))(evaluate)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

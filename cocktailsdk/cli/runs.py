@@ -1,0 +1,101 @@
+"""From a preset to a finished run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..bundle import bundle_bytes
+from ..presets import Prepared, Preset, get_preset
+from ..report.figure import write_figure
+from ..report.live import RunView, run_view_for
+from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
+from ..training.events import Event
+
+__all__ = ["BUNDLE", "PICTURE", "train_preset"]
+
+BUNDLE = "bundle"
+PICTURE = "networks.png"
+
+
+def train_preset(
+    name: str,
+    folder: Path,
+    console: Console,
+    *,
+    data: Path | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    weights: Path | None = None,
+    start: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> RunReport:
+    """Train a preset in a folder, or go on there; a run that is finished is only read.
+
+    Args:
+        name: The preset.
+        folder: Holds ``state/``, and at the end ``bundle/``, ``report.json`` and a picture.
+        console: For progress.
+        data: The folder of images.
+        seed: By default the preset's.
+        device: Where to train.
+        weights: Trained weights to start from.
+        start: ``"scratch"`` or ``"pretrained"``; by default as the preset has it.
+        settings: Further settings of the preset; ``None`` stands for its default.
+
+    Raises:
+        TrainingError: The preset or a setting is unknown, data or weights are missing, or the folder holds a run of
+            another configuration.
+        KeyboardInterrupt: The run was interrupted, its state saved.
+    """
+    preset = get_preset(name, **(settings or {}), weights=weights)
+    views: list[RunView] = []  # the view needs the networks' names, and they need the trainer's arguments
+
+    def watch(event: Event) -> None:
+        for view in views:
+            view(event)
+
+    options: dict[str, Any] = {"out_dir": folder, "callbacks": (watch,), "device": device}
+    if start is not None:
+        options["start"] = start
+    if weights is not None and preset.weights is not None:
+        options["config"] = {"weights": hashlib.sha256(preset.weights.read_bytes()).hexdigest()}
+    prepared = preset.prepare(data, seed=seed, **options)
+    done = read_report(folder)
+    if done is not None and done.fingerprint == prepared.trainer.fingerprint and (folder / BUNDLE).is_dir():
+        console.print(f"the run in {folder} is finished", soft_wrap=True)
+        return done
+    subnets = [prepared.net.subnet(n) for n in prepared.net.names]
+    title = f"{preset.name} · {preset.model} · {len(subnets)} networks · {folder}"
+    with run_view_for(console, title, subnets) as view:
+        views.append(view)
+        prepared.trainer.fit()
+        view.note("measuring every network on the test data")
+        report = _measure(prepared, preset, folder, seed)
+    report.write(folder)
+    return report
+
+
+def _measure(prepared: Prepared, preset: Preset, folder: Path, seed: int | None) -> RunReport:
+    """Evaluate on the test data, and write all but the report itself."""
+    net, trainer, loaders = prepared
+    test = trainer.evaluate(loaders.test)
+    net.save_pretrained(folder / BUNDLE)
+    report = RunReport(
+        networks=network_rows(net.subnets(), test, net.metrics),
+        bundle_bytes=bundle_bytes(folder / BUNDLE),
+        dense_bytes=dense_bytes(net.model),
+        seconds=trainer.history.seconds,
+        preset=preset.name,
+        model=preset.model,
+        seed=preset.seed if seed is None else seed,
+        alphas=tuple(trainer.history.alphas),
+        fingerprint=trainer.fingerprint,
+        environment=versions(),
+    )
+    write_figure(report, folder / PICTURE)
+    return report

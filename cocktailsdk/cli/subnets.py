@@ -1,0 +1,51 @@
+"""``cocktail-cli subnets``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .bundles import bundle_folder
+from .console import command, log_to, messages, print_json, results
+
+__all__ = ["list_subnets"]
+
+
+@command
+def list_subnets(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+) -> None:
+    """List the networks of a bundle, from what is stored: no model is built."""
+    log_to(messages())
+    folder = bundle_folder(bundle)
+
+    from ..bundle.files import read_meta
+
+    _, meta = read_meta(folder)
+    subnets: list[dict[str, Any]] = meta["subnets"]
+    size = sum(f["bytes"] for f in meta["files"].values())
+    if as_json:
+        print_json({"bundle": str(folder), "model": meta["model"]["class"], "subnets": subnets})
+        return
+    from rich.text import Text
+
+    from ..report.numbers import bytes_text
+    from ..report.tables import STYLES, plain_table
+
+    table = plain_table("network", "pattern", "sparsity", "held-out metric", right=(2, 3))
+    for s in subnets:
+        metric = s.get("metric")
+        table.add_row(
+            Text(s["name"], style=STYLES.get(s["pattern"], "")),
+            s["pattern"],
+            f"{s['sparsity']:.3f}",
+            f"{metric:.4f}" if isinstance(metric, float | int) else "–" if metric is None else metric,
+        )
+    screen = results()
+    screen.print(table)
+    screen.print(f"\n{len(subnets)} networks of {meta['model']['class']} in {bytes_text(size)}")

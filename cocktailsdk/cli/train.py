@@ -1,0 +1,84 @@
+"""``cocktail-cli train``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import INTERRUPTED, command, log_to, messages, print_json, results
+
+__all__ = ["train"]
+
+
+class Start(StrEnum):
+    """Where a run's weights come from."""
+
+    SCRATCH = "scratch"
+    PRETRAINED = "pretrained"
+
+
+@command
+def train(
+    preset: Annotated[str, typer.Option(help="digits, cifar10 or fashion-mnist.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; the same command goes on in it.", show_default="runs/PRESET")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the images; the digits need none.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="resnet20 or resnet18, for the image sets.", show_default=False)
+    ] = None,
+    epochs_scale: Annotated[
+        float | None,
+        typer.Option(help="Share of the paper's epochs, for the image sets: 0.02 of 150 is 3.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A safetensors file of trained weights to start from.", show_default=False)
+    ] = None,
+    start: Annotated[
+        Start | None,
+        typer.Option(help="pretrained skips round 0; it is the default with --weights.", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all randomness.", show_default="the preset's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
+) -> None:
+    """Train one bundle of sparse networks, and measure every one of them.
+
+    The folder then holds the bundle, report.json and a picture. Ctrl-C saves; the same command goes on.
+    """
+    console = messages()
+    log_to(console)
+    if start is Start.PRETRAINED and weights is None:
+        raise typer.BadParameter("'pretrained' needs the trained weights: give --weights FILE", param_hint="--start")
+    folder = out if out is not None else Path("runs") / preset
+
+    from .runs import train_preset
+
+    try:
+        report = train_preset(
+            preset,
+            folder,
+            console,
+            data=data,
+            seed=seed,
+            device=device,
+            weights=weights,
+            start=None if start is None else start.value,
+            settings={"model": model, "epochs_scale": epochs_scale},
+        )
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on from the state in {folder / 'state'}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        print_json(report.to_dict())
+        return
+    from ..report.tables import run_view
+
+    screen = results()
+    screen.print(run_view(report))
+    screen.print(f"in {folder}: bundle/, report.json, networks.png", soft_wrap=True)

@@ -1,0 +1,168 @@
+"""An inspection, readable at 80 columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..inspection import Inspection, Layer, Saving
+from .numbers import count_text, flops_text, percent_text, shape_text
+from .tables import STYLES, plain_table
+
+__all__ = ["inspection_view"]
+
+T = TypeVar("T")
+
+LAYERS = "Layers (N:M: which M divide the input channels; in brackets: not all of them)"
+GROUPS = "Channel groups (units go or stay as one, wherever they occur)"
+
+SAVINGS = "What each pattern leaves when half of what it may touch is gone"
+
+LONGEST_NAME = 24
+"""Where a name is longer than this, the names of a block are printed under the block's."""
+
+NAMES_SHOWN = 3
+"""Of a long list of names so many are printed; ``--json`` has all."""
+
+
+def inspection_view(found: Inspection, reference: str) -> RenderableType:
+    """Layers, channel groups, what is kept whole and why, and what each pattern could save."""
+    title = Text.assemble(
+        (reference, "bold"), f" ({found.model}), {count_text(found.params)} parameters, {flops_text(found.flops)}"
+    )
+    parts: list[RenderableType] = [title, Text(f"on {', '.join(found.inputs) or 'no inputs'}", style="dim"), Text()]
+    numbers = {g.name: i for i, g in enumerate(found.groups, 1)}
+    parts += [_layers(found.layers, numbers), Text()]
+    if found.groups:
+        parts += [_groups(found, numbers), Text()]
+    parts += [*_kept(found), Text()]
+    if found.savings:
+        parts += [_savings(found), Text()]
+    parts.append(_sum_line(found))
+    return Group(*parts)
+
+
+def _layers(layers: Iterable[Layer], numbers: dict[str, int]) -> RenderableType:
+    table = plain_table("layer", "weight", "params", "FLOPs", "unstr.", "N:M", "group", right=(2, 3, 6), title=LAYERS)
+    rows = list(layers)
+    for label, layer in _indented([layer.module or layer.name for layer in rows], rows, table):
+        runs = " ".join(str(m) for m, share in layer.coverage.items() if share == 1.0)
+        partly = " ".join(f"({m})" for m, share in layer.coverage.items() if 0.0 < share < 1.0)
+        table.add_row(
+            label,
+            shape_text(layer.shape),
+            count_text(layer.params),
+            count_text(layer.flops),
+            "yes" if layer.unstructured.eligible else Text("no", style="dim"),
+            f"{runs} {partly}".strip() if layer.nm.eligible else Text("no", style="dim"),
+            ", ".join(str(numbers[g]) for g in layer.groups) or Text("kept", style="dim"),
+        )
+    return table
+
+
+def _groups(found: Inspection, numbers: dict[str, int]) -> RenderableType:
+    table = plain_table("#", "channel group", "units", "made by", "entries", "read by", right=(0, 2, 4), title=GROUPS)
+    for label, g in _indented([g.name for g in found.groups], found.groups, table, column=1):
+        units = f"{g.units}" if g.channels == 1 else f"{g.units}x{g.channels}"
+        makers = f"{len(g.rows)} layers" if len(g.rows) > 1 else _few(map(_module, g.rows)).replace(g.name, "itself")
+        block = g.name.removesuffix(label.strip()) if label != g.name else ""
+        readers = _few((_module(c).removeprefix(block) for c in g.columns), most=2 if block else NAMES_SHOWN)
+        table.add_row(str(numbers[g.name]), label, units, makers, f"{len(g.entries)}", readers)
+    return table
+
+
+def _kept(found: Inspection) -> list[RenderableType]:
+    """Reasons, each once, with what they keep."""
+    reasons: dict[str, list[str]] = {}
+    for layer in found.layers:
+        if found.followed and not layer.unstructured.eligible:
+            reasons.setdefault(f"not unstructured or N:M: {layer.unstructured.reason}", []).append(layer.module)
+        elif found.followed and not layer.nm.eligible:
+            reasons.setdefault(f"not N:M: {layer.nm.reason}", []).append(layer.module)
+    for kept in found.kept:
+        reasons.setdefault(f"channels: {kept.reason}" if kept.where else kept.reason, []).append(_module(kept.where))
+    lines: list[RenderableType] = [Text("Kept whole", style="bold")]
+    for reason, where in reasons.items():
+        names = [w for w in where if w]
+        lines.append(Text(f"{_few(names)}: {reason}" if names else reason))
+    if not reasons:
+        lines.append(Text("nothing"))
+    return lines
+
+
+def _savings(found: Inspection) -> RenderableType:
+    table = plain_table(
+        "network", "may touch", "params left", "FLOPs left", "non-zero FLOPs", right=range(1, 5), title=SAVINGS
+    )
+    for s in found.savings:
+        table.add_row(
+            Text(s.subnet, style=STYLES.get(s.pattern, "")),
+            percent_text(s.coverage),
+            _left(s.params, found.params),
+            _left(s.flops, found.flops),
+            _left(s.nonzero_flops, found.flops),
+        )
+    return table
+
+
+def _left(value: int, whole: int) -> str:
+    return f"{count_text(value)} ({percent_text(value / whole, 0)})" if whole else count_text(value)
+
+
+def _sum_line(found: Inspection) -> Text:
+    head = f"Sum: {count_text(found.params)} parameters, {flops_text(found.flops)}"
+    by: dict[str, Saving] = {s.subnet: s for s in found.savings}
+    if not by or not found.flops:
+        return Text(f"{head}; nothing that can be saved is known.", style="bold")
+    zeros, runs, channel = by["unstructured@0.5"], by["2:4"], by["channel@0.5"]
+    return Text(
+        f"{head}. At half, unstructured zeros {percent_text(1 - zeros.params / found.params, 0)} of the parameters, "
+        f"2:4 zeros {percent_text(1 - runs.params / found.params, 0)} (both: fewer bytes, no speed without special "
+        f"kernels), and channel removes {percent_text(1 - channel.params / found.params, 0)} of the parameters and "
+        f"{percent_text(1 - channel.flops / found.flops, 0)} of the FLOPs.",
+        style="bold",
+    )
+
+
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def _few(names: Iterable[str], most: int = NAMES_SHOWN) -> str:
+    every = list(dict.fromkeys(names))
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
+
+
+def _indented(names: Sequence[str], items: Iterable[T], table: Table, column: int = 0) -> Iterator[tuple[str, T]]:
+    """Items with what to call them: their names, or where these are long, their names within a block under its heading.
+
+    Headings are rows of the table, made as the items come. A block is what a path names up to its first number
+    (``encoder.layer.0``).
+    """
+    if max(map(len, names), default=0) <= LONGEST_NAME:
+        yield from zip(names, items, strict=True)
+        return
+    counts = Counter(map(_block, names))
+    last = ""
+    for name, item in zip(names, items, strict=True):
+        block = _block(name)
+        if not block or (counts[block] < 2 and len(name) <= LONGEST_NAME):
+            last = last if name == last else ""
+            yield name, item
+            continue
+        if block != last:
+            table.add_row(*[""] * column, Text(block, style="dim"))
+            last = block
+        yield f"  {name.removeprefix(block).lstrip('.')}", item
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    at = next((i for i, p in enumerate(parts) if p.isdecimal()), None)
+    return "" if at is None or at + 1 == len(parts) else ".".join(parts[: at + 1])

@@ -1,0 +1,200 @@
+"""A run as it goes: a view that is drawn anew on terminals, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ..patterns import Subnet
+from ..training.events import (
+    AlphaChosen,
+    EpochEnded,
+    Event,
+    Finished,
+    MergeProgress,
+    MergeStarted,
+    NetworkFinished,
+    RoundEnded,
+    RoundStarted,
+    Saved,
+    StepDone,
+    TrainingStarted,
+)
+from .numbers import count_text, duration_text, percent_text
+from .progress import Progress
+from .tables import STYLES
+
+__all__ = ["LineView", "LiveView", "RunView", "run_view_for"]
+
+
+class RunView(Protocol):
+    """What draws a run: a callback for :class:`~cocktailsdk.CoTrainer`, and a context to draw in."""
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+
+    def __enter__(self) -> Self:
+        """Begin drawing."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End drawing, leaving the last picture."""
+
+    def note(self, text: str) -> None:
+        """Say a line."""
+
+
+def run_view_for(console: Console, title: str, subnets: Sequence[Subnet]) -> RunView:
+    """The view that suits a console.
+
+    Args:
+        console: Where to.
+        title: What is trained.
+        subnets: The networks, the dense one first.
+    """
+    return LiveView(console, title, subnets) if console.is_terminal else LineView(console, title)
+
+
+class LiveView:
+    """Round, epoch, step rate, time left and the networks' latest metrics, drawn four times a second."""
+
+    def __init__(self, console: Console, title: str, subnets: Sequence[Subnet]) -> None:
+        self._console, self._title, self._subnets = console, title, subnets
+        self.progress = Progress()
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=self.picture)
+
+    def __call__(self, event: Event) -> None:
+        """Take an event; what is drawn follows by itself."""
+        self.progress.take(event)
+        if isinstance(event, Saved) and event.interrupted:
+            self.note(f"state saved in {event.path.parent}")
+
+    def __enter__(self) -> Self:
+        """Begin drawing."""
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Draw a last time and leave that standing."""
+        self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Say a line above the view."""
+        self._live.console.print(Text(text))
+
+    def picture(self) -> RenderableType:
+        """What is drawn now."""
+        p = self.progress
+        head = Table.grid(expand=True)
+        head.add_column()
+        head.add_column(justify="right")
+        head.add_row(Text(self._title, style="bold"), Text(p.headline()))
+        bar = Table.grid(expand=True, padding=(0, 1, 0, 0))
+        bar.add_column(ratio=1)
+        bar.add_column(justify="right", min_width=6)
+        bar.add_row(ProgressBar(total=1.0, completed=p.share), percent_text(p.share, 0))
+        return Group(head, bar, Text(self._figures(), style="dim"), Text(), self._metrics())
+
+    def _figures(self) -> str:
+        p = self.progress
+        said = [f"{duration_text(p.elapsed)} gone"]
+        if p.left is not None:
+            said.append(f"{duration_text(p.left)} left" + (", then merging" if p.phase == "training" else ""))
+        if p.phase == "training":
+            said.append(f"step {p.done_steps:,} of {p.total_steps:,}")
+            said.append(f"{p.rate:.1f} steps/s")
+        if p.phase != "training" and p.alphas:
+            chosen = " ".join(f"{a:g}" for a in p.alphas.values())
+            said.append(f"alpha {chosen}")
+        return " · ".join(said)
+
+    def _metrics(self) -> RenderableType:
+        """The latest held-out metrics, a column for each pattern; before there are any, the losses."""
+        p = self.progress
+        known, what = (p.metrics, "held out") if p.metrics else (p.losses, "loss")
+        columns: dict[str, list[Subnet]] = {}
+        for s in self._subnets:
+            columns.setdefault(s.pattern, []).append(s)
+        table = Table(box=None, pad_edge=False, expand=False, header_style="bold", padding=(0, 3, 0, 0))
+        for pattern in columns:
+            table.add_column(
+                Text(f"{pattern} ({what})" if pattern == "dense" else pattern, style=STYLES.get(pattern, ""))
+            )
+        for row in range(max((len(c) for c in columns.values()), default=0)):
+            cells = []
+            for subnets in columns.values():
+                if row >= len(subnets):
+                    cells.append(Text())
+                    continue
+                name = subnets[row].name
+                label = name.partition("@")[2] or ("" if name == "dense" else name)
+                value = f"{known[name]:.4f}" if name in known else "·"
+                cells.append(Text.assemble((f"{label:<6}" if label else "", "dim"), value))
+            table.add_row(*cells)
+        return table
+
+
+class LineView:
+    """A line for each round and, throttled, for what goes on within it; for log files and pipes.
+
+    Args:
+        console: Where to.
+        title: What is trained.
+        every: Least seconds between two lines within a round.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, console: Console, title: str, every: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console, self._title, self._every, self._clock = console, title, every, clock
+        self.progress = Progress(clock)
+        self._told = clock()
+
+    def __enter__(self) -> Self:
+        """Say what begins."""
+        self.note(self._title)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Nothing is left to draw."""
+
+    def note(self, text: str) -> None:
+        """Say a line."""
+        self._console.print(Text(text), soft_wrap=True)
+        self._told = self._clock()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event; say it, or what it leads to, where it is time to."""
+        p = self.progress
+        p.take(event)
+        match event:
+            case TrainingStarted():
+                how = "going on" if event.resumed or event.done_steps else "starting"
+                self.note(f"{how}: {event.rounds} rounds, step {event.done_steps:,} of {event.total_steps:,}")
+            case RoundStarted():
+                self.note(f"round {event.round}: {', '.join(('dense', *event.networks))}, {event.epochs} epochs")
+            case RoundEnded():
+                shown = ", ".join(f"{n} {m:.4f}" for n, m in event.metrics.items())
+                self.note(f"round {event.round} ended: {shown or 'no held-out data'}")
+            case MergeStarted():
+                self.note(f"merging {event.rounds} rounds, {count_text(event.candidates)} candidates")
+            case AlphaChosen():
+                self.note(f"round {event.round} merged: alpha {event.alpha:g}, held-out mean {event.metric:.4f}")
+            case Finished():
+                self.note(f"trained in {duration_text(event.seconds)}")
+            case Saved():
+                if event.interrupted:
+                    self.note(f"state saved in {event.path.parent}")
+            case StepDone() | EpochEnded() | MergeProgress() | NetworkFinished():
+                if self._clock() - self._told >= self._every:
+                    left = "" if p.left is None else f", {duration_text(p.left)} left"
+                    rate = f", {p.rate:.1f} steps/s" if p.phase == "training" else ""
+                    self.note(f"{p.headline()} ({percent_text(p.share, 0)}{rate}{left})")

@@ -1,0 +1,170 @@
+"""``report.json``: what a run came to, for people's tables and for other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..counts import SubnetReport
+    from ..net import CocktailNet
+
+__all__ = ["REPORT_FILE", "NetworkRow", "RunReport", "dense_bytes", "network_rows", "read_report", "versions"]
+
+REPORT_FILE = "report.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """One network of a run.
+
+    Attributes:
+        name: ``"dense"``, ``"unstructured@0.488"``, ``"2:4"``, ``"channel@0.271"``.
+        pattern: ``"dense"`` or its pattern's registered name.
+        sparsity: The sparsity asked for.
+        sparsity_exact: The sparsity its mask has.
+        metric: The metric on the test data.
+        params: Parameters kept.
+        flops: FLOPs (2 x multiply-adds) of one forward pass on one example, as dense kernels run them.
+        nonzero_macs: Multiply-adds by weights that are not masked.
+        held_out: The metric on the held-out data that merging chose by.
+    """
+
+    name: str
+    pattern: str
+    sparsity: float
+    sparsity_exact: float
+    metric: float
+    params: int
+    flops: int
+    nonzero_macs: int = 0
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A finished run.
+
+    Attributes:
+        networks: Its networks, the dense one first.
+        bundle_bytes: Bytes of the bundle's files.
+        dense_bytes: Bytes of one checkpoint of the dense network alone.
+        seconds: Training time, over all calls.
+        metric_name: What ``NetworkRow.metric`` is.
+        preset: The preset.
+        model: Its model.
+        seed: The seed.
+        alphas: The shares that merging chose for rounds 2, 3, …
+        fingerprint: SHA-256 of the run's configuration.
+        environment: Versions and processor.
+        format: Version of this layout.
+    """
+
+    networks: tuple[NetworkRow, ...]
+    bundle_bytes: int
+    dense_bytes: int
+    seconds: float
+    metric_name: str = "accuracy"
+    preset: str = ""
+    model: str = ""
+    seed: int = 0
+    alphas: tuple[float, ...] = ()
+    fingerprint: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def write(self, folder: Path) -> Path:
+        """Write ``report.json`` into a folder, all of it or nothing."""
+        path = folder / REPORT_FILE
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+        return path
+
+
+def read_report(folder: Path) -> RunReport | None:
+    """The report of the run in a folder; ``None`` where there is none.
+
+    Raises:
+        TrainingError: Where there is one that cannot be read.
+    """
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise TrainingError(f"{path} has format {data['format']!r}; this release of cocktailsdk reads {FORMAT}")
+        rows = tuple(NetworkRow(**row) for row in data.pop("networks"))
+        return RunReport(networks=rows, **{**data, "alphas": tuple(data["alphas"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} is no report of a run ({type(error).__name__}: {error}); remove it") from error
+
+
+def network_rows(
+    subnets: list[SubnetReport], test: Mapping[str, float], held_out: Mapping[str, float]
+) -> tuple[NetworkRow, ...]:
+    """The rows of a report.
+
+    Args:
+        subnets: From ``net.subnets()``.
+        test: Test metric by name.
+        held_out: Held-out metric by name.
+    """
+    return tuple(
+        NetworkRow(
+            name=s.name,
+            pattern=s.pattern,
+            sparsity=s.sparsity,
+            sparsity_exact=s.sparsity_exact,
+            metric=test[s.name],
+            params=s.params,
+            flops=s.flops,
+            nonzero_macs=s.nonzero_macs,
+            held_out=held_out.get(s.name),
+        )
+        for s in subnets
+    )
+
+
+def dense_bytes(model: nn.Module | CocktailNet) -> int:
+    """Bytes of a safetensors checkpoint of a model's ``state_dict``, each tensor once."""
+    from safetensors.torch import save
+
+    inner: Any = getattr(model, "model", model)
+    seen: dict[int, Any] = {}
+    state = {}
+    for name, tensor in inner.state_dict(keep_vars=True).items():
+        if seen.setdefault(id(tensor), name) == name:
+            state[name] = tensor.detach().cpu().contiguous()
+    return len(save(state))
+
+
+def versions() -> dict[str, str]:
+    """Versions and processor, for provenance."""
+    import torch
+
+    from .. import __version__
+
+    return {
+        "cocktailsdk": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": str(torch.get_num_threads()),
+    }
