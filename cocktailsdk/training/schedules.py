@@ -55,9 +55,12 @@ def cosine_restarts(
     """
 
     def factory(optimizer: Optimizer, steps: int) -> LRScheduler:
+        longest, later = max(1, round(first * steps)), max(1, round(then * steps))
+
         def rate(step: int) -> float:
-            done = step / max(steps, 1)
-            start, phase = (1.0, done / first) if done < first else (restart, (done - first) / then % 1.0)
+            start, phase = 1.0, step / longest
+            if step >= longest:
+                start, phase = restart, (step - longest) % later / later
             return minimum + (start - minimum) * (1 + math.cos(math.pi * phase)) / 2
 
         return LambdaLR(optimizer, rate)

@@ -169,7 +169,7 @@ class Session:
         self.rewound, self.resumed = state["rewound"], state["optimization"]
         load_tensors(self.net.model, state["model"])
         for k in range(1, self.position.round + (self.position.entered or self.position.phase != "train")):
-            for name, mask in unpack_masks(self.store.get(f"masks-{k:02d}")).items():
+            for name, mask in unpack_masks(self.store.get(f"masks-{k:02d}"), self.net).items():
                 self.net.set_mask(name, mask)
         if self.position.phase == "done":
             self.net.statistics.update(
@@ -248,16 +248,17 @@ def pack_masks(masks: Mapping[str, Mask]) -> dict[str, Tensor]:
     return out
 
 
-def unpack_masks(tensors: Mapping[str, Tensor]) -> dict[str, Mask]:
-    """The inverse of :func:`pack_masks`."""
+def unpack_masks(tensors: Mapping[str, Tensor], net: CocktailNet) -> dict[str, Mask]:
+    """The inverse of :func:`pack_masks`; weights are in the network's order, whatever the file's."""
+    place = {weight.name: i for i, weight in enumerate(net.eligible)}
     elements: dict[str, dict[str, Tensor]] = {}
     removed: dict[str, Tensor] = {}
-    for key, value in tensors.items():
+    for key in sorted(tensors, key=lambda k: place.get(k.split("/", 2)[-1], len(place))):
         name, kind, *rest = key.split("/", 2)
         if kind == "removed":
-            removed[name] = value
+            removed[name] = tensors[key]
         else:
-            elements.setdefault(name, {})[rest[0]] = value
+            elements.setdefault(name, {})[rest[0]] = tensors[key]
     return {name: Mask(elements.get(name, {}), removed.get(name)) for name in sorted({*elements, *removed})}
 
 

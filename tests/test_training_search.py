@@ -1,0 +1,150 @@
+"""Which share each round's weights get: the full search's choice, at less than its cost."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from training_tiny import tiny_trainer
+
+from cocktailsdk.training import events as ev
+from cocktailsdk.training.metrics import Score
+from cocktailsdk.training.search import ALPHAS, choose_alpha, interpolate
+
+NAMES = ["a", "b", "c", "d"]
+
+tables = st.lists(
+    st.lists(st.integers(0, 6), min_size=len(NAMES), max_size=len(NAMES)),
+    min_size=len(ALPHAS),
+    max_size=len(ALPHAS),
+)
+
+
+@given(tables, st.booleans())
+def test_the_choice_is_that_of_the_full_search(table: list[list[int]], bounded: bool) -> None:
+    scores = {(a, n): Fraction(table[i][j], 6) for i, a in enumerate(ALPHAS) for j, n in enumerate(NAMES)}
+    calls: list[tuple[float, str]] = []
+
+    def judge(alpha: float, name: str) -> Score:
+        calls.append((alpha, name))
+        return Score(scores[alpha, name], Fraction(1) if bounded else None)
+
+    choice = choose_alpha(ALPHAS, NAMES, judge)
+    means = {a: sum(scores[a, n] for n in NAMES) / len(NAMES) for a in ALPHAS}
+    best = max(means.values())
+    assert choice.value == best
+    assert choice.alpha == max(a for a in ALPHAS if means[a] == best)
+    assert choice.scores == {n: scores[choice.alpha, n] for n in NAMES}
+    assert len(set(calls)) == len(calls)
+    if not bounded:
+        assert len(calls) == len(ALPHAS) * len(NAMES)
+
+
+def test_hopeless_shares_are_given_up_early() -> None:
+    calls = 0
+
+    def judge(alpha: float, name: str) -> Score:
+        nonlocal calls
+        calls += 1
+        return Score(Fraction(95 if alpha == 1 else 50, 100), Fraction(1))
+
+    assert choose_alpha(ALPHAS, NAMES, judge).alpha == 1
+    assert calls == len(NAMES) + len(ALPHAS) - 1
+
+
+def test_what_was_judged_before_is_not_judged_again() -> None:
+    known: dict[tuple[float, str], Score] = {}
+    asked: list[tuple[float, str]] = []
+
+    def judge(alpha: float, name: str) -> Score:
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        asked.append((alpha, name))
+        return Score(Fraction(1, 2))
+
+    with pytest.raises(KeyboardInterrupt):
+        choose_alpha(ALPHAS, NAMES, judge, known)
+    assert len(known) == 7
+    first = list(asked)
+    asked.clear()
+    choice = choose_alpha(ALPHAS[:2], NAMES, judge, known)
+    assert choice.alpha == 1.0
+    assert not set(first) & set(asked)
+
+
+def test_interpolation_is_linear_and_exact_at_one() -> None:
+    a = {"w": torch.randn(50), "n": torch.tensor(3), "h": torch.randn(5).half()}
+    b = {"w": torch.randn(50), "n": torch.tensor(8), "h": torch.randn(5).half()}
+    for alpha in ALPHAS:
+        out = interpolate(a, b, alpha)
+        torch.testing.assert_close(out["w"], alpha * a["w"] + (1 - alpha) * b["w"])
+        assert out["n"] == 3
+        assert out["h"].dtype == torch.float16
+    assert all(torch.equal(v, a[k]) for k, v in interpolate(a, b, 1.0).items())
+
+
+class Wreck(torch.optim.SGD):
+    """Trains nothing: fills the weights with noise."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.normal_()
+
+
+@pytest.mark.parametrize("wrecked", [1, 2])
+def test_a_round_that_only_hurts_is_rejected(wrecked: int) -> None:
+    """Share 1 where round 2's weights are noise, the smallest where round 1's are."""
+    made = 0
+
+    def optimizer(parameters: object) -> torch.optim.Optimizer:
+        nonlocal made
+        made += 1  # the first is made when the run is described, then one in each round
+        kind = Wreck if made == wrecked + 2 else torch.optim.SGD
+        return kind(parameters, lr=0.1, momentum=0.9)
+
+    weights = []
+
+    def keep(event: ev.Event) -> None:
+        if isinstance(event, ev.RoundEnded):
+            weights.append({n: p.detach().clone() for n, p in trainer.net.model.named_parameters()})
+
+    trainer = tiny_trainer(optimizer=optimizer, epochs=6, rounds=3, alphas=(1.0, 0.5, 0.05), callbacks=[keep], seed=1)
+    # three levels in three rounds; the third round takes part as any other
+    trainer.fit()
+    assert trainer.history.alphas[0] == (1.0 if wrecked == 2 else 0.05)
+
+
+def test_the_merged_weights_are_those_of_the_chosen_shares() -> None:
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def keep(event: ev.Event) -> None:
+        if isinstance(event, ev.RoundEnded) and event.round > 0:
+            weights.append({n: p.detach().clone() for n, p in trainer.net.model.named_parameters()})
+
+    trainer = tiny_trainer(callbacks=[keep], alphas=(0.7, 0.4))
+    trainer.fit()
+    merged = weights[0]
+    for alpha, other in zip(trainer.history.alphas, weights[1:], strict=True):
+        assert alpha in (0.7, 0.4)
+        merged = {n: alpha * merged[n] + (1 - alpha) * other[n] for n in merged}
+    for name, parameter in trainer.net.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), merged[name])
+
+
+def test_without_merging_the_last_round_is_the_result() -> None:
+    last: dict[str, torch.Tensor] = {}
+
+    def keep(event: ev.Event) -> None:
+        if isinstance(event, ev.RoundEnded):
+            last.update({n: p.detach().clone() for n, p in trainer.net.model.named_parameters()})
+
+    trainer = tiny_trainer(callbacks=[keep], merge=False)
+    trainer.fit()
+    assert trainer.history.alphas == []
+    for name, parameter in trainer.net.model.named_parameters():
+        assert torch.equal(parameter, last[name])
