@@ -346,14 +346,54 @@ class RolledChannels(Ends):
         return self.conv(torch.roll(x, 1, 1))
 
 
-@case(IMAGE, [16])
+@case(IMAGE, [8, 16, 6])
 class SlicedChannels(Ends):
+    """A run of channels, and parts of unequal length: bounds are mended in the module that takes them."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(5, 16, 1), nn.Conv2d(3, 6, 1)
+
+        def forward(self, x):
+            return torch.cat([self.a(x[:, :5]), self.b(x.split([5, 3], 1)[1])], 1)
+
     def __init__(self) -> None:
-        super().__init__(8, 16)
-        self.conv = nn.Conv2d(5, 16, 1)
+        super().__init__(8, 22)
+        self.inner = self.Inner()
 
     def body(self, x):
-        return self.conv(x[:, :5])
+        return self.inner(x)
+
+
+@case(TOKENS, [16, 24])
+class RmsNormInPieces(Tokens):
+    """The mean over channels goes on dividing by how many there were."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16))
+
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.norm, self.a, self.b = self.Norm(), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def body(self, x):
+        return x + self.b(F.gelu(self.a(self.norm(x))))
+
+
+@case(IMAGE, [16])
+class GroupNormOfOneGroup(Ends):
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.norm = nn.GroupNorm(1, 16)
+
+    def body(self, x):
+        return self.norm(x)
 
 
 @case(IMAGE, [8, 12])

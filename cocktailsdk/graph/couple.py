@@ -65,7 +65,8 @@ class Pass:
                 continue
             path = module_of(node)
             inside = path == module or path.startswith(module + ".") or not module
-            if (path == module and (op_name(node) in READS_SIZES or depth)) or (inside and depth > 1):
+            sized = op_name(node) in READS_SIZES and (op_name(node) != "mean" or path in self._ctx.counted)
+            if (path == module and (sized or depth)) or (inside and depth > 1):
                 for touched in (node, *(node.all_input_nodes if depth else ())):
                     self._ctx.labels.stay_all(_flat(self._ctx, touched), reason)
         if depth == 1:  # what it is given enters its children too
@@ -397,7 +398,7 @@ def _trace(ctx: Context, units: _Units) -> Trace:
         inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function")
         nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
-    return Trace(tuple(nodes), dict(ctx.norms), pads)
+    return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted))
 
 
 def _padding(ctx: Context, module: str) -> fx.GraphModule:

@@ -171,16 +171,16 @@ class Norm:
     """A module that normalises over labelled channels.
 
     Attributes:
+        kind: ``"layer"``, ``"rms"`` or ``"group"`` (of one group).
         axis: The channel axis of its input.
         channels: How many there are.
         eps: Added to the variance; ``None`` for the smallest that the input's dtype resolves.
-        root_mean_square: RMSNorm rather than LayerNorm.
     """
 
+    kind: str
     axis: int
     channels: int
     eps: float | None
-    root_mean_square: bool
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,13 @@ class Trace:
         nodes: Every call, in order of execution.
         norms: By path, modules that normalise over labelled channels.
         pads: For modules that only slice and pad along channels, their graph.
+        counted: Modules that take a mean over labelled channels, which must count the absent ones.
     """
 
     nodes: tuple[Node, ...]
     norms: Mapping[str, Norm]
     pads: Mapping[str, fx.GraphModule]
+    counted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

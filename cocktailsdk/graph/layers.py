@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["SlimLayerNorm", "SlimRMSNorm"]
+__all__ = ["SlimGroupNorm", "SlimLayerNorm", "SlimRMSNorm", "mean_of_all"]
 
 
 class _SlimNorm(nn.Module):
@@ -72,3 +72,30 @@ class SlimRMSNorm(_SlimNorm):
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         square = wide.square().sum(axis, keepdim=True) / self.channels
         return self._affine((wide * torch.rsqrt(square + self._eps(x))).to(x.dtype), axis)
+
+
+class SlimGroupNorm(_SlimNorm):
+    """GroupNorm with one group, whose statistics count the absent channels as zeros."""
+
+    def forward(self, x: Float[Tensor, "batch channels ..."]) -> Float[Tensor, "batch channels ..."]:
+        """Normalises each sample over channels and positions; shape and dtype stay."""
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        dims = tuple(range(1, x.dim()))
+        positions = wide[0, 0].numel()
+        count, absent = self.channels * positions, (self.channels - x.shape[1]) * positions
+        mean = wide.sum(dims, keepdim=True) / count
+        centred = wide - mean
+        variance = (centred.square().sum(dims, keepdim=True) + absent * mean.square()) / count
+        return self._affine((centred * torch.rsqrt(variance + self._eps(x))).to(x.dtype), 1)
+
+
+def mean_of_all(x: Float[Tensor, "..."], dim: tuple[int, ...], keepdim: bool, share: float) -> Float[Tensor, "..."]:
+    """A mean that counts absent channels as zeros.
+
+    Args:
+        x: What is left.
+        dim: The dimensions to reduce.
+        keepdim: Keep them with size 1.
+        share: How much of the original is left along these dimensions.
+    """
+    return x.mean(dim, keepdim=keepdim) * share

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .coupling import Node, Norm, Trace
-from .layers import SlimLayerNorm, SlimRMSNorm
+from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
 
 __all__ = ["Mends", "Options", "Sizes", "Value", "as_module", "mend", "new_shape", "sizes_of", "surviving"]
 
@@ -77,7 +77,20 @@ def sizes_of(trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> dict[str, 
 Value = int | tuple[int, ...] | list[int]
 """What an attribute that sizes are taken from may be."""
 
-READS_SIZES = {"view", "reshape", "unflatten", "expand", "split", "split_with_sizes", "chunk", "repeat", "_unsafe_view"}
+READS_SIZES = {
+    "view",
+    "reshape",
+    "unflatten",
+    "expand",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "repeat",
+    "slice",
+    "narrow",
+    "mean",
+    "_unsafe_view",
+}
 """Ops whose arguments a module's code takes from numbers."""
 
 Options = dict[str, dict[str, list[Value]]]
@@ -118,12 +131,13 @@ def mend(
     """
     before = dict(original.named_modules())
     sizes = sizes_of(trace, keep)
+    reading = {n.module for n in trace.nodes if n.op in READS_SIZES and n.module in sizes} | trace.counted
     options: Options = {}
     for path, module in list(slim.named_modules()):
         was = before[path]
         if path in trace.norms and _narrowed(module, was, trace.norms[path], sizes.get(path)):
             norm = trace.norms[path]
-            make = SlimRMSNorm if norm.root_mean_square else SlimLayerNorm
+            make = {"layer": SlimLayerNorm, "rms": SlimRMSNorm, "group": SlimGroupNorm}[norm.kind]
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             made = make(weight, bias, channels=norm.channels, axis=norm.axis, eps=norm.eps)
             slim.set_submodule(path, made.train(module.training))
@@ -140,7 +154,7 @@ def mend(
                 known = chosen.attributes.get(path, {}) if chosen is not None else {}
                 for name, values in found.items():
                     setattr(module, name, known.get(name, values[0]))
-            if path in sizes and any(n.op in READS_SIZES and n.module == path and n.units for n in trace.nodes):
+            if path in reading:
                 options.setdefault(path, {})
     # Innermost first, so that a rewritten parent holds its rewritten children.
     forwards = chosen.forwards if chosen is not None else {}

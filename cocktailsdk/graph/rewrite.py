@@ -10,14 +10,18 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
-from .mend import new_shape
+from .layers import mean_of_all
+from .mend import left_along, new_shape
 
 __all__ = ["rewritten"]
 
@@ -30,6 +34,11 @@ SIZED = {
     "expand": "expand",
     "broadcast_to": "expand",
     "_unsafe_view": "view",
+}
+FAMILIES = {
+    "view": {"view", "reshape", "unflatten", "_unsafe_view"},
+    "expand": {"expand"},
+    "part": {"getitem", "slice", "narrow"},
 }
 SPLIT = {"split", "split_with_sizes", "tensor_split"}
 
@@ -71,8 +80,11 @@ def rewritten(
     except Exception as error:  # tracing runs the user's code on stand-ins, so anything may happen
         log.debug("%s cannot be traced: %s", path, error)
         return None
-    records = [n for n in trace.nodes if n.module == path]
+    own = [n for n in trace.nodes if n.module == path]
+    given = {name for n in own for name in n.inputs}
+    records = [n for n in trace.nodes if n.module == path or n.name in given]
     values: dict[fx.Node, Any] = {}
+    editor = _Editor(wide, values, records, keep)
     runner = _Runner(slim, graph)
     bound = _bound(slim, *slim_inputs)
     try:
@@ -82,7 +94,7 @@ def rewritten(
                 continue
             if node.op == "output":
                 break
-            _edit(node, wide, values, records, keep)
+            editor.edit(node)
             values[node] = runner.run_one(node, values)
     except Exception as error:
         log.debug("%s cannot be rewritten: %s", path, error)
@@ -158,68 +170,113 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def _edit(
-    node: Any, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any], records: Sequence[Node], keep: Tensor
-) -> None:
-    """Puts the slim model's sizes into one call."""
-    name = _name(node)
-    out = wide[node]
-    if name in SIZED and isinstance(out, Tensor):
-        expected = _expected(records, SIZED[name], tuple(out.shape), keep)
-        if expected is not None:
-            first = 2 if name == "unflatten" else 1
-            sizes = (
-                node.args[first]
-                if len(node.args) == first + 1 and isinstance(node.args[first], (tuple, list))
-                else node.args[first:]
-            )
-            start = node.args[1] % wide[node.args[0]].dim() if name == "unflatten" else 0
-            new = [_size(a, expected[start + i], wide, values) for i, a in enumerate(sizes)]
-            node.args = (*node.args[:first], tuple(new)) if name == "unflatten" else (node.args[0], *new)
-            if node.op == "call_function":
-                node.args = (node.args[0], tuple(new))
-    elif name in SPLIT and isinstance(out, (tuple, list)):
+class _Editor:
+    """Puts the slim model's sizes into a module's calls, one after the other.
+
+    Args:
+        wide: Every node's value in the original.
+        values: The values in the slim copy, of the nodes done so far.
+        records: What the whole model's trace says of the module's own calls and of what they are given.
+        keep: For each unit whether it stays; a last entry for what belongs to no unit.
+    """
+
+    def __init__(
+        self, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any], records: Sequence[Node], keep: Tensor
+    ) -> None:
+        self._wide, self._values, self._records, self._keep = wide, values, records, keep
+        self._taken: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def edit(self, node: Any) -> None:
+        """Edits one call, whose operands have been run."""
+        name, out = _name(node), self._wide[node]
+        if name in SIZED and isinstance(out, Tensor):
+            self._view(node, name, out)
+        elif name in SPLIT and isinstance(out, (tuple, list)):
+            self._split(node, out)
+        elif name == "mean" and isinstance(out, Tensor):
+            self._mean(node)
+        elif node.target is operator.getitem:
+            if isinstance(out, Tensor) and isinstance(self._wide[node.args[0]], Tensor):
+                self._slices(node)
+        elif isinstance(out, Tensor) and node.op in ("call_function", "call_method"):
+            node.args = tuple(self._constant(a) for a in node.args)
+
+    def _view(self, node: Any, name: str, out: Tensor) -> None:
+        expected = self._expected(SIZED[name], tuple(out.shape))
+        if expected is None:
+            return
+        first = 2 if name == "unflatten" else 1
+        listed = len(node.args) == first + 1 and isinstance(node.args[first], (tuple, list))
+        sizes = node.args[first] if listed else node.args[first:]
+        start = node.args[1] % self._wide[node.args[0]].dim() if name == "unflatten" else 0
+        new = tuple(self._size(a, expected[start + i]) for i, a in enumerate(sizes))
+        node.args = (*node.args[:first], new) if listed else (*node.args[:first], *new)
+
+    def _split(self, node: Any, parts: Sequence[Tensor]) -> None:
         dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-        expected_sizes = []
-        for part in out:
-            shape = _expected(records, "part", tuple(part.shape), keep)
+        sizes = []
+        for part in parts:
+            shape = self._expected("part", tuple(part.shape))
             if shape is None:
                 return
-            expected_sizes.append(shape[dim])
-        node.args = (node.args[0], expected_sizes)
-        node.kwargs = {"dim": dim}
-    elif (
-        isinstance(out, Tensor) and node.op in ("call_function", "call_method") and node.target is not operator.getitem
-    ):
-        node.args = tuple(_constant(a, wide, values) for a in node.args)
+            sizes.append(shape[dim])
+        node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
 
+    def _mean(self, node: Any) -> None:
+        """A mean over channels goes on dividing by how many there were."""
+        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
+        before, now = self._wide[given["input"]].shape, self._values[given["input"]].shape
+        dim = given.get("dim")
+        dims = tuple(range(len(before))) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+        share = prod(now[d] for d in dims) / prod(before[d] for d in dims)
+        if share != 1:
+            node.op, node.target = "call_function", mean_of_all
+            node.args, node.kwargs = (given["input"], dims, bool(given.get("keepdim", False)), share), {}
 
-def _expected(records: Sequence[Node], family: str, shape: tuple[int, ...], keep: Tensor) -> tuple[int, ...] | None:
-    """The slim shape of a result that has this shape in the original."""
-    ops = {
-        "view": {"view", "reshape", "unflatten", "_unsafe_view"},
-        "expand": {"expand"},
-        "part": {"getitem", "slice", "narrow"},
-    }[family]
-    found = {new_shape(r, keep) for r in records if r.op in ops and r.shape == shape}
-    if len(found) > 1:
-        raise ValueError(f"results of shape {shape} become {sorted(found)}")
-    return next(iter(found), None)
+    def _slices(self, node: Any) -> None:
+        """Runs of channels begin and end where those that are left do."""
+        source, index = node.args
+        before, now = self._wide[source].shape, self._values[source].shape
+        parts = list(index) if isinstance(index, tuple) else [index]
+        if any(p is Ellipsis for p in parts):
+            at = next(i for i, p in enumerate(parts) if p is Ellipsis)
+            missing = len(before) - sum(p is not None and p is not Ellipsis for p in parts)
+            parts[at : at + 1] = [slice(None)] * missing
+        dim = 0
+        for i, part in enumerate(parts):
+            if part is None:
+                continue
+            if isinstance(part, slice) and before[dim] != now[dim]:
+                bounds = (self._wide[v] if isinstance(v, fx.Node) else v for v in (part.start, part.stop, part.step))
+                start, stop, step = slice(*bounds).indices(before[dim])
+                left = self._left(tuple(before), dim)
+                if left is None or step != 1:
+                    raise ValueError("a slice of channels that cannot be followed")
+                parts[i] = slice(int(left[:start].sum()), int(left[:stop].sum()))
+            dim += 1
+        node.args = (source, tuple(parts))
 
+    def _left(self, shape: tuple[int, ...], dim: int) -> Tensor | None:
+        """Which positions are left along a dimension of the tensor of that shape which the module slices."""
+        fields = [units for r in self._records if r.shape == shape for units in r.units]
+        found = [left[dim] for units in fields if dim in (left := left_along(units, self._keep))]
+        return found[0] if found and all(torch.equal(f, found[0]) for f in found) else None
 
-def _size(arg: Any, expected: int, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any]) -> Any:
-    if isinstance(arg, fx.Node):
-        return arg if values[arg] in (expected, -1) else expected
-    return arg if arg == -1 else expected
+    def _expected(self, family: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The slim shape of the next result that has this shape in the original."""
+        found = [new_shape(r, self._keep) for r in self._records if r.op in FAMILIES[family] and r.shape == shape]
+        nth = self._taken[family, shape]
+        self._taken[family, shape] += 1
+        return found[min(nth, len(found) - 1)] if found else None
 
+    def _size(self, arg: Any, expected: int) -> Any:
+        if isinstance(arg, fx.Node):
+            return arg if self._values[arg] in (expected, -1) else expected
+        return arg if arg == -1 else expected
 
-def _constant(arg: Any, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any]) -> Any:
-    """A number computed from a channel count is a constant of the original."""
-    if (
-        isinstance(arg, fx.Node)
-        and isinstance(wide[arg], (int, float))
-        and not isinstance(wide[arg], bool)
-        and values[arg] != wide[arg]
-    ):
-        return wide[arg]
-    return arg
+    def _constant(self, arg: Any) -> Any:
+        """A number computed from a channel count is a constant of the original."""
+        if not isinstance(arg, fx.Node) or isinstance(self._wide[arg], bool):
+            return arg
+        before = self._wide[arg]
+        return before if isinstance(before, (int, float)) and self._values[arg] != before else arg

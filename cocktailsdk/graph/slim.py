@@ -76,7 +76,7 @@ def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwar
             "model's library and of PyTorch."
         )
     nodes = tuple(replace(n, units=tuple(mapping[u] for u in n.units)) for n in fresh.trace.nodes)
-    return Trace(nodes, fresh.trace.norms, fresh.trace.pads)
+    return replace(fresh.trace, nodes=nodes)
 
 
 def _correspondence(fresh: Coupling, stored: Coupling) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ..export import module_of
 from ..labels import MUST_STAY, Field, Fields, compact, spread
+from .elementwise import unify
 from .registry import Context, Result, argument, rule
 
 LabelTensor = Int64[Tensor, "..."]
@@ -162,13 +163,22 @@ def unbind(ctx: Context, node: fx.Node) -> Result:
 
 @rule("slice", "narrow", "slice_copy")
 def slice_(ctx: Context, node: fx.Node) -> Result:
-    """A run of positions. Along labelled channels only the whole run can be followed."""
+    """A run of positions; the module that takes it is given the bounds of what is left."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
-    out = ctx.fields(node.args[0])
-    for dim in range(len(old)):
-        if old[dim] != new[dim]:
-            out = whole_along(ctx, out, dim)
-    return out
+    dim = next((d for d in range(len(old)) if old[d] != new[d]), None)
+    if dim is None:
+        return ctx.fields(node.args[0])
+    out = []
+    for f in ctx.fields(node.args[0]):
+        if dim not in f.dims:
+            out.append(f)
+            continue
+        labels = node.target(f.labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        if labels.numel() == 1:
+            ctx.labels.stay(labels)
+        else:
+            out.append(f.with_labels(labels))
+    return tuple(out)
 
 
 @rule(
@@ -182,13 +192,13 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
     "unsafe_chunk",
 )
 def split(ctx: Context, node: fx.Node) -> Result:
-    """Parts along a dimension. Equal parts must lose the same positions; unequal ones stay whole."""
+    """Parts along a dimension. Equal parts must lose the same positions; unequal ones get sizes of their own."""
     shape = ctx.shape(node.args[0])
     dim = int(argument(node, "dim", 0)) % len(shape)
     sizes = [int(v.shape[dim]) for v in node.meta["val"]]
     fields = ctx.fields(node.args[0])
     if len(set(sizes)) > 1:
-        return (whole_along(ctx, fields, dim),) * len(sizes)
+        return tuple(_run(ctx, fields, dim, sum(sizes[:i]), n) for i, n in enumerate(sizes))
     out = []
     for f in fields:
         if dim in f.dims:
@@ -201,6 +211,17 @@ def split(ctx: Context, node: fx.Node) -> Result:
             f = f.with_labels(first)
         out.append(f)
     return (tuple(out),) * len(sizes)
+
+
+def _run(ctx: Context, fields: Fields, dim: int, start: int, length: int) -> Fields:
+    out = []
+    for f in fields:
+        part = f.labels.narrow(dim, start, length) if dim in f.dims else f.labels
+        if part.numel() == 1:
+            ctx.labels.stay(part)
+        else:
+            out.append(f.with_labels(part))
+    return tuple(out)
 
 
 @rule(
@@ -257,18 +278,14 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
             ctx.labels.stay(extra.labels)
         along.append(varying[0] if varying else None)
         across.append([f for f in fields if dim not in f.dims])
-    # Across: a field goes on if every part has one along the same dimensions.
-    for f in across[0]:
-        partners = [next((g for g in other if g.dims == f.dims), None) for other in across[1:]]
-        if all(p is not None for p in partners):
-            for p in partners:
-                ctx.labels.join(f.labels, p.labels)  # type: ignore[union-attr]
-            out.append(f.with_zero(f.zero and all(p.zero for p in partners)))  # type: ignore[union-attr]
-    shared = [f.dims for f in out]
-    for fields_ in across:
-        ctx.labels.stay_all(
-            (f for f in fields_ if f.dims not in shared), ctx.labels.because + " (joined with channels that stay)"
-        )
+    # Across, the parts meet as the operands of a sum do.
+    flat = [tuple(1 if d == dim else n for d, n in enumerate(shape)) for shape in shapes]
+    for row in unify(ctx, list(zip(flat, map(tuple, across), strict=True)), flat[0]):
+        held = [f for f in row if f is not None]
+        if len(held) == len(row):
+            out.append(held[0].with_zero(all(f.zero for f in held)))
+        else:
+            ctx.labels.stay_all(held, ctx.labels.because + " (joined with channels that stay)")
     if any(a is not None for a in along):
         dims = {d for a in along if a is not None for d in a.dims} | {dim}
         labels = []

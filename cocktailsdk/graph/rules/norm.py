@@ -75,7 +75,9 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
         if not f.dims & inside:
             out.append(f)
         elif f.dims == {rank - 1} and n == 1 and f.zero and axis is not None:
-            ctx.norms[module_of(node)] = Norm(axis, shape[-1], argument(node, "eps"), name == "rms_norm")
+            ctx.norms[module_of(node)] = Norm(
+                "rms" if name == "rms_norm" else "layer", axis, shape[-1], argument(node, "eps")
+            )
             out.append(f)
         else:
             left = ctx.labels.collapse(f, f.dims & inside)
@@ -134,6 +136,10 @@ def replaceable(ctx: Context, node: fx.Node) -> int | None:
     return axis if axis == end and not outside else None
 
 
+def _op(node: Any) -> str:
+    return str(node.target._opname)
+
+
 def _axis_before(ctx: Context, node: fx.Node, axis: int) -> int:
     name, rank = node.target._opname, len(ctx.shape(node))  # type: ignore[union-attr]
     if name == "permute":
@@ -153,12 +159,13 @@ def _axis_after(ctx: Context, node: fx.Node, axis: int) -> int:
 
 @rule("group_norm", "native_group_norm")
 def group_norm(ctx: Context, node: fx.Node) -> Result:
-    """GroupNorm: whole groups may go, since each group's statistics are its own."""
+    """GroupNorm: whole groups may go, since each group's statistics are its own; of one group any channels."""
     x = node.args[0]
     shape = ctx.shape(x)
     native = node.target._opname != "group_norm"  # type: ignore[union-attr]
     groups = int(node.args[6] if native else node.args[1])  # type: ignore[arg-type]
     weight, bias = (node.args[1], node.args[2]) if native else (argument(node, "weight"), argument(node, "bias"))
+    eps: Any = node.args[-1] if native else argument(node, "eps")
     view = (1, shape[1]) + (1,) * (len(shape) - 2)
     held: list[Field] = []
     for f in ctx.fields(x):
@@ -166,10 +173,15 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
         left = ctx.labels.collapse(f, positions) if positions else f
         if left is not None and 1 in left.dims:
             if groups == 1:
-                ctx.labels.stay(left.labels)
-                continue
-            rows = left.labels.reshape(groups, -1)
-            ctx.labels.join(rows, rows[:, :1])
+                module = module_of(node)
+                others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
+                if not module or not left.zero or others:
+                    ctx.labels.stay(left.labels)
+                    continue
+                ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
+            else:
+                rows = left.labels.reshape(groups, -1)
+                ctx.labels.join(rows, rows[:, :1])
         if left is not None:
             held.append(left)
     out, affine = _affine(ctx, tuple(held), shape, [weight, bias], view)

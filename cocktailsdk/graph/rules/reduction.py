@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from ..export import module_of
 from ..labels import Field, Fields
 from .registry import Context, Result, argument, rule
 
@@ -69,11 +70,16 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     """Values combined along dimensions, which then go."""
     name = node.target._opname  # type: ignore[union-attr]
     dims = _reduced_dims(ctx, node)
+    counts = name not in ("sum", "norm", "linalg_vector_norm", "nansum")
+    if name == "mean" and module_of(node) and any(f.zero and f.dims <= set(dims) for f in ctx.fields(node.args[0])):
+        # The module that runs it can be given a mean that divides by the original count.
+        ctx.counted.add(module_of(node))
+        counts = False
     fields, gone = mixed(
         ctx,
         ctx.fields(node.args[0]),
         dims,
-        absent_zeros_count=name not in ("sum", "norm", "linalg_vector_norm", "nansum"),
+        absent_zeros_count=counts,
     )
     keep = bool(argument(node, "keepdim", False))
     keeps_zero = name in (

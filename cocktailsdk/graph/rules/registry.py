@@ -70,6 +70,7 @@ class Context:
         products: Every contraction, for counting.
         uses: Parameters contracted with activations, by name.
         norms: Modules that normalise over labelled channels.
+        counted: Modules that take a mean over labelled channels, which must count the absent ones.
         pads: Modules whose padding along channels can be rewritten.
         tables: Embeddings, whose columns are channels.
         unknown: Ops without a rule, with the number of their uses.
@@ -82,6 +83,7 @@ class Context:
     products: list[Product] = field(default_factory=list)
     uses: dict[str, WeightUse] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
+    counted: set[str] = field(default_factory=set)
     pads: set[str] = field(default_factory=set)
     tables: set[str] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
