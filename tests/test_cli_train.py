@@ -1,0 +1,193 @@
+"""``train``, ``subnets`` and ``eval`` on a digits run that is small enough for a test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cocktailsdk import presets
+from cocktailsdk.cli.main import app
+from cocktailsdk.patterns import NM, Channel, Unstructured
+from cocktailsdk.presets import Preset, digits
+from cocktailsdk.report.run import read_report
+
+pytestmark = pytest.mark.slow
+
+NAMES = ["dense", "unstructured@0.5", "unstructured@0.8", "2:4", "channel@0.25", "channel@0.5"]
+
+
+def small() -> Preset:
+    preset = digits.preset()
+    patterns = (Unstructured(sparsities=[0.5, 0.8]), NM(2, 4), Channel(sparsities=[0.25, 0.5], round_to=1))
+    training = {**preset.training, "epochs": 2, "rewind_epoch": 1, "recalibration_batches": 2}
+    return dataclasses.replace(preset, patterns=patterns, training=training)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, "digits", small)
+        return folder, run("train", "--preset", "digits", "--out", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(presets.PRESETS, "digits", small)
+
+
+def test_a_run_ends_with_its_table_and_files(finished: tuple[Path, Result]) -> None:
+    folder, done = finished
+    assert done.exit_code == 0, done.output
+    for name in NAMES:
+        assert name in done.stdout
+    assert "x one dense checkpoint" in done.stdout
+    assert "x 6 of them" in " ".join(done.stdout.split())
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    assert (folder / "networks.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((folder / "report.json").read_text())
+    assert [n["name"] for n in report["networks"]] == NAMES
+    for network in report["networks"]:
+        assert {"name", "pattern", "sparsity", "sparsity_exact", "metric", "params", "flops"} <= network.keys()
+        assert network["pattern"] in {"dense", "unstructured", "n:m", "channel"}
+        assert 0.2 < network["metric"] <= 1
+    assert report["bundle_bytes"] == sum(f.stat().st_size for f in (folder / "bundle").iterdir())
+    assert 0 < report["dense_bytes"] < report["bundle_bytes"]
+    assert report["seconds"] > 0
+
+
+def test_progress_goes_to_stderr_in_lines(finished: tuple[Path, Result]) -> None:
+    _, done = finished
+    assert "round 0: dense" in done.stderr
+    assert "round 2 merged: alpha" in done.stderr
+    assert "round" not in done.stdout
+
+
+def test_the_same_command_prints_a_finished_run_again(finished: tuple[Path, Result]) -> None:
+    folder, first = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    again = run("train", "--preset", "digits", "--out", str(folder))
+    assert again.exit_code == 0
+    assert again.stdout == first.stdout
+    assert "finished" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+    as_json = run("train", "--preset", "digits", "--out", str(folder), "--json")
+    assert json.loads(as_json.stdout) == json.loads((folder / "report.json").read_text())
+
+
+def test_another_configuration_in_the_same_folder_touches_nothing(finished: tuple[Path, Result]) -> None:
+    folder, _ = finished
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+    done = run("train", "--preset", "digits", "--out", str(folder), "--seed", "77")
+    assert done.exit_code == 1
+    assert "another configuration" in done.stderr
+    assert "seed" in done.stderr
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_lost_bundle_is_made_again_from_the_state(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "bundle")
+    report = read_report(folder)
+    assert run("train", "--preset", "digits", "--out", str(folder)).exit_code == 0
+    for file in (finished[0] / "bundle").iterdir():
+        assert file.read_bytes() == (folder / "bundle" / file.name).read_bytes()
+    assert read_report(folder) == report
+
+
+def test_subnets_lists_a_bundle_without_building_a_model(finished: tuple[Path, Result]) -> None:
+    folder, _ = finished
+    for path in (folder, folder / "bundle"):
+        done = run("subnets", str(path))
+        assert done.exit_code == 0, done.output
+        assert all(name in done.stdout for name in NAMES)
+    listed = json.loads(run("subnets", str(folder), "--json").stdout)
+    assert [s["name"] for s in listed["subnets"]] == NAMES
+
+
+def test_eval_measures_what_training_reported(finished: tuple[Path, Result]) -> None:
+    folder, _ = finished
+    report = read_report(folder)
+    assert report is not None
+    done = run("eval", str(folder), "--json")
+    assert done.exit_code == 0, done.output
+    measured = json.loads(done.stdout)["networks"]
+    assert {r["name"]: r["metric"] for r in measured} == {r.name: r.metric for r in report.networks}
+    some = run("eval", str(folder / "bundle"), "2:4", "channel@0.250")
+    assert some.exit_code == 0, some.output
+    assert "channel@0.25" in some.stdout
+    assert "unstructured" not in some.stdout
+    wrong = run("eval", str(folder), "chanel@0.25")
+    assert wrong.exit_code == 1
+    assert "channel@0.25" in wrong.stderr
+
+
+def test_a_bundle_alone_needs_its_preset_named(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished[0] / "bundle", tmp_path / "bundle")
+    assert run("eval", str(tmp_path / "bundle")).exit_code == 2
+    assert run("eval", str(tmp_path / "bundle"), "2:4", "--preset", "digits").exit_code == 0
+
+
+def test_a_damaged_bundle_is_named(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished[0] / "bundle", tmp_path / "bundle")
+    file = tmp_path / "bundle" / "bundle.json"
+    file.write_bytes(file.read_bytes()[:-10])
+    done = run("subnets", str(tmp_path))
+    assert done.exit_code == 1
+    assert "bundle.json" in done.stderr
+    (tmp_path / "report.json").write_text("{}")
+    assert run("eval", str(tmp_path)).exit_code == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent otherwise there")
+def test_ctrl_c_saves_and_the_same_command_goes_on(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    program = (
+        "import test_cli_train, sys\n"
+        "from cocktailsdk import presets\n"
+        "presets.PRESETS['digits'] = test_cli_train.small\n"
+        "from cocktailsdk.cli.main import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, "train", "--preset", "digits", "--out", str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "round 1: dense" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    out, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, said + rest
+    assert out == ""
+    assert "the same command goes on" in rest
+    assert "Traceback" not in rest
+    assert not (folder / "report.json").exists()
+    done = run("train", "--preset", "digits", "--out", str(folder))
+    assert done.exit_code == 0, done.output
+    assert "going on" in done.stderr
+    whole, resumed = read_report(finished[0]), read_report(folder)
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.networks == whole.networks
