@@ -34,7 +34,7 @@ def plain_table(*columns: str, right: Iterable[int] = (), title: str | None = No
 
 def networks_table(rows: Iterable[NetworkRow], metric: str = "accuracy", on: str = "test") -> Table:
     """Name, sparsity asked and exact, metric, parameters kept, FLOPs."""
-    table = plain_table("network", "asked", "exact", f"{on} {metric}", "params", "FLOPs", right=range(1, 6))
+    table = plain_table("network", "asked", "exact", f"{on}\n{metric}", "params", "FLOPs", right=range(1, 6))
     pattern = None
     for row in rows:
         if pattern is not None and row.pattern != pattern:
