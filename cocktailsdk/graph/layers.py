@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["SlimGroupNorm", "SlimLayerNorm", "SlimRMSNorm", "mean_of_all"]
+__all__ = ["SlimGroupNorm", "SlimLayerNorm", "SlimRMSNorm", "layer_norm_of_all", "mean_of_all", "standardised_of_all"]
 
 
 class _SlimNorm(nn.Module):
@@ -99,3 +99,44 @@ def mean_of_all(x: Float[Tensor, "..."], dim: tuple[int, ...], keepdim: bool, sh
         share: How much of the original is left along these dimensions.
     """
     return x.mean(dim, keepdim=keepdim) * share
+
+
+def layer_norm_of_all(
+    x: Float[Tensor, "... channels"],
+    weight: Float[Tensor, " channels"] | None,
+    bias: Float[Tensor, " channels"] | None,
+    eps: float,
+    channels: int,
+) -> Float[Tensor, "... channels"]:
+    """LayerNorm over the last dimension that counts absent channels as zeros; see :class:`SlimLayerNorm`."""
+    mean = x.sum(-1, keepdim=True) / channels
+    centred = x - mean
+    absent = channels - x.shape[-1]
+    variance = (centred.square().sum(-1, keepdim=True) + absent * mean.square()) / channels
+    y = centred * torch.rsqrt(variance + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def standardised_of_all(
+    x: Float[Tensor, "1 out fan_in"],
+    weight: Float[Tensor, " out"] | None,
+    bias: Float[Tensor, " out"] | None,
+    eps: float,
+    share: float,
+) -> Float[Tensor, "1 out fan_in"]:
+    """Rows of a weight standardised (batch norm by their own statistics), counting absent inputs as zeros.
+
+    Args:
+        x: What is left of the weight.
+        weight: Scale of each row.
+        bias: Offset of each row.
+        eps: Added to the variance.
+        share: How much of the original fan-in is left.
+    """
+    mean = x.mean((0, 2), keepdim=True) * share
+    centred = x - mean
+    variance = centred.square().mean((0, 2), keepdim=True) * share + (1 - share) * mean.square()
+    y = centred * torch.rsqrt(variance + eps)
+    y = y if weight is None else y * weight.view(1, -1, 1)
+    return y if bias is None else y + bias.view(1, -1, 1)

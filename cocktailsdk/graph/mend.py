@@ -143,7 +143,10 @@ def mend(
             slim.set_submodule(path, made.train(module.training))
         elif path in trace.pads:
             _mend_padding(slim, path, trace, keep, module.training)
-        elif not _mend_known(module, was):
+        elif _mend_known(module, was):
+            if path in trace.counted:
+                options[path] = {}
+        else:
             seen = sizes.get(path, Sizes())
             for name, parameter in module.named_parameters(recurse=False):
                 for old, new in zip(getattr(was, name).shape, parameter.shape, strict=True):

@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
-from .layers import mean_of_all
+from .layers import layer_norm_of_all, mean_of_all, standardised_of_all
 from .mend import left_along, new_shape
 
 __all__ = ["rewritten"]
@@ -195,6 +195,10 @@ class _Editor:
             self._split(node, out)
         elif name == "mean" and isinstance(out, Tensor):
             self._mean(node)
+        elif name == "batch_norm":
+            self._standardisation(node)
+        elif name == "layer_norm":
+            self._layer_norm(node)
         elif node.target is operator.getitem:
             if isinstance(out, Tensor) and isinstance(self._wide[node.args[0]], Tensor):
                 self._slices(node)
@@ -232,6 +236,26 @@ class _Editor:
         if share != 1:
             node.op, node.target = "call_function", mean_of_all
             node.args, node.kwargs = (given["input"], dims, bool(given.get("keepdim", False)), share), {}
+
+    def _standardisation(self, node: Any) -> None:
+        """A weight's rows go on being standardised by their original fan-in."""
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        before, now = self._wide[given["input"]], self._values[given["input"]]
+        if given.get("training") and before.dim() == 3 and before.shape[2] != now.shape[2]:
+            share = now.shape[2] / before.shape[2]
+            node.op, node.target, node.kwargs = "call_function", standardised_of_all, {}
+            node.args = (given["input"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5), share)
+
+    def _layer_norm(self, node: Any) -> None:
+        """A LayerNorm inside other code goes on counting the channels there were."""
+        given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | dict(
+            node.kwargs
+        )
+        before, now = self._wide[given["input"]].shape, self._values[given["input"]].shape
+        if before[-1] != now[-1]:
+            node.op, node.target, node.kwargs = "call_function", layer_norm_of_all, {}
+            node.args = (given["input"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5), before[-1])
 
     def _slices(self, node: Any) -> None:
         """Runs of channels begin and end where those that are left do."""

@@ -215,7 +215,7 @@ class _Settling:
                 return
         # No attribute does it: give the module its own code with the right sizes.
         _assign(module, first)
-        if path not in self._outputs.inputs:
+        if not path or path not in self._outputs.inputs:  # the model itself stays of the user's own class
             return
         original, inputs = self._masked.get_submodule(path), self._outputs.inputs[path]
         graph = rewritten(original, module, path, inputs, (args, kwargs), self._cutter.trace, self._cutter.keep)

@@ -15,12 +15,6 @@ from .elementwise import all_zero, any_zero, unify
 from .registry import Context, Product, Result, WeightUse, argument, rule
 
 
-def _is_weight(ctx: Context, node: Any) -> str | None:
-    """The parameter's name where an operand is one of the model's own."""
-    name = ctx.tensor_name(node)
-    return name if name in ctx.exported.trainable else None
-
-
 def consume(
     ctx: Context, left: Fields, right: Fields, left_dim: int, right_dim: int, *, batch: Sequence[tuple[int, int]] = ()
 ) -> tuple[list[Field], list[Field]]:
@@ -89,8 +83,10 @@ def linear(ctx: Context, node: fx.Node) -> Result:
     else:
         bias, x, w, out_axis, in_axis = *node.args[:3], 1, 0
     rank = len(ctx.shape(node))
+    macs = prod(ctx.shape(node)) * ctx.shape(x)[-1]
+    across = [f.labels for f in ctx.fields(x) if len(ctx.shape(x)) - 1 not in f.dims]
+    _remember(ctx, node, w, "linear", (out_axis, in_axis), macs, across)
     passing, made = consume(ctx, ctx.fields(x), ctx.fields(w), len(ctx.shape(x)) - 1, in_axis)
-    _remember(ctx, node, w, "linear", out_axis, in_axis, prod(ctx.shape(node)) * ctx.shape(x)[-1], passing)
     if len(ctx.shape(w)) == 1:
         return tuple(f.with_labels(f.labels.squeeze(-1)) for f in passing)
     out = []
@@ -110,17 +106,17 @@ def _remember(
     node: fx.Node,
     w: Any,
     op: str,
-    out_axis: int,
-    in_axis: int,
+    axes: tuple[int, int],
     macs: int,
-    fields: Sequence[Field] = (),
+    factors: Sequence[Int64[Tensor, "..."]],
     groups: int = 1,
-) -> None:
-    name = _is_weight(ctx, w)
-    module = module_of(node)
-    ctx.products.append(Product(node, module, name, macs, tuple(f.labels for f in fields)))
-    if name is not None:
-        ctx.uses.setdefault(name, WeightUse(name, module, op, out_axis, in_axis, groups))
+) -> bool:
+    """Notes a contraction; of a weight also which it is. Returns whether it was one."""
+    module, weight = module_of(node), ctx.weight_of(w, *axes)
+    ctx.products.append(Product(node, module, None if weight is None else weight[0], macs, tuple(factors)))
+    if weight is not None:
+        ctx.uses.setdefault(weight[0], WeightUse(weight[0], module, op, weight[1], weight[2], groups))
+    return weight is not None
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -142,11 +138,12 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
         ]
         return tuple(f for f in held if f is not None)
 
+    kind = "conv_transpose" if transposed else "conv"
+    macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
+    _remember(ctx, node, w, kind, (out_axis, in_axis), macs, (), groups)
     xs = without_positions(ctx.fields(x), channel + 1)
     ws = without_positions(ctx.fields(w), 2)
     out_channels = shape[channel]
-    macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
-    _remember(ctx, node, w, "conv_transpose" if transposed else "conv", out_axis, in_axis, macs, (), groups)
 
     if groups == 1:
         passing, made = consume(ctx, xs, ws, channel, in_axis)
@@ -216,14 +213,16 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
     if len(sa) < 2 or len(sb) < 2:
         ctx.labels.stay_all((*ctx.fields(a), *ctx.fields(b)))
         return ()
-    name = _is_weight(ctx, b)
-    if name is not None and len(sb) == 2:
-        passing = tuple(f for f in ctx.fields(a) if len(sa) - 1 not in f.dims)
-        _remember(ctx, node, b, "matmul", 1, 0, prod(ctx.shape(node)) * sa[-1], passing)
+    axes = (len(sb) - 1, len(sb) - 2)
+    macs = prod(ctx.shape(node)) * sa[-1]
+    across = [f.labels for f in ctx.fields(a) if len(sa) - 1 not in f.dims]
+    if ctx.weight_of(b, *axes) is not None:
+        _remember(ctx, node, b, "matmul", axes, macs, across)
+    elif ctx.weight_of(a, len(sa) - 2, len(sa) - 1) is not None:
+        across = [f.labels for f in ctx.fields(b) if len(sb) - 2 not in f.dims]
+        _remember(ctx, node, a, "matmul", (len(sa) - 2, len(sa) - 1), macs, across)
     else:
-        ctx.products.append(
-            Product(node, module_of(node), None, prod(ctx.shape(node)) * sa[-1], _factors(ctx, a, b, sa, sb))
-        )
+        _remember(ctx, node, None, "matmul", axes, macs, _factors(ctx, a, b, sa, sb))
     return product(ctx, ctx.fields(a), sa, ctx.fields(b), sb, ctx.shape(node))
 
 
@@ -315,3 +314,57 @@ def _whole(ctx: Context, fields: Fields, dim: int) -> Fields:
         if left is not None:
             out.append(left)
     return tuple(out)
+
+
+@rule("einsum")
+def einsum(ctx: Context, node: fx.Node) -> Result:
+    """Any product of two operands by letters: shared letters that do not go on are contracted."""
+    equation = str(node.args[0]).replace(" ", "")
+    operands: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        ctx.labels.stay_all(f for o in operands for f in ctx.fields(o))
+        return ()
+    (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    if len(set(left)) < len(left) or len(set(right)) < len(right):
+        ctx.labels.stay_all(f for o in operands for f in ctx.fields(o))
+        return ()
+    letters = out + "".join(c for c in dict.fromkeys(left + right) if c not in out)
+    sizes = dict(zip(left + right, (*ctx.shape(operands[0]), *ctx.shape(operands[1])), strict=True))
+
+    def spelled(fields: Fields, own: str) -> Fields:
+        """Fields with one dimension per letter of the whole equation."""
+        order = sorted(range(len(own)), key=lambda i: letters.index(own[i]))
+        return tuple(
+            f.with_labels(
+                f.labels.permute(order).reshape([f.labels.shape[own.index(c)] if c in own else 1 for c in letters])
+            )
+            for f in fields
+        )
+
+    fa, fb = spelled(ctx.fields(operands[0]), left), spelled(ctx.fields(operands[1]), right)
+    _remember(ctx, node, None, "matmul", (0, 1), prod(sizes[c] for c in letters), _spelled_factors(fa, fb))
+    every = [(d, d) for d in range(len(letters))]
+    for d, letter in enumerate(letters):
+        if letter not in out:
+            if letter in left and letter in right:
+                passing_a, passing_b = consume(ctx, fa, fb, d, d, batch=every)
+            else:  # summed over by itself
+                passing_a, passing_b = list(_whole(ctx, fa, d)), list(_whole(ctx, fb, d))
+            fa, fb = tuple(passing_a), tuple(passing_b)
+    shape = [sizes[c] for c in out]
+    pairs = []
+    for fields, own in ((fa, left), (fb, right)):
+        held = tuple(f.with_labels(f.labels.reshape(f.labels.shape[: len(out)])) for f in fields)
+        pairs.append((tuple(sizes[c] if c in own else 1 for c in out), held))
+    rows = unify(ctx, pairs, shape)
+    return tuple(next(f for f in row if f is not None).with_zero(any_zero(row)) for row in rows)
+
+
+def _spelled_factors(fa: Fields, fb: Fields) -> list[Int64[Tensor, "..."]]:
+    taken: set[int] = set()
+    out = []
+    for f in (*fa, *fb):
+        if not f.dims & taken:
+            taken |= f.dims
+            out.append(f.labels)
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from jaxtyping import Int64
@@ -426,7 +427,6 @@ def repeat(ctx: Context, node: fx.Node) -> Result:
     "pixel_unshuffle",
     "channel_shuffle",
     "unfold",
-    "im2col",
     "rot90",
 )
 def executed(ctx: Context, node: fx.Node) -> Result:
@@ -446,6 +446,39 @@ def executed(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
+@rule("im2col")
+def im2col(ctx: Context, node: fx.Node) -> Result:
+    """Windows as columns: each channel once for every position of the kernel."""
+    kernel = prod(argument(node, "kernel_size"))
+    out = []
+    for f in whole_beyond(ctx, ctx.fields(node.args[0]), 1):
+        labels = f.labels.flatten().repeat_interleave(kernel).view(1, -1, 1)
+        out.append(f.with_labels(labels))
+    return tuple(out)
+
+
+@rule("col2im")
+def col2im(ctx: Context, node: fx.Node) -> Result:
+    """Columns summed back into an image: the positions of a kernel go together."""
+    kernel = prod(argument(node, "kernel_size"))
+    out = []
+    for f in whole_beyond(ctx, ctx.fields(node.args[0]), 1):
+        rows = f.labels.reshape(-1, kernel)
+        ctx.labels.join(rows, rows[:, :1])
+        out.append(f.with_labels(rows[:, :1].reshape(1, -1, 1, 1)))
+    return tuple(out)
+
+
+def whole_beyond(ctx: Context, fields: Fields, dim: int) -> Fields:
+    """Fields that vary along one dimension only; what varies along others is joined there."""
+    out = []
+    for f in fields:
+        left = ctx.labels.collapse(f, f.dims - {dim}) if f.dims - {dim} else f
+        if left is not None:
+            out.append(left)
+    return tuple(out)
+
+
 def _shifts_channels(node: fx.Node, f: Field) -> bool:
     """Rolling or flipping channels by a number of positions cannot be followed once some are gone."""
     name = node.target._opname  # type: ignore[union-attr]
@@ -455,6 +488,6 @@ def _shifts_channels(node: fx.Node, f: Field) -> bool:
         return any(int(d) % rank in f.dims for d in dims)
     if name == "flip":
         return any(int(d) % rank in f.dims for d in argument(node, "dims"))
-    if name in ("repeat_interleave", "unfold", "im2col", "rot90"):
+    if name in ("repeat_interleave", "unfold", "rot90"):
         return bool(f.dims)
     return False

@@ -43,7 +43,10 @@ def batch_norm(ctx: Context, node: fx.Node) -> Result:
     shape = ctx.shape(x)
     view = (1, shape[1]) + (1,) * (len(shape) - 2)
     fields = ctx.fields(x)
-    if node.target._opname == "instance_norm":  # type: ignore[union-attr]
+    name = _op(node)
+    if name == "batch_norm" and bool(argument(node, "training", False)):
+        return _of_a_batch(ctx, node, fields, shape, view)
+    if name == "instance_norm":
         held = [
             ctx.labels.collapse(f, [d for d in f.dims if d > 1]) if any(d > 1 for d in f.dims) else f for f in fields
         ]
@@ -74,6 +77,9 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     for f in ctx.fields(x):
         if not f.dims & inside:
             out.append(f)
+        elif f.dims == {rank - 1} and n == 1 and f.zero and axis is None and name == "layer_norm" and module_of(node):
+            ctx.counted.add(module_of(node))
+            out.append(f)
         elif f.dims == {rank - 1} and n == 1 and f.zero and axis is not None:
             ctx.norms[module_of(node)] = Norm(
                 "rms" if name == "rms_norm" else "layer", axis, shape[-1], argument(node, "eps")
@@ -90,6 +96,30 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
     several = not hasattr(node.meta["val"], "shape")
     return (fields, (), ()) if several else fields
+
+
+def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int], view: Sequence[int]) -> Fields:
+    """Batch norm by the statistics of what it is given: how weights are standardised.
+
+    Fan-in positions may go where they are zero and the module that runs this can count the absent ones.
+    """
+    held: list[Field] = []
+    across: list[Field] = []
+    for f in fields:
+        if not f.dims - {1}:
+            held.append(f)
+        elif f.zero and 1 not in f.dims and module_of(node):
+            ctx.counted.add(module_of(node))
+            across.append(f.with_zero(False))
+        else:
+            left = ctx.labels.collapse(f, f.dims - {1})
+            if left is not None:
+                held.append(left)
+    rows, _ = _affine(ctx, tuple(held), shape, node.args[1:3], view)
+    bias = len(node.args) > 2 and isinstance(node.args[2], fx.Node)
+    zero = {f.dims: f.zero for f in held}
+    kept = tuple(f.with_zero(zero.get(f.dims, False) or (bias and isinstance(node.args[1], fx.Node))) for f in rows)
+    return (*kept, *across)
 
 
 AROUND_NORM = {

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, fx
 
@@ -88,6 +90,7 @@ class Context:
     tables: set[str] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
     _axes: dict[str, Fields] = field(default_factory=dict)
+    _depends: dict[fx.Node, bool] = field(default_factory=dict)
     _by_module: dict[str, list[fx.Node]] | None = None
 
     def fields(self, value: Any) -> Fields:
@@ -128,6 +131,59 @@ class Context:
     def axis_field(self, fields: Fields, axis: int) -> Field | None:
         """The field that varies along one axis and nothing else."""
         return next((f for f in fields if f.dims == {axis}), None)
+
+    def weight_of(self, value: Any, out_dim: int, in_dim: int) -> tuple[str, int, int] | None:
+        """The parameter that a contraction's operand is, or is made from, with its output and input axes.
+
+        Args:
+            value: The operand: a parameter, or what was computed from parameters alone (standardised, transposed, a
+                part, an expert chosen by index).
+            out_dim: The operand's dimension that makes channels.
+            in_dim: The operand's dimension that is summed over.
+        """
+        if not isinstance(value, fx.Node) or self.depends_on_inputs(value):
+            return None
+        name = self.tensor_name(value)
+        if name is not None:
+            return (name, out_dim, in_dim) if name in self.exported.trainable else None
+        shapes = self.exported.shapes
+        names = [n for n in self._made_from(value) if n in self.exported.trainable and len(shapes[n]) > 1]
+        for name in sorted(names, key=lambda n: -prod(shapes[n])):
+            axes = [self._axis_like(name, value, d) for d in (out_dim, in_dim)]
+            if axes[0] is not None and axes[1] is not None and axes[0] != axes[1]:
+                return name, axes[0], axes[1]
+        return None
+
+    def _axis_like(self, name: str, value: fx.Node, dim: int) -> int | None:
+        """The axis of a parameter whose labels an operand has along a dimension."""
+        here = next((f for f in self.fields(value) if f.dims == {dim}), None)
+        for axis in range(len(self.exported.shapes[name])) if here is not None else ():
+            field = self.axis_field(self.axis_fields(name), axis)
+            if field is not None and here is not None and bool(torch.isin(here.labels.flatten()[:1], field.labels)):
+                return axis
+        return None
+
+    def depends_on_inputs(self, node: fx.Node) -> bool:
+        """Whether a value depends on the user's inputs, other than by being chosen by index."""
+        known = self._depends.get(node)
+        if known is None:
+            if node.op == "placeholder":
+                known = node.name not in self.exported.tensors
+            else:
+                sources = node.all_input_nodes
+                if getattr(node.target, "_opname", "") in ("index", "index_select", "gather"):
+                    sources = sources[:1]
+                known = any(self.depends_on_inputs(s) for s in sources)
+            self._depends[node] = known
+        return known
+
+    def _made_from(self, node: fx.Node) -> set[str]:
+        name = self.tensor_name(node)
+        if name is not None:
+            return {name}
+        return {
+            n for source in node.all_input_nodes if not self.depends_on_inputs(source) for n in self._made_from(source)
+        }
 
     @property
     def named_axes(self) -> Mapping[str, Fields]:
