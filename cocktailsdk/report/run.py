@@ -96,13 +96,14 @@ class RunReport:
         return path
 
 
-def read_report(folder: Path) -> RunReport | None:
-    """The report of the run in a folder; ``None`` where there is none.
+def read_report(path: Path) -> RunReport | None:
+    """The report of the run in a folder, or in a file; ``None`` where there is none.
 
     Raises:
         TrainingError: Where there is one that cannot be read.
     """
-    path = folder / REPORT_FILE
+    if path.is_dir():
+        path = path / REPORT_FILE
     if not path.is_file():
         return None
     try:

@@ -1,0 +1,115 @@
+"""Writes the measured tables and pictures of README.md and docs/ from benchmarks/results/.
+
+    python docs/make_tables.py                               rewrite them
+    python docs/make_tables.py --check                       fail where they are not what the results say
+    python docs/make_tables.py runs/digits/report.json …     first take these reports into benchmarks/results/
+
+No number in these tables is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from statistics import mean
+
+from cocktailsdk.report.figure import write_figure
+from cocktailsdk.report.numbers import bytes_text, count_text, duration_text, flops_text
+from cocktailsdk.report.run import RunReport, read_report
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+ASSETS = ROOT / "docs" / "assets"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+BEGIN, END = "<!-- results: begin (docs/make_tables.py writes this) -->", "<!-- results: end -->"
+
+
+def main() -> int:
+    """Run as a script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="*", type=Path, help="report.json files of finished runs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something would change")
+    options = parser.parse_args()
+    for report in options.reports:
+        read = read_report(report)
+        if read is None:
+            parser.error(f"{report} is no report")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(report, RESULTS / f"{read.preset}.json")
+    reports = [_read(path) for path in sorted(RESULTS.glob("*.json"), key=lambda p: (p.stem != "digits", p.stem))]
+    stale = False
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = replaced(text, results_block(reports))
+        stale |= new != text
+        if new != text and not options.check:
+            page.write_text(new, encoding="utf-8")
+    if options.check:
+        if stale:
+            print("the tables are not what benchmarks/results/ says: run python docs/make_tables.py")
+        return int(stale)
+    ASSETS.mkdir(parents=True, exist_ok=True)
+    for report in reports:
+        write_figure(report, ASSETS / f"{report.preset}.png")
+    return 0
+
+
+def _read(path: Path) -> RunReport:
+    report = read_report(path)
+    assert report is not None
+    return report
+
+
+def replaced(text: str, block: str) -> str:
+    """A page with what stands between its marks replaced."""
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"a page lacks the marks {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
+
+
+def results_block(reports: list[RunReport]) -> str:
+    """A table for each run, and a line on its bytes, time and machine."""
+    return "\n".join(_run_block(r) for r in reports)
+
+
+def _run_block(report: RunReport) -> str:
+    dense = next(r for r in report.networks if r.pattern == "dense")
+    patterns = list(dict.fromkeys(r.pattern for r in report.networks))
+    lines = [
+        f"**{report.model} on {report.preset}**, test {report.metric_name} in %, seed {report.seed}:",
+        "",
+        "| | networks | mean | lowest | highest | parameters kept | FLOPs |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for pattern in patterns:
+        rows = [r for r in report.networks if r.pattern == pattern]
+        metrics = [100 * r.metric for r in rows]
+        lines.append(
+            f"| {pattern} | {len(rows)} | {mean(metrics):.2f} | {min(metrics):.2f} | {max(metrics):.2f} "
+            f"| {_range([r.params for r in rows], dense.params)} | {_range([r.flops for r in rows], dense.flops)} |"
+        )
+    environment = report.environment
+    lines += [
+        "",
+        f"The bundle of {len(report.networks)} networks has {bytes_text(report.bundle_bytes)}, "
+        f"{report.bundle_bytes / report.dense_bytes:.2f} times one dense checkpoint ({bytes_text(report.dense_bytes)}; "
+        f"{len(report.networks)} of them: {bytes_text(len(report.networks) * report.dense_bytes)}). Trained in "
+        f"{duration_text(report.seconds)} minutes on {environment.get('machine', '?')} (threads: "
+        f"{environment.get('threads', '?')}), torch {environment.get('torch', '?')}. The dense network has "
+        f"{count_text(dense.params)} parameters and {flops_text(dense.flops)}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _range(values: list[int], whole: int) -> str:
+    low, high = (100 * v / whole for v in (min(values), max(values)))
+    return f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
