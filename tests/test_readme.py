@@ -1,0 +1,101 @@
+"""What README and the documentation show runs as it stands there, and their numbers are those of the results."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import IMAGE, TinyNet
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, 3, IMAGE, IMAGE, generator=generator)
+    loader = list(zip(images.split(8), (torch.arange(32) % 5).split(8), strict=True))
+    yours = {"model": TinyNet(), "x": images[:1], "train_loader": loader, "val_loader": loader[:2], "torch": torch}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), yours)  # noqa: S102, RUF100
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "slim differs from masked by" in done.stdout
+
+
+def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
+    def command(which: int) -> str:
+        script = str(ROOT / ".ci" / "readme_command.py")
+        return subprocess.run([sys.executable, script, str(which)], capture_output=True, text=True, check=True).stdout
+
+    assert command(1).strip() == 'pip install -e ".[dev]" && cocktail-cli train --preset digits --out runs/digits'
+    assert command(2).strip() == "pytest"
+    assert len(blocks(ROOT / "README.md", "bash")) == 2
+
+
+def test_commands_that_are_shown_exist() -> None:
+    from typer.testing import CliRunner
+
+    from cocktailsdk.cli.main import app
+
+    shown = {c for p in PAGES for block in blocks(p, "bash") for c in re.findall(r"^cocktail-cli (\w+)", block, re.M)}
+    assert shown == {"train", "inspect", "subnets", "eval"}
+    for name in shown:
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_measured_tables_are_what_the_results_say() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "make_tables.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}" in navigation, f"{page.name} is not in mkdocs.yml"
+
+
+def test_thresholds_of_ci_reject_what_is_not_good_enough(tmp_path: Path) -> None:
+    def verdict(channel: float) -> int:
+        networks = [{"pattern": p, "metric": m} for p, n, m in (
+            ("dense", 1, 0.98), ("unstructured", 10, 0.97), ("n:m", 3, 0.97), ("channel", 10, channel)
+        ) for _ in range(n)]  # fmt: skip
+        import json
+
+        (tmp_path / "report.json").write_text(
+            json.dumps({"networks": networks, "bundle_bytes": 140, "dense_bytes": 100, "seconds": 60})
+        )
+        script = [sys.executable, str(ROOT / ".ci" / "thresholds.py"), str(tmp_path / "report.json")]
+        return subprocess.run(script, capture_output=True, check=False, env=os.environ).returncode
+
+    assert verdict(0.93) == 0
+    assert verdict(0.91) == 1
