@@ -179,29 +179,30 @@ class _Settling:
     def __init__(self, masked: nn.Module, slim: nn.Module, options: Options, outputs: _Outputs, cutter: Cutter) -> None:
         self.mends = Mends()
         self._masked, self._slim, self._options, self._outputs, self._cutter = masked, slim, options, outputs, cutter
-        self._hooks: list[Any] = []
         self._settled: set[str] = set()
         self._busy: set[str] = set()
+        self._code: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> _Settling:
         for path in self._options:
-            hook = partial(self._settle, path)
-            self._hooks.append(self._slim.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+            module = self._slim.get_submodule(path)
+            self._code[path] = module.forward
+            module.forward = partial(self._forward, path, module)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for h in self._hooks:
-            h.remove()
+        for path in self._options:
+            del self._slim.get_submodule(path).forward
 
-    def _settle(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _forward(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Children settle while their parent is tried, so each is looked at with the inputs that it really gets.
-        if path in self._settled or path in self._busy:
-            return
-        self._busy.add(path)
-        try:
-            self._try(path, module, args, kwargs)
-        finally:
-            self._busy.discard(path)
+        if path not in self._settled and path not in self._busy:
+            self._busy.add(path)
+            try:
+                self._try(path, module, args, kwargs)
+            finally:
+                self._busy.discard(path)
+        return self._code[path](*args, **kwargs)
 
     def _try(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         names = list(self._options[path])
@@ -209,7 +210,7 @@ class _Settling:
         for values in islice(product(*self._options[path].values()), self.MOST):
             chosen = dict(zip(names, values, strict=True))
             _assign(module, chosen)
-            if self._right(path, lambda: type(module).forward(module, *args, **kwargs)):
+            if self._right(path, lambda: self._code[path](*args, **kwargs)):
                 self.mends.attributes[path] = chosen
                 self._settled.add(path)
                 return
@@ -226,7 +227,7 @@ class _Settling:
             self.mends.attributes[path] = first
             self.mends.forwards[path] = graph
             self._settled.add(path)
-            module.forward = made.forward  # for the rest of this run; the model that is kept gets a module
+            self._code[path] = made.forward  # for the rest of this run; the model that is kept gets a module
 
     def _right(self, path: str, run: Callable[[], Any]) -> bool:
         """Whether a module returns what is left of the masked one's value."""
