@@ -9,8 +9,24 @@ A bundle is a folder of three files, none of which can run code:
 Nothing in it depends on the clock: saving twice gives the same bytes.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .files import bundle_bytes
-from .read import from_pretrained
-from .write import save_pretrained
+
+if TYPE_CHECKING:
+    from .read import from_pretrained as from_pretrained
+    from .write import save_pretrained as save_pretrained
 
 __all__ = ["bundle_bytes", "from_pretrained", "save_pretrained"]
+
+_WHERE = {"from_pretrained": ".read", "save_pretrained": ".write"}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that a bundle can be listed without loading torch.
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

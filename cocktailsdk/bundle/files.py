@@ -10,13 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import safetensors
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "cocktail-bundle"
 VERSION = 1
@@ -43,6 +42,8 @@ def write_folder(
     Raises:
         BundleError: The path holds something that is no bundle.
     """
+    from safetensors.torch import save_file  # late: reading a bundle's JSON needs no torch
+
     target = Path(path).expanduser().resolve()
     _check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,8 @@ def open_tensors(file: Path) -> Any:
     Raises:
         BundleError: It cannot be read all the same.
     """
+    import safetensors
+
     try:
         return safetensors.safe_open(file, framework="pt")
     except Exception as e:  # the library's own error class derives from Exception alone
