@@ -118,6 +118,15 @@ def test_subnets_lists_a_bundle_without_building_a_model(finished: tuple[Path, R
         assert all(name in done.stdout for name in NAMES)
     listed = json.loads(run("subnets", str(folder), "--json").stdout)
     assert [s["name"] for s in listed["subnets"]] == NAMES
+    program = (
+        "import sys\n"
+        "from cocktailsdk.cli.main import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, "subnets", str(folder)], check=False).returncode == 0
 
 
 def test_eval_measures_what_training_reported(finished: tuple[Path, Result]) -> None:

@@ -122,6 +122,17 @@ def test_what_cannot_be_followed_is_kept_whole_with_the_reason(x: Tensor) -> Non
     assert "could not be exported" in " ".join(printed(found).split())
 
 
+@pytest.mark.slow
+def test_a_detection_model_is_told_of_in_few_words(capfd: pytest.CaptureFixture[str]) -> None:
+    from cocktailsdk.adapters import build_model
+
+    found = cocktail.inspect(build_model("torchvision:ssdlite320_mobilenet_v3_large"))
+    assert not found.followed
+    assert len(found.kept[0].reason) <= 500
+    assert found.flops > 1e9
+    assert capfd.readouterr() == ("", "")  # the exporter would print pages
+
+
 def test_without_inputs_the_reason_says_how_to_give_them() -> None:
     found = cocktail.inspect(nn.Linear(3, 3))
     assert not found.followed

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +73,11 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         try:
             program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
         except Exception as error:
-            reason = str(error).strip().splitlines()
+            lines = str(error).strip().splitlines() or ["no message"]
+            reason = textwrap.shorten(lines[0], 200, placeholder=" …")
             raise ExportFailed(
                 f"{type(model).__name__} could not be exported on the example inputs "
-                f"({type(error).__name__}: {reason[0] if reason else 'no message'}). "
+                f"({type(error).__name__}: {reason}). "
                 "Check that the model runs on these inputs, and that its control flow does not depend on tensor values."
             ) from error
     tensors = {}
@@ -103,11 +106,12 @@ def module_of(node: fx.Node) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export's own log lines (guards it could not make, say) mean nothing to users."""
+    """Export's own log lines (guards it could not make, say) and the graphs that it prints mean nothing to users."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
