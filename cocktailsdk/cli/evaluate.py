@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -43,14 +44,14 @@ def evaluate(
                 f"there is no report beside {folder} that says it: name the preset", param_hint="--preset"
             )
         preset = report.preset
-    if model is None and report is not None and report.preset == preset and report.preset != "digits":
+
+    from .measure import measure, takes_model
+
+    if model is None and report is not None and report.preset == preset and takes_model(preset):
         model = report.model
-
-    from .measure import measure
-
     rows = measure(folder, preset, names or None, data=data, model=model)
     if as_json:
-        print_json({"bundle": str(folder), "preset": preset, "networks": [r.__dict__ for r in rows]})
+        print_json({"bundle": str(folder), "preset": preset, "networks": [asdict(r) for r in rows]})
         return
     from ..report.tables import networks_table
 

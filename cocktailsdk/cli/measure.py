@@ -7,12 +7,17 @@ from pathlib import Path
 
 from ..bundle import from_pretrained
 from ..patterns import DENSE
-from ..presets import get_preset
+from ..presets import PRESETS, get_preset
 from ..report.run import NetworkRow, network_rows
 from ..training.forward import default_forward
 from ..training.metrics import accuracy, mean_score
 
-__all__ = ["measure"]
+__all__ = ["measure", "takes_model"]
+
+
+def takes_model(preset: str) -> bool:
+    """Whether a preset has several models to choose from."""
+    return preset in PRESETS and "model" in (PRESETS[preset].__kwdefaults__ or {})
 
 
 def measure(
