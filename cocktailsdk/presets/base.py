@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -115,6 +116,8 @@ class Preset:
         loaders = self.loaders(data)
         options: dict[str, Any] = {**self.training, "seed": seed, **overrides}
         config = {"preset": self.name, "model": self.model, **options.pop("config", {})}
+        if self.weights is not None:
+            config["weights"] = hashlib.sha256(self.weights.read_bytes()).hexdigest()
         trainer = CoTrainer(net, loaders.train, F.cross_entropy, val_loader=loaders.merge, config=config, **options)
         return Prepared(net, trainer, loaders)
 

@@ -39,7 +39,7 @@ def _load(path: Path | None) -> Loaders:
 
 
 def _optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    return SGD(parameters, lr=0.2, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 def preset() -> Preset:
@@ -56,7 +56,7 @@ def preset() -> Preset:
             "optimizer": _optimizer,
             "schedule": cosine(warmup=0.05),
             "epochs": 20,
-            "rewind_epoch": 2,
+            "rewind_epoch": 3,
             "recalibration_batches": 8,
         },
     )

@@ -18,6 +18,7 @@ _PLAIN = (
     "distill_weight",
     "metric_mode",
     "epochs",
+    "total_hours",
     "rewind_epoch",
     "rewind_schedule",
     "rounds",

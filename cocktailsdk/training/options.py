@@ -34,6 +34,7 @@ class Options:
     optimizer: OptimizerFactory
     schedule: ScheduleFactory
     epochs: int
+    total_hours: float | None
     rewind_epoch: int
     rewind_schedule: bool
     rounds: int

@@ -31,12 +31,13 @@ from torch import Tensor
 
 from ..errors import TrainingError
 
-__all__ = ["FolderStore", "MemoryStore", "Store", "differences", "fingerprint", "write_atomic"]
+__all__ = ["FolderStore", "MemoryStore", "Store", "differences", "fingerprint", "stored_configuration", "write_atomic"]
 
 log = logging.getLogger(__name__)
 
 MAGIC = b"cocktail-state-1 "
 KEEP = 2
+CONFIGURATION = "configuration.json"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -79,6 +80,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def stored_configuration(folder: Path) -> dict[str, Any]:
+    """The configuration of the run whose state a folder holds; empty where it holds none.
+
+    Raises:
+        TrainingError: Where the file is damaged.
+    """
+    path = folder / CONFIGURATION
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} is no JSON ({error}): remove {folder} to start anew, or train into another folder"
+        ) from error
+    return stored if isinstance(stored, dict) else {}
+
+
 class MemoryStore:
     """What a run keeps of its rounds, without a folder: it cannot be resumed."""
 
@@ -119,22 +138,15 @@ class FolderStore:
         self._sums: dict[str, str] = {}
         self._number = 0
         folder.mkdir(parents=True, exist_ok=True)
-        described = folder / "configuration.json"
         now = json.loads(json.dumps(configuration))
-        if described.exists():
-            try:
-                then = json.loads(described.read_text())
-            except ValueError as error:
-                raise TrainingError(
-                    f"{described} is no JSON ({error}): remove {folder} to start anew, or train into another folder"
-                ) from error
+        if then := stored_configuration(folder):
             if lines := differences(then, now):
                 raise TrainingError(
                     f"{folder} holds the state of a run with another configuration ({'; '.join(lines[:8])}"
                     f"{'; …' if len(lines) > 8 else ''}): train into another folder, or remove it to start anew"
                 )
         else:
-            write_atomic(described, (json.dumps(now, indent=1, sort_keys=True) + "\n").encode())
+            write_atomic(folder / CONFIGURATION, (json.dumps(now, indent=1, sort_keys=True) + "\n").encode())
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors once, as ``NAME.safetensors``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +19,22 @@ from ..patterns import rounds_of
 from ..patterns.base import DENSE
 from .batches import HeldBatches, epoch_length, generator_states, set_generator_states
 from .configuration import describe
-from .distill import Classes, DistillFn, find_classes, no_soft_loss, untouched_buffers
+from .distill import Classes, DistillFn
 from .events import Callback, Finished, TrainingStarted
-from .forward import ForwardFn, LossFn, default_forward, loss_of
+from .first_look import choose_metric, look
+from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
 from .interrupt import Interrupts
 from .merging import finish, merge_rounds
-from .metrics import MetricFn, accuracy, mean_score
+from .metrics import MetricFn, mean_score
 from .options import OptimizerFactory, Options, default_optimizer
-from .randomness import forked, seed_everything
+from .planning import Costs, Plan, epochs_for, measure, plan
+from .randomness import forked
 from .rounds import train_rounds
 from .schedules import ScheduleFactory, cosine_restarts
 from .search import ALPHAS
 from .session import Session
-from .state import FolderStore, MemoryStore, Store, fingerprint
+from .state import FolderStore, MemoryStore, Store, fingerprint, stored_configuration
 
 __all__ = ["CoTrainer"]
 
@@ -67,6 +71,8 @@ class CoTrainer:
         epochs: Epochs of every round (paper, CIFAR-10: 150).
         total_steps: A budget of optimizer steps for all rounds together, instead of ``epochs``: every round gets as
             many whole epochs as fit.
+        total_hours: A budget of time instead of ``epochs``, merging included: a few steps are measured, and every round
+            gets as many whole epochs as fit. A run that goes on keeps the epochs that it began with.
         rewind_epoch: The rounds rewind to the weights after so many epochs of round 0. Default: 7 of 150.
         rewind_schedule: Whether optimizer and schedule too go on from there, leaving a round ``epochs - rewind_epoch``
             epochs; by default they begin anew with every round, from the rewound weights.
@@ -118,6 +124,7 @@ class CoTrainer:
         schedule: ScheduleFactory | None = None,
         epochs: int | None = None,
         total_steps: int | None = None,
+        total_hours: float | None = None,
         rewind_epoch: int | None = None,
         rewind_schedule: bool = False,
         rounds: int | None = None,
@@ -155,11 +162,17 @@ class CoTrainer:
             raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
         self.net = net
         self._plan = rounds_of(net.patterns, rounds)
+        self._train_loader, self._val_loader = train_loader, val_loader
+        self._device = torch.device(device) if device is not None else _device_of(net)
+        self._out_dir = Path(out_dir) if out_dir is not None else None
+        self._classes: Classes | None = None
         steps = epoch_length(train_loader, steps_per_epoch)
-        first = 0 if start == "scratch" else 1
-        epochs = _epochs(epochs, total_steps, steps * (len(self._plan) + 1 - first))
-        if rewind_epoch is None:
-            rewind_epoch = 0 if start == "pretrained" else max(round(epochs * 7 / 150), min(epochs, 1))
+        rounds_in_all = len(self._plan) + (start == "scratch")
+        epochs = _epochs(epochs, total_steps, total_hours, steps * rounds_in_all)
+        # a budget of hours is turned into epochs once a step can be measured, unless the run has begun
+        begun = None if total_hours is None else self._begun(total_hours)
+        unknown = total_hours is not None and begun is None
+        epochs = epochs if begun is None else begun
         self._options = Options(
             loss_fn=loss_fn,
             forward_fn=forward_fn or default_forward,
@@ -170,7 +183,8 @@ class CoTrainer:
             optimizer=optimizer or default_optimizer(start),
             schedule=schedule or cosine_restarts(),
             epochs=epochs,
-            rewind_epoch=rewind_epoch,
+            total_hours=total_hours,
+            rewind_epoch=0 if unknown else _rewind_epoch(rewind_epoch, start, epochs),
             rewind_schedule=rewind_schedule,
             rounds=len(self._plan),
             steps_per_epoch=steps,
@@ -183,11 +197,12 @@ class CoTrainer:
             event_seconds=event_seconds,
             callbacks=tuple(callbacks),
         )
-        self._train_loader, self._val_loader = train_loader, val_loader
-        self._device = torch.device(device) if device is not None else _device_of(net)
-        self._out_dir = Path(out_dir) if out_dir is not None else None
-        self._classes: Classes | None = None
-        self._metric: MetricFn | None = metric
+        if unknown:
+            assert total_hours is not None
+            epochs = self._epochs_for(total_hours)
+            self._options = replace(
+                self._options, epochs=epochs, rewind_epoch=_rewind_epoch(rewind_epoch, start, epochs)
+            )
         self.configuration = describe(net, self._options, config)
         self.fingerprint = fingerprint(self.configuration)
         self.history = History()
@@ -211,7 +226,7 @@ class CoTrainer:
         modes = [(module, module.training) for module in net.modules()]
         try:
             with forked(), Interrupts() as interrupts:
-                session = self._session(interrupts)
+                session = self._session(interrupts, self._store())
                 self.history = session.history
                 if session.position.phase != "done":
                     session.emit(self._started(session))
@@ -238,7 +253,9 @@ class CoTrainer:
         net.to(self._device)
         with forked():
             batches = HeldBatches(loader, (self._options.seed, "evaluation"), self._device)
-            metric = self._metric or self._find_metric(batches)
+            if self._options.metric is None and self._classes is None:
+                self._classes = look(net.model, batches, self._options)
+            metric = choose_metric(self._classes, self._options)
             chosen = [DENSE, *(n for n in net.names if n in net.masks)] if names is None else names
             out = {}
             for name in chosen:
@@ -247,11 +264,44 @@ class CoTrainer:
                 out[net.subnet(name).name] = float(score.value)
         return out
 
-    def _session(self, interrupts: Interrupts) -> Session:
+    def plan(self) -> Plan:
+        """What the run will do, how long it takes and what memory it needs, measured on a few steps.
+
+        Nothing is changed: weights, statistics and random generators are put back.
+        """
+        with self._measured() as (session, costs):
+            return plan(session, costs)
+
+    def _epochs_for(self, hours: float) -> int:
+        with self._measured() as (session, costs):
+            return epochs_for(session, costs, hours)
+
+    @contextmanager
+    def _measured(self) -> Iterator[tuple[Session, Costs]]:
+        self.net.switch(DENSE)
+        self.net.to(self._device)
+        states = generator_states(self._train_loader)
+        try:
+            with forked():
+                session = self._session(Interrupts(), MemoryStore())
+                yield session, measure(session)
+        finally:
+            set_generator_states(self._train_loader, states)
+
+    def _begun(self, hours: float) -> int | None:
+        """The epochs of a run in this folder that had the same budget of hours."""
+        if self._out_dir is None:
+            return None
+        training = stored_configuration(self._out_dir / "state").get("training", {})
+        return training.get("epochs") if training.get("total_hours") == hours else None
+
+    def _store(self) -> Store:
+        if self._out_dir is None:
+            return MemoryStore()
+        return FolderStore(self._out_dir / "state", self.configuration)
+
+    def _session(self, interrupts: Interrupts, store: Store) -> Session:
         options, net = self._options, self.net
-        store: Store = MemoryStore()
-        if self._out_dir is not None:
-            store = FolderStore(self._out_dir / "state", self.configuration)
         state = store.load()
         first = generator_states(self._train_loader)
         if state is not None:
@@ -261,7 +311,7 @@ class CoTrainer:
             self._train_loader, (options.seed, "recalibration"), self._device, options.recalibration_batches
         )
         if state is None:
-            self._find_metric(recalibration)
+            self._classes = look(net.model, recalibration, options)
         else:
             self._classes = None if state["classes"] is None else Classes(**state["classes"])
         session = Session(
@@ -273,7 +323,7 @@ class CoTrainer:
             held_out=None
             if self._val_loader is None
             else HeldBatches(self._val_loader, (options.seed, "held out"), self._device),
-            metric=self._choose_metric(),
+            metric=choose_metric(self._classes, options),
             classes=self._classes,
             store=store,
             interrupts=interrupts,
@@ -303,40 +353,14 @@ class CoTrainer:
             resumed=bool(session.history.rounds),
         )
 
-    def _find_metric(self, batches: Iterable[Any]) -> MetricFn:
-        """See on a first batch whether this is a classification: for distillation and for the default metric."""
-        options, model = self._options, self.net.model
-        batch = next(iter(batches), None)
-        if batch is None:
-            raise TrainingError("the loader gave no batches")
-        seed_everything(options.seed, "first look")
-        modes = [(module, module.training) for module in model.modules()]
-        model.train()
-        try:
-            with torch.no_grad(), untouched_buffers(model):
-                output, target = options.forward_fn(model, batch)
-                loss = loss_of(output, target, options.loss_fn)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        self._classes = find_classes(output, target, loss)
-        if options.distill_weight and options.distill_fn is None and self._classes is None:
-            raise no_soft_loss(options.loss_fn, output)
-        return self._choose_metric()
 
-    def _choose_metric(self) -> MetricFn:
-        if self._metric is None:
-            if self._classes is not None and self._classes.axis == 1:
-                return accuracy
-            sign = -1 if self._options.metric_mode == "max" else 1
-            return lambda output, target: sign * loss_of(output, target, self._options.loss_fn)
-        return self._metric
-
-
-def _epochs(epochs: int | None, total_steps: int | None, steps_of_all: int) -> int:
-    """Epochs of a round, as given or as a budget of steps allows."""
-    if epochs is not None and total_steps is not None:
-        raise TrainingError(f"give epochs or total_steps, not both; got epochs={epochs}, total_steps={total_steps}")
+def _epochs(epochs: int | None, total_steps: int | None, total_hours: float | None, steps_of_all: int) -> int:
+    """Epochs of a round, as given or as a budget of steps allows; 1 until a budget of hours is turned into them."""
+    given = {"epochs": epochs, "total_steps": total_steps, "total_hours": total_hours}
+    if len(several := [f"{name}={value}" for name, value in given.items() if value is not None]) > 1:
+        raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(several)}")
+    if total_hours is not None:
+        return 1
     if total_steps is None:
         return 150 if epochs is None else epochs
     if total_steps < steps_of_all:
@@ -344,6 +368,13 @@ def _epochs(epochs: int | None, total_steps: int | None, steps_of_all: int) -> i
             f"total_steps={total_steps} is too small: one epoch of every round takes {steps_of_all} steps"
         )
     return total_steps // steps_of_all
+
+
+def _rewind_epoch(given: int | None, start: str, epochs: int) -> int:
+    """As given, or the paper's 7 of 150; given weights are a rewind point of their own."""
+    if start == "pretrained":
+        return 0
+    return max(round(epochs * 7 / 150), min(epochs, 1)) if given is None else given
 
 
 def _device_of(net: CocktailNet) -> torch.device:

@@ -1,0 +1,203 @@
+"""How long a run will take and what memory it needs, measured on a few steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..patterns.base import DENSE
+from .optimization import Optimization
+from .session import Session, load_tensors, model_tensors
+from .stepper import Stepper
+
+__all__ = ["Costs", "Plan", "epochs_for", "measure", "plan"]
+
+REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a run cost here.
+
+    Attributes:
+        dense_step: Seconds of a dense optimizer step.
+        sparse_step: Seconds of a sparse one, the teacher's pass included; the mean over one subnet of each pattern.
+        candidate: Seconds to recalibrate a network and measure it on the held-out data; 0 without such data.
+        memory: Bytes at the peak of a step: weights, gradients, optimizer, masks and activations.
+    """
+
+    dense_step: float
+    sparse_step: float
+    candidate: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        rounds: Number of the last round.
+        epochs: Epochs of every round.
+        steps: Optimizer steps in all.
+        candidates: Recalibrated networks that merging judges at most.
+        seconds: How long the run takes at most, without loading data slower than training uses it.
+        memory: Bytes at the peak of a step, on the model's device.
+        costs: What this was computed from.
+    """
+
+    rounds: int
+    epochs: int
+    steps: int
+    candidates: int
+    seconds: float
+    memory: int
+    costs: Costs
+
+
+def plan(session: Session, costs: Costs) -> Plan:
+    """The whole run at these costs."""
+    options = session.options
+    steps = options.total_steps
+    dense = options.steps_before(1)
+    sparse = (steps - dense) // 2
+    return Plan(
+        rounds=options.rounds,
+        epochs=options.epochs,
+        steps=steps,
+        candidates=_candidates(session),
+        seconds=(steps - sparse) * costs.dense_step + sparse * costs.sparse_step + _after(session, costs),
+        memory=costs.memory,
+        costs=costs,
+    )
+
+
+def epochs_for(session: Session, costs: Costs, hours: float) -> int:
+    """Epochs of every round such that the run takes at most so many hours.
+
+    Args:
+        session: Of the run with any number of epochs.
+        costs: As measured.
+        hours: The budget, merging included.
+
+    Raises:
+        TrainingError: Where not even one epoch fits.
+    """
+    options = session.options
+    sparse_rounds = options.rounds
+    dense_rounds = 1 - options.first_round
+    pair = (costs.dense_step + costs.sparse_step) / 2
+    epoch = options.steps_per_epoch * (dense_rounds * costs.dense_step + sparse_rounds * pair)
+    epochs = math.floor((3600 * hours - _after(session, costs)) / epoch)
+    if epochs < 1:
+        raise TrainingError(
+            f"total_hours={hours} is too little: merging takes up to {_after(session, costs) / 3600:.2g} hours and one "
+            f"epoch of every round {epoch / 3600:.2g}"
+        )
+    return epochs
+
+
+def _candidates(session: Session) -> int:
+    options = session.options
+    if not options.merge:
+        return 0
+    return len(set(options.alphas)) * sum(len(session.names(k)) for k in range(2, options.rounds + 1))
+
+
+def _after(session: Session, costs: Costs) -> float:
+    """Seconds for merging and for the networks' own statistics."""
+    return costs.candidate * (_candidates(session) + len(session.names(session.options.rounds)) + 1)
+
+
+def measure(session: Session) -> Costs:
+    """Run a few steps of each kind, and leave everything as it was.
+
+    Subnets are measured under the masks that they have: every subnet has one from the start.
+    """
+    net, options = session.net, session.options
+    kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
+    statistics, metrics = dict(net.statistics), dict(net.metrics)
+    modes = [(module, module.training) for module in net.modules()]
+    optimization = Optimization.begin(net.model, options)
+    stepper = Stepper(
+        net, options.forward_fn, options.loss_fn, options.distill_fn, options.distill_weight, session.classes
+    )
+    batch = next(iter(session.recalibration))
+    names = [names[0] for names in session.networks(options.rounds) if names]
+
+    def step(name: str) -> Callable[[], object]:
+        return lambda: stepper.step(name, batch, optimization.optimizer)
+
+    try:
+        net.model.train()
+        with _activations() as activations:
+            step(names[0])()
+        dense = _seconds(step(DENSE), session.device)
+        sparse = mean(_seconds(step(name), session.device) for name in names)
+        memory = _memory(session, optimization, activations)
+        candidate = 0.0
+        if session.held_out is not None:
+            candidate = _seconds(lambda: session.score(names[-1]), session.device)
+    finally:
+        load_tensors(net.model, kept)
+        net.model.zero_grad(set_to_none=True)
+        net.statistics.clear()
+        net.statistics.update(statistics)
+        net.metrics.clear()
+        net.metrics.update(metrics)
+        for module, mode in modes:
+            module.training = mode
+    return Costs(dense, sparse, candidate, memory)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The faster of a few repetitions, after one that warms up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+@contextmanager
+def _activations() -> Iterator[dict[int, int]]:
+    """Bytes that autograd keeps for the backward pass, by the address of their storage."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+def _memory(session: Session, optimization: Optimization, activations: dict[int, int]) -> int:
+    net = session.net
+    tensors = model_tensors(net.model)
+    own = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    weights = sum(t.nbytes for t in tensors.values())
+    gradients = sum(p.nbytes for p in net.model.parameters() if p.requires_grad)
+    state = sum(
+        value.nbytes
+        for entry in optimization.optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    )
+    shared = [net.mask_tensors(names[0]) for names in session.networks(session.options.rounds) if names]
+    masks = sum(mask.nbytes for tensors in shared for mask in tensors.values())
+    # while a subnet is active, the dense values of what it masks are kept beside
+    stash = max((sum(tensors[n].nbytes for n in masks_of) for masks_of in shared), default=0)
+    return weights + gradients + state + masks + stash + sum(n for p, n in activations.items() if p not in own)
