@@ -346,9 +346,8 @@ def rewritable(ctx: Context, module: str) -> bool:
     if not module or any(n.target._opname not in REWRITABLE for n in nodes):  # type: ignore[union-attr]
         return False
     owned = any(name.rpartition(".")[0] == module for name in ctx.exported.shapes)
-    nested = any(m.startswith(module + ".") for m in (ctx._by_module or {}))
     inputs = {a for n in nodes for a in n.all_input_nodes if a not in set(nodes)}
-    return not owned and not nested and len(inputs) == 1
+    return not owned and not ctx.runs_children(module) and len(inputs) == 1
 
 
 @rule("index", "index_select", "gather", "take_along_dim", "masked_select", "index_put", "take")

@@ -25,7 +25,7 @@ def _affine(
     given = [p for p in parameters if isinstance(p, fx.Node)]
     views = [(tuple(view), tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(p))) for p in given]
     rows = unify(ctx, [(tuple(shape), fields), *views], shape)
-    affine = isinstance(parameters[0], fx.Node) and isinstance(parameters[1], fx.Node)
+    affine = isinstance(parameters[0], fx.Node) and (parameters[1] is None or isinstance(parameters[1], fx.Node))
     return tuple(next(f for f in row if f is not None) for row in rows), affine
 
 
@@ -144,7 +144,7 @@ def replaceable(ctx: Context, node: fx.Node) -> int | None:
     """
     module = module_of(node)
     nodes = ctx.nodes_of(module)
-    if not module or any(n.target._opname not in AROUND_NORM for n in nodes):  # type: ignore[union-attr]
+    if not module or ctx.runs_children(module) or any(_op(n) not in AROUND_NORM for n in nodes):
         return None
     if sum(n.target._opname in ("layer_norm", "rms_norm") for n in nodes) != 1:  # type: ignore[union-attr]
         return None
@@ -205,7 +205,7 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
             if groups == 1:
                 module = module_of(node)
                 others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
-                if not module or not left.zero or others:
+                if not module or not left.zero or others or ctx.runs_children(module):
                     ctx.labels.stay(left.labels)
                     continue
                 ctx.norms[module] = Norm("group", 1, shape[1], float(eps))

@@ -199,6 +199,11 @@ class Context:
                     self._by_module.setdefault(module_of(node), []).append(node)
         return self._by_module.get(module, [])
 
+    def runs_children(self, module: str) -> bool:
+        """Whether a module calls modules of its own that run anything."""
+        self.nodes_of(module)
+        return any(path.startswith(module + ".") for path in self._by_module or ())
+
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An op's argument by its schema name, whether it was given by position or by name."""
