@@ -257,9 +257,9 @@ def example_of(model: nn.Module, inputs: Any = (), kwargs: Mapping[str, Any] | N
     return tuple(args), dict(found)
 
 
-def couple_model(model: nn.Module, example: Example, selection: Selection) -> Coupling:
-    """The model's coupling, on its own device."""
+def couple_model(model: nn.Module, example: Example, selection: Selection, *, prove: bool = True) -> Coupling:
+    """The model's coupling, on its own device; see :func:`cocktailsdk.graph.couple`."""
     from .graph import couple
 
     args, kwargs = to_device(example, device_of(model))
-    return couple(model, args, kwargs, exclude=selection.keeps_channels if selection.whole else None)
+    return couple(model, args, kwargs, exclude=selection.keeps_channels if selection.whole else None, prove=prove)

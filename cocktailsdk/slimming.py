@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import PatternError, SlimError
 from .graph import Coupling, slim_module
-from .net import CocktailNet, couple_model, example_of
+from .net import CocktailNet, Example, couple_model, example_of
 from .patterns.base import UMG
 from .patterns.channel import checked_round_to, removed_units, unit_scores
 from .selection import Modules, Selection
@@ -68,8 +68,26 @@ def slim(
         ):
             raise PatternError(f"{name} is the share that may be left, a number in (0, 1], not {share!r}")
     selection = Selection.of(model, target_modules, exclude_modules)
-    example = example_of(model, example_inputs, example_kwargs)
-    coupling = couple_model(model, example, selection)
+    example, goal = example_of(model, example_inputs, example_kwargs), _Goal(flops, params)
+    try:
+        # The slim model is proven anyway, so the coupling need not be: it is where that proof fails.
+        return _slimmed(model, couple_model(model, example, selection, prove=False), example, ratio, multiple, goal)
+    except SlimError as error:
+        log.info("looking for what must be kept whole: %s", error)
+        return _slimmed(model, couple_model(model, example, selection), example, ratio, multiple, goal)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What may be left, as shares of the whole; ``None`` for any."""
+
+    flops: float | None
+    params: float | None
+
+
+def _slimmed(
+    model: nn.Module, coupling: Coupling, example: Example, ratio: float, multiple: int | str, goal: _Goal
+) -> nn.Module:
     if not coupling.groups:
         why = "; ".join(f"{k.where}: {k.reason}" for k in coupling.kept[:3])
         raise PatternError(f"no channels of {type(model).__name__} can be removed" + (f" ({why})" if why else ""))
@@ -80,12 +98,11 @@ def slim(
     def removed_at(share: float) -> Bool[Tensor, " units"]:
         return removed_units(scores, coupling, share, None, multiple)
 
-    if flops is not None or params is not None:
-        ratio = _smallest_ratio(coupling, removed_at, flops, params)
-        log.info("removing %.4f of every group meets flops=%s, params=%s", ratio, flops, params)
-    removed = removed_at(ratio)
+    if goal.flops is not None or goal.params is not None:
+        ratio = _smallest_ratio(coupling, removed_at, goal.flops, goal.params)
+        log.info("removing %.4f of every group meets %s", ratio, goal)
     args, kwargs = to_device(example, device_of(model))
-    return slim_module(model, coupling, removed, args, kwargs)
+    return slim_module(model, coupling, removed_at(ratio), args, kwargs)
 
 
 def _smallest_ratio(
