@@ -6,7 +6,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["SlimGroupNorm", "SlimLayerNorm", "SlimRMSNorm", "layer_norm_of_all", "mean_of_all", "standardised_of_all"]
+from ..errors import SlimError
+
+__all__ = [
+    "SlimGroupNorm",
+    "SlimLayerNorm",
+    "SlimRMSNorm",
+    "expect",
+    "layer_norm_of_all",
+    "mean_of_all",
+    "standardised_of_all",
+]
 
 
 class _SlimNorm(nn.Module):
@@ -140,3 +150,16 @@ def standardised_of_all(
     y = centred * torch.rsqrt(variance + eps)
     y = y if weight is None else y * weight.view(1, -1, 1)
     return y if bias is None else y + bias.view(1, -1, 1)
+
+
+def expect(value: object, constant: object, name: str) -> None:
+    """Refuses a call for which a rewritten forward was not made.
+
+    Raises:
+        SlimError: Where an optional argument has another value than when the model was slimmed.
+    """
+    if value is not constant and (isinstance(value, torch.Tensor) or value != constant):
+        raise SlimError(
+            f"this slim module was made for {name}={constant!r}, but was called with {name} of type "
+            f"{type(value).__name__}; slim the model with example inputs that give {name}, or exclude the module."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice, product
@@ -16,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .coupling import Node, Norm, Trace
 from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
 
-__all__ = ["Mends", "Options", "Sizes", "Value", "as_module", "mend", "new_shape", "sizes_of", "surviving"]
+__all__ = ["Mends", "Options", "Sizes", "Value", "as_module", "assign", "mend", "new_shape", "sizes_of", "surviving"]
 
 
 @dataclass
@@ -155,8 +156,7 @@ def mend(
             if found:
                 options[path] = found
                 known = chosen.attributes.get(path, {}) if chosen is not None else {}
-                for name, values in found.items():
-                    setattr(module, name, known.get(name, values[0]))
+                assign(module, {name: known.get(name, values[0]) for name, values in found.items()})
             if path in reading:
                 options.setdefault(path, {})
     # Innermost first, so that a rewritten parent holds its rewritten children.
@@ -215,19 +215,59 @@ def _mend_known(module: nn.Module, was: Any) -> bool:
 
 
 def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str, list[Value]]:
-    """Attributes that hold sizes which shrank, with all that they may have become."""
+    """Attributes that hold sizes which shrank, with all that they may have become.
+
+    Those that the module's code does not read get one value, the likeliest. ``"config.NAME"`` stands for an attribute
+    of the module's ``config`` that its code reads.
+    """
+    read = _names_read(type(module))
     out: dict[str, list[Value]] = {}
     for name, value in list(vars(module).items()):
-        if name.startswith("_"):
-            continue
-        if isinstance(value, int) and not isinstance(value, bool) and value in changed:
-            out[name] = [*changed[value], value]
-        elif isinstance(value, (tuple, list)) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
-            choices = [[*changed.get(v, []), v] for v in value]
-            made: list[Value] = [type(value)(c) for c in islice(product(*choices), 32)]
-            if len(made) > 1:
-                out[name] = made
+        options = [] if name.startswith("_") else _options(value, changed)
+        if options:
+            out[name] = options if name in read else options[:1]
+    config = getattr(module, "config", None)
+    if "config" in read and hasattr(config, "__dict__"):
+        for name, value in vars(config).items():
+            options = _options(value, changed) if name in read and isinstance(value, int) else []
+            if options:
+                out[f"config.{name}"] = options[::-1]  # the config is the whole model's: as it was, where that will do
     return out
+
+
+def _options(value: Any, changed: Mapping[int, list[int]]) -> list[Value]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [*changed[value], value] if value in changed else []
+    if isinstance(value, tuple | list) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
+        choices = [[*changed.get(v, []), v] for v in value]
+        made: list[Value] = [type(value)(c) for c in islice(product(*choices), 32)]
+        return made if len(made) > 1 else []
+    return []
+
+
+def _names_read(cls: type) -> set[str]:
+    """Names that a class's methods use, other than when it is built."""
+    out: set[str] = set()
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for name, function in vars(base).items():
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code is not None and name != "__init__":
+                out.update(code.co_names)
+    return out
+
+
+def assign(module: nn.Module, values: Mapping[str, Value]) -> None:
+    """Sets attributes; those of a config on a copy that is the module's own."""
+    for name, value in values.items():
+        if name.startswith("config."):
+            own = name.removeprefix("config.")
+            if getattr(module.config, own) != value:
+                module.config = copy.copy(module.config)
+                setattr(module.config, own, value)
+        else:
+            setattr(module, name, value)
 
 
 def _mend_padding(

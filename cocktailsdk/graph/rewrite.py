@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
-from .layers import layer_norm_of_all, mean_of_all, standardised_of_all
+from .layers import expect, layer_norm_of_all, mean_of_all, standardised_of_all
 from .mend import left_along, new_shape
 
 __all__ = ["rewritten"]
@@ -109,32 +109,52 @@ def _bound(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
-    """The module's code for these inputs; what is no tensor is a constant, and stays an optional argument."""
-    signature = inspect.signature(type(module).forward)
+    """The module's code for these inputs.
+
+    Tensors, numbers and tuples stay arguments. Flags and what was not given are constants of the code; a call that
+    gives another value is refused (:func:`cocktailsdk.graph.layers.expect`).
+    """
+    parameters = dict(list(inspect.signature(type(module).forward).parameters.items())[1:])
     given = _bound(module, args, kwargs)
-    fixed: dict[str, Any] = {}
-    for name, parameter in list(signature.parameters.items())[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            if given.get(name):
-                raise TypeError("a variable number of arguments")
-            continue
-        value = given.get(name, parameter.default)
-        if not isinstance(value, Tensor):
-            fixed[name] = value
-    graph = _Tracer().trace(module, concrete_args=fixed)
-    for node in list(graph.nodes):
-        if node.op != "placeholder":
-            continue
-        name = str(node.target).lstrip("*")
-        base = next((n for n in fixed if name == n or name.startswith(n + "_")), None)
-        if base is not None:
-            for user in list(node.users):
-                for last in list(user.users):
-                    graph.erase_node(last)
-                graph.erase_node(user)
-            node.target = base
-            node.name = base
-            node.args = (fixed[base],)
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and given.get(name):
+            raise TypeError("a variable number of arguments")
+    names = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    constant = {n: given.get(n, parameters[n].default) for n in names}
+    live = [n for n in names if not (constant[n] is None or isinstance(constant[n], bool | str))]
+    fixed = {n: constant[n] for n in names if n not in live}
+
+    # A stand-in that shares everything with the module but takes the live arguments only.
+    code = (
+        f"def forward(self, {', '.join(live)}):\n    return own(self, {', '.join(f'{n}={n}' for n in live)}, **fixed)"
+    )
+    scope: dict[str, Any] = {"own": type(module).forward, "fixed": fixed}
+    exec(code, scope)
+    stand_in: nn.Module = module.__new__(type(type(module).__name__, (type(module),), {"forward": scope["forward"]}))
+    stand_in.__dict__ = module.__dict__
+    graph = _Tracer().trace(stand_in)
+
+    placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    optional = False
+    for name in names:
+        if name in placeholders:
+            node = placeholders[name]
+            first.prepend(node)
+            optional = optional or parameters[name].default is not inspect.Parameter.empty
+            node.args = (
+                (parameters[name].default,) if parameters[name].default is not inspect.Parameter.empty else node.args
+            )
+            if optional and not node.args:
+                node.args = (None,)
+        else:
+            optional = True
+            with graph.inserting_before(first):
+                node = graph.placeholder(name, default_value=fixed[name])
+            placeholders[name] = node
+    with graph.inserting_before(first):
+        for name, value in fixed.items():
+            graph.call_function(expect, (placeholders[name], value, name))
     graph.lint()
     return graph
 
@@ -273,6 +293,9 @@ class _Editor:
             if isinstance(part, slice) and before[dim] != now[dim]:
                 bounds = (self._wide[v] if isinstance(v, fx.Node) else v for v in (part.start, part.stop, part.step))
                 start, stop, step = slice(*bounds).indices(before[dim])
+                if (start, stop, step) == (0, before[dim], 1):
+                    dim += 1
+                    continue
                 left = self._left(tuple(before), dim)
                 if left is None or step != 1:
                     raise ValueError("a slice of channels that cannot be followed")

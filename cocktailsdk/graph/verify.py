@@ -19,7 +19,7 @@ from ..errors import SlimError
 from .coupling import Coupling
 from .cut import Cutter
 from .export import evaluating
-from .mend import Mends, Options, as_module, surviving
+from .mend import Mends, Options, as_module, assign, surviving
 from .rewrite import rewritten
 
 __all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
@@ -141,11 +141,6 @@ def verify_slim(
     return Proof(worst, settling.mends)
 
 
-def _assign(module: nn.Module, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(module, name, value)
-
-
 class _Outputs:
     """Records what some modules of the masked model are given and return, at their first call."""
 
@@ -209,13 +204,13 @@ class _Settling:
         first = {name: values[0] for name, values in self._options[path].items()}
         for values in islice(product(*self._options[path].values()), self.MOST):
             chosen = dict(zip(names, values, strict=True))
-            _assign(module, chosen)
+            assign(module, chosen)
             if self._right(path, lambda: self._code[path](*args, **kwargs)):
                 self.mends.attributes[path] = chosen
                 self._settled.add(path)
                 return
         # No attribute does it: give the module its own code with the right sizes.
-        _assign(module, first)
+        assign(module, first)
         if not path or path not in self._outputs.inputs:  # the model itself stays of the user's own class
             return
         original, inputs = self._masked.get_submodule(path), self._outputs.inputs[path]

@@ -421,7 +421,6 @@ def repeat(ctx: Context, node: fx.Node) -> Result:
 @rule(
     "roll",
     "flip",
-    "repeat_interleave",
     "pixel_shuffle",
     "pixel_unshuffle",
     "channel_shuffle",
@@ -443,6 +442,17 @@ def executed(ctx: Context, node: fx.Node) -> Result:
             ctx.rectangles.append(result)
         out.append(g)
     return tuple(out)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(ctx: Context, node: fx.Node) -> Result:
+    """Each position several times, one after the other: copies of a channel go with it."""
+    dim, times = argument(node, "dim"), node.args[1] if len(node.args) > 1 else None
+    if dim is None or not isinstance(times, int):
+        ctx.labels.stay_all(ctx.fields(node.args[0]))
+        return ()
+    d = int(dim) % len(ctx.shape(node.args[0]))
+    return moved(ctx.fields(node.args[0]), lambda t: t.repeat_interleave(times, d) if t.shape[d] > 1 else t)
 
 
 @rule("im2col")
@@ -487,6 +497,6 @@ def _shifts_channels(node: fx.Node, f: Field) -> bool:
         return any(int(d) % rank in f.dims for d in dims)
     if name == "flip":
         return any(int(d) % rank in f.dims for d in argument(node, "dims"))
-    if name in ("repeat_interleave", "unfold", "rot90"):
+    if name in ("unfold", "rot90"):
         return bool(f.dims)
     return False
