@@ -104,11 +104,15 @@ def _load(
     train, test = read(path)
     held_out = round(HELD_OUT * len(train))
 
+    def plain(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        # convolutions are up to twice as fast on this layout, on processors as well as on GPUs
+        return transform(images).contiguous(memory_format=torch.channels_last)
+
     def augment(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        return transform(standard_augmentation(images))
+        return plain(standard_augmentation(images))
 
     return Loaders(
         TensorLoader(train[: len(train) - held_out], BATCH_SIZE, augment, shuffle=True),
-        TensorLoader(train[len(train) - held_out :], 4 * BATCH_SIZE, transform),
-        TensorLoader(test, 4 * BATCH_SIZE, transform),
+        TensorLoader(train[len(train) - held_out :], BATCH_SIZE, plain),
+        TensorLoader(test, BATCH_SIZE, plain),
     )
