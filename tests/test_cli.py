@@ -25,12 +25,14 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
 
 def in_a_process(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     program = "from cocktailsdk.cli.main import main; main()"
+    # Whoever runs the tests may have asked for no colours, or for some; these tests say so themselves.
+    inherited = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"}}
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env={**os.environ, **env},
+        env={**inherited, **env},
         check=False,
     )
 
