@@ -191,7 +191,9 @@ def _mend_known(module: nn.Module, was: Any) -> bool:
         old_groups, per_group = was.groups, was.weight.shape[0 if isinstance(module, _ConvTransposeNd) else 1]
         rows, columns = module.weight.shape[:2]
         if isinstance(module, _ConvTransposeNd):
-            module.in_channels, module.out_channels = rows, columns * old_groups
+            if old_groups == was.in_channels:  # depthwise: groups go with their channels
+                module.groups = rows
+            module.in_channels, module.out_channels = rows, columns * module.groups
         elif old_groups > 1 and per_group == 1:  # depthwise: groups go with their channels
             multiplier = was.out_channels // old_groups
             module.groups = module.in_channels = rows // multiplier

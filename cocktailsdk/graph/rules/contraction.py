@@ -185,8 +185,9 @@ def _grouped(
     if not transposed and columns is None and outof is not None and x is not None:  # depthwise
         ctx.labels.join(x.labels.reshape(groups, 1), outof.labels.reshape(groups, per_group))
         return passing, [outof]
-    if transposed or x is None or into is None or outof is None or not (x.zero or into.zero):
-        # A grouped transposed convolution, or an unlabelled side: the groups stay as they are.
+    if transposed and x is not None and into is not None:
+        return passing, _grouped_transposed(ctx, x, into, outof, groups, per_group)
+    if x is None or into is None or outof is None or not (x.zero or into.zero):  # an unlabelled side
         for side in (x, into, outof):
             if side is not None:
                 ctx.labels.stay(side.labels, ctx.labels.because + " (grouped)")
@@ -199,6 +200,22 @@ def _grouped(
         ctx.labels.stay(outof.labels)
         return passing, []
     return passing, [outof]
+
+
+def _grouped_transposed(
+    ctx: Context, x: Field, into: Field, outof: Field | None, groups: int, per_group: int
+) -> list[Field]:
+    """The same the other way round: the weight has all input channels, and the outputs of one group."""
+    ctx.labels.join(x.labels.flatten(), into.labels.flatten())
+    if into.labels.numel() == groups:  # depthwise: groups go with their channels
+        if outof is not None:
+            ctx.labels.stay(outof.labels, ctx.labels.because + " (several outputs of each channel)")
+        made = ctx.labels.fresh(groups)  # not the weight's own: its input axis makes no channels
+        ctx.labels.join(made, into.labels.flatten())
+        return [into.with_labels(made.repeat_interleave(per_group))]
+    inner = into.labels.reshape(groups, -1)
+    ctx.labels.join(inner, inner[:1])
+    return [] if outof is None else [outof.with_labels(outof.labels.flatten().repeat(groups))]
 
 
 @rule("matmul", "mm", "bmm", "baddbmm", "mv", "dot")

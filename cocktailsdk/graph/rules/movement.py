@@ -225,6 +225,12 @@ def _run(ctx: Context, fields: Fields, dim: int, start: int, length: int) -> Fie
     return tuple(out)
 
 
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+def created(ctx: Context, node: fx.Node) -> Result:
+    """A constant tensor made beside another: its shape is a number, so it has no labels."""
+    return ()
+
+
 @rule(
     "_assert_tensor_metadata",
     "_assert_async",
@@ -436,6 +442,9 @@ def executed(ctx: Context, node: fx.Node) -> Result:
         if _shifts_channels(node, f):
             ctx.labels.stay(f.labels)
             continue
+        if node.target._opname == "channel_shuffle" and 1 in f.dims:  # type: ignore[union-attr]
+            rows = f.labels.unflatten(1, (int(node.args[1]), -1))  # type: ignore[arg-type]
+            ctx.labels.join(rows, rows.narrow(1, 0, 1))  # every row of the shuffle loses the same positions
         result = compact(node.target(full, *node.args[1:], **node.kwargs))  # type: ignore[operator]
         g = Field(result, f.zero)
         if len(g.dims) > 1:
