@@ -1,6 +1,6 @@
 """From a model to its weights, channel units and groups. Knows nothing of sparsity."""
 
-from .coupling import STAYS, Contraction, Coupling, Group, Kept, Node, Norm, Producer, Touch, Trace, Weight
+from .coupling import STAYS, Contraction, Coupling, Group, Kept, Link, Node, Norm, Producer, Stay, Touch, Trace, Weight
 from .prove import couple
 from .slim import slim_module
 
@@ -10,9 +10,11 @@ __all__ = [
     "Coupling",
     "Group",
     "Kept",
+    "Link",
     "Node",
     "Norm",
     "Producer",
+    "Stay",
     "Touch",
     "Trace",
     "Weight",

@@ -17,6 +17,7 @@ from .coupling import STAYS, Contraction, Coupling, Group, Kept, Node, Producer,
 from .export import Exported, export, module_of, shape_of
 from .labels import MUST_STAY, Field
 from .mend import READS_SIZES
+from .reasons import because, stays
 from .rules import RULES, Context
 
 __all__ = ["Pass"]
@@ -94,15 +95,15 @@ def propagate(exported: Exported) -> Context:
     """Runs every node's rule, in order of execution."""
     ctx = Context(exported)
     for node in exported.graph.nodes:
+        ctx.labels.at = node.name
         if node.op == "call_function":
-            ctx.labels.because = (
-                f"{op_name(node)} in {module_of(node) or 'the model'} mixes these channels or needs them all"
-            )
+            ctx.labels.because = because(op_name(node), module_of(node))
             _apply(ctx, node)
         elif node.op == "output":
             ctx.labels.because = "an output of the model"
             for source in node.all_input_nodes:
                 ctx.labels.stay_all(_flat(ctx, source))
+    ctx.labels.at = ""
     return ctx
 
 
@@ -269,7 +270,7 @@ def _assemble(ctx: Context) -> Coupling:
         contractions=_contractions(ctx, units),
         shapes={n: s for n, s in ctx.exported.shapes.items() if n in ctx.exported.trainable},
         unknown_ops=dict(ctx.unknown),
-        trace=_trace(ctx, units),
+        trace=_trace(ctx, units, made, root),
     )
 
 
@@ -385,7 +386,7 @@ def _contractions(ctx: Context, units: _Units) -> tuple[Contraction, ...]:
     return tuple(out)
 
 
-def _trace(ctx: Context, units: _Units) -> Trace:
+def _trace(ctx: Context, units: _Units, made: Sequence[_Made], root: Int64[Tensor, " labels"]) -> Trace:
     nodes = []
     for node in ctx.exported.graph.nodes:
         if node.op != "call_function":
@@ -398,7 +399,8 @@ def _trace(ctx: Context, units: _Units) -> Trace:
         inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function")
         nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
-    return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted))
+    why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})
+    return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted), stays=why)
 
 
 def _padding(ctx: Context, module: str) -> fx.GraphModule:

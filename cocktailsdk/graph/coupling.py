@@ -128,6 +128,48 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A step of why channels stay: a call ties them to a tensor that is nearer to the cause.
+
+    Attributes:
+        op: The call's op.
+        module: Path of the module that ran it.
+        tensor: The parameter or buffer; empty where the channels are no tensor's own (padding).
+        axis: The axis of it.
+    """
+
+    op: str
+    module: str
+    tensor: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Positions along a tensor's axis that must stay.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        axis: The axis.
+        positions: How many of its positions stay.
+        of: How many there are.
+        reason: Why, of the first of them: the nearest cause.
+        module: Path of the module where the cause lies (``""`` for the model itself).
+        chain: The joins that lead from there to the cause; none where the cause is the tensor's own use.
+        makers: The weights whose output channels stay together with these, in order of execution.
+    """
+
+    tensor: str
+    axis: int
+    positions: int
+    of: int
+    reason: str
+    module: str
+    chain: tuple[Link, ...]
+    makers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Contraction:
     """One product of the graph, for counting: a weight's use, or activations with activations.
 
@@ -192,12 +234,14 @@ class Trace:
         norms: By path, modules that normalise over labelled channels.
         pads: For modules that only slice and pad along channels, their graph.
         counted: Modules that take a mean over labelled channels, which must count the absent ones.
+        stays: By axis, what of the parameters and buffers in the graph must stay, and why.
     """
 
     nodes: tuple[Node, ...]
     norms: Mapping[str, Norm]
     pads: Mapping[str, fx.GraphModule]
     counted: frozenset[str] = frozenset()
+    stays: tuple[Stay, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,7 +288,7 @@ class Coupling:
             to the tensor's shape. Tensors that lose nothing are left out.
         """
         out: dict[str, Tensor] = {}
-        gone = torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])  # STAYS indexes the last
+        gone = _with_stays(removed)
         for name, fields in self.fields.items():
             keep: Tensor | None = None
             for units in fields:
@@ -259,10 +303,11 @@ class Coupling:
         total = sum(_numel(s) for s in self.shapes.values())
         if removed is None:
             return total
-        for name, keep in self.masks(removed).items():
+        gone = _with_stays(removed)
+        for name, fields in self.fields.items():
             if name in self.shapes:
-                share = _numel(self.shapes[name]) // keep.numel()
-                total -= int((~keep).sum()) * share
+                left, whole = _left(fields, gone)
+                total -= (whole - left) * (_numel(self.shapes[name]) // whole)
         return total
 
     def flops(self, removed: Bool[Tensor, " units"] | None = None) -> int:
@@ -273,16 +318,13 @@ class Coupling:
         """
         if removed is None:
             return 2 * sum(c.macs for c in self.contractions)
-        gone = torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])
-        masks = self.masks(removed)
+        gone = _with_stays(removed)
         total = 0
         for c in self.contractions:
-            kept = [~gone[units] for units in c.factors]
-            if c.weight in masks:
-                kept.append(masks[c.weight])
             left, whole = c.macs, 1
-            for k in kept:
-                left, whole = left * int(k.sum()), whole * k.numel()
+            for fields in (*((units,) for units in c.factors), self.fields.get(c.weight or "", ())):
+                part, of = _left(fields, gone)
+                left, whole = left * part, whole * of
             total += left // whole
         return 2 * total
 
@@ -299,3 +341,28 @@ def _numel(shape: tuple[int, ...]) -> int:
     for s in shape:
         n *= s
     return n
+
+
+def _with_stays(removed: Bool[Tensor, " units"]) -> Bool[Tensor, " units_and_one"]:
+    """For each unit whether it goes; one more entry, which ``STAYS`` indexes, does not."""
+    return torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])
+
+
+def _left(fields: tuple[Int64[Tensor, "..."], ...], gone: Bool[Tensor, " units_and_one"]) -> tuple[int, int]:
+    """How many positions are left of how many, over the dimensions in which the fields vary.
+
+    Rows and columns are counted one by one: a mask of a large weight would take as many bytes as it has elements.
+    """
+    kept = [~gone[units] for units in fields]
+    taken: set[int] = set()
+    left = whole = 1
+    for k in kept:
+        dims = {d for d, n in enumerate(k.shape) if n > 1}
+        if dims & taken:  # fields that share a dimension are no rectangle
+            both = kept[0]
+            for other in kept[1:]:
+                both = both & other
+            return int(both.sum()), both.numel()
+        taken |= dims
+        left, whole = left * int(k.sum()), whole * k.numel()
+    return left, whole

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Int64
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse.csgraph import breadth_first_order, connected_components
 from torch import Tensor
 
 MUST_STAY = 0
@@ -49,19 +49,39 @@ class Field:
 Fields = tuple[Field, ...]
 
 
+@dataclass(frozen=True)
+class Cause:
+    """Why a label stays.
+
+    Attributes:
+        reason: The reason given nearest to it; empty where none was, since no weight makes what it is joined to.
+        at: Name of the graph's node that gave it.
+        steps: How it comes there: names of the nodes that joined, each with the label that it led to.
+        family: The least label of all that are joined to it; the same for labels that stay together.
+    """
+
+    reason: str
+    at: str
+    steps: tuple[tuple[str, int], ...]
+    family: int
+
+
 class Labels:
     """Makes labels and joins them. Joining only collects pairs; classes are found once, at the end.
 
     Attributes:
         because: The reason recorded with whatever is made to stay, until it is changed.
+        at: Name of the graph's node that is being read, recorded with what is joined or made to stay.
     """
 
     def __init__(self) -> None:
         self.because = ""
+        self.at = ""
         self._next = 1
         self._left: list[np.ndarray] = []
         self._right: list[np.ndarray] = []
-        self._stay: list[tuple[np.ndarray, str]] = []
+        self._joined_at: list[str] = []
+        self._stay: list[tuple[np.ndarray, str, str]] = []
 
     def fresh(self, n: int) -> Int64[Tensor, " n"]:
         """``n`` new labels."""
@@ -81,13 +101,14 @@ class Labels:
         if left.numel():
             self._left.append(left.numpy())
             self._right.append(right.numpy())
+            self._joined_at.append(self.at)
 
     def stay(self, labels: Int64[Tensor, "..."], because: str | None = None) -> None:
         """Nothing of these labels may be removed."""
         labels = labels.unique()
         labels = labels[labels != MUST_STAY]
         if labels.numel():
-            self._stay.append((labels.numpy(), because or self.because))
+            self._stay.append((labels.numpy(), because or self.because, self.at))
 
     def collapse(self, field: Field, dims: Iterable[int]) -> Field | None:
         """Joins along dimensions, so that the field no longer varies there.
@@ -127,7 +148,7 @@ class Labels:
         _, first = np.unique(component, return_index=True)
         root = first[component]
         reason: dict[int, str] = {}
-        for labels, because in self._stay:
+        for labels, because, _ in self._stay:
             for r in np.unique(root[labels]):
                 reason.setdefault(int(r), because)
         stays = np.zeros(n, dtype=bool)
@@ -135,6 +156,48 @@ class Labels:
         why = {int(i): reason[int(root[i])] for i in np.flatnonzero(stays[root])}
         root = np.where(stays[root], MUST_STAY, root)
         return torch.from_numpy(root.astype(np.int64)), why
+
+    def causes(self, wanted: Sequence[int], root: Int64[Tensor, " labels"]) -> dict[int, Cause]:
+        """The nearest cause of each of some labels that stay, and the joins that lead to it.
+
+        Args:
+            wanted: Labels that stay.
+            root: As :meth:`classes` gives it.
+        """
+        n = self._next
+        staying = root.numpy() == MUST_STAY
+        empty = np.zeros(0, dtype=np.int64)
+        sizes = [a.size for a in self._left]
+        left, right = (np.concatenate([empty, *side]) for side in (self._left, self._right))
+        by = np.repeat(np.arange(len(sizes)), sizes)
+        live = staying[left] & staying[right]
+        left, right, by = left[live], right[live], by[live]
+        ones = np.ones(left.size, dtype=np.int8)
+        _, component = connected_components(coo_matrix((ones, (left, right)), shape=(n, n)), directed=False)
+        _, family = np.unique(component, return_index=True)
+        # One more node, n, leads to all that was made to stay: breadth first from there finds the nearest causes.
+        given = [labels for labels, _, _ in self._stay]
+        sources = np.concatenate([empty, *given])
+        event = np.repeat(np.arange(len(given)), [a.size for a in given])
+        tail = np.concatenate([left, right, np.full(sources.size, n)])
+        head = np.concatenate([right, left, sources])
+        what = np.concatenate([by, by, event])
+        key, first = np.unique(tail * (n + 1) + head, return_index=True)
+        graph = csr_matrix((np.ones(first.size, dtype=np.int8), (tail[first], head[first])), shape=(n + 1, n + 1))
+        _, before = breadth_first_order(graph, n, directed=True)
+
+        def cause(label: int) -> Cause:
+            kin, steps = int(family[component[label]]), []
+            while (previous := int(before[label])) != n:
+                if previous < 0:
+                    return Cause("", "", (), kin)
+                join = what[first[np.searchsorted(key, previous * (n + 1) + label)]]
+                steps.append((self._joined_at[join], previous))
+                label = previous
+            _, reason, at = self._stay[what[first[np.searchsorted(key, n * (n + 1) + label)]]]
+            return Cause(reason, at, tuple(steps), kin)
+
+        return {label: cause(label) for label in wanted}
 
 
 def compact(labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:

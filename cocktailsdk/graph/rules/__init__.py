@@ -1,6 +1,6 @@
 """One small function for each kind of op; importing this package registers them all."""
 
-from . import contraction, elementwise, movement, norm, reduction
+from . import contraction, elementwise, experts, movement, norm, reduction
 from .registry import RULES, Context, Product, Result, WeightUse, rule
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "WeightUse",
     "contraction",
     "elementwise",
+    "experts",
     "movement",
     "norm",
     "reduction",
