@@ -10,6 +10,7 @@ No number in these tables is typed by hand.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def main() -> int:
             parser.error(f"{report} is no report")
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(report, RESULTS / f"{read.preset}.json")
-    reports = [_read(path) for path in sorted(RESULTS.glob("*.json"), key=lambda p: (p.stem != "digits", p.stem))]
+    paths = sorted(RESULTS.glob("*.json"), key=lambda p: (p.stem != "digits", p.stem))
+    reports = [report for path in paths if _is_run(path) and (report := read_report(path)) is not None]
     stale = False
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -56,10 +58,10 @@ def main() -> int:
     return 0
 
 
-def _read(path: Path) -> RunReport:
-    report = read_report(path)
-    assert report is not None
-    return report
+def _is_run(path: Path) -> bool:
+    """Whether a file of results is the report of a training run; other benchmarks keep theirs in the same folder."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(data, dict) and "networks" in data
 
 
 def replaced(text: str, block: str) -> str:

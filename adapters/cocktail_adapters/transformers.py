@@ -21,7 +21,11 @@ PREFIX = "hf:"
 
 
 class TransformersAdapter:
-    """``hf:bert`` (default configuration), ``hf:path/to/folder``, ``hf:google/vit-base-patch16-224``."""
+    """``hf:bert`` (default configuration), ``hf:path/to/folder``, ``hf:google/vit-base-patch16-224``.
+
+    A configuration alone is enough: ``hf:path/to/config.json`` or a folder that holds one. The class is then the first
+    that its ``architectures`` names (``LlamaForCausalLM``), else ``AutoModel``'s.
+    """
 
     name = "transformers"
 
@@ -30,14 +34,17 @@ class TransformersAdapter:
         return reference.startswith(PREFIX)
 
     def build(self, reference: str, *, pretrained: bool = False) -> nn.Module:
-        """``AutoModel`` of a type, folder or hub name; random weights unless ``pretrained``."""
+        """The model of a type, configuration file, folder or hub name; random weights unless ``pretrained``."""
         from transformers import AutoConfig, AutoModel
 
         name = reference.removeprefix(PREFIX)
         if not name:
-            raise AdapterError("after 'hf:' comes a model type (hf:bert), a folder or a hub name")
+            raise AdapterError("after 'hf:' comes a model type (hf:bert), a config.json, a folder or a hub name")
         types = _model_types()
-        local = Path(name).is_dir()
+        config_file = name.endswith(".json") and Path(name).is_file()
+        if pretrained and config_file:
+            raise AdapterError(f"{reference!r} is a configuration, which has no trained weights; name their folder")
+        local = config_file or Path(name).is_dir()
         if name in types and not local:
             if pretrained:
                 raise AdapterError(
@@ -56,10 +63,12 @@ class TransformersAdapter:
             near = suggestions(PREFIX + name, [PREFIX + t for t in types])
             raise AdapterError(f"{name!r} is no model type of transformers, no folder here, and no hub name{near}")
         try:
+            config = AutoConfig.from_pretrained(name)
+            named = _named_class(config)
             if pretrained:
-                model = AutoModel.from_pretrained(name)
+                model = (named or AutoModel).from_pretrained(name)
             else:
-                model = AutoModel.from_config(AutoConfig.from_pretrained(name))
+                model = named(config) if named is not None else AutoModel.from_config(config)
         except Exception as error:
             what = "weights" if pretrained else "configuration"
             where = "" if local else " Is there a network, and is HF_HUB_OFFLINE unset?"
@@ -106,6 +115,15 @@ def _model_types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     return sorted(MODEL_MAPPING_NAMES)
+
+
+def _named_class(config: Any) -> Any:
+    """The class of transformers that a configuration names, ``None`` where it names none."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [""]
+    found = getattr(transformers, names[0], None) if names[0] else None
+    return found if hasattr(found, "from_pretrained") else None
 
 
 def _pixels(config: Any) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +13,8 @@ from .console import command, log_to, messages, print_json, results
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..inspection import ChannelGroup, Inspection
 
 __all__ = ["inspect_model"]
 
@@ -21,7 +25,8 @@ def inspect_model(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A timm name (resnet50), hf:TYPE_OR_PATH (hf:bert), torchvision:NAME or package.module:factory.",
+            help="A timm name (resnet50), hf:TYPE_OR_PATH (hf:bert, hf:DIR/config.json), torchvision:NAME or "
+            "package.module:factory.",
             show_default=False,
         ),
     ],
@@ -34,26 +39,89 @@ def inspect_model(
             show_default=False,
         ),
     ] = None,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="Explain every channel group: what one unit of it removes, and saves.")
+    ] = False,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--group",
+            metavar="NAME",
+            help="Explain the groups of this name, or that NAME with * fits ('layer2*'); may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    why: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--why",
+            metavar="MODULE",
+            help="Say with which group a module's or parameter's channels go, or why it is kept; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Draw the coupling graph.", show_default=False)
+    ] = None,
+    meta: Annotated[
+        bool | None,
+        typer.Option(
+            "--meta/--no-meta",
+            help="Build the model without values: any size in little memory, but what can be slimmed is then not "
+            "proven. By default for models of more than 1 G parameters.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
 ) -> None:
     """Show what of a model is prunable, what is coupled, and what is kept whole and why."""
     log_to(messages())
     sizes = [_size(text) for text in input_size or []]
 
-    from ..adapters import build_model
     from ..inspection import inspect
     from .inputs import inputs_for
+    from .sizes import build
 
-    built: nn.Module = build_model(model)
+    built: nn.Module = build(model, meta)
     args, kwargs = inputs_for(built, sizes)
     found = inspect(built, args, kwargs)
+    answers = [found.why(name) for name in why or []]
+    chosen = _chosen(found, group or [])
+    if svg is not None:
+        svg.parent.mkdir(parents=True, exist_ok=True)
+        svg.write_text(found.to_svg(model), encoding="utf-8")
+        messages().print(f"the coupling graph is drawn in {svg}", soft_wrap=True)
     if as_json:
         data: dict[str, Any] = {"reference": model, **found.to_dict()}
+        if group:
+            data["groups"] = [g for g in data["groups"] if g["name"] in {c.name for c in chosen}]
+        if answers:
+            data["why"] = [a.to_dict() for a in answers]
         print_json(data)
         return
+    from ..report.groups import groups_view, why_view
     from ..report.inspection import inspection_view
 
-    results().print(inspection_view(found, model))
+    if groups or group:
+        results().print(groups_view(found, chosen, model))
+    if answers:
+        results().print(why_view(answers))
+    if not (groups or group or answers or svg is not None):
+        results().print(inspection_view(found, model))
+
+
+def _chosen(found: Inspection, names: list[str]) -> list[ChannelGroup]:
+    """Groups by their names, or by what a name with ``*`` fits; all where none is named."""
+    from ..errors import CocktailError
+    from ..inspection.names import nearest
+
+    if not names:
+        return list(found.groups)
+    for name in names:
+        if not any(fnmatchcase(g.name, name) for g in found.groups):
+            hint = nearest(name, [g.name for g in found.groups]) or "; without --group, --groups lists all"
+            raise CocktailError(f"{found.model} has no channel group {name!r}{hint}")
+    return [g for g in found.groups if any(fnmatchcase(g.name, name) for name in names)]
 
 
 def _size(text: str) -> tuple[int, ...]:

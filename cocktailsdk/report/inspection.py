@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..inspection import Inspection, Layer, Saving
+from ..inspection.names import folded, pattern_of
 from .numbers import count_text, flops_text, percent_text, shape_text
 from .tables import STYLES, plain_table
 
-__all__ = ["inspection_view"]
+__all__ = ["UNPROVEN", "inspection_view"]
 
 T = TypeVar("T")
 
@@ -22,6 +23,9 @@ LAYERS = "Layers (N:M: which M divide the input channels; in brackets: not all o
 GROUPS = "Channel groups (units go or stay as one, wherever they occur)"
 
 SAVINGS = "What each pattern leaves when half of what it may touch is gone"
+
+UNPROVEN = "built without values: that all groups can be slimmed is proven only when they are"
+"""Told of models on the meta device."""
 
 LONGEST_NAME = 24
 """Where a name is longer than this, the names of a block are printed under the block's."""
@@ -35,7 +39,10 @@ def inspection_view(found: Inspection, reference: str) -> RenderableType:
     title = Text.assemble(
         (reference, "bold"), f" ({found.model}), {count_text(found.params)} parameters, {flops_text(found.flops)}"
     )
-    parts: list[RenderableType] = [title, Text(f"on {', '.join(found.inputs) or 'no inputs'}", style="dim"), Text()]
+    parts: list[RenderableType] = [title, Text(f"on {', '.join(found.inputs) or 'no inputs'}", style="dim")]
+    if found.followed and not found.proven:
+        parts.append(Text(UNPROVEN, style="dim"))
+    parts.append(Text())
     numbers = {g.name: i for i, g in enumerate(found.groups, 1)}
     parts += [_layers(found.layers, numbers), Text()]
     if found.groups:
@@ -86,10 +93,14 @@ def _kept(found: Inspection) -> list[RenderableType]:
             reasons.setdefault(f"not N:M: {layer.nm.reason}", []).append(layer.module)
     for kept in found.kept:
         reasons.setdefault(f"channels: {kept.reason}" if kept.where else kept.reason, []).append(_module(kept.where))
+    alike: dict[str, list[str]] = {}
+    for reason in reasons:
+        alike.setdefault(pattern_of(reason), []).append(reason)
     lines: list[RenderableType] = [Text("Kept whole", style="bold")]
-    for reason, where in reasons.items():
-        names = [w for w in where if w]
-        lines.append(Text(f"{_few(names)}: {reason}" if names else reason))
+    for same in alike.values():
+        names = folded(w for reason in same for w in reasons[reason] if w)
+        said = ", ".join(folded(same))
+        lines.append(Text(f"{_few(names)}: {said}" if names else said))
     if not reasons:
         lines.append(Text("nothing"))
     return lines

@@ -1,26 +1,27 @@
-"""What of a model is prunable, what is coupled, and what is kept whole and why."""
+"""From a model to what is found of it."""
 
 from __future__ import annotations
 
 import logging
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .adapters import example_inputs_for
-from .errors import AdapterError, CocktailError
-from .graph import Coupling, Group, Kept, Weight, couple
-from .net import CocktailNet
-from .patterns.nm import covered
-from .selection import Selection
-from .statistics import device_of, to_device
+from ..adapters import example_inputs_for
+from ..errors import AdapterError, CocktailError
+from ..graph import Coupling, Kept, Stay, Weight, couple
+from ..net import CocktailNet
+from ..patterns.nm import covered
+from ..selection import Selection
+from ..statistics import device_of, to_device
+from .found import Eligibility, Inspection, Layer, Saving
+from .groups import channel_groups
 
-__all__ = ["ChannelGroup", "Eligibility", "Inspection", "Layer", "Saving", "inspect"]
+__all__ = ["inspect"]
 
 log = logging.getLogger(__name__)
 
@@ -32,126 +33,6 @@ HALF = 0.5
 
 LONGEST_REASON = 400
 """Characters kept of why a model cannot be followed; the exporter's own words can fill pages."""
-
-
-@dataclass(frozen=True)
-class Eligibility:
-    """Whether a pattern may touch a layer.
-
-    Attributes:
-        eligible: Whether it may, by default.
-        reason: Why not; empty where it may.
-    """
-
-    eligible: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight that is multiplied with activations.
-
-    Attributes:
-        name: The parameter's name.
-        module: Path of the module that owns it.
-        op: ``"conv"``, ``"conv_transpose"``, ``"linear"``, ``"matmul"``; in a model whose graph is not known, the
-            module's class.
-        shape: The parameter's shape.
-        params: Its number of elements.
-        flops: FLOPs (2 x multiply-adds) of all its uses in one forward pass on the example inputs.
-        role: ``"first convolution"``, ``"classifier"`` or nothing.
-        unstructured: Whether single weights may go.
-        nm: Whether N:M runs fit.
-        coverage: For M = 2, 4, 8, 16 the share of its elements that lie in full runs of M input channels.
-        channel: Whether any of its output channels may go.
-        groups: Names of the channel groups that its output channels belong to.
-    """
-
-    name: str
-    module: str
-    op: str
-    shape: tuple[int, ...]
-    params: int
-    flops: int
-    role: str
-    unstructured: Eligibility
-    nm: Eligibility
-    coverage: Mapping[int, float]
-    channel: Eligibility
-    groups: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that go together, and among which a ratio is chosen.
-
-    Attributes:
-        name: Its name.
-        units: Number of units; a unit goes or stays as one.
-        channels: Channels that a unit stands for, in the widest place.
-        rows: Weights that lose output channels with it.
-        entries: Biases, norm weights, statistics and other tensors that lose entries.
-        columns: Weights that lose input channels.
-    """
-
-    name: str
-    units: int
-    channels: int
-    rows: tuple[str, ...]
-    entries: tuple[str, ...]
-    columns: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What a pattern would leave.
-
-    Attributes:
-        pattern: The pattern's registered name.
-        subnet: The subnetwork that is counted: half of what the pattern may touch is gone.
-        params: Parameters that are not zero or are left.
-        flops: FLOPs as dense kernels run them; only channels make them fewer.
-        nonzero_flops: FLOPs by parameters that are left.
-        coverage: Share of all parameters that the pattern may touch.
-    """
-
-    pattern: str
-    subnet: str
-    params: int
-    flops: int
-    nonzero_flops: int
-    coverage: float
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What :func:`inspect` found.
-
-    Attributes:
-        model: The model's class.
-        inputs: The example inputs, in words.
-        followed: Whether the graph is known; otherwise no channel can go, and ``kept`` says why.
-        layers: Every weight, in order of execution.
-        groups: The channel groups.
-        kept: What is kept whole, and why.
-        params: Parameters of the model.
-        flops: FLOPs (2 x multiply-adds) of one forward pass on the example inputs.
-        savings: What each pattern could save.
-    """
-
-    model: str
-    inputs: tuple[str, ...]
-    followed: bool
-    layers: tuple[Layer, ...]
-    groups: tuple[ChannelGroup, ...]
-    kept: tuple[Kept, ...]
-    params: int
-    flops: int
-    savings: tuple[Saving, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[str, Any] | None = None) -> Inspection:
@@ -174,32 +55,44 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
     """
     args: tuple[Any, ...] = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
+    selection = Selection()
     if isinstance(model, CocktailNet):
         if not args and not kwargs and model.example is not None:
             args, kwargs = model.example
+        selection = model.selection
         model = model.model
     try:
         if not args and not kwargs:
             args, kwargs = example_inputs_for(model)
         args, kwargs = to_device((args, kwargs), device_of(model))
-        coupling = couple(model, args, kwargs)
+        coupling = couple(model, args, kwargs, exclude=selection.keeps_channels if selection.whole else None)
     except CocktailError as error:
         log.info("%s cannot be followed: %s", type(model).__name__, error)
         flops = {} if isinstance(error, AdapterError) else _measured_flops(model, args, kwargs)
         reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" …")
         return _unfollowed(model, _described(args, kwargs), reason, flops)
-    return _followed(model, _described(args, kwargs), coupling)
+    return _followed(model, _described(args, kwargs), coupling, selection)
 
 
-def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling) -> Inspection:
-    selection = Selection()
-    kept_by = {k.where: k.reason for k in coupling.kept}
-    groups_of: dict[str, list[str]] = {}
+def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, selection: Selection) -> Inspection:
+    stays = _stays(coupling)
+    kept = _kept(coupling, stays)
+    reasons = {k.where: k.reason for k in kept}
+    made: dict[str, list[str]] = {}
+    read: dict[str, list[str]] = {}
     for g in coupling.groups:
-        for weight in g.producers:
-            groups_of.setdefault(weight, []).append(g.name)
+        for touch in g.touches:
+            by = {"rows": made, "columns": read}.get(touch.kind)
+            if by is not None:
+                by.setdefault(touch.tensor, []).append(g.name)
     layers = tuple(
-        _layer(w, selection.why_not(w) or "", tuple(groups_of.get(w.name, ())), kept_by.get(w.name, ""))
+        _layer(
+            w,
+            selection.why_not(w) or "",
+            tuple(dict.fromkeys(made.get(w.name, ()))),
+            tuple(dict.fromkeys(read.get(w.name, ()))),
+            reasons.get(w.name, ""),
+        )
         for w in coupling.weights
     )
     return Inspection(
@@ -207,15 +100,48 @@ def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling) -> 
         inputs=inputs,
         followed=True,
         layers=layers,
-        groups=tuple(_group(g) for g in coupling.groups),
-        kept=coupling.kept,
+        groups=channel_groups(model, coupling),
+        kept=kept,
         params=coupling.params(),
         flops=coupling.flops(),
         savings=_savings(coupling, selection.eligible(coupling)),
+        stays=stays,
+        modules=tuple(path for path, _ in model.named_modules() if path),
+        tensors=_tensors(model),
+        proven=not any(p.is_meta for p in model.parameters()),
     )
 
 
-def _layer(w: Weight, why_not: str, groups: tuple[str, ...], kept: str) -> Layer:
+def _stays(coupling: Coupling) -> tuple[Stay, ...]:
+    """What must stay, without the axes of weights along which there are no channels (a kernel's height)."""
+    if coupling.trace is None:
+        return ()
+    axes = {w.name: (w.out_axis, w.in_axis) for w in coupling.weights}
+    return tuple(s for s in coupling.trace.stays if s.axis in axes.get(s.tensor, (s.axis,)))
+
+
+def _kept(coupling: Coupling, stays: Iterable[Stay]) -> tuple[Kept, ...]:
+    """What is kept whole; of weights with the nearest cause."""
+    made = {k.where for k in coupling.kept}
+    axes = {w.name: w.out_axis for w in coupling.weights}
+    nearest = {s.tensor: s for s in stays if s.tensor in made and s.axis == axes.get(s.tensor, 1)}
+    out = []
+    for k in coupling.kept:
+        stay = nearest.get(k.where)
+        if stay is None:
+            out.append(k)
+            continue
+        share = "" if stay.positions == stay.of else f"{stay.positions} of {stay.of} channels: "
+        out.append(Kept(k.where, share + stay.reason))
+    return tuple(out)
+
+
+def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tuple(t.shape) for name, t in every}
+
+
+def _layer(w: Weight, why_not: str, groups: tuple[str, ...], reads: tuple[str, ...], kept: str) -> Layer:
     coverage = {m: covered(w, m) / w.numel for m in RUNS} if w.numel else dict.fromkeys(RUNS, 0.0)
     runs = why_not or ("" if coverage[RUNS[0]] else "fewer input channels than the shortest run of N:M")
     return Layer(
@@ -231,14 +157,9 @@ def _layer(w: Weight, why_not: str, groups: tuple[str, ...], kept: str) -> Layer
         coverage=coverage,
         channel=Eligibility(bool(groups), kept or ("" if groups else "makes no channels that can go")),
         groups=groups,
+        reads=reads,
+        axes=(w.out_axis, w.in_axis),
     )
-
-
-def _group(g: Group) -> ChannelGroup:
-    def of(kind: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(t.tensor for t in g.touches if t.kind == kind))
-
-    return ChannelGroup(g.name, g.size, g.channels, of("rows"), of("entries"), of("columns"))
 
 
 def _savings(coupling: Coupling, eligible: Iterable[Weight]) -> tuple[Saving, ...]:
@@ -294,6 +215,8 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
         params=sum(p.numel() for p in model.parameters()),
         flops=flops.get("", 0),
         savings=(),
+        modules=tuple(path for path, _ in model.named_modules() if path),
+        tensors=_tensors(model),
     )
 
 

@@ -1,0 +1,168 @@
+"""Channel groups in a few lines each, and answers to "why"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ..inspection import ChannelGroup, Inspection, Slice, Why
+from ..inspection.names import folded, owner, pattern_of
+from .inspection import UNPROVEN
+from .numbers import count_text, flops_text
+
+__all__ = ["groups_view", "why_view"]
+
+STATISTICS = ("running_mean", "running_var")
+
+PLURALS = {"row": "rows", "entry": "entries", "column": "columns"}
+
+
+def groups_view(found: Inspection, groups: Sequence[ChannelGroup], reference: str) -> RenderableType:
+    """Each group in a few lines; groups of repeated blocks once."""
+    title = Text.assemble(
+        (reference, "bold"), f" ({found.model}), {count_text(found.params)} parameters, {flops_text(found.flops)}"
+    )
+    of = f"{len(groups)} of {len(found.groups)}" if len(groups) < len(found.groups) else str(len(groups))
+    told = Text(f"{of} channel groups; a unit goes or stays as one, wherever it occurs", style="dim")
+    parts: list[RenderableType] = [title, told]
+    if found.followed and not found.proven:
+        parts.append(Text(UNPROVEN, style="dim"))
+    parts.append(Text())
+    for alike in _alike(groups):
+        parts += [_heading(alike), Padding(_details(found, alike), (0, 0, 1, 2))]
+    if not groups:
+        reason = f": {found.kept[0].reason}" if found.kept else ""
+        parts.append(Text(f"No channels of {found.model} can go{reason}"))
+    return Group(*parts)
+
+
+def why_view(answers: Iterable[Why]) -> RenderableType:
+    """The answers, one after the other."""
+    return Group(*(Text(str(answer)) for answer in answers))
+
+
+def _alike(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups of repeated blocks, together."""
+    out: dict[object, list[ChannelGroup]] = {}
+    for g in groups:
+        slices = tuple(sorted({(pattern_of(s.tensor), s.kind, s.per_unit, s.of, s.stay) for s in g.slices}))
+        makers = len(g.rows)
+        out.setdefault((pattern_of(g.name), g.units, g.kind, g.unit, makers, slices), []).append(g)
+    return list(out.values())
+
+
+def _heading(alike: Sequence[ChannelGroup]) -> Text:
+    g = alike[0]
+    size = f"{g.units} channels" if g.unit == "a channel" else f"{g.units} units; a unit is {g.unit}"
+    many = f"{len(alike)} groups of " if len(alike) > 1 else ""
+    kind = "" if g.kind == "channels" else f"{g.kind}: "
+    return Text.assemble((", ".join(folded(a.name for a in alike)), "bold"), f": {kind}{many}{size}")
+
+
+def _details(found: Inspection, alike: Sequence[ChannelGroup]) -> RenderableType:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    one = f"one unit of {alike[0].name}" if len(alike) == 1 else "one unit of one of them"
+    slices = [s for g in alike for s in g.slices]
+    for count, text in [*_rows(slices), *_entries(slices), *_columns(slices)]:
+        table.add_row(count, text)
+    lines: list[RenderableType] = [Text(f"made by {_makers(alike)}; removing {one} removes"), table]
+    lines.append(Text(_saved(alike)))
+    lines += [Text(line) for line in _staying(found, alike)]
+    return Group(*lines)
+
+
+def _makers(alike: Sequence[ChannelGroup]) -> str:
+    count = len(alike[0].rows)
+    return "one layer" if count == 1 else f"{count} layers"
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what if n == 1 else PLURALS[what]}"
+
+
+def _by_count(slices: Iterable[Slice], what: str, prefix: str = "") -> list[tuple[str, str]]:
+    names: dict[int, list[str]] = {}
+    for s in slices:
+        names.setdefault(s.per_unit, []).append(s.tensor.removesuffix(".weight"))
+    return [
+        (_counted(n, what), f"of {prefix}{', '.join(folded(held))}") for n, held in sorted(names.items(), reverse=True)
+    ]
+
+
+def _rows(slices: Sequence[Slice]) -> list[tuple[str, str]]:
+    return _by_count((s for s in slices if s.kind == "rows"), "row")
+
+
+def _columns(slices: Sequence[Slice]) -> list[tuple[str, str]]:
+    return _by_count((s for s in slices if s.kind == "columns"), "column")
+
+
+def _entries(slices: Sequence[Slice]) -> list[tuple[str, str]]:
+    """Biases of the layers that lose rows, norms, and the rest, in this order."""
+    makers = {owner(s.tensor) for s in slices if s.kind == "rows"}
+    biases: dict[int, list[str]] = {}
+    norms: dict[tuple[int, str], dict[str, list[str]]] = {}
+    others = []
+    for s in slices:
+        if s.kind != "entries":
+            continue
+        module, _, part = s.tensor.rpartition(".")
+        if part == "bias" and module in makers:
+            biases.setdefault(s.per_unit, []).append(module)
+        elif "Norm" in s.module or part in STATISTICS:
+            norms.setdefault((s.per_unit, s.module), {}).setdefault(module, []).append(part)
+        else:
+            others.append(s)
+    out = [
+        (_counted(n, "entry"), f"of the bias{'es' if len(m) > 1 else ''} of {', '.join(folded(m))}")
+        for n, m in sorted(biases.items(), reverse=True)
+    ]
+    for (n, kind), modules in norms.items():
+        parts: dict[str, list[str]] = {}
+        for module, held in modules.items():
+            parts.setdefault(_parts(held), []).append(module)
+        out += [
+            (_counted(n, "entry"), f"of the norm{'s' if len(m) > 1 else ''} {', '.join(folded(m))} ({kind}: {p})")
+            for p, m in parts.items()
+        ]
+    return out + _by_count(others, "entry")
+
+
+def _parts(held: Sequence[str]) -> str:
+    """``weight, bias, statistics``."""
+    named = [p for p in held if p not in STATISTICS]
+    return ", ".join([*named, "statistics"] if len(named) < len(held) else named)
+
+
+def _saved(alike: Sequence[ChannelGroup]) -> str:
+    params = _range([count_text(n) for n in sorted({g.params for g in alike})])
+    flops = _range([flops_text(n) for n in sorted({g.flops for g in alike})])
+    return f"and saves {params} parameters and {flops}"
+
+
+def _range(texts: Sequence[str]) -> str:
+    """``4.01 to 5.22 MFLOPs``."""
+    low, high = texts[0], texts[-1]
+    if low == high:
+        return low
+    number, _, unit = low.partition(" ")
+    return f"{number} to {high}" if high.endswith(unit) else f"{low} to {high}"
+
+
+def _staying(found: Inspection, alike: Sequence[ChannelGroup]) -> list[str]:
+    """What stays of the weights' rows and columns that are touched, and why."""
+    reasons = {(s.tensor, s.axis): s.reason for s in found.stays}
+    parts: dict[tuple[int, int, str, str], list[str]] = {}
+    for s in (s for g in alike for s in g.slices if s.stay and s.kind != "entries"):
+        reason = reasons.get((s.tensor, s.axes[0]), "")
+        parts.setdefault((s.stay, s.of, s.kind, reason), []).append(s.tensor.removesuffix(".weight"))
+    return [
+        f"{stay} of the {of} {kind} of {', '.join(folded(names))} stay: {reason}"
+        for (stay, of, kind, reason), names in parts.items()
+    ]
