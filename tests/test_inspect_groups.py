@@ -133,6 +133,39 @@ def test_attention_written_out_has_heads_too() -> None:
     assert ("attention heads", "an attention head of 8 channels") in {(g.kind, g.unit) for g in found.groups}
 
 
+class Attention(nn.Module):
+    """Attention written out; where ``tied``, each head has a number of its own, so that no head can go."""
+
+    def __init__(self, heads: int, tied: bool) -> None:
+        super().__init__()
+        self.first, self.heads = nn.Linear(6, 12), heads
+        self.q, self.k, self.v = (nn.Linear(12, 16) for _ in range(3))
+        self.out = nn.Linear(16, 4)
+        self.tied = tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for layer in (self.q, self.k, self.v))
+        weights = q @ k.transpose(-2, -1) / 2
+        if self.tied:
+            weights = weights + torch.arange(self.heads, device=x.device).view(-1, 1, 1)
+        return self.out((weights.softmax(-1) @ v).transpose(-3, -2).flatten(-2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "tied", "want"),
+    [
+        (4, False, {"an attention head of 4 channels"}),
+        (4, True, {"the same channel of each of 4 heads"}),
+        (1, False, set()),
+    ],
+)
+def test_channels_of_every_head_are_called_so(heads: int, tied: bool, want: set[str]) -> None:
+    found = cocktail.inspect(Attention(heads, tied).to("meta"), torch.ones(1, 5, 6))  # mends are no matter here
+    assert want <= {g.unit for g in found.groups}
+    assert {g.unit for g in found.groups} - want <= {"a channel", f"{heads} channels that go together"}
+
+
 def test_what_stays_of_a_weight_is_said() -> None:
     found = cocktail.inspect(Cat(), torch.ones(1, 4))
     (group,) = found.groups

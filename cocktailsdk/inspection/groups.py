@@ -97,13 +97,13 @@ def _unit(
             each = f" ({heads.dim} channels each)"
             return "grouped-query units", f"{heads.heads} query heads with {pair} that they share{each}"
         return "attention heads", f"{heads.heads} attention heads{width} that go together"
-    if heads is not None:
+    if heads is not None and heads.of > 1:
         return "head channels", f"the same channel of each of {heads.of} heads"
     stacks = {n for s in rows if (n := _stacked(weights.get(s.tensor))) > 1}
     if stacks and all(_stacked(weights.get(s.tensor)) > 1 for s in rows):
         what = "experts" if any("expert" in s.tensor.lower() for s in rows) else "stacked matrices"
         return "expert channels", f"the same channel of each of {max(stacks)} {what}"
-    unit = "a channel" if g.channels == 1 else f"{g.channels} channels"
+    unit = "a channel" if g.channels == 1 else f"{g.channels} channels that go together"
     return ("residual stream", unit) if stream else ("channels", unit)
 
 
