@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ __all__ = [
     "layer_norm_of_all",
     "mean_of_all",
     "standardised_of_all",
+    "variance_of_all",
 ]
 
 
@@ -109,6 +112,28 @@ def mean_of_all(x: Float[Tensor, "..."], dim: tuple[int, ...], keepdim: bool, sh
         share: How much of the original is left along these dimensions.
     """
     return x.mean(dim, keepdim=keepdim) * share
+
+
+def variance_of_all(
+    x: Float[Tensor, "..."], dim: tuple[int, ...], keepdim: bool, share: float, correction: float, root: bool
+) -> Float[Tensor, "..."]:
+    """A variance that counts absent channels as zeros, each as far from the mean as the mean is from zero.
+
+    Args:
+        x: What is left.
+        dim: The dimensions to reduce.
+        keepdim: Keep them with size 1.
+        share: How much of the original is left along these dimensions.
+        correction: Taken from the count, as in :func:`torch.var`.
+        root: Return the standard deviation.
+    """
+    present = prod(x.shape[d] for d in dim)
+    count = round(present / share)
+    mean = x.sum(dim, keepdim=True) / count
+    total = (x - mean).square().sum(dim, keepdim=True) + (count - present) * mean.square()
+    variance = total / max(count - correction, 0)
+    variance = variance if keepdim else variance.squeeze(tuple(dim))
+    return variance.sqrt() if root else variance
 
 
 def layer_norm_of_all(

@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
-from .layers import expect, layer_norm_of_all, mean_of_all, standardised_of_all
+from .layers import expect, layer_norm_of_all, mean_of_all, standardised_of_all, variance_of_all
 from .mend import left_along, new_shape
 
 __all__ = ["rewritten"]
@@ -190,6 +190,28 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
+def _share(
+    dim: int | Sequence[int] | None, before: Sequence[int], now: Sequence[int]
+) -> tuple[tuple[int, ...], float]:
+    """The dimensions that are reduced, and how much is left along them."""
+    dims = tuple(range(len(before))) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    return dims, prod(now[d] for d in dims) / prod(before[d] for d in dims)
+
+
+def _centred(node: fx.Node) -> fx.Node | None:
+    """``x``, where a node is ``(x - x.mean(…)) ** 2`` and the mean counts absent channels."""
+    name = _name(node)
+    if name in ("pow", "square", "mul") and isinstance(node.args[0], fx.Node):
+        exponent = node.args[1] if len(node.args) > 1 else 2
+        difference = node.args[0]
+        squared = exponent is difference if name == "mul" else exponent == 2
+        if squared and _name(difference) == "sub" and difference.target is not operator.getitem:
+            x, mean = difference.args[:2]
+            if isinstance(mean, fx.Node) and mean.target is mean_of_all and mean.args[0] is x:
+                return x  # type: ignore[return-value]
+    return None
+
+
 class _Editor:
     """Puts the slim model's sizes into a module's calls, one after the other.
 
@@ -204,6 +226,7 @@ class _Editor:
         self, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any], records: Sequence[Node], keep: Tensor
     ) -> None:
         self._wide, self._values, self._records, self._keep = wide, values, records, keep
+        self._sliced = {name for r in records if r.op in FAMILIES["part"] for name in r.inputs}
         self._taken: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def edit(self, node: Any) -> None:
@@ -215,6 +238,10 @@ class _Editor:
             self._split(node, out)
         elif name == "mean" and isinstance(out, Tensor):
             self._mean(node)
+        elif name in ("var", "std") and isinstance(out, Tensor):
+            self._deviation(node, name)
+        elif name == "narrow" and isinstance(out, Tensor):
+            self._narrow(node)
         elif name == "batch_norm":
             self._standardisation(node)
         elif name == "layer_norm":
@@ -250,12 +277,43 @@ class _Editor:
         """A mean over channels goes on dividing by how many there were."""
         given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
         before, now = self._wide[given["input"]].shape, self._values[given["input"]].shape
-        dim = given.get("dim")
-        dims = tuple(range(len(before))) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-        share = prod(now[d] for d in dims) / prod(before[d] for d in dims)
+        dims, share = _share(given.get("dim"), before, now)
+        if share == 1:
+            return
+        centred = _centred(given["input"])
+        keepdim = bool(given.get("keepdim", False))
+        node.op, node.kwargs = "call_function", {}
+        if centred is None:
+            node.target, node.args = mean_of_all, (given["input"], dims, keepdim, share)
+        else:
+            node.target, node.args = variance_of_all, (centred, dims, keepdim, share, 0, False)
+
+    def _deviation(self, node: Any, name: str) -> None:
+        """A variance over channels goes on counting those there were."""
+        given = dict(node.kwargs)
+        rest = list(node.args[1:])
+        if rest and not isinstance(rest[0], bool):
+            given["dim"] = rest.pop(0)
+        given |= dict(zip(("unbiased", "keepdim"), rest, strict=False))
+        dims, share = _share(given.get("dim"), self._wide[node.args[0]].shape, self._values[node.args[0]].shape)
         if share != 1:
-            node.op, node.target = "call_function", mean_of_all
-            node.args, node.kwargs = (given["input"], dims, bool(given.get("keepdim", False)), share), {}
+            correction = given.get("correction", int(given.get("unbiased", True)))
+            node.op, node.target, node.kwargs = "call_function", variance_of_all, {}
+            node.args = (node.args[0], dims, bool(given.get("keepdim", False)), share, correction, name == "std")
+
+    def _narrow(self, node: Any) -> None:
+        """A run of channels, told by its start and length."""
+        given = dict(zip(("input", "dim", "start", "length"), node.args, strict=False)) | dict(node.kwargs)
+        source, dim = given["input"], given["dim"]
+        before, now = self._wide[source].shape, self._values[source].shape
+        if before[dim] == now[dim]:
+            return
+        left = self._left(tuple(before), dim % len(before))
+        if left is None:
+            raise ValueError("a run of channels that cannot be followed")
+        start, length = (self._wide[v] if isinstance(v, fx.Node) else v for v in (given["start"], given["length"]))
+        first = int(left[:start].sum())
+        node.args, node.kwargs = (source, dim, first, int(left[: start + length].sum()) - first), {}
 
     def _standardisation(self, node: Any) -> None:
         """A weight's rows go on being standardised by their original fan-in."""
@@ -305,7 +363,8 @@ class _Editor:
 
     def _left(self, shape: tuple[int, ...], dim: int) -> Tensor | None:
         """Which positions are left along a dimension of the tensor of that shape which the module slices."""
-        fields = [units for r in self._records if r.shape == shape for units in r.units]
+        alike = [r for r in self._records if r.shape == shape]
+        fields = [u for r in [r for r in alike if r.name in self._sliced] or alike for u in r.units]
         found = [left[dim] for units in fields if dim in (left := left_along(units, self._keep))]
         return found[0] if found and all(torch.equal(f, found[0]) for f in found) else None
 

@@ -1,6 +1,6 @@
 """One small function for each kind of op; importing this package registers them all."""
 
-from . import contraction, elementwise, experts, movement, norm, reduction
+from . import contraction, elementwise, experts, movement, mutation, norm, recurrent, reduction, spectral
 from .registry import RULES, Context, Product, Result, WeightUse, rule
 
 __all__ = [
@@ -13,7 +13,10 @@ __all__ = [
     "elementwise",
     "experts",
     "movement",
+    "mutation",
     "norm",
+    "recurrent",
     "reduction",
     "rule",
+    "spectral",
 ]

@@ -18,7 +18,7 @@ KEEP_ZERO = """
 """.split()  # noqa: SIM905
 LOSE_ZERO = """
     sigmoid hardsigmoid exp exp2 log log2 log10 rsqrt reciprocal cos cosh acos erfc softplus log_sigmoid
-    bitwise_not logical_not isnan isinf isfinite rand_like randn_like ones_like full_like empty_like
+    bitwise_not logical_not __or__ __xor__ bitwise_xor isnan isinf isfinite rand_like randn_like ones_like full_like empty_like
     erfinv sigmoid_backward eq ne lt le gt ge logical_or logical_xor bitwise_and bitwise_or atan2 remainder fmod
     floor_divide
 """.split()  # noqa: SIM905
@@ -172,7 +172,7 @@ def additive(ctx: Context, node: fx.Node) -> Result:
     return combine(ctx, node.args, ctx.shape(node), all_zero)
 
 
-@rule("mul", "multiply", "logical_and")
+@rule("mul", "multiply", "logical_and", "__and__")
 def multiplicative(ctx: Context, node: fx.Node) -> Result:
     """Products: zero where one operand is."""
     return combine(ctx, _operands(node), ctx.shape(node), any_zero)
@@ -182,7 +182,10 @@ def multiplicative(ctx: Context, node: fx.Node) -> Result:
 def division(ctx: Context, node: fx.Node) -> Result:
     """Quotients: zero where the numerator is, unless the denominator is masked with it (0/0)."""
     fields = combine(
-        ctx, node.args[:2], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and row[1:] == [None]
+        ctx,
+        node.args[:2],
+        ctx.shape(node),
+        lambda row: row[0] is not None and row[0].zero and not any(f is not None and f.zero for f in row[1:]),
     )
     for f in ctx.fields(node.args[1]):
         if f.zero:

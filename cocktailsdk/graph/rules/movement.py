@@ -24,7 +24,7 @@ def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
 
 PASSED_ON = """
     alias clone contiguous detach detach_copy dropout feature_dropout lift_fresh_copy to _to_copy type_as positive
-    bernoulli copy requires_grad feature_alpha_dropout alpha_dropout resolve_conj resolve_neg native_dropout
+    bernoulli requires_grad feature_alpha_dropout alpha_dropout resolve_conj resolve_neg native_dropout
     identity view_as_real_copy
 """.split()  # noqa: SIM905
 
@@ -131,9 +131,14 @@ def movedim(ctx: Context, node: fx.Node) -> Result:
 
 @rule("expand", "expand_as", "broadcast_to", "expand_copy")
 def expand(ctx: Context, node: fx.Node) -> Result:
-    """New dimensions in front; along a repeated one nothing varies."""
-    extra = len(ctx.shape(node)) - len(ctx.shape(node.args[0]))
-    return moved(ctx.fields(node.args[0]), lambda labels: labels[(None,) * extra])
+    """New dimensions in front; along a repeated one nothing varies, unless it is as long as another tensor's."""
+    old, new = ctx.shape(node.args[0]), ctx.shape(node)
+    extra = len(new) - len(old)
+    own = moved(ctx.fields(node.args[0]), lambda labels: labels[(None,) * extra])
+    if node.target._opname != "expand_as":  # type: ignore[union-attr]
+        return own
+    repeated = {d for d in range(len(new)) if d < extra or old[d - extra] != new[d]}
+    return own + tuple(f.with_zero(False) for f in ctx.fields(node.args[1]) if f.dims <= repeated)
 
 
 def whole_along(ctx: Context, fields: Fields, dim: int) -> Fields:
@@ -178,6 +183,7 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
         if labels.numel() == 1:
             ctx.labels.stay(labels)
         else:
+            ctx.parts.append(labels)
             out.append(f.with_labels(labels))
     return tuple(out)
 
@@ -220,8 +226,10 @@ def _run(ctx: Context, fields: Fields, dim: int, start: int, length: int) -> Fie
         part = f.labels.narrow(dim, start, length) if dim in f.dims else f.labels
         if part.numel() == 1:
             ctx.labels.stay(part)
-        else:
-            out.append(f.with_labels(part))
+            continue
+        if dim in f.dims:
+            ctx.parts.append(part)
+        out.append(f.with_labels(part))
     return tuple(out)
 
 
@@ -285,6 +293,10 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
             ctx.labels.stay(extra.labels)
         along.append(varying[0] if varying else None)
         across.append([f for f in fields if dim not in f.dims])
+    most = max((len(a) for a, f in zip(across, along, strict=True) if f is not None), default=0)
+    for i, held in enumerate(across):  # whole heads, say, before a part of which each channel has its own label
+        if along[i] is None and len(held) == most + 1 and any(f is not None for f in along):
+            along[i] = held.pop()
     # Across, the parts meet as the operands of a sum do.
     flat = [tuple(1 if d == dim else n for d, n in enumerate(shape)) for shape in shapes]
     for row in unify(ctx, list(zip(flat, map(tuple, across), strict=True)), flat[0]):
@@ -410,17 +422,14 @@ def embedding(ctx: Context, node: fx.Node) -> Result:
 
 @rule("repeat", "tile")
 def repeat(ctx: Context, node: fx.Node) -> Result:
-    """Copies along dimensions; channels repeated by a number stay."""
+    """Copies one after the other along dimensions: a channel goes with its copies."""
     times = list(node.args[1])  # type: ignore[arg-type]
-    extra = len(times) - len(ctx.shape(node.args[0]))
+    rank = len(ctx.shape(node))
+    times = [1] * (rank - len(times)) + times
     out = []
     for f in ctx.fields(node.args[0]):
-        labels = f.labels[(None,) * max(extra, 0)]
-        g = f.with_labels(labels)
-        if any(times[d + min(extra, 0)] != 1 for d in g.dims if d + min(extra, 0) >= 0):
-            ctx.labels.stay(f.labels)
-        else:
-            out.append(g)
+        labels = f.labels[(None,) * (rank - f.labels.dim())]
+        out.append(f.with_labels(labels.repeat([t if labels.shape[d] > 1 else 1 for d, t in enumerate(times)])))
     return tuple(out)
 
 
@@ -506,6 +515,8 @@ def _shifts_channels(node: fx.Node, f: Field) -> bool:
         return any(int(d) % rank in f.dims for d in dims)
     if name == "flip":
         return any(int(d) % rank in f.dims for d in argument(node, "dims"))
-    if name in ("unfold", "rot90"):
+    if name == "rot90":
+        return any(int(d) % rank in f.dims for d in argument(node, "dims", [0, 1]))
+    if name == "unfold":
         return bool(f.dims)
     return False

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from jaxtyping import Int64
+from torch import Tensor, fx
 
 from ..coupling import Norm
 from ..export import module_of
@@ -23,10 +24,16 @@ def _affine(
         The fields, and whether weight and bias make a masked channel zero.
     """
     given = [p for p in parameters if isinstance(p, fx.Node)]
-    views = [(tuple(view), tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(p))) for p in given]
+    views = [(tuple(view), tuple(f.with_labels(_viewed(f, view)) for f in ctx.fields(p))) for p in given]
     rows = unify(ctx, [(tuple(shape), fields), *views], shape)
     affine = isinstance(parameters[0], fx.Node) and (parameters[1] is None or isinstance(parameters[1], fx.Node))
     return tuple(next(f for f in row if f is not None) for row in rows), affine
+
+
+def _viewed(f: Field, view: Sequence[int]) -> Int64[Tensor, "..."]:
+    """A parameter's labels as they meet what is normalised: one axis anywhere, or several at the end."""
+    rank = f.labels.dim()
+    return f.labels.reshape(tuple(view)) if rank == 1 else f.labels[(None,) * (len(view) - rank)]
 
 
 @rule(

@@ -47,6 +47,21 @@ def _reduced_dims(ctx: Context, node: fx.Node) -> list[int]:
     return [int(d) % rank for d in dims]
 
 
+def _centred(ctx: Context, value: object, dims: list[int]) -> fx.Node | None:
+    """``x``, where a value is ``(x - x.mean(dims)) ** 2``: absent channels are as far from the mean as it is from 0."""
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return None
+    name = value.target._opname  # type: ignore[union-attr]
+    difference = value.args[0]
+    squared = {"square": True, "pow": value.args[1:] == (2,), "mul": value.args[1:] == (difference,)}.get(name, False)
+    if not squared or not isinstance(difference, fx.Node) or getattr(difference.target, "_opname", "") != "sub":
+        return None
+    x, mean = difference.args[:2]
+    if not isinstance(mean, fx.Node) or getattr(mean.target, "_opname", "") != "mean" or mean.args[0] is not x:
+        return None
+    return x if _reduced_dims(ctx, mean) == dims and isinstance(x, fx.Node) else None
+
+
 @rule(
     "sum",
     "mean",
@@ -71,16 +86,16 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     name = node.target._opname  # type: ignore[union-attr]
     dims = _reduced_dims(ctx, node)
     counts = name not in ("sum", "norm", "linalg_vector_norm", "nansum")
-    if name == "mean" and module_of(node) and any(f.zero and f.dims <= set(dims) for f in ctx.fields(node.args[0])):
-        # The module that runs it can be given a mean that divides by the original count.
-        ctx.counted.add(module_of(node))
-        counts = False
-    fields, gone = mixed(
-        ctx,
-        ctx.fields(node.args[0]),
-        dims,
-        absent_zeros_count=counts,
-    )
+    source = ctx.fields(node.args[0])
+    if name in ("mean", "var", "std") and module_of(node):
+        centred = _centred(ctx, node.args[0], dims) if name == "mean" else None
+        zero = {f.dims for f in (source if centred is None else ctx.fields(centred)) if f.zero and f.dims <= set(dims)}
+        if zero:
+            # The module that runs it can be given a statistic that counts the absent channels.
+            ctx.counted.add(module_of(node))
+            counts = False
+            source = tuple(f.with_zero(f.zero or f.dims in zero) for f in source)
+    fields, gone = mixed(ctx, source, dims, absent_zeros_count=counts)
     keep = bool(argument(node, "keepdim", False))
     keeps_zero = name in (
         "sum",

@@ -74,6 +74,8 @@ class Context:
         norms: Modules that normalise over labelled channels.
         counted: Modules that take a mean over labelled channels, which must count the absent ones.
         pads: Modules whose padding along channels can be rewritten.
+        parts: Labels of the parts that code cuts out of a tensor, none of which may lose everything.
+        makers: Further axes of weights that make channels, by name and axis.
         tables: Embeddings, whose columns are channels.
         unknown: Ops without a rule, with the number of their uses.
     """
@@ -87,6 +89,8 @@ class Context:
     norms: dict[str, Norm] = field(default_factory=dict)
     counted: set[str] = field(default_factory=set)
     pads: set[str] = field(default_factory=set)
+    parts: list[Int64[Tensor, "..."]] = field(default_factory=list)
+    makers: dict[tuple[str, int], None] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
     _axes: dict[str, Fields] = field(default_factory=dict)
