@@ -46,13 +46,13 @@ class Selection:
         whole = set()
         if unwanted:
             whole |= {path for path, _ in model.named_modules() if path and _module_match(unwanted, path)}
-            whole |= {_owner(name) for name, _ in model.named_parameters() if _match(unwanted, _owner(name), name)}
+            whole |= {owner_of(name) for name, _ in model.named_parameters() if _match(unwanted, owner_of(name), name)}
         if wanted is not None:
             # Only what makes channels: a norm beside a targeted convolution must not hold its channels back.
             whole |= {
-                _owner(name)
+                owner_of(name)
                 for name, p in model.named_parameters()
-                if p.ndim >= 2 and _owner(name) and not _match(wanted, _owner(name), name)
+                if p.ndim >= 2 and owner_of(name) and not _match(wanted, owner_of(name), name)
             }
         return cls(wanted, unwanted, frozenset(whole))
 
@@ -71,7 +71,7 @@ class Selection:
             raise PatternError(
                 f"target_modules={self.target!r} selects no weight that is multiplied with activations"
                 + (f" once exclude_modules={self.exclude!r} are gone" if self.exclude else "")
-                + f"; the model has {_some(w.module or w.name for w in coupling.weights)}"
+                + f"; the model has {some_of(w.module or w.name for w in coupling.weights)}"
             )
         return out
 
@@ -95,7 +95,8 @@ class Selection:
         return how == "itself" or (how == "inside" and not w.role)
 
 
-def _owner(parameter: str) -> str:
+def owner_of(parameter: str) -> str:
+    """Path of the module that owns a parameter."""
     return parameter.rpartition(".")[0]
 
 
@@ -108,22 +109,24 @@ def _match(entries: str | tuple[str, ...], module: str, name: str) -> str:
         # ``weight`` is left out, or '(?!fc$).*' would find 'fc.weight' after rightly refusing 'fc'.
         named = not name.endswith(".weight") and re.fullmatch(entries, name)
         return "itself" if named else how
-    return "itself" if any(_is(e, name) for e in entries) else how
+    return "itself" if any(is_called(e, name) for e in entries) else how
 
 
 def _module_match(entries: str | tuple[str, ...], path: str) -> str:
     if isinstance(entries, str):
         return "itself" if re.fullmatch(entries, path) else ""
-    if any(_is(e, path) for e in entries):
+    if any(is_called(e, path) for e in entries):
         return "itself"
-    return "inside" if any(_is(e, above) for above in _above(path) for e in entries) else ""
+    return "inside" if any(is_called(e, above) for above in containers_of(path) for e in entries) else ""
 
 
-def _is(entry: str, path: str) -> bool:
+def is_called(entry: str, path: str) -> bool:
+    """Whether an entry of a list is a path or the last parts of it."""
     return path == entry or path.endswith("." + entry)
 
 
-def _above(path: str) -> Iterator[str]:
+def containers_of(path: str) -> Iterator[str]:
+    """The paths of the modules around one, the innermost first."""
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
@@ -139,11 +142,11 @@ def _checked(model: nn.Module, argument: str, given: Modules) -> str | tuple[str
             re.compile(given)
         except re.error as e:
             raise PatternError(f"{argument}={given!r} is not a regular expression: {e}") from None
-        if not any(_match(given, _owner(n), n) for n in names) and not any(_module_match(given, p) for p in paths):
-            hint = f" (write [{given!r}] to find it as a suffix)" if any(_is(given, p) for p in paths) else ""
+        if not any(_match(given, owner_of(n), n) for n in names) and not any(_module_match(given, p) for p in paths):
+            hint = f" (write [{given!r}] to find it as a suffix)" if any(is_called(given, p) for p in paths) else ""
             raise PatternError(
-                f"{argument}={given!r} matches no module's whole path{hint}{_near(given, paths)}; modules are "
-                f"{_some(paths)}"
+                f"{argument}={given!r} matches no module's whole path{hint}{nearest(given, paths)}; modules are "
+                f"{some_of(paths)}"
             )
         return given
     try:
@@ -153,19 +156,21 @@ def _checked(model: nn.Module, argument: str, given: Modules) -> str | tuple[str
     for entry in entries:
         if not isinstance(entry, str) or not entry:
             raise PatternError(f"{argument} must hold names, found {entry!r}")
-        if not any(_is(entry, p) for p in [*paths, *names]):
-            raise PatternError(f"{argument}: nothing in the model is called {entry!r}{_near(entry, paths)}")
+        if not any(is_called(entry, p) for p in [*paths, *names]):
+            raise PatternError(f"{argument}: nothing in the model is called {entry!r}{nearest(entry, paths)}")
     if not entries and argument == "target_modules":
         raise PatternError("target_modules is empty: nothing would be pruned; leave it out for the default")
     return entries or None
 
 
-def _near(name: str, paths: list[str]) -> str:
+def nearest(name: str, paths: list[str]) -> str:
+    """In brackets, the paths or last parts of them that look most like a name; empty where none do."""
     tails = {p.rpartition(".")[2] for p in paths}
     near = difflib.get_close_matches(name, [*paths, *sorted(tails)], n=3, cutoff=0.6)
     return f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def some_of(names: Iterable[str], most: int = 8) -> str:
+    """The first of some names, and how many more there are."""
     all_names = list(dict.fromkeys(names))
     return ", ".join(all_names[:most]) + (f" and {len(all_names) - most} more" if len(all_names) > most else "")

@@ -291,31 +291,46 @@ def _weights(ctx: Context) -> tuple[Weight, ...]:
     return tuple(out)
 
 
+_MOVES = {
+    "reshape",
+    "view",
+    "flatten",
+    "squeeze",
+    "unsqueeze",
+    "alias",
+    "dropout",
+    "contiguous",
+    "clone",
+    "to",
+    "_to_copy",
+}
+"""Ops that hand a value on as it is."""
+
+
 def _classifiers(ctx: Context) -> set[str]:
-    """Weights whose product reaches an output of the model through nothing but movement."""
-    transparent = {
-        "reshape",
-        "view",
-        "flatten",
-        "squeeze",
-        "unsqueeze",
-        "alias",
-        "dropout",
-        "contiguous",
-        "clone",
-        "to",
-        "_to_copy",
-    }
-    found = set()
-    output = next(n for n in ctx.exported.graph.nodes if n.op == "output")
+    """Weights whose product reaches an output of the model through nothing but movement, sums and constant factors.
+
+    Several heads whose average is the output (a distilled DeiT's, say) are all classifiers. A sum counts only if all of
+    its terms are products that nothing else reads: a residual stream is more than what its last layer adds to it.
+    """
     products = {p.node: p.weight for p in ctx.products if p.weight is not None}
-    for node in output.all_input_nodes:
-        current = node
-        while current not in products and current.op == "call_function" and op_name(current) in transparent:
-            current = current.args[0]
-        if current in products:
-            found.add(products[current])
-    return {name for name in found if name is not None}
+
+    def behind(node: fx.Node, summed: bool) -> set[str] | None:
+        """The weights of the products that make up a value; ``None`` where there is something else in it."""
+        while node.op == "call_function" and not (summed and len(node.users) > 1):
+            if node in products:
+                return {products[node]}
+            name, sources = op_name(node), node.all_input_nodes
+            if name in {"add", "sub"} and len(sources) > 1:
+                terms = [behind(source, True) for source in sources]
+                return None if None in terms else set().union(*(t for t in terms if t is not None))
+            if name not in _MOVES and not (name in {"add", "sub", "mul", "div"} and len(sources) == 1):
+                return None
+            node = sources[0]
+        return None
+
+    output = next(n for n in ctx.exported.graph.nodes if n.op == "output")
+    return {name for node in output.all_input_nodes for name in behind(node, False) or ()}
 
 
 def _groups(

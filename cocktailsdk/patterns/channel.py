@@ -74,14 +74,22 @@ def kept_units(group: Group, sparsity: float, round_to: int | str = 1) -> int:
         round_to: The number of channels kept is rounded to a multiple of this (at least one multiple, at most all);
             ``"auto"`` means 8 in groups of 256 channels and more, 1 elsewhere.
     """
-    n = group.size
-    gone = min(round(sparsity * n), n - 1)
+    return rounded_units(group, group.size - min(round(sparsity * group.size), group.size - 1), round_to)
+
+
+def rounded_units(group: Group, kept: int, round_to: int | str = 1) -> int:
+    """A number of units kept, rounded so that their channels are a multiple of ``round_to``; all stay all."""
+    step = rounding_step(group, round_to)
+    if kept == group.size or step == 1:
+        return kept
+    return min(group.size, max(1, round(kept / step)) * step)
+
+
+def rounding_step(group: Group, round_to: int | str = 1) -> int:
+    """How many units have a multiple of ``round_to`` channels."""
     if round_to == "auto":
-        round_to = AUTO_MULTIPLE if n * group.channels >= AUTO_CHANNELS else 1
-    step = int(round_to) // math.gcd(int(round_to), group.channels)
-    if gone == 0 or step == 1:
-        return n - gone
-    return min(n, max(1, round((n - gone) / step)) * step)
+        round_to = AUTO_MULTIPLE if group.size * group.channels >= AUTO_CHANNELS else 1
+    return int(round_to) // math.gcd(int(round_to), group.channels)
 
 
 def removed_units(

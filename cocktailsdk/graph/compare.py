@@ -1,0 +1,153 @@
+"""Comparing two models in float64 on weights of unit scale: what every check of equality is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "EXACT",
+    "SINGLE",
+    "Precision",
+    "doubled",
+    "failing_module",
+    "first_difference",
+    "leaves_of",
+    "randomise",
+    "relative_error",
+    "tensors_in",
+]
+
+EXACT = 1e-9
+"""Largest relative error allowed in float64."""
+
+SINGLE = 1e-6
+"""The same where the model itself casts to float32 on the way."""
+
+
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Gives every parameter and statistic random values of unit scale, so that no error hides below a tolerance.
+
+    Matrices and kernels have unit gain by fan-in; one-dimensional weights lie in [0.5, 1], biases in [-0.25, 0.25],
+    running means around 0 and running variances in [0.5, 1.5].
+    """
+
+    def uniform(t: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(t.shape, generator=generator, dtype=torch.float64).mul_(high - low).add_(low).to(t)
+
+    def normal(t: Tensor, scale: float) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=torch.float64).mul_(scale).to(t)
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not p.is_floating_point() or p.numel() == 0:
+                continue
+            if p.dim() <= 1:
+                p.copy_(uniform(p, -0.25, 0.25) if name.endswith("bias") else uniform(p, 0.5, 1.0))
+            else:
+                p.copy_(normal(p, max(p[0].numel(), 1) ** -0.5))
+        for name, b in model.named_buffers():
+            if name.endswith("running_mean"):
+                b.copy_(normal(b, 0.1))
+            elif name.endswith("running_var"):
+                b.copy_(uniform(b, 0.5, 1.5))
+
+
+def doubled(inputs: Any, generator: torch.Generator) -> Any:
+    """Inputs in float64; a constant tensor (zeros, say) would show nothing, so it becomes noise."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if leaf.numel() > 1 and bool((leaf == leaf.flatten()[0]).all()):
+            return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
+        return leaf.double()
+
+    return tree_map(convert, inputs)
+
+
+def leaves_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returned, in order."""
+    if not isinstance(output, (Tensor, list, tuple, dict)) and hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Copies of the same, that remember nothing."""
+    return [t.detach().clone() for t in leaves_of(output)]
+
+
+def relative_error(got: Sequence[Tensor], want: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+    """The largest relative error; infinite where shapes differ or values are not finite."""
+    if len(got) != len(want) or any(g.shape != w.shape for g, w in zip(got, want, strict=False)):
+        return float("inf")
+    worst = 0.0
+    for g, w, d in zip(got, want, dense, strict=True):
+        scale = max(float(w.norm()), 1e-12 * float(d.norm()), 1e-300)
+        error = float((g - w).norm()) / scale
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+class Precision(TorchDispatchMode):
+    """Notices whether a float64 model computes something in less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.numel() > 1:
+                self.single = True
+        return out
+
+
+def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor]]]:
+    """Outputs of every module in order of completion, as far as the model runs."""
+    seen: list[tuple[str, list[Tensor]]] = []
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, tensors_in(out))))
+        for name, m in model.named_modules()
+    ]
+    try:
+        model(*args, **kwargs)
+    except Exception:  # only used to see how far it came
+        return seen
+    finally:
+        for h in hooks:
+            h.remove()
+    return seen
+
+
+def failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
+    """Path of the innermost module that raises."""
+    entered: list[str] = []
+    hooks = []
+    for name, m in model.named_modules():
+        hooks.append(m.register_forward_pre_hook(lambda _m, _i, name=name: entered.append(name)))
+        hooks.append(m.register_forward_hook(lambda _m, _i, _o: entered.pop() and None))
+    try:
+        model(*args, **kwargs)
+    except Exception:
+        return entered[-1] if entered else ""
+    finally:
+        for h in hooks:
+            h.remove()
+    return ""
+
+
+def first_difference(masked: nn.Module, slim: nn.Module, args: Any, kwargs: Any) -> str:
+    """Path of the first module to finish whose output, where its shape is unchanged, differs."""
+    want, got = _record(masked, args, kwargs), _record(slim, args, kwargs)
+    for (name, w), (_, g) in zip(want, got, strict=False):
+        if w and g and w[0].shape == g[0].shape and relative_error(g[:1], w[:1], w[:1]) > SINGLE:
+            return name
+    return ""

@@ -1,0 +1,63 @@
+"""A net's subnetworks as plain models."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..errors import SlimError
+from ..graph import Coupling, slim_module
+from ..net import CocktailNet, couple_model
+from ..statistics import device_of, to_device
+
+__all__ = ["coupling_difference", "slim_subnet"]
+
+
+def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
+    """A plain copy of a net's subnetwork, removed channels sliced away.
+
+    Raises:
+        SlimError: It cannot be made, or the model is coupled otherwise than its bundle says.
+    """
+    mask = net.masks.get(name)
+    removed = None if mask is None else mask.removed
+    if removed is None or not bool(removed.any()):
+        with net.using(name):
+            return copy.deepcopy(net.model)
+    if net.example is None:
+        raise SlimError(
+            "slimming traces the model, but the bundle could not describe its example inputs: set "
+            "net.example = (args, kwargs)"
+        )
+    args, kwargs = to_device(net.example, device_of(net.model))
+    if net.coupling.trace is None:  # read from a file: the graph is found again, and must say the same
+        with net.using("dense"):
+            fresh = couple_model(net.model, (args, kwargs), net.selection)
+        difference = coupling_difference(net.coupling, fresh)
+        if difference:
+            raise SlimError(
+                f"the model couples its channels otherwise than when the bundle was made: {difference}; use the "
+                "versions of the model's library and of PyTorch that made it"
+            )
+        net.coupling = replace(net.coupling, trace=fresh.trace)
+    with net.using(name):
+        return slim_module(net.model, net.coupling, removed, args, kwargs)
+
+
+def coupling_difference(a: Coupling, b: Coupling) -> str | None:
+    """In words, the first way in which two couplings would remove different things; ``None`` where they agree."""
+    if a.n_units != b.n_units:
+        return f"{a.n_units} units, now {b.n_units}"
+    for x, y in zip(a.groups, b.groups, strict=False):
+        if (x.start, x.stop) != (y.start, y.stop):
+            return f"group {x.name!r} has units {x.start} to {x.stop}, now {y.name!r} {y.start} to {y.stop}"
+    if set(a.fields) != set(b.fields):
+        return f"{sorted(set(a.fields) ^ set(b.fields))[0]!r} is touched by units in one of them only"
+    for name, fields in a.fields.items():
+        now = b.fields[name]
+        if len(fields) != len(now) or not all(torch.equal(u, v) for u, v in zip(fields, now, strict=True)):
+            return f"the units of {name!r} differ"
+    return None
