@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocktailsdk.graph import Coupling, couple, slim_module
+from cocktailsdk.graph.cut import duplicate
 
 IMAGE, TOKENS = (2, 4, 8, 8), (2, 6, 12)
 
@@ -25,7 +26,7 @@ class Case:
     Attributes:
         make: Builds it.
         shapes: Its inputs' shapes, or a function that makes its inputs.
-        groups: Sizes of the groups, no more and no less: a rule that keeps everything fails, one that frees too much too.
+        groups: Sizes of the groups, no more and no less: rules that keep everything fail, too.
         kept: For each weight that stays, in whole or in part, what its reason must match; the classifier, kept as the
             model's output, need not be named.
         flops: Whether PyTorch's own counter of FLOPs knows every op in it.
@@ -91,6 +92,43 @@ class Tokens(nn.Module):
         return self.last(self.body(self.first(x)).mean(1))
 
 
+class Heads(nn.Module):
+    """Attention with four heads of four channels; what differs is how they meet."""
+
+    heads, kv_heads, head_dim = 4, 4, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q, self.o = nn.Linear(16, width), nn.Linear(width, 16)
+        self.k, self.v = nn.Linear(16, kv_width), nn.Linear(16, kv_width)
+
+    def split(self, t):
+        return t.view(*t.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def merge(self, t):
+        return self.o(t.transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x):
+        return self.merge(self.attend(self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))))
+
+
+class Streamed(Tokens):
+    """One attention on a residual stream."""
+
+    inner: type[nn.Module] = Heads
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.attn = self.inner()
+
+    def body(self, x):
+        return x + self.attn(x)
+
+
 def half(n: int) -> int:
     """How many of ``n`` units go."""
     return n // 2
@@ -118,7 +156,7 @@ def removal(coupling: Coupling, count: Callable[[int], int], seed: int = 0) -> T
 def wide(model: nn.Module, seed: int = 1) -> nn.Module:
     """A copy in float64 with random weights of the size of one, in eval mode."""
     g = torch.Generator().manual_seed(seed)
-    out = copy.deepcopy(model).double().eval()
+    out = duplicate(model).double().eval()
     with torch.no_grad():
         for p in out.parameters():
             if p.is_floating_point():
@@ -160,7 +198,7 @@ def assert_equal(
     """
     dense = wide(model)
     slim = slim_module(dense, coupling, removed, [a.double() if a.is_floating_point() else a for a in args])
-    masked = copy.deepcopy(dense)
+    masked = duplicate(dense)
     tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for name, keep in coupling.masks(removed).items():

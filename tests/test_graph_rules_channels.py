@@ -1,4 +1,4 @@
-"""Convolutions and what stands around them: pooling, resizing, padding, activations, several inputs and outputs."""
+"""Sums, gates and concatenations of channels; several inputs and outputs."""
 
 from __future__ import annotations
 
@@ -9,30 +9,6 @@ from graph_cases import IMAGE, Ends, Table, Tokens, show
 from torch import nn
 
 case = CASES = Table()
-
-
-@case((2, 4, 16), [8, 12])
-class OneDimensional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.bn, self.b = nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.Conv1d(8, 12, 3, dilation=2)
-        self.last = nn.Linear(12, 3)
-
-    def forward(self, x):
-        x = F.max_pool1d(F.relu(self.bn(self.a(x))), 2)
-        return self.last(F.adaptive_avg_pool1d(self.b(x), 1).squeeze(-1))
-
-
-@case((2, 2, 5, 6, 6), [8, 6])
-class ThreeDimensional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.bn, self.b = nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.Conv3d(8, 6, 3)
-        self.last = nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = F.max_pool3d(F.relu(self.bn(self.a(x))), (1, 2, 2))
-        return self.last(F.adaptive_avg_pool3d(self.b(x), 1).flatten(1))
 
 
 @case((4, 12), [16, 10])
@@ -46,51 +22,20 @@ class BatchNormOfVectors(nn.Module):
         return self.last(F.elu(self.m(self.b(F.relu(self.n(self.a(x)))))))
 
 
-@case(IMAGE, [12, 16])
-class DepthwiseSeparable(Ends):
-    def __init__(self) -> None:
-        super().__init__(12, 16)
-        self.depthwise, self.pointwise = nn.Conv2d(12, 12, 3, groups=12, bias=False), nn.Conv2d(12, 16, 1)
-        self.n, self.m = nn.BatchNorm2d(12), nn.BatchNorm2d(16)
-
-    def body(self, x):
-        return F.relu6(self.m(self.pointwise(F.relu6(self.n(self.depthwise(x))))))
-
-
-@case(IMAGE, [12])
-class DepthwiseTransposed(Ends):
-    """Each channel upsampled by a kernel of its own."""
+@case(IMAGE, [12, 10])
+class FrozenNorm(Ends):
+    """Statistics and scales that are buffers go with their channels."""
 
     def __init__(self) -> None:
-        super().__init__(12)
-        self.up = nn.ConvTranspose2d(12, 12, 2, stride=2, groups=12)
+        super().__init__(12, 10)
+        from torchvision.ops import FrozenBatchNorm2d
+
+        self.norm, self.conv = FrozenBatchNorm2d(12), nn.Conv2d(12, 10, 1)
+        for b in self.norm.buffers():
+            b.copy_(torch.rand_like(b) + 0.5)
 
     def body(self, x):
-        return self.up(x)
-
-
-@case(IMAGE, [12], {"up.weight": "several outputs of each channel"})
-class DepthwiseTransposedMultiplier(Ends):
-    """Two outputs for each channel: all three go together, and the weight's axis of two stays."""
-
-    def __init__(self) -> None:
-        super().__init__(12, 24)
-        self.up = nn.ConvTranspose2d(12, 24, 2, stride=2, groups=12)
-
-    def body(self, x):
-        return F.relu(self.up(x))
-
-
-@case(IMAGE, [6, 4])
-class GroupedTransposed(Ends):
-    """Every group loses the same positions, at both ends."""
-
-    def __init__(self) -> None:
-        super().__init__(18, 12)
-        self.up = nn.ConvTranspose2d(18, 12, 3, groups=3, stride=2)
-
-    def body(self, x):
-        return self.up(x)
+        return self.conv(F.relu(self.norm(x)))
 
 
 @case(IMAGE, [8, 12, 10])
@@ -106,96 +51,25 @@ class ActivationsWithSlopes(Ends):
         return self.all(self.b(self.each(self.a(F.leaky_relu(x)))))
 
 
-@case(IMAGE, [8, 12, 6])
-class UNet(Ends):
-    """Down, up by interpolation, and a skip that is concatenated."""
-
+@case(IMAGE, [16, 8])
+class SqueezeExcite(Ends):
     def __init__(self) -> None:
-        super().__init__(8, 6)
-        self.down, self.out = nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.Conv2d(20, 6, 3, padding=1)
-        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+        super().__init__(16)
+        self.a, self.b = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
 
     def body(self, x):
-        y = F.relu(self.down(x))
-        return self.out(torch.cat([x, self.up(y)], 1)) + F.interpolate(self.out(torch.cat([x, self.up(y)], 1)), (8, 8))
+        return x * torch.sigmoid(self.b(F.relu(self.a(x.mean((2, 3), keepdim=True)))))
 
 
-@case(IMAGE, [8, 10])
-class Pooled(Ends):
+@case(IMAGE, [8, 6, 20])
+class Concatenation(Ends):
     def __init__(self) -> None:
-        super().__init__(8, 10)
-        self.a, self.b = nn.Conv2d(8, 10, 1), nn.Conv2d(8, 10, 1)
+        super().__init__(8, 14)
+        self.a, self.b, self.c = nn.Conv2d(8, 6, 1), nn.Conv2d(14, 20, 1), nn.Conv2d(20, 14, 1)
 
     def body(self, x):
-        y = self.a(F.adaptive_max_pool2d(x, 3)) + self.b(F.adaptive_avg_pool2d(x, 3))
-        return F.avg_pool2d(y, 2) + F.max_pool2d(y, 2) + F.lp_pool2d(y, 2, 2)
-
-
-@case(IMAGE, [8, 10, 6])
-class PaddedOtherwise(Ends):
-    """Borders of space repeat values of the same channel."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 6)
-        self.a = nn.Conv2d(8, 10, 3, padding=1, padding_mode="reflect")
-        self.b = nn.Conv2d(10, 6, 3, padding=1, padding_mode="circular")
-        self.edge, self.zero = nn.ReplicationPad2d(1), nn.ZeroPad2d((1, 0, 2, 0))
-
-    def body(self, x):
-        return self.b(self.zero(self.a(self.edge(x))))
-
-
-@case(IMAGE, [8, 12])
-class Flattened(nn.Module):
-    """A linear layer over channels and positions loses all positions of a channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.fc, self.last = nn.Conv2d(4, 8, 3, stride=2), nn.Linear(72, 12), nn.Linear(12, 3)
-
-    def forward(self, x):
-        return self.last(F.relu(self.fc(torch.flatten(F.relu(self.a(x)), 1))))
-
-
-@case(IMAGE, [8, 5])
-class ShuffledBothWays(Ends):
-    """Positions to channels and back, by PyTorch's own modules."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 5)
-        self.fold, self.conv, self.unfold = nn.PixelUnshuffle(2), nn.Conv2d(32, 20, 1), nn.PixelShuffle(2)
-
-    def body(self, x):
-        return self.unfold(self.conv(self.fold(x)))
-
-
-@case(IMAGE, [6, 10])
-class ShuffledByModule(Ends):
-    """Two rows of six: as many columns as can go without tearing the shuffle."""
-
-    def __init__(self) -> None:
-        super().__init__(12, 10)
-        self.shuffle, self.conv = nn.ChannelShuffle(2), nn.Conv2d(12, 10, 1)
-
-    def body(self, x):
-        return self.conv(self.shuffle(x))
-
-
-@case(IMAGE, [12, 24])
-class ConvNeXt(Ends):
-    """A block with a scale for each layer, and stochastic depth."""
-
-    def __init__(self) -> None:
-        super().__init__(12)
-        from torchvision.ops import StochasticDepth
-
-        self.depthwise, self.norm = nn.Conv2d(12, 12, 7, padding=3, groups=12), nn.LayerNorm(12)
-        self.a, self.b, self.drop = nn.Linear(12, 24), nn.Linear(24, 12), StochasticDepth(0.5, "row")
-        self.gamma = nn.Parameter(torch.full((12, 1, 1), 1e-6))
-
-    def body(self, x):
-        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        return x + self.drop(self.gamma * self.b(F.gelu(self.a(y))).permute(0, 3, 1, 2))
+        x = torch.cat([x, self.a(x)], 1)
+        return x + self.c(F.relu(self.b(x)))
 
 
 @case(IMAGE, [8, 6, 20])
@@ -223,18 +97,36 @@ class DenseBlock(Ends):
         return torch.cat([x, self.b(F.relu(self.m(x)))], 1)
 
 
-@case(IMAGE, [8, 8])
-class WeighedFusion(Ends):
-    """Scalars that are parameters, as in BiFPN: they are nobody's channels."""
+@case((2, 6, 12), [16, 20])
+class GatedLinearUnit(Tokens):
+    """Both gates from one packed weight."""
 
     def __init__(self) -> None:
-        super().__init__(8)
-        self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-        self.w, self.temperature = nn.Parameter(torch.ones(2)), nn.Parameter(torch.tensor(1.5))
+        super().__init__(16)
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(20, 16)
 
     def body(self, x):
-        w = F.relu(self.w)
-        return (w[0] * self.a(x) + w[1] * self.b(x)) / (w.sum() + 1e-4) * self.temperature.exp()
+        a, b = self.up(x).chunk(2, -1)
+        return x + self.down(F.silu(a) * b)
+
+
+@case((2, 6, 12), [16, 20])
+class GatedByTwoWeights(Tokens):
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.gate, self.up, self.down = nn.Linear(16, 20), nn.Linear(16, 20), nn.Linear(20, 16)
+
+    def body(self, x):
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@case(IMAGE, [12])
+class FunctionalGlu(Ends):
+    def __init__(self) -> None:
+        super().__init__(24, 12)
+
+    def body(self, x):
+        return F.glu(x, 1)
 
 
 @case(IMAGE, [6])
@@ -249,6 +141,33 @@ class Maxout(Ends):
         return x.view(n, 2, c // 2, h, w).amax(1)
 
 
+@case(IMAGE, [8, 8])
+class WeighedFusion(Ends):
+    """Scalars that are parameters, as in BiFPN: they are nobody's channels."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.w, self.temperature = nn.Parameter(torch.ones(2)), nn.Parameter(torch.tensor(1.5))
+
+    def body(self, x):
+        w = F.relu(self.w)
+        return (w[0] * self.a(x) + w[1] * self.b(x)) / (w.sum() + 1e-4) * self.temperature.exp()
+
+
+@case(IMAGE, [8, 5], {"values.weight": "softmax"})
+class SpatialAttention(Ends):
+    """A softmax over positions leaves channels free; the one over the map's own channels does not."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 5)
+        self.map, self.values, self.out = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 5, 1)
+
+    def body(self, x):
+        weights = self.map(x).flatten(2).softmax(-1).view(-1, 1, 8, 8)
+        return self.out(self.values(x * weights).softmax(1))
+
+
 @case(IMAGE, [8, 12])
 class InPlace(Ends):
     """Sums, products and activations in place."""
@@ -261,6 +180,18 @@ class InPlace(Ends):
         y = self.b(self.act(self.a(x)).mul_(2).add_(1))
         y += x
         return y.clamp_(-3, 3)
+
+
+@case(IMAGE, [8, 10])
+class Siamese(Ends):
+    """One tower for two images: its channels are tied to themselves only."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 10)
+        self.tower = nn.Sequential(nn.Conv2d(8, 10, 3), nn.BatchNorm2d(10), nn.ReLU())
+
+    def body(self, x):
+        return (self.tower(x) - self.tower(x.flip(-1))).abs()
 
 
 @case(((2, 4, 8, 8), (2, 5)), [8, 12])
@@ -289,83 +220,6 @@ class SeveralOutputs(nn.Module):
     def forward(self, x):
         features = self.out(F.relu(self.a(x)))
         return self.last(features.mean((2, 3))), [features]
-
-
-@case(IMAGE, [8, 10])
-class Siamese(Ends):
-    """One tower for two images: its channels are tied to themselves only."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 10)
-        self.tower = nn.Sequential(nn.Conv2d(8, 10, 3), nn.BatchNorm2d(10), nn.ReLU())
-
-    def body(self, x):
-        return (self.tower(x) - self.tower(x.flip(-1))).abs()
-
-
-@case(IMAGE, [8, 5], {"values.weight": "softmax"})
-class SpatialAttention(Ends):
-    """A softmax over positions leaves channels free; the one over the map's own channels does not."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 5)
-        self.map, self.values, self.out = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 5, 1)
-
-    def body(self, x):
-        weights = self.map(x).flatten(2).softmax(-1).view(-1, 1, 8, 8)
-        return self.out(self.values(x * weights).softmax(1))
-
-
-@case(IMAGE, [8, 9])
-class WindowsAsColumns(Ends):
-    """unfold and fold: the positions of a kernel go with their channel."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 9)
-        self.mix = nn.Linear(72, 81)
-
-    def body(self, x):
-        columns = F.unfold(x, 3, padding=1)
-        return F.fold(self.mix(columns.transpose(1, 2)).transpose(1, 2), (8, 8), 3, padding=1)
-
-
-@case(IMAGE, [12, 10])
-class FrozenNorm(Ends):
-    """Statistics and scales that are buffers go with their channels."""
-
-    def __init__(self) -> None:
-        super().__init__(12, 10)
-        from torchvision.ops import FrozenBatchNorm2d
-
-        self.norm, self.conv = FrozenBatchNorm2d(12), nn.Conv2d(12, 10, 1)
-        for b in self.norm.buffers():
-            b.copy_(torch.rand_like(b) + 0.5)
-
-    def body(self, x):
-        return self.conv(F.relu(self.norm(x)))
-
-
-@case((2, 6, 12), [16, 20])
-class GatedLinearUnit(Tokens):
-    """Both gates from one packed weight."""
-
-    def __init__(self) -> None:
-        super().__init__(16)
-        self.up, self.down = nn.Linear(16, 40), nn.Linear(20, 16)
-
-    def body(self, x):
-        a, b = self.up(x).chunk(2, -1)
-        return x + self.down(F.silu(a) * b)
-
-
-@case((2, 6, 12), [16, 20])
-class GatedByTwoWeights(Tokens):
-    def __init__(self) -> None:
-        super().__init__(16)
-        self.gate, self.up, self.down = nn.Linear(16, 20), nn.Linear(16, 20), nn.Linear(20, 16)
-
-    def body(self, x):
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 @pytest.mark.parametrize("name", list(CASES))

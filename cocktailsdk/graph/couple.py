@@ -19,6 +19,7 @@ from .labels import MUST_STAY, Field
 from .mend import READS_SIZES
 from .reasons import because, stays
 from .rules import RULES, Context
+from .rules.mutation import mutated
 
 __all__ = ["Pass"]
 
@@ -93,7 +94,7 @@ class Pass:
 
 def propagate(exported: Exported) -> Context:
     """Runs every node's rule, in order of execution."""
-    ctx = Context(exported)
+    ctx = Context(exported, dead=_dead(exported.graph))
     for node in exported.graph.nodes:
         ctx.labels.at = node.name
         if node.op == "call_function":
@@ -107,6 +108,21 @@ def propagate(exported: Exported) -> Context:
     return ctx
 
 
+def _dead(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Calls whose results nothing reads, and that write nothing: attention weights that are not asked for, say."""
+    dead: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        writes = schema is None or schema.is_mutable or not schema.returns
+        if (
+            node.op == "call_function"
+            and (not writes or node.target is operator.getitem)
+            and dead.issuperset(node.users)
+        ):
+            dead.add(node)
+    return frozenset(dead)
+
+
 def op_name(node: fx.Node) -> str:
     """An op's base name, without the mark of in-place ops."""
     if node.target is operator.getitem:
@@ -117,6 +133,9 @@ def op_name(node: fx.Node) -> str:
 
 def _apply(ctx: Context, node: fx.Node) -> None:
     name = op_name(node)
+    if node in ctx.dead and name not in READS_SIZES - {"mean"}:
+        ctx.env[node] = ()
+        return
     rule = RULES.get(name)
     if rule is None:
         touched = [f for source in node.all_input_nodes for f in _flat(ctx, source)]
@@ -127,9 +146,8 @@ def _apply(ctx: Context, node: fx.Node) -> None:
         return
     result = rule(ctx, node)
     ctx.env[node] = result
-    mutates = name != "getitem" and str(getattr(node.target, "_opname", "")).endswith("_") and not name.startswith("_")
-    if mutates and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function":
-        ctx.env[node.args[0]] = result
+    if name != "getitem" and str(getattr(node.target, "_opname", "")).endswith("_") and not name.startswith("_"):
+        mutated(ctx, node)
 
 
 def _flat(ctx: Context, node: fx.Node) -> list[Field]:
@@ -191,12 +209,14 @@ class _Units:
     runs: tuple[_Run, ...]
 
 
-def _number(root: Int64[Tensor, " labels"], made: Sequence[_Made]) -> _Units:
+def _number(root: Int64[Tensor, " labels"], made: Sequence[_Made], parts: Sequence[Int64[Tensor, "..."]]) -> _Units:
     """Numbers the classes that weights make, run by run: those of the same makers are neighbours.
 
     Args:
         root: Root of every label.
         made: Every axis that makes channels, in order of execution.
+        parts: Labels that code cuts out of a tensor: classes in different parts are of different runs, so that
+            something is left of each.
     """
     n, never = root.numel(), np.iinfo(np.int64).max
     rng = np.random.default_rng(0)
@@ -209,6 +229,8 @@ def _number(root: Int64[Tensor, " labels"], made: Sequence[_Made]) -> _Units:
         makers_key[unique] ^= rng.integers(1, 2**63, dtype=np.uint64)
         order[unique] = np.minimum(order[unique], position + first)
         position += roots.size
+    for labels in parts:
+        makers_key[np.unique(root[labels].numpy())] ^= rng.integers(1, 2**63, dtype=np.uint64)
     live = np.flatnonzero(order < never)
     live = live[live != MUST_STAY]
     key = makers_key[live]
@@ -238,6 +260,7 @@ def _makers(ctx: Context) -> list[_Made]:
     """Every axis of a weight or an embedding that makes channels."""
     axes = [(use.name, use.out_axis) for use in ctx.uses.values()]
     axes += [(name, 1) for name in sorted(ctx.tables)]
+    axes += [axis for axis in ctx.makers if axis not in set(axes)]
     fields = [(name, axis, ctx.axis_field(ctx.axis_fields(name), axis)) for name, axis in axes]
     return [_Made(name, axis, f.labels.flatten()) for name, axis, f in fields if f is not None]
 
@@ -245,13 +268,13 @@ def _makers(ctx: Context) -> list[_Made]:
 def _assemble(ctx: Context) -> Coupling:
     made = _makers(ctx)
     root, why = ctx.labels.classes()
-    units = _number(root, made)
+    units = _number(root, made, ctx.parts)
     alone = [r.start for r in units.runs if r.stop - r.start < 2]
     if alone:  # one of each group must stay, so a group of one has nothing to spare
         labels = [int((units.of_label == a).nonzero()[0]) for a in alone]
         ctx.labels.stay(torch.tensor(labels), "the only unit of its group")
         root, why = ctx.labels.classes()
-        units = _number(root, made)
+        units = _number(root, made, ctx.parts)
 
     fields: dict[str, tuple[Tensor, ...]] = {}
     for name, axis_fields in ctx.named_axes.items():

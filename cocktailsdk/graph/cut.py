@@ -14,7 +14,22 @@ from ..errors import SlimError
 from .coupling import Coupling, Trace
 from .mend import Mends, Options, mend
 
-__all__ = ["Cutter"]
+__all__ = ["Cutter", "duplicate"]
+
+
+def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of models that hold tensors which they compute (old weight norm's ``weight``).
+
+    Args:
+        model: The model.
+        memo: Copies that are to stand for some of its objects, by ``id``.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
 
 
 @dataclass(frozen=True)
@@ -65,5 +80,5 @@ class Cutter:
                 smaller = smaller.clone()
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
-        slim = copy.deepcopy(model, memo)
+        slim = duplicate(model, memo)
         return slim, mend(slim, model, self.trace, keep, mends)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .attention import SlimMultiheadAttention
 from .coupling import Node, Norm, Trace
 from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
 
@@ -142,6 +143,11 @@ def mend(
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             made = make(weight, bias, channels=norm.channels, axis=norm.axis, eps=norm.eps)
             slim.set_submodule(path, made.train(module.training))
+        elif isinstance(module, nn.MultiheadAttention):
+            changed = any(p.shape != q.shape for p, q in zip(module.parameters(), was.parameters(), strict=True))
+            if changed:
+                stand_in = SlimMultiheadAttention(module, was.head_dim)
+                slim.set_submodule(path, stand_in.train(module.training))
         elif path in trace.pads:
             _mend_padding(slim, path, trace, keep, module.training)
         elif _mend_known(module, was):
@@ -209,6 +215,9 @@ def _mend_known(module: nn.Module, was: Any) -> bool:
             size = was.num_channels // was.num_groups
             module.num_channels = module.weight.shape[0]
             module.num_groups = module.num_channels // size
+    elif isinstance(module, nn.RNNBase):
+        weights = dict(module.named_parameters(recurse=False))
+        module.hidden_size, module.input_size = (weights[f"weight_{to}_l0"].shape[1] for to in ("hh", "ih"))
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
     else:

@@ -84,6 +84,7 @@ def rewritten(
     given = {name for n in own for name in n.inputs}
     records = [n for n in trace.nodes if n.module == path or n.name in given]
     values: dict[fx.Node, Any] = {}
+    undefined: list[fx.Node] = []
     editor = _Editor(wide, values, records, keep)
     runner = _Runner(slim, graph)
     bound = _bound(slim, *slim_inputs)
@@ -95,7 +96,13 @@ def rewritten(
             if node.op == "output":
                 break
             editor.edit(node)
-            values[node] = runner.run_one(node, values)
+            try:
+                values[node] = runner.run_one(node, values)
+            except ArithmeticError:  # a number made of widths, which what reads it has as a constant of the original
+                values[node] = None
+                undefined.append(node)
+        for node in reversed(undefined):
+            graph.erase_node(node)
     except Exception as error:
         log.debug("%s cannot be rewritten: %s", path, error)
         return None
@@ -190,26 +197,24 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
-def _share(
-    dim: int | Sequence[int] | None, before: Sequence[int], now: Sequence[int]
-) -> tuple[tuple[int, ...], float]:
+def _share(dim: int | Sequence[int] | None, before: Sequence[int], now: Sequence[int]) -> tuple[tuple[int, ...], float]:
     """The dimensions that are reduced, and how much is left along them."""
     dims = tuple(range(len(before))) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     return dims, prod(now[d] for d in dims) / prod(before[d] for d in dims)
 
 
-def _centred(node: fx.Node) -> fx.Node | None:
-    """``x``, where a node is ``(x - x.mean(…)) ** 2`` and the mean counts absent channels."""
-    name = _name(node)
-    if name in ("pow", "square", "mul") and isinstance(node.args[0], fx.Node):
+def _centred(node: Any, *, squared: bool) -> fx.Node | None:
+    """``x``, where a node is ``x - x.mean(…)``, or that squared, and the mean counts absent channels."""
+    if squared:
         exponent = node.args[1] if len(node.args) > 1 else 2
-        difference = node.args[0]
-        squared = exponent is difference if name == "mul" else exponent == 2
-        if squared and _name(difference) == "sub" and difference.target is not operator.getitem:
-            x, mean = difference.args[:2]
-            if isinstance(mean, fx.Node) and mean.target is mean_of_all and mean.args[0] is x:
-                return x  # type: ignore[return-value]
-    return None
+        if _name(node) not in ("pow", "square", "mul") or not (exponent == 2 or exponent is node.args[0]):
+            return None
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or _name(node) != "sub":
+        return None
+    x, mean = node.args[:2]
+    same = isinstance(mean, fx.Node) and mean.target is mean_of_all and mean.args[0] is x
+    return x if same and isinstance(x, fx.Node) else None
 
 
 class _Editor:
@@ -280,7 +285,7 @@ class _Editor:
         dims, share = _share(given.get("dim"), before, now)
         if share == 1:
             return
-        centred = _centred(given["input"])
+        centred = _centred(given["input"], squared=True)
         keepdim = bool(given.get("keepdim", False))
         node.op, node.kwargs = "call_function", {}
         if centred is None:
@@ -299,7 +304,8 @@ class _Editor:
         if share != 1:
             correction = given.get("correction", int(given.get("unbiased", True)))
             node.op, node.target, node.kwargs = "call_function", variance_of_all, {}
-            node.args = (node.args[0], dims, bool(given.get("keepdim", False)), share, correction, name == "std")
+            source = _centred(node.args[0], squared=False) or node.args[0]
+            node.args = (source, dims, bool(given.get("keepdim", False)), share, correction, name == "std")
 
     def _narrow(self, node: Any) -> None:
         """A run of channels, told by its start and length."""

@@ -1,6 +1,6 @@
 """One small function for each kind of op; importing this package registers them all."""
 
-from . import contraction, elementwise, experts, movement, mutation, norm, recurrent, reduction, spectral
+from . import contraction, einsum, elementwise, experts, movement, mutation, norm, recurrent, reduction, spectral
 from .registry import RULES, Context, Product, Result, WeightUse, rule
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Result",
     "WeightUse",
     "contraction",
+    "einsum",
     "elementwise",
     "experts",
     "movement",

@@ -218,7 +218,7 @@ def _grouped_transposed(
     return [] if outof is None else [outof.with_labels(outof.labels.flatten().repeat(groups))]
 
 
-@rule("matmul", "mm", "bmm", "baddbmm", "mv", "dot")
+@rule("matmul", "mm", "bmm", "baddbmm", "mv", "dot", "vdot")
 def matmul(ctx: Context, node: fx.Node) -> Result:
     """Matrix products of two activations, or of activations and a parameter."""
     if node.target._opname == "baddbmm":  # type: ignore[union-attr]
@@ -228,8 +228,7 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
         a, b = node.args[:2]
     sa, sb = ctx.shape(a), ctx.shape(b)
     if len(sa) < 2 or len(sb) < 2:
-        ctx.labels.stay_all((*ctx.fields(a), *ctx.fields(b)))
-        return ()
+        return _of_vectors(ctx, node, a, b)
     axes = (len(sb) - 1, len(sb) - 2)
     macs = prod(ctx.shape(node)) * sa[-1]
     across = [f.labels for f in ctx.fields(a) if len(sa) - 1 not in f.dims]
@@ -239,23 +238,37 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
         across = [f.labels for f in ctx.fields(b) if len(sb) - 2 not in f.dims]
         _remember(ctx, node, a, "matmul", (len(sa) - 2, len(sa) - 1), macs, across)
     else:
-        _remember(ctx, node, None, "matmul", axes, macs, _factors(ctx, a, b, sa, sb))
+        _remember(ctx, node, None, "matmul", axes, macs, _factors(ctx.fields(a), ctx.fields(b), sa, sb))
     return product(ctx, ctx.fields(a), sa, ctx.fields(b), sb, ctx.shape(node))
 
 
-def _factors(
-    ctx: Context, a: Any, b: Any, sa: tuple[int, ...], sb: tuple[int, ...]
-) -> tuple[Int64[Tensor, "..."], ...]:
+def _of_vectors(ctx: Context, node: fx.Node, a: Any, b: Any) -> Fields:
+    """Products in which a vector is a row on the left, or a column on the right; too small to count."""
+    sa, sb, fa, fb = ctx.shape(a), ctx.shape(b), ctx.fields(a), ctx.fields(b)
+    rank = len(ctx.shape(node))
+    if len(sa) == 1:
+        sa, fa = (1, *sa), tuple(f.with_labels(f.labels[None]) for f in fa)
+    if len(sb) == 1:
+        sb, fb = (*sb, 1), tuple(f.with_labels(f.labels[..., None]) for f in fb)
+    shape = (*sa[:-2], *sb[:-2], sa[-2], sb[-1])
+    gone = [d for d, was in ((len(shape) - 1, len(ctx.shape(b))), (len(shape) - 2, len(ctx.shape(a)))) if was == 1]
+    out = product(ctx, fa, sa, fb, sb, shape)
+    for d in gone:
+        out = tuple(f.with_labels(f.labels.squeeze(d)) for f in out)
+    return out if rank else ()
+
+
+def _factors(fa: Fields, fb: Fields, sa: tuple[int, ...], sb: tuple[int, ...]) -> tuple[Int64[Tensor, "..."], ...]:
     """Label arrays whose shares multiply to the share of multiply-adds left."""
     taken: set[int] = set()
     out = []
-    for f in ctx.fields(a):
+    for f in fa:
         if not f.dims & taken:
             taken |= f.dims
             out.append(f.labels)
     shift = len(sa) - len(sb)
     rank = len(sa)
-    for f in ctx.fields(b):
+    for f in fb:
         dims = {rank - 1 if d == len(sb) - 2 else (rank if d == len(sb) - 1 else d + shift) for d in f.dims}
         if not dims & taken:
             taken |= dims
@@ -331,57 +344,3 @@ def _whole(ctx: Context, fields: Fields, dim: int) -> Fields:
         if left is not None:
             out.append(left)
     return tuple(out)
-
-
-@rule("einsum")
-def einsum(ctx: Context, node: fx.Node) -> Result:
-    """Any product of two operands by letters: shared letters that do not go on are contracted."""
-    equation = str(node.args[0]).replace(" ", "")
-    operands: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-    if len(operands) != 2 or "." in equation or "->" not in equation:
-        ctx.labels.stay_all(f for o in operands for f in ctx.fields(o))
-        return ()
-    (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
-    if len(set(left)) < len(left) or len(set(right)) < len(right):
-        ctx.labels.stay_all(f for o in operands for f in ctx.fields(o))
-        return ()
-    letters = out + "".join(c for c in dict.fromkeys(left + right) if c not in out)
-    sizes = dict(zip(left + right, (*ctx.shape(operands[0]), *ctx.shape(operands[1])), strict=True))
-
-    def spelled(fields: Fields, own: str) -> Fields:
-        """Fields with one dimension per letter of the whole equation."""
-        order = sorted(range(len(own)), key=lambda i: letters.index(own[i]))
-        return tuple(
-            f.with_labels(
-                f.labels.permute(order).reshape([f.labels.shape[own.index(c)] if c in own else 1 for c in letters])
-            )
-            for f in fields
-        )
-
-    fa, fb = spelled(ctx.fields(operands[0]), left), spelled(ctx.fields(operands[1]), right)
-    _remember(ctx, node, None, "matmul", (0, 1), prod(sizes[c] for c in letters), _spelled_factors(fa, fb))
-    every = [(d, d) for d in range(len(letters))]
-    for d, letter in enumerate(letters):
-        if letter not in out:
-            if letter in left and letter in right:
-                passing_a, passing_b = consume(ctx, fa, fb, d, d, batch=every)
-            else:  # summed over by itself
-                passing_a, passing_b = list(_whole(ctx, fa, d)), list(_whole(ctx, fb, d))
-            fa, fb = tuple(passing_a), tuple(passing_b)
-    shape = [sizes[c] for c in out]
-    pairs = []
-    for fields, own in ((fa, left), (fb, right)):
-        held = tuple(f.with_labels(f.labels.reshape(f.labels.shape[: len(out)])) for f in fields)
-        pairs.append((tuple(sizes[c] if c in own else 1 for c in out), held))
-    rows = unify(ctx, pairs, shape)
-    return tuple(next(f for f in row if f is not None).with_zero(any_zero(row)) for row in rows)
-
-
-def _spelled_factors(fa: Fields, fb: Fields) -> list[Int64[Tensor, "..."]]:
-    taken: set[int] = set()
-    out = []
-    for f in (*fa, *fb):
-        if not f.dims & taken:
-            taken |= f.dims
-            out.append(f.labels)
-    return out

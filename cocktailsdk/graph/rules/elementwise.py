@@ -12,13 +12,14 @@ from .registry import Context, Result, rule
 
 # Functions with f(0) = 0, and some others.
 KEEP_ZERO = """
-    relu relu6 gelu silu mish hardswish leaky_relu elu selu celu tanh softsign hardshrink softshrink tanhshrink
+    relu relu6 gelu silu mish hardswish leaky_relu elu selu celu tanh hardshrink softshrink
     rrelu abs neg negative sqrt square sin asin sinh tan atan erf floor ceil round trunc sign expm1 log1p
     nan_to_num sgn rrelu_with_noise absolute zeros_like
 """.split()  # noqa: SIM905
 LOSE_ZERO = """
     sigmoid hardsigmoid exp exp2 log log2 log10 rsqrt reciprocal cos cosh acos erfc softplus log_sigmoid
-    bitwise_not logical_not __or__ __xor__ bitwise_xor isnan isinf isfinite rand_like randn_like ones_like full_like empty_like
+    bitwise_not logical_not __or__ __xor__ bitwise_xor isnan isinf isfinite
+    rand_like randn_like ones_like full_like empty_like
     erfinv sigmoid_backward eq ne lt le gt ge logical_or logical_xor bitwise_and bitwise_or atan2 remainder fmod
     floor_divide
 """.split()  # noqa: SIM905

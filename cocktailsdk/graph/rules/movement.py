@@ -25,7 +25,6 @@ def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
 PASSED_ON = """
     alias clone contiguous detach detach_copy dropout feature_dropout lift_fresh_copy to _to_copy type_as positive
     bernoulli requires_grad feature_alpha_dropout alpha_dropout resolve_conj resolve_neg native_dropout
-    identity view_as_real_copy
 """.split()  # noqa: SIM905
 
 

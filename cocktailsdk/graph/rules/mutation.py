@@ -22,7 +22,7 @@ VIEWS = frozenset(
 def fill(ctx: Context, node: fx.Node) -> Result:
     """Every element becomes the same number, or noise."""
     name = node.target._opname.rstrip("_")  # type: ignore[union-attr]
-    zero = name == "zero" or (name == "fill" and node.args[1] == 0)
+    zero = name == "zero" or (name == "fill" and bool(node.args[1] == 0))
     return tuple(f.with_zero(f.zero and zero) for f in ctx.fields(node.args[0]))
 
 

@@ -129,6 +129,21 @@ def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int
     return (*kept, *across)
 
 
+@rule("_weight_norm")
+def weight_norm(ctx: Context, node: fx.Node) -> Result:
+    """``g v / |v|`` for every position along a dimension: whole ones stay, since masked they would be 0 / 0."""
+    v, g = node.args[:2]
+    dim = int(argument(node, "dim", 0))
+    for f in (*ctx.fields(v), *ctx.fields(g)):
+        if dim in f.dims:
+            ctx.labels.stay(
+                f.labels,
+                f"weight norm in {module_of(node) or 'the model'} divides these channels by each one's own norm, which "
+                "masking makes zero (remove it before slimming: torch.nn.utils.parametrize.remove_parametrizations)",
+            )
+    return ctx.fields(v)
+
+
 AROUND_NORM = {
     "layer_norm",
     "rms_norm",

@@ -23,14 +23,15 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
     One number holds the width of all layers and directions, so all lose the same positions. Packed sequences, states
     that are given, and projections are kept whole.
     """
-    x, state, weights = node.args[0], node.args[1], node.args[2]
+    given: tuple[Any, ...] = node.args
+    x, state, weights = given[:3]
     if node.target._overloadname != "input":  # type: ignore[union-attr]
         return _whole(ctx, node, "a recurrent layer over packed sequences is kept whole")
     layers, directions = int(argument(node, "num_layers")), 2 if argument(node, "bidirectional") else 1
-    per_cell = len(weights) // (layers * directions)  # type: ignore[arg-type]
-    states = [state] if isinstance(state, fx.Node) else list(state)  # type: ignore[arg-type]
-    started = [s for s in states if not (s.op == "call_function" and s.target._opname == "zeros")]
-    hidden = ctx.shape(weights[1])[-1]  # type: ignore[index]
+    per_cell = len(weights) // (layers * directions)
+    states = [state] if isinstance(state, fx.Node) else list(state)
+    started = [s for s in states if getattr(s.target, "_opname", "") != "zeros"]
+    hidden = ctx.shape(weights[1])[-1]
     if started or per_cell not in (2, 4) or hidden < 2:
         return _whole(ctx, node, "a recurrent layer that is given its state, or projects it, is kept whole")
     gates = GATES[node.target._opname]  # type: ignore[union-attr]
@@ -41,7 +42,7 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
     for layer in range(layers):
         for direction in range(directions):
             at = (layer * directions + direction) * per_cell
-            w_ih, w_hh, *biases = weights[at : at + per_cell]  # type: ignore[index]
+            w_ih, w_hh, *biases = weights[at : at + per_cell]
             for matrix, fields in ((w_ih, inputs), (w_hh, (Field(labels, zero=True),))):
                 name = ctx.tensor_name(matrix)
                 if name is not None:

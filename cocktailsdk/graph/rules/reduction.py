@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import fx
 
 from ..export import module_of
 from ..labels import Field, Fields
+from .elementwise import all_zero, combine, unify
 from .registry import Context, Result, argument, rule
 
 
@@ -47,19 +50,27 @@ def _reduced_dims(ctx: Context, node: fx.Node) -> list[int]:
     return [int(d) % rank for d in dims]
 
 
-def _centred(ctx: Context, value: object, dims: list[int]) -> fx.Node | None:
-    """``x``, where a value is ``(x - x.mean(dims)) ** 2``: absent channels are as far from the mean as it is from 0."""
-    if not isinstance(value, fx.Node) or value.op != "call_function":
-        return None
-    name = value.target._opname  # type: ignore[union-attr]
-    difference = value.args[0]
-    squared = {"square": True, "pow": value.args[1:] == (2,), "mul": value.args[1:] == (difference,)}.get(name, False)
-    if not squared or not isinstance(difference, fx.Node) or getattr(difference.target, "_opname", "") != "sub":
+def _centred(ctx: Context, value: Any, dims: list[int], *, squared: bool) -> fx.Node | None:
+    """``x``, where a value is ``x - x.mean(dims)``, or that squared.
+
+    Absent channels are as far from the mean as it is from zero.
+    """
+
+    def called(v: object) -> str:
+        return str(getattr(v.target, "_opname", "")) if isinstance(v, fx.Node) else ""
+
+    difference: Any = value
+    if squared:
+        name = called(value)
+        difference = value.args[0] if name in ("square", "pow", "mul") else None
+        if name != "square" and difference is not None:
+            again = 2 if name == "pow" else difference
+            difference = difference if value.args[1:] == (again,) else None
+    if called(difference) != "sub":
         return None
     x, mean = difference.args[:2]
-    if not isinstance(mean, fx.Node) or getattr(mean.target, "_opname", "") != "mean" or mean.args[0] is not x:
-        return None
-    return x if _reduced_dims(ctx, mean) == dims and isinstance(x, fx.Node) else None
+    same = called(mean) == "mean" and mean.args[0] is x and _reduced_dims(ctx, mean) == dims
+    return x if same and isinstance(x, fx.Node) else None
 
 
 @rule(
@@ -88,7 +99,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     counts = name not in ("sum", "norm", "linalg_vector_norm", "nansum")
     source = ctx.fields(node.args[0])
     if name in ("mean", "var", "std") and module_of(node):
-        centred = _centred(ctx, node.args[0], dims) if name == "mean" else None
+        centred = _centred(ctx, node.args[0], dims, squared=name == "mean")
         zero = {f.dims for f in (source if centred is None else ctx.fields(centred)) if f.zero and f.dims <= set(dims)}
         if zero:
             # The module that runs it can be given a statistic that counts the absent channels.
@@ -120,13 +131,23 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
+@rule("cosine_similarity")
+def cosine(ctx: Context, node: fx.Node) -> Result:
+    """Sums of products along a dimension: channels that are zero on both sides add nothing to any of them."""
+    dim = int(argument(node, "dim", 1))
+    a, b = node.args[:2]
+    shape = torch.broadcast_shapes(ctx.shape(a), ctx.shape(b))
+    rows = unify(ctx, [(ctx.shape(a), ctx.fields(a)), (ctx.shape(b), ctx.fields(b))], shape)
+    fields = tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+    left, _ = mixed(ctx, fields, [dim % len(shape)], absent_zeros_count=False)
+    return tuple(Field(f.labels.squeeze(dim), False) for f in left)
+
+
 @rule("max", "min", "median", "mode", "kthvalue", "topk", "sort", "var_mean", "std_mean", "aminmax", "cummax", "cummin")
 def selection(ctx: Context, node: fx.Node) -> Result:
     """Ops with values and indices (or two statistics) as results; mixed along one dimension, or all."""
     source = node.args[0]
     if len(node.args) > 1 and isinstance(node.args[1], fx.Node):  # max(a, b)
-        from .elementwise import all_zero, combine
-
         return combine(ctx, node.args[:2], ctx.shape(node), all_zero)
     several = not hasattr(node.meta["val"], "shape")
     first = node.meta["val"][0] if several else node.meta["val"]
@@ -159,7 +180,6 @@ def selection(ctx: Context, node: fx.Node) -> Result:
     "argsort",
     "glu_backward",
     "_fft_c2c",
-    "normalize",
 )
 def along(ctx: Context, node: fx.Node) -> Result:
     """Values mixed along a dimension that stays."""
@@ -174,7 +194,7 @@ def along(ctx: Context, node: fx.Node) -> Result:
 
 SPATIAL = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d lp_pool2d max_pool2d_with_indices
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices
     upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d
     _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest3d
     upsample_trilinear3d grid_sampler grid_sampler_2d

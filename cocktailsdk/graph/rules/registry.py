@@ -74,6 +74,7 @@ class Context:
         norms: Modules that normalise over labelled channels.
         counted: Modules that take a mean over labelled channels, which must count the absent ones.
         pads: Modules whose padding along channels can be rewritten.
+        dead: Calls whose results nothing reads.
         parts: Labels of the parts that code cuts out of a tensor, none of which may lose everything.
         makers: Further axes of weights that make channels, by name and axis.
         tables: Embeddings, whose columns are channels.
@@ -89,6 +90,7 @@ class Context:
     norms: dict[str, Norm] = field(default_factory=dict)
     counted: set[str] = field(default_factory=set)
     pads: set[str] = field(default_factory=set)
+    dead: frozenset[fx.Node] = frozenset()
     parts: list[Int64[Tensor, "..."]] = field(default_factory=list)
     makers: dict[tuple[str, int], None] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""Complex numbers and Fourier transforms: linear along the dimensions that they mix, and elementwise along the others."""
+"""Complex numbers and Fourier transforms, which mix the dimensions that they run along and no others."""
 
 from __future__ import annotations
 
