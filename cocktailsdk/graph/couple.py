@@ -169,7 +169,7 @@ def _rectangles(ctx: Context) -> None:
             varying = [d for d in range(now.dim()) if now.shape[d] > 1 and not bool((now == now.narrow(d, 0, 1)).all())]
             if len(varying) < 2:
                 continue
-            survivor = max(varying, key=lambda d: (_distinct(now, d), now.shape[d]))
+            survivor = max(varying, key=lambda d: (_distinct(now, d), now.shape[d], d))
             for d in varying:
                 if d != survivor:
                     ctx.labels.join(labels, labels.narrow(d, 0, 1))

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice, product
+from types import CodeType
 from typing import Any
 
 from jaxtyping import Bool
@@ -265,8 +266,14 @@ def _names_read(cls: type) -> set[str]:
         for name, function in vars(base).items():
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code is not None and name != "__init__":
-                out.update(code.co_names)
+                out.update(_names_in(code))
     return out
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Names in a function's code, and in that of what is defined inside it (generators, lambdas)."""
+    inner = (c for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def assign(module: nn.Module, values: Mapping[str, Value]) -> None:
