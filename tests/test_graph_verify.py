@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_cases import half, removal
 from torch import nn
 
 from cocktailsdk.errors import SlimError
-from cocktailsdk.graph import couple, slim_module
+from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.cut import Cutter
+from cocktailsdk.graph.layers import SlimLayerNorm
+from cocktailsdk.graph.mend import Mends
 from cocktailsdk.graph.verify import verify_slim
 
 
@@ -60,6 +64,33 @@ def one_channel_out_of_order(slim: nn.Module) -> None:
     slim.fc2.weight.data = w[:, order]
 
 
+def permuted_heads_of_one_weight(slim: nn.Module) -> None:
+    """Two heads change places in the queries, and nowhere else."""
+    rows = torch.arange(slim.attn.qkv.out_features)
+    d = slim.attn.head_dim
+    rows[:d], rows[d : 2 * d] = rows[d : 2 * d].clone(), rows[:d].clone()
+    slim.attn.qkv.weight.data = slim.attn.qkv.weight.data[rows]
+    slim.attn.qkv.bias.data = slim.attn.qkv.bias.data[rows]
+
+
+def one_row_out_of_order(slim: nn.Module) -> None:
+    w = slim.fc1.weight.data
+    w[[0, 1]] = w[[1, 0]]
+
+
+def another_channel(slim: nn.Module) -> None:
+    """A channel that was to go is there in place of one that was to stay."""
+    slim.fc1.weight.data[0] = torch.randn_like(slim.fc1.weight.data[0])
+
+
+def unmasked_bias(slim: nn.Module) -> None:
+    slim.attn.proj.bias.data[0] += 0.01
+
+
+def wrong_eps(slim: nn.Module) -> None:
+    slim.norm.eps *= 10
+
+
 def forgotten_zeros(slim: nn.Module) -> None:
     slim.norm.channels = slim.norm.weight.numel()
 
@@ -68,24 +99,112 @@ def wrong_heads(slim: nn.Module) -> None:
     slim.attn.heads, slim.attn.head_dim = slim.attn.head_dim, slim.attn.heads
 
 
-@pytest.mark.parametrize("harm", [wrong_scale, swapped_heads, one_channel_out_of_order, forgotten_zeros, wrong_heads])
-def test_a_wrong_mend_is_caught(harm: Callable[[nn.Module], None]) -> None:
+@dataclass(frozen=True)
+class Slimmed:
+    """A model with what is known of slimming half of each of its groups."""
+
+    model: Net
+    x: torch.Tensor
+    coupling: Coupling
+    removed: torch.Tensor
+    mends: Mends
+
+    def verify(self) -> None:
+        verify_slim(self.model, Cutter(self.coupling, self.coupling.trace, self.removed), (self.x,))
+
+
+@pytest.fixture(scope="module")
+def right() -> Slimmed:
+    torch.manual_seed(0)
     model, x = Net(), torch.randn(2, 6, 8)
     coupling = couple(model, (x,))
-    removed = torch.zeros(coupling.n_units, dtype=torch.bool)
-    for g in coupling.groups:
-        removed[g.start : g.start + g.size // 2] = True
+    removed = removal(coupling, half)
+    mends = verify_slim(model, Cutter(coupling, coupling.trace, removed), (x,)).mends
+    return Slimmed(model, x, coupling, removed, mends)
 
-    right = verify_slim(model, Cutter(coupling, coupling.trace, removed), (x,)).mends
 
+HARMS: list[tuple[Callable[[nn.Module], None], str]] = [
+    (wrong_scale, "attn"),
+    (swapped_heads, "attn.proj"),
+    (permuted_heads_of_one_weight, "attn.qkv"),
+    (one_channel_out_of_order, "fc2"),
+    (one_row_out_of_order, "fc1"),
+    (forgotten_zeros, "norm"),
+    (wrong_eps, "norm"),
+    (wrong_heads, "attn"),
+    (another_channel, "fc1"),
+    (unmasked_bias, "attn.proj"),
+]
+"""What goes wrong in a slim model, and the module that must be named."""
+
+
+@pytest.mark.parametrize(("harm", "named"), HARMS, ids=[h.__name__ for h, _ in HARMS])
+def test_a_wrong_mend_is_caught_and_named(right: Slimmed, harm: Callable[[nn.Module], None], named: str) -> None:
     class Wrong(Cutter):
         def cut(self, model, mends=None):
-            slim, _ = super().cut(model, right)
+            slim, _ = super().cut(model, right.mends)
             harm(slim)
             return slim, {}  # nothing is left to settle
 
-    with pytest.raises(SlimError, match=r"relative error|does not run"):
-        verify_slim(model, Wrong(coupling, coupling.trace, removed), (x,))
+    with pytest.raises(SlimError, match=r"relative error|does not run") as caught:
+        verify_slim(right.model, Wrong(right.coupling, right.coupling.trace, right.removed), (right.x,))
+    assert caught.value.module == named
+    assert repr(named) in str(caught.value)
+
+
+def test_a_right_slim_model_is_not_refused(right: Slimmed) -> None:
+    right.verify()
+
+
+def test_a_norm_that_forgets_absent_zeros_is_caught(right: Slimmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = SlimLayerNorm.forward
+
+    def forgetful(self, x):
+        self.channels = x.shape[-1]
+        return forward(self, x)
+
+    monkeypatch.setattr(SlimLayerNorm, "forward", forgetful)
+    stream = next(g for g in right.coupling.groups if "embed.weight" in g.producers)
+    removed = right.removed.clone()
+    removed[: stream.start], removed[stream.stop :] = False, False
+    with pytest.raises(SlimError, match="relative error") as caught:
+        verify_slim(right.model, Cutter(right.coupling, right.coupling.trace, removed), (right.x,))
+    assert caught.value.module == "norm"
+
+
+def test_counts_that_are_not_mended_are_caught(right: Slimmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cocktailsdk.graph.mend._options", lambda value, changed: [])
+    monkeypatch.setattr("cocktailsdk.graph.verify.rewritten", lambda *_: None)
+    with pytest.raises(SlimError, match="does not run") as caught:
+        right.verify()
+    assert caught.value.module == "attn"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "axis", "named"),
+    [("attn.qkv.weight", 0, "attn.qkv"), ("attn.proj.weight", 1, "attn.proj"), ("fc2.weight", 1, "fc2")],
+)
+def test_one_tensor_cut_elsewhere_is_caught(right: Slimmed, tensor: str, axis: int, named: str) -> None:
+    """The right number of positions, but others than those that were masked."""
+    fields = dict(right.coupling.fields)
+    moved = [u.roll(1, axis) if u.shape[axis] > 1 else u for u in fields[tensor]]
+    wrong = replace(right.coupling, fields={**fields, tensor: tuple(moved)})
+
+    class Wrong(Cutter):
+        def cut(self, model, mends=None):
+            return Cutter(wrong, self.trace, self.removed).cut(model, right.mends)[0], {}
+
+    with pytest.raises(SlimError, match="relative error") as caught:
+        verify_slim(right.model, Wrong(right.coupling, right.coupling.trace, right.removed), (right.x,))
+    assert caught.value.module == named
+
+
+def test_masks_that_miss_a_tensor_are_caught(right: Slimmed) -> None:
+    """A coupling that does not know of a norm's bias leaves it in the masked model, and in the slim one as it was."""
+    fields = {name: f for name, f in right.coupling.fields.items() if name != "norm.bias"}
+    wrong = replace(right.coupling, fields=fields)
+    with pytest.raises(SlimError):
+        verify_slim(right.model, Cutter(wrong, wrong.trace, right.removed), (right.x,))
 
 
 def test_bad_masks_are_refused() -> None:

@@ -108,18 +108,29 @@ class Undecided(nn.Module):
         return self.inner(x) if x.sum().item() > 0 else x
 
 
-@pytest.mark.parametrize("x", [torch.ones(1, 4), torch.ones(1, 5)], ids=["data-dependent", "does not run"])
-def test_what_cannot_be_followed_is_kept_whole_with_the_reason(x: Tensor) -> None:
+def test_what_does_not_run_is_kept_whole_with_the_reason() -> None:
     model = Undecided().train()
-    found = cocktail.inspect(model, (x,))
+    found = cocktail.inspect(model, (torch.ones(1, 5),))
     assert not found.followed
     assert found.groups == ()
-    assert "could not be exported" in found.kept[0].reason
+    assert "does not run on the example inputs" in found.kept[0].reason
     assert [layer.module for layer in found.layers] == ["inner"]
     assert found.params == 20
-    assert found.flops == (32 if x.shape[1] == 4 else 0)
+    assert found.flops == 0
     assert model.training
-    assert "could not be exported" in " ".join(printed(found).split())
+    assert "does not run on the example inputs" in " ".join(printed(found).split())
+
+
+def test_of_what_cannot_be_exported_the_parts_are_followed() -> None:
+    model = Undecided().train()
+    found = cocktail.inspect(model, (torch.ones(1, 4),))
+    assert found.followed
+    assert [layer.module for layer in found.layers] == ["inner"]
+    assert (found.params, found.flops) == (20, 32)
+    assert model.training
+    text = " ".join(printed(found).split())
+    assert "inner: channels: an output of a part that was exported alone" in text
+    assert "the model: channels: its own code could not be exported" in text
 
 
 @pytest.mark.slow
@@ -127,8 +138,9 @@ def test_a_detection_model_is_told_of_in_few_words(capfd: pytest.CaptureFixture[
     from cocktailsdk.adapters import build_model
 
     found = cocktail.inspect(build_model("torchvision:ssdlite320_mobilenet_v3_large"))
-    assert not found.followed
-    assert len(found.kept[0].reason) <= 500
+    assert found.followed
+    assert any(kept.where == "the model" for kept in found.kept)
+    assert max(len(kept.reason) for kept in found.kept) <= 500
     assert found.flops > 1e9
     assert capfd.readouterr() == ("", "")  # the exporter would print pages
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -110,11 +110,13 @@ class Precision(TorchDispatchMode):
         return out
 
 
-def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor]]]:
-    """Outputs of every module in order of completion, as far as the model runs."""
-    seen: list[tuple[str, list[Tensor]]] = []
+def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    """What every module is given and returns, in order of completion, as far as the model runs."""
+    seen: list[tuple[str, list[Tensor], list[Tensor]]] = []
     hooks = [
-        m.register_forward_hook(lambda _m, _i, out, name=name: seen.append((name, tensors_in(out))))
+        m.register_forward_hook(
+            lambda _m, given, out, name=name: seen.append((name, tensors_in(given), tensors_in(out)))
+        )
         for name, m in model.named_modules()
     ]
     try:
@@ -144,10 +146,38 @@ def failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
     return ""
 
 
-def first_difference(masked: nn.Module, slim: nn.Module, args: Any, kwargs: Any) -> str:
-    """Path of the first module to finish whose output, where its shape is unchanged, differs."""
-    want, got = _record(masked, args, kwargs), _record(slim, args, kwargs)
-    for (name, w), (_, g) in zip(want, got, strict=False):
-        if w and g and w[0].shape == g[0].shape and relative_error(g[:1], w[:1], w[:1]) > SINGLE:
-            return name
-    return ""
+def first_difference(
+    masked: nn.Module,
+    slim: nn.Module,
+    args: Any,
+    kwargs: Any,
+    left: Callable[[str, Tensor, bool], Tensor] = lambda _path, value, _given: value,
+) -> str:
+    """Path of the first module to finish whose output differs though what it was given first does not.
+
+    Args:
+        masked: The masked model.
+        slim: The slim one.
+        args: Positional inputs of both.
+        kwargs: Keyword inputs of both.
+        left: From a module's path, a tensor of the masked model, and whether the module is given it (or returns it),
+            what is left of that tensor in the slim model.
+    """
+    want: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
+    for name, given, out in _record(masked, args, kwargs):
+        want.setdefault(name, []).append((given, out))
+
+    def differs(name: str, got: list[Tensor], wanted: list[Tensor], given: bool) -> bool:
+        if not got or not wanted:
+            return False
+        expected = left(name, wanted[0], given)
+        return expected.shape == got[0].shape and relative_error(got[:1], [expected], [expected]) > SINGLE
+
+    wrong = ""
+    for name, given, out in _record(slim, args, kwargs):
+        was_given, was = want[name].pop(0) if want.get(name) else ([], [])
+        if differs(name, out, was, False):
+            if not differs(name, given, was_given, True):
+                return name
+            wrong = wrong or name
+    return wrong

@@ -56,6 +56,29 @@ class Pass:
         _rectangles(self._ctx)
         return _assemble(self._ctx)
 
+    @property
+    def n_labels(self) -> int:
+        """How many labels there are, ``MUST_STAY`` included."""
+        return self._ctx.labels.count
+
+    def tensors(self) -> dict[str, dict[int, Int64[Tensor, " n"]]]:
+        """For each parameter and buffer in the graph, by axis, the labels along it."""
+        named = self._ctx.named_axes
+        return {
+            name: {d: f.labels.flatten() for f in fields for d in f.dims if len(f.dims) == 1}
+            for name, fields in named.items()
+        }
+
+    def calls(self) -> dict[str, list[tuple[str, tuple[int, ...] | None, tuple[Field, ...]]]]:
+        """By module, its calls in order of execution: op, shape and fields of the result."""
+        out: dict[str, list[tuple[str, tuple[int, ...] | None, tuple[Field, ...]]]] = {}
+        for node in self._ctx.exported.graph.nodes:
+            if node.op == "call_function":
+                result = self._ctx.env.get(node, ())
+                held = tuple(f for f in result if isinstance(f, Field)) if shape_of(node) is not None else ()
+                out.setdefault(module_of(node), []).append((op_name(node), shape_of(node), held))
+        return out
+
     def pin(self, module: str | None, reason: str) -> None:
         """Keeps whole what a module deals with: first what its own code gives sizes to, then all that it is given."""
         if module is None:
@@ -95,13 +118,16 @@ class Pass:
 def propagate(exported: Exported) -> Context:
     """Runs every node's rule, in order of execution."""
     ctx = Context(exported, dead=_dead(exported.graph))
+    for name in sorted(exported.shared):
+        ctx.labels.stay_all(ctx.axis_fields(name), "shared with code that could not be exported")
     for node in exported.graph.nodes:
         ctx.labels.at = node.name
         if node.op == "call_function":
             ctx.labels.because = because(op_name(node), module_of(node))
             _apply(ctx, node)
         elif node.op == "output":
-            ctx.labels.because = "an output of the model"
+            whole = exported.scopes == ("",)
+            ctx.labels.because = "an output of the model" if whole else "an output of a part that was exported alone"
             for source in node.all_input_nodes:
                 ctx.labels.stay_all(_flat(ctx, source))
     ctx.labels.at = ""
@@ -413,6 +439,10 @@ def _kept(ctx: Context, made: Sequence[_Made], units: _Units, why: Mapping[int, 
         Kept(op, f"an op without a rule, used {n} times; what touches it is kept whole")
         for op, n in ctx.unknown.items()
     ]
+    out += [
+        Kept(path or "the model", f"its own code could not be exported, its parts were followed alone ({reason})")
+        for path, reason in ctx.exported.failures.items()
+    ]
     return tuple(out)
 
 
@@ -438,7 +468,7 @@ def _trace(ctx: Context, units: _Units, made: Sequence[_Made], root: Int64[Tenso
         nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
     why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})
-    return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted), stays=why)
+    return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted), ctx.exported.scopes, stays=why)
 
 
 def _padding(ctx: Context, module: str) -> fx.GraphModule:

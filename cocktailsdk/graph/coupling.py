@@ -234,6 +234,7 @@ class Trace:
         norms: By path, modules that normalise over labelled channels.
         pads: For modules that only slice and pad along channels, their graph.
         counted: Modules that take a mean over labelled channels, which must count the absent ones.
+        scopes: Paths of the submodules that were exported; ``("",)`` where the whole model was.
         stays: By axis, what of the parameters and buffers in the graph must stay, and why.
     """
 
@@ -241,6 +242,7 @@ class Trace:
     norms: Mapping[str, Norm]
     pads: Mapping[str, fx.GraphModule]
     counted: frozenset[str] = frozenset()
+    scopes: tuple[str, ...] = ("",)
     stays: tuple[Stay, ...] = ()
 
 

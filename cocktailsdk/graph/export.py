@@ -8,16 +8,21 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import ExportFailed
 
 __all__ = ["Exported", "evaluating", "export", "module_of", "shape_of"]
+
+log = logging.getLogger(__name__)
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,18 @@ class Exported:
             A tied parameter has the first of its names everywhere.
         shapes: The shape of each of these tensors.
         trainable: Names of those that are parameters.
+        scopes: Paths of the submodules that the graph is made of; ``("",)`` where the whole model was exported.
+        failures: Where it was not: by path, why a module is no scope.
+        shared: Tensors that a scope shares with code that is in none.
     """
 
     graph: fx.Graph
     tensors: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     trainable: frozenset[str]
+    scopes: tuple[str, ...] = ("",)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -53,14 +64,87 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Exported:
     """Exports a model in eval mode; the model is left as it was.
 
+    Where ``torch.export`` cannot follow the whole of it, the model is run once with hooks, and the largest submodules
+    that can be followed on what they were given are exported instead: the scopes.
+
     Raises:
-        ExportFailed: If ``torch.export`` cannot follow it on these inputs.
+        ExportFailed: If the model does not run on these inputs, or nothing of it that holds parameters can be followed.
     """
     if not args and not kwargs:
         raise ExportFailed(
             f"{type(model).__name__}: the graph is found by running the model, but no example inputs were given. "
             "Pass example_inputs=(x,) or example_kwargs={...}."
         )
+    inputs = (tuple(args), dict(kwargs or {}))
+    with evaluating(model), warnings.catch_warnings(), _quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            whole = _program(model, inputs)
+        except Exception as error:
+            failures = {"": _reason(error)}
+        else:
+            return _merged(model, {"": whole}, {})
+        programs = _scopes(model, inputs, failures)
+    if not programs:
+        raise ExportFailed(
+            f"{type(model).__name__} could not be exported on the example inputs ({failures['']}), nor could any of "
+            "its submodules. Check that its control flow does not depend on tensor values."
+        )
+    log.info(
+        "%s could not be exported (%s); following %d parts of it", type(model).__name__, failures[""], len(programs)
+    )
+    return _merged(model, programs, failures)
+
+
+def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
+    return torch.export.export(module, inputs[0], inputs[1], strict=False)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 200, placeholder=' …')}"
+
+
+def _scopes(model: nn.Module, inputs: Inputs, failures: dict[str, str]) -> dict[str, ExportedProgram]:
+    """The largest submodules that can be exported on what they are given in one run."""
+    given: dict[str, Inputs] = {}
+    hooks = [
+        m.register_forward_pre_hook(
+            lambda _m, a, k, path=path: given.setdefault(path, (a, k)) and None, with_kwargs=True
+        )
+        for path, m in model.named_modules()
+        if path
+    ]
+    try:
+        model(*inputs[0], **inputs[1])
+    except Exception as error:
+        raise ExportFailed(
+            f"{type(model).__name__} does not run on the example inputs ({_reason(error)}). Pass inputs that it takes."
+        ) from error
+    finally:
+        for h in hooks:
+            h.remove()
+    programs: dict[str, ExportedProgram] = {}
+    pending = [path for path, _ in reversed(list(model.named_children()))]
+    while pending:
+        path = pending.pop()
+        module = model.get_submodule(path)
+        if next(module.parameters(), None) is None:
+            continue
+        if path in given:
+            try:
+                programs[path] = _program(module, given[path])
+                continue
+            except Exception as error:
+                failures[path] = _reason(error)
+        elif next(module.children(), None) is None:
+            failures[path] = "it was not called as a module in the example run"
+        pending += [f"{path}.{name}" for name, _ in reversed(list(module.named_children()))]
+    return programs
+
+
+def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures: Mapping[str, str]) -> Exported:
+    """One graph of all scopes, side by side, with every tensor under its first name in the model."""
     first: dict[int, str] = {}
     canonical: dict[str, str] = {}
     for name, tensor in [
@@ -68,25 +152,33 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         *model.named_buffers(remove_duplicate=False),
     ]:
         canonical[name] = first.setdefault(id(tensor), name)
-    with evaluating(model), warnings.catch_warnings(), _quiet(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
-        except Exception as error:
-            lines = str(error).strip().splitlines() or ["no message"]
-            reason = textwrap.shorten(lines[0], 200, placeholder=" …")
-            raise ExportFailed(
-                f"{type(model).__name__} could not be exported on the example inputs "
-                f"({type(error).__name__}: {reason}). "
-                "Check that the model runs on these inputs, and that its control flow does not depend on tensor values."
-            ) from error
-    tensors = {}
-    for spec in program.graph_signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
-            tensors[spec.arg.name] = canonical.get(spec.target, spec.target)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(t.shape) for name, t in [*parameters.items(), *model.named_buffers()]}
-    return Exported(program.graph, tensors, shapes, frozenset(parameters))
+    tensors: dict[str, str] = {}
+    graph, outputs = fx.Graph(), []
+    for path, program in programs.items():
+        prefix = f"{path}." if path else ""
+        held = {
+            spec.arg.name: prefix + spec.target
+            for spec in program.graph_signature.input_specs
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None
+        }
+        if not path:  # the usual case needs no copy
+            tensors = {node: canonical.get(name, name) for node, name in held.items()}
+            return Exported(program.graph, tensors, shapes, frozenset(parameters))
+        values: dict[fx.Node, fx.Node] = {}
+        for node in program.graph.nodes:
+            if node.op == "output":
+                outputs += [values[n] for n in node.all_input_nodes]
+                continue
+            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node].meta = {**node.meta, "scope": path}
+            if node.name in held:
+                tensors[values[node].name] = canonical.get(held[node.name], held[node.name])
+    graph.output(tuple(outputs))
+    outside = {canonical[name] for name in canonical if not any(name.startswith(f"{path}.") for path in programs)}
+    shared = frozenset(outside.intersection(tensors.values()))
+    return Exported(graph, tensors, shapes, frozenset(parameters), tuple(programs), dict(failures), shared)
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
@@ -97,11 +189,9 @@ def shape_of(node: Any) -> tuple[int, ...] | None:
 
 def module_of(node: fx.Node) -> str:
     """Path of the innermost module that ran a node (``""`` for the model itself)."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    return path.split("@")[0]  # a module called again is 'name@1'
+    stack, scope = node.meta.get("nn_module_stack"), node.meta.get("scope", "")
+    path = str(list(stack.values())[-1][0]).split("@")[0] if stack else ""  # a module called again is 'name@1'
+    return f"{scope}.{path}" if scope and path else scope or path
 
 
 @contextmanager

@@ -83,6 +83,11 @@ class Labels:
         self._joined_at: list[str] = []
         self._stay: list[tuple[np.ndarray, str, str]] = []
 
+    @property
+    def count(self) -> int:
+        """How many labels there are, ``MUST_STAY`` included."""
+        return self._next
+
     def fresh(self, n: int) -> Int64[Tensor, " n"]:
         """``n`` new labels."""
         out = torch.arange(self._next, self._next + n)
