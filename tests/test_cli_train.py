@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from cocktailsdk import presets
 from cocktailsdk.cli.main import app
+from cocktailsdk.cli.runs import _threads
 from cocktailsdk.patterns import NM, Channel, Unstructured
-from cocktailsdk.presets import Preset, digits
+from cocktailsdk.presets import Preset, digits, get_preset
 from cocktailsdk.report.run import read_report
 
 pytestmark = pytest.mark.slow
@@ -200,3 +202,18 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished: tuple[Path, Result]
     assert whole is not None
     assert resumed is not None
     assert resumed.networks == whole.networks
+
+
+def test_a_tiny_preset_shares_no_layers_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with _threads(get_preset("digits").threads):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with _threads(1):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

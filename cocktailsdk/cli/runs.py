@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ..bundle import bundle_bytes
@@ -71,13 +74,27 @@ def train_preset(
         return done
     subnets = [prepared.net.subnet(n) for n in prepared.net.names]
     title = f"{preset.name} · {preset.model} · {len(subnets)} networks · {folder}"
-    with run_view_for(console, title, subnets) as view:
+    with _threads(preset.threads), run_view_for(console, title, subnets) as view:
         views.append(view)
         prepared.trainer.fit()
         view.note("measuring every network on the test data")
         report = _measure(prepared, preset, folder, seed)
     report.write(folder)
     return report
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """At most so many threads for a while, unless the user has said how many."""
+    before = torch.get_num_threads()
+    if wanted is None or wanted >= before or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _measure(prepared: Prepared, preset: Preset, folder: Path, seed: int | None) -> RunReport:

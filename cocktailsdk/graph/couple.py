@@ -34,6 +34,7 @@ class Pass:
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         exclude: For a module's path, whether its output channels must all stay (its input columns may go).
+        exported: The model's graph, where it has been exported already.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Pass:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         exclude: Callable[[str], bool] | None = None,
+        exported: Exported | None = None,
     ) -> None:
-        self._ctx = propagate(export(model, args, kwargs))
+        self._ctx = propagate(exported or export(model, args, kwargs))
         for use in self._ctx.uses.values() if exclude is not None else ():
             if exclude(use.module):  # type: ignore[misc]
                 field = self._ctx.axis_field(self._ctx.axis_fields(use.name), use.out_axis)

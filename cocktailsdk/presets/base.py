@@ -58,6 +58,9 @@ class Preset:
         training: Keyword arguments of :class:`~cocktailsdk.CoTrainer`.
         seed: The default seed.
         weights: A safetensors file that the model starts from, if any.
+        threads: How many threads the command line computes with unless ``OMP_NUM_THREADS`` says otherwise; ``None``
+            for PyTorch's own choice. Layers of a tiny network are too short to share, and on a busy machine the
+            threads that share them wait for each other.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Preset:
     training: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     weights: Path | None = None
+    threads: int | None = None
 
     def build_model(self, seed: int | None = None) -> nn.Module:
         """The model, its weights drawn from a seed or read from ``weights``; global generators stay as they were.

@@ -51,6 +51,7 @@ def preset() -> Preset:
         load=_load,
         needs_data=False,
         input_shape=(1, 8, 8),
+        threads=1,
         patterns=("unstructured", "n:m", Channel(round_to=1)),
         training={
             "optimizer": _optimizer,
