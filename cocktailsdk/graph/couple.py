@@ -46,10 +46,12 @@ class Pass:
         exported: Exported | None = None,
     ) -> None:
         self._ctx = propagate(exported or export(model, args, kwargs))
-        for use in self._ctx.uses.values() if exclude is not None else ():
-            if exclude(use.module):  # type: ignore[misc]
-                field = self._ctx.axis_field(self._ctx.axis_fields(use.name), use.out_axis)
-                if field is not None:
+        if exclude is not None:
+            made = [(use.module, use.name, use.out_axis) for use in self._ctx.uses.values()]
+            made += [(table.rpartition(".")[0], table, 1) for table in sorted(self._ctx.tables)]
+            for module, name, axis in made:
+                field = self._ctx.axis_field(self._ctx.axis_fields(name), axis)
+                if exclude(module) and field is not None:
                     self._ctx.labels.stay(field.labels, "excluded by the user")
         self._pinned: dict[str, int] = {}
 
