@@ -22,7 +22,16 @@ from .errors import AdapterError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["GROUP", "Adapter", "Inputs", "adapters", "build_model", "example_inputs_for"]
+__all__ = [
+    "GROUP",
+    "Adapter",
+    "Inputs",
+    "SlimAdapter",
+    "adapters",
+    "after_slim",
+    "build_model",
+    "example_inputs_for",
+]
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +75,24 @@ class Adapter(Protocol):
 
     def references(self) -> Iterable[str]:
         """All references that it can build, for suggestions; may be empty."""
+        ...
+
+
+@runtime_checkable
+class SlimAdapter(Protocol):
+    """What an adapter may offer besides: to look after a model of its library that has become slim."""
+
+    def after_slim(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called with every slim model, of whatever library, once it is shown to compute what the masked one does.
+
+        It may change the model in place (a configuration that says its widths), but not what it computes, nor the names
+        and values of its tensors.
+
+        Args:
+            model: The slim model, which nobody else has yet.
+            args: Positional arguments of one forward pass, on the model's device.
+            kwargs: Keyword arguments of that pass.
+        """
         ...
 
 
@@ -127,6 +154,24 @@ def example_inputs_for(model: nn.Module) -> Inputs:
         "example_kwargs={...} in Python, --input-size on the command line, or an attribute 'example_inputs' of the "
         "model"
     )
+
+
+def after_slim(model: nn.Module, example: Inputs) -> nn.Module:
+    """Shows a slim model to every adapter that wants to see it. One that fails is logged, and breaks nothing.
+
+    Returns:
+        The model.
+    """
+    from .statistics import device_of, to_device
+
+    for name, adapter in adapters().items():
+        if isinstance(adapter, SlimAdapter):
+            args, kwargs = to_device(example, device_of(model))
+            try:
+                adapter.after_slim(model, args, kwargs)
+            except Exception:  # someone else's package must not break ours
+                log.warning("adapter %r failed on a slim %s", name, type(model).__name__, exc_info=True)
+    return model
 
 
 def suggestions(reference: str, among: Iterable[str] | None = None) -> str:

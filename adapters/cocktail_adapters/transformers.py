@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,14 @@ class TransformersAdapter:
         if "use_cache" in accepted:
             kwargs["use_cache"] = False  # a cache is not part of what one forward pass computes
         return (), kwargs
+
+    def after_slim(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Lets ``save_pretrained`` write a slim model that a configuration describes, and refuse any other."""
+        loaded = sys.modules.get("transformers.modeling_utils")  # nobody has such a model who has not imported it
+        if loaded is not None and any(isinstance(m, loaded.PreTrainedModel) for m in model.modules()):
+            from .transformers_slim import describe
+
+            describe(model, args, kwargs)
 
     def references(self) -> Iterable[str]:
         """All model types."""

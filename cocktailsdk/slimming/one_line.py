@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters import after_slim
 from ..errors import PatternError, SlimError
 from ..graph import Coupling, slim_module
 from ..net import CocktailNet, Example, couple_model, example_of
@@ -100,7 +101,7 @@ def slim(
         from .torch_pruning import prune
 
         chosen = importance if callable(importance) else None
-        return prune(model, example, ratios, int(multiple), scope, selection, chosen)
+        return after_slim(prune(model, example, ratios, int(multiple), scope, selection, chosen), example)
 
     def slimmed(coupling: Coupling) -> nn.Module:
         if not coupling.groups:
@@ -123,4 +124,4 @@ def slim(
 
 def _cut(model: nn.Module, coupling: Coupling, removed: Tensor, example: Example) -> nn.Module:
     args, kwargs = to_device(example, device_of(model))
-    return slim_module(model, coupling, removed, args, kwargs)
+    return after_slim(slim_module(model, coupling, removed, args, kwargs), example)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..adapters import after_slim
 from ..errors import SlimError
 from ..graph import Coupling, slim_module
 from ..net import CocktailNet, couple_model
@@ -44,7 +45,8 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
             )
         net.coupling = replace(net.coupling, trace=fresh.trace)
     with net.using(name):
-        return slim_module(net.model, net.coupling, removed, args, kwargs)
+        made = slim_module(net.model, net.coupling, removed, args, kwargs)
+    return after_slim(made, (args, kwargs))
 
 
 def coupling_difference(a: Coupling, b: Coupling) -> str | None:
