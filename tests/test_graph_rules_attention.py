@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_cases import TOKENS, Heads, Streamed, Table, Tokens, show
+from graph_cases import TOKENS, Heads, Streamed, Table, Tokens, assert_equal, one, removal, show
 from torch import nn
+
+from cocktailsdk.errors import SlimError
+from cocktailsdk.graph import couple
 
 case = CASES = Table()
 
@@ -311,6 +314,45 @@ class AttentionByInputWidth(Tokens):
 
     def body(self, x):
         return x + self.attn(x)
+
+
+class Checked(nn.Module):
+    """Heads taken from the input's own width, with checks and branches on sizes on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        size = x.size()
+        b, n, c = size
+        heads = (b, n, self.num_heads, c // self.num_heads)
+        if c % self.num_heads:
+            raise ValueError("the width is no multiple of the number of heads")
+        q, k, v = (f(x).view(*heads).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = q @ k.mT * (1.0 if n > 8 else 0.5)
+        if scores.size() != (b, self.num_heads, n, n):
+            raise ValueError("scores of another size")
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(size))
+
+
+@case(TOKENS, [16, 4])
+class ChecksOnSizes(Streamed):
+    """Rewritten along the branches that the example takes."""
+
+    inner = Checked
+
+
+def test_a_rewritten_forward_refuses_inputs_for_which_its_code_would_branch_otherwise() -> None:
+    torch.manual_seed(0)
+    model, x = ChecksOnSizes(), torch.randn(*TOKENS)
+    coupling = couple(model, (x,))
+    slim = assert_equal(model, coupling, removal(coupling, one), (x,))
+    short, long = torch.randn(1, 8, 12).double(), torch.randn(1, 9, 12).double()
+    slim(short)
+    with pytest.raises(SlimError, match="would branch otherwise"):
+        slim(long)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -15,6 +15,7 @@ __all__ = [
     "SlimLayerNorm",
     "SlimRMSNorm",
     "expect",
+    "expect_still",
     "layer_norm_of_all",
     "mean_of_all",
     "standardised_of_all",
@@ -187,4 +188,21 @@ def expect(value: object, constant: object, name: str) -> None:
         raise SlimError(
             f"this slim module was made for {name}={constant!r}, but was called with {name} of type "
             f"{type(value).__name__}; slim the model with example inputs that give {name}, or exclude the module."
+        )
+
+
+def expect_still(condition: object, was: bool) -> None:
+    """Refuses sizes for which a rewritten forward was not made.
+
+    Args:
+        condition: What the code branches on.
+        was: What that was on the example inputs.
+
+    Raises:
+        SlimError: Where it has come out otherwise.
+    """
+    if bool(condition) is not was:
+        raise SlimError(
+            "this slim module's code was rewritten for the sizes of the example inputs, and would branch otherwise for "
+            "these; slim the model with example inputs of such sizes, or exclude the module."
         )

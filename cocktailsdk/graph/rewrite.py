@@ -7,7 +7,6 @@ put in place.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import operator
 from collections import Counter
@@ -20,8 +19,9 @@ from jaxtyping import Bool
 from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
-from .layers import expect, layer_norm_of_all, mean_of_all, standardised_of_all, variance_of_all
+from .layers import expect_still, layer_norm_of_all, mean_of_all, standardised_of_all, variance_of_all
 from .mend import left_along, new_shape
+from .tracing import Runner, bound_to, traced, values_of
 
 __all__ = ["rewritten"]
 
@@ -41,14 +41,6 @@ FAMILIES = {
     "part": {"getitem", "slice", "narrow"},
 }
 SPLIT = {"split", "split_with_sizes", "tensor_split"}
-
-
-class _Tracer(fx.Tracer):
-    """Traces one module's own code; its children stay calls."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every child is a leaf."""
-        return True
 
 
 def rewritten(
@@ -75,8 +67,8 @@ def rewritten(
         The graph, or ``None`` if its code cannot be traced or its sizes not be told.
     """
     try:
-        graph = _traced(original, *inputs)
-        wide = _values(original, graph, *inputs)
+        graph = traced(original, *inputs)
+        wide = values_of(original, graph, *inputs)
     except Exception as error:  # tracing runs the user's code on stand-ins, so anything may happen
         log.debug("%s cannot be traced: %s", path, error)
         return None
@@ -84,10 +76,10 @@ def rewritten(
     given = {name for n in own for name in n.inputs}
     records = [n for n in trace.nodes if n.module == path or n.name in given]
     values: dict[fx.Node, Any] = {}
-    undefined: list[fx.Node] = []
+    needless: list[fx.Node] = []
     editor = _Editor(wide, values, records, keep)
-    runner = _Runner(slim, graph)
-    bound = _bound(slim, *slim_inputs)
+    runner = Runner(slim, graph)
+    bound = bound_to(slim, *slim_inputs)
     try:
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -96,99 +88,20 @@ def rewritten(
             if node.op == "output":
                 break
             editor.edit(node)
+            if node.target is expect_still and bool(values[node.args[0]]) is not node.args[1]:
+                needless.append(node)  # it came out otherwise by the widths alone, not by what the model was given
+                continue
             try:
                 values[node] = runner.run_one(node, values)
             except ArithmeticError:  # a number made of widths, which what reads it has as a constant of the original
                 values[node] = None
-                undefined.append(node)
-        for node in reversed(undefined):
+                needless.append(node)
+        for node in reversed(needless):
             graph.erase_node(node)
     except Exception as error:
         log.debug("%s cannot be rewritten: %s", path, error)
         return None
     return graph
-
-
-def _bound(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    signature = inspect.signature(type(module).forward)
-    bound = signature.bind(module, *args, **kwargs)
-    return dict(list(bound.arguments.items())[1:])
-
-
-def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Graph:
-    """The module's code for these inputs.
-
-    Tensors, numbers and tuples stay arguments. Flags and what was not given are constants of the code; a call that
-    gives another value is refused (:func:`cocktailsdk.graph.layers.expect`).
-    """
-    parameters = dict(list(inspect.signature(type(module).forward).parameters.items())[1:])
-    given = _bound(module, args, kwargs)
-    for name, parameter in parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and given.get(name):
-            raise TypeError("a variable number of arguments")
-    names = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    constant = {n: given.get(n, parameters[n].default) for n in names}
-    live = [n for n in names if not (constant[n] is None or isinstance(constant[n], bool | str))]
-    fixed = {n: constant[n] for n in names if n not in live}
-
-    # A stand-in that shares everything with the module but takes the live arguments only.
-    code = (
-        f"def forward(self, {', '.join(live)}):\n    return own(self, {', '.join(f'{n}={n}' for n in live)}, **fixed)"
-    )
-    scope: dict[str, Any] = {"own": type(module).forward, "fixed": fixed}
-    exec(code, scope)
-    stand_in: nn.Module = module.__new__(type(type(module).__name__, (type(module),), {"forward": scope["forward"]}))
-    stand_in.__dict__ = module.__dict__
-    graph = _Tracer().trace(stand_in)
-
-    placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    optional = False
-    for name in names:
-        if name in placeholders:
-            node = placeholders[name]
-            first.prepend(node)
-            optional = optional or parameters[name].default is not inspect.Parameter.empty
-            node.args = (
-                (parameters[name].default,) if parameters[name].default is not inspect.Parameter.empty else node.args
-            )
-            if optional and not node.args:
-                node.args = (None,)
-        else:
-            optional = True
-            with graph.inserting_before(first):
-                node = graph.placeholder(name, default_value=fixed[name])
-            placeholders[name] = node
-    with graph.inserting_before(first):
-        for name, value in fixed.items():
-            graph.call_function(expect, (placeholders[name], value, name))
-    graph.lint()
-    return graph
-
-
-class _Runner:
-    """Runs single nodes of a graph on a module's children and parameters."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        self._interpreter = fx.Interpreter(module, garbage_collect_values=False, graph=graph)
-
-    def run_one(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """One node's value."""
-        self._interpreter.env = values
-        return self._interpreter.run_node(node)
-
-
-def _values(module: nn.Module, graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
-    """Every node's value in the original."""
-    bound = _bound(module, args, kwargs)
-    runner = _Runner(module, graph)
-    values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = bound.get(str(node.target), node.args[0] if node.args else None)
-        elif node.op != "output":
-            values[node] = runner.run_one(node, values)
-    return values
 
 
 def _name(node: fx.Node) -> str:
@@ -228,7 +141,7 @@ class _Editor:
     """
 
     def __init__(
-        self, wide: Mapping[fx.Node, Any], values: Mapping[fx.Node, Any], records: Sequence[Node], keep: Tensor
+        self, wide: dict[fx.Node, Any], values: dict[fx.Node, Any], records: Sequence[Node], keep: Tensor
     ) -> None:
         self._wide, self._values, self._records, self._keep = wide, values, records, keep
         self._sliced = {name for r in records if r.op in FAMILIES["part"] for name in r.inputs}
@@ -262,11 +175,27 @@ class _Editor:
         if expected is None:
             return
         first = 2 if name == "unflatten" else 1
+        if (
+            len(node.args) == first + 1
+            and isinstance(node.args[first], fx.Node)
+            and isinstance(self._wide[node.args[first]], tuple)
+        ):
+            node.args = (*node.args[:first], *self._parts(node, node.args[first]))
         listed = len(node.args) == first + 1 and isinstance(node.args[first], (tuple, list))
         sizes = node.args[first] if listed else node.args[first:]
         start = node.args[1] % self._wide[node.args[0]].dim() if name == "unflatten" else 0
         new = tuple(self._size(a, expected[start + i]) for i, a in enumerate(sizes))
         node.args = (*node.args[:first], new) if listed else (*node.args[:first], *new)
+
+    def _parts(self, before: fx.Node, shape: fx.Node) -> list[fx.Node]:
+        """A whole shape, given as one value, in its numbers."""
+        out = []
+        for i, (was, now) in enumerate(zip(self._wide[shape], self._values[shape], strict=True)):
+            with before.graph.inserting_before(before):
+                part = before.graph.call_function(operator.getitem, (shape, i))
+            self._wide[part], self._values[part] = was, now
+            out.append(part)
+        return out
 
     def _split(self, node: Any, parts: Sequence[Tensor]) -> None:
         dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)

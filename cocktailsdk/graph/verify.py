@@ -91,7 +91,8 @@ def verify_slim(
         precision = Precision()
         with precision, _Outputs(masked, [*options, *scopes]) as outputs:
             want = tensors_in(masked(*args, **kwargs))
-        settling = _Settling(masked, slim, options, outputs, cutter)
+        left = _Left(cutter)
+        settling = _Settling(masked, slim, options, outputs, cutter, left)
         try:
             with settling:
                 slim(*args, **kwargs)
@@ -100,11 +101,13 @@ def verify_slim(
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else "no message"
             where = failing_module(slim, args, kwargs)
+            before = first_difference(masked, slim, args, kwargs, left)
+            known = f", after going wrong in {before!r}" if before else ""
             raise SlimError(
                 f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
-                f"{where or 'its own forward'!r}. An attribute that this module reshapes or splits by could not "
+                f"{where or 'its own forward'!r}{known}. An attribute that this module reshapes or splits by could not "
                 "be mended: exclude it (exclude_modules=[...]) or register an adapter for its class.",
-                module=where,
+                module=before or where,
             ) from error
         worst = relative_error(got, want, dense)
         for path in scopes:  # a detector may find nothing to return; its parts always return something
@@ -113,7 +116,7 @@ def verify_slim(
             worst = max(worst, relative_error(tensors_in(part(*inside, **kw)), outputs.seen[path], outputs.seen[path]))
         limit = SINGLE if precision.single else EXACT
         if not worst <= limit:
-            where = first_difference(masked, slim, args, kwargs, partial(_left, cutter))
+            where = first_difference(masked, slim, args, kwargs, left)
             raise SlimError(
                 f"the slim {type(model).__name__} computes something else than the masked one: relative error "
                 f"{worst:.1e}, allowed {limit:.0e}. The first module that differs is "
@@ -155,8 +158,17 @@ class _Settling:
     MOST = 128
     """Combinations tried for a module."""
 
-    def __init__(self, masked: nn.Module, slim: nn.Module, options: Options, outputs: _Outputs, cutter: Cutter) -> None:
+    def __init__(
+        self,
+        masked: nn.Module,
+        slim: nn.Module,
+        options: Options,
+        outputs: _Outputs,
+        cutter: Cutter,
+        left: _Left,
+    ) -> None:
         self.mends = Mends()
+        self._left = left
         self._masked, self._slim, self._options, self._outputs, self._cutter = masked, slim, options, outputs, cutter
         self._settled: set[str] = set()
         self._busy: set[str] = set()
@@ -220,25 +232,33 @@ class _Settling:
     def _expected(self, path: str) -> list[Tensor] | None:
         """What the module should return first: the masked model's value without what is gone."""
         wanted = self._outputs.seen.get(path)
-        last = _last(self._cutter, path)
-        if not wanted or last is None or tuple(wanted[0].shape) != last.shape:
-            return None
-        return [surviving(wanted[0], last, self._cutter.keep)]
+        expected = self._left.returned(path, wanted[0]) if wanted else None
+        return None if expected is None else [expected]
 
 
-def _last(cutter: Cutter, path: str) -> Node | None:
-    """The last call that a module ran, itself or in its children."""
-    inside = (n for n in reversed(cutter.trace.nodes) if n.module == path or n.module.startswith(path + "."))
-    return next(inside, None)
+class _Left:
+    """What is left of tensors that modules of the masked model are given, or return, as far as that is known."""
 
+    def __init__(self, cutter: Cutter) -> None:
+        self._keep = cutter.keep
+        self._returned: dict[str, Node] = {}
+        self._given: dict[str, dict[tuple[int, ...], Node]] = {}
+        by_name = {n.name: n for n in cutter.trace.nodes}
+        for node in cutter.trace.nodes:
+            sources = [by_name[name] for name in node.inputs]
+            parts = node.module.split(".") if node.module else []
+            for path in {".".join(parts[:i]) for i in range(len(parts) + 1)}:
+                self._returned[path] = node
+                for source in sources:
+                    if path and source.shape is not None and not (source.module + ".").startswith(path + "."):
+                        self._given.setdefault(path, {}).setdefault(source.shape, source)
 
-def _left(cutter: Cutter, path: str, value: Tensor, given: bool) -> Tensor:
-    """What is left of a tensor that a module of the masked model is given, or returns, as far as that is known."""
-    if given:
-        inside = [n for n in cutter.trace.nodes if n.module == path or n.module.startswith(path + ".")]
-        names = {name for n in inside for name in n.inputs}.difference(n.name for n in inside)
-        found = [n for n in cutter.trace.nodes if n.name in names and n.shape == tuple(value.shape)]
-    else:
-        last = _last(cutter, path)
-        found = [last] if last is not None and last.shape == tuple(value.shape) else []
-    return surviving(value, found[0], cutter.keep) if found else value
+    def __call__(self, path: str, value: Tensor, given: bool) -> Tensor:
+        """What is left of a tensor that a module is given first (or else returns first)."""
+        node = self._given.get(path, {}).get(tuple(value.shape)) if given else self._returned.get(path)
+        return value if node is None or node.shape != tuple(value.shape) else surviving(value, node, self._keep)
+
+    def returned(self, path: str, value: Tensor) -> Tensor | None:
+        """What is left of what a module returns, or ``None`` where that is not known."""
+        node = self._returned.get(path)
+        return None if node is None or node.shape != tuple(value.shape) else surviving(value, node, self._keep)
