@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -113,6 +114,28 @@ def test_what_cannot_be_mended_is_kept_whole_with_a_reason() -> None:
     assert "could not be mended" in kept["a.weight"]
     assert [g.size for g in coupling.groups] == [16]  # the stream still goes
     assert_equal(model, coupling, removal(coupling, half), args)
+
+
+def test_what_fails_twice_is_not_tried_in_every_layer(caplog: pytest.LogCaptureFixture) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)
+            sizes = [4, 6]
+            self.view = lambda t: t.view(*t.shape[:-1], *sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(self.view(self.a(x)).softmax(-1).flatten(-2))
+
+    torch.manual_seed(0)
+    model, args = nn.Sequential(*(Fixed() for _ in range(6))), (torch.randn(2, 5, 16),)
+    with caplog.at_level(logging.INFO, logger="cocktailsdk.graph.prove"):
+        coupling = couple(model, args)
+    assert len([r for r in caplog.records if r.message.startswith("kept whole")]) == 2
+    kept = {k.where: k.reason for k in coupling.kept}
+    assert "'0'" in kept["0.a.weight"] and "'1'" in kept["1.a.weight"]
+    for layer in "2345":
+        assert f"in '{layer}'" in kept[f"{layer}.a.weight"] and "as it could not in '1'" in kept[f"{layer}.a.weight"]
 
 
 def test_excluded_modules_keep_their_output_channels() -> None:

@@ -1,6 +1,7 @@
 """Finds the smallest member of every timm family, and writes them down.
 
-    python benchmarks/zoo/families.py
+    python benchmarks/zoo/families.py           families that the file lacks
+    python benchmarks/zoo/families.py --again   all
 
 Models are built on the meta device, so it takes minutes but no memory. Families whose smallest member takes images of
 another kind than it says, or more than 200 M parameters, are kept as they are: the check will say what it finds.
@@ -9,11 +10,12 @@ another kind than it says, or more than 200 M parameters, are kept as they are: 
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 
 import timm
 import torch
-from models import FAMILIES
+from models import FAMILIES, families
 
 
 def smallest(family: str) -> str | None:
@@ -32,6 +34,8 @@ def smallest(family: str) -> str | None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    found = {family: name for family in timm.list_modules() if (name := smallest(family))}
-    FAMILIES.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = families() if FAMILIES.exists() and "--again" not in sys.argv else {}
+    missing = [family for family in timm.list_modules() if family not in found]
+    found |= {family: name for family in missing if (name := smallest(family))}
+    FAMILIES.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
     print(f"{len(found)} families, in {FAMILIES.name}")

@@ -52,18 +52,20 @@ def couple(
     coupling = found.coupling()
     if not prove or any(p.is_meta for p in model.parameters()):
         return coupling
+    failed: set[str] = set()
     for _ in range(MOST_PINS):
         error = _failure(model, coupling, args, kwargs, range(len(coupling.groups)))
         if error is None:
             return coupling
         log.info("kept whole: %s", error)
         before = coupling.n_units
-        found.pin(error.module, _reason(error))
+        for module in _alike(model, error.module, failed):
+            found.pin(module, _reason(error, module))
         coupling = found.coupling()
         if coupling.n_units == before:
             culprits = _culprits(model, coupling, args, kwargs, range(len(coupling.groups)))
             for g in culprits:
-                found.pin_units(coupling, g, _reason(error))
+                found.pin_units(coupling, g, _reason(error, error.module))
             coupling = found.coupling()
             if coupling.n_units == before:
                 break
@@ -71,9 +73,21 @@ def couple(
     return found.coupling()
 
 
-def _reason(error: SlimError) -> str:
-    where = f"in {error.module!r} " if error.module else ""
-    return f"its code {where}could not be mended for fewer channels"
+def _alike(model: nn.Module, module: str | None, failed: set[str]) -> list[str | None]:
+    """The module that failed; from the second of a class on, all of that class: a third one would fail too."""
+    if not module:
+        return [module]
+    kind = type(model.get_submodule(module))
+    second = any(type(model.get_submodule(path)) is kind for path in failed - {module})
+    alike = [path for path, m in model.named_modules() if type(m) is kind] if second else [module]
+    failed.update(alike)
+    return list(alike)
+
+
+def _reason(error: SlimError, module: str | None) -> str:
+    where = f"in {module!r} " if module else ""
+    said = "" if module == error.module else f", as it could not in {error.module!r}"
+    return f"its code {where}could not be mended for fewer channels{said}"
 
 
 def halves(coupling: Coupling, groups: Sequence[int]) -> Bool[Tensor, " units"]:
