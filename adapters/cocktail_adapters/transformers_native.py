@@ -13,13 +13,14 @@ from math import isclose
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cocktailsdk.graph.compare import EXACT, SINGLE, Precision, doubled, randomise, relative_error, tensors_in
 from cocktailsdk.graph.cut import duplicate
 from cocktailsdk.graph.export import evaluating
-from cocktailsdk.graph.layers import SlimRMSNorm, mean_of_all
+from cocktailsdk.graph.layers import SlimRMSNorm
+from cocktailsdk.graph.recoded import Recoded
 
 from .transformers_search import shapes_of
 
@@ -99,10 +100,12 @@ def folds_of(slim: nn.Module) -> dict[str, float]:
     for path, module in slim.named_modules():
         if isinstance(module, SlimRMSNorm) and module.weight is not None:
             found[path] = module.weight.numel() / module.channels
-        elif isinstance(module, fx.GraphModule) and isinstance(getattr(module, "weight", None), nn.Parameter):
-            means = [n for n in module.graph.nodes if n.target is mean_of_all]
-            if len(means) == 1 and isinstance(means[0].args[3], float):
-                found[path] = means[0].args[3]
+        elif (
+            isinstance(module, Recoded)
+            and isinstance(getattr(module, "weight", None), nn.Parameter)
+            and len(module.shares) == 1
+        ):
+            found[path] = module.shares[0]
     return {path: share for path, share in found.items() if share != 1}
 
 

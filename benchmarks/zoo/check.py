@@ -48,7 +48,8 @@ def make_unique(model: nn.Module) -> None:
 
 
 def flops(model: nn.Module, inputs: Inputs) -> int:
-    """FLOPs of one pass, by PyTorch's own counter."""
+    """FLOPs of one pass, by PyTorch's own counter, which trips over parameters that want gradients and get none."""
+    model = copy.deepcopy(model).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs[0], **inputs[1])
     return int(counter.get_total_flops())

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor, fx, nn
 
 from .coupling import STAYS, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
-from .export import Exported, export, module_of, shape_of
+from .export import Exported, export, module_of, shape_of, within
 from .labels import MUST_STAY, Field
 from .mend import READS_SIZES
 from .reasons import because, stays
@@ -93,16 +93,16 @@ class Pass:
             if node.op != "call_function":
                 continue
             path = module_of(node)
-            inside = path == module or path.startswith(module + ".") or not module
+            inside = module in within(node)
             sized = op_name(node) in READS_SIZES and (op_name(node) != "mean" or path in self._ctx.counted)
             if (path == module and (sized or depth)) or (inside and depth > 1):
                 for touched in (node, *(node.all_input_nodes if depth else ())):
                     self._ctx.labels.stay_all(_flat(self._ctx, touched), reason)
         if depth == 1:  # what it is given enters its children too
             for node in self._ctx.exported.graph.nodes:
-                if module_of(node).startswith(module + "."):
+                if module in within(node)[:-1]:
                     for source in node.all_input_nodes:
-                        if source.op == "call_function" and not (module_of(source) + ".").startswith(module + "."):
+                        if source.op == "call_function" and module not in within(source):
                             self._ctx.labels.stay_all(_flat(self._ctx, source), reason)
 
     def pin_units(self, coupling: Coupling, group: int, reason: str) -> None:
@@ -469,13 +469,13 @@ def _trace(ctx: Context, units: _Units, made: Sequence[_Made], root: Int64[Tenso
         if shape is not None and all(isinstance(f, Field) for f in result):
             held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
         inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function")
-        nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs))
+        nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs, within(node)))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
     why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})
     return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted), ctx.exported.scopes, stays=why)
 
 
-def _padding(ctx: Context, module: str) -> fx.GraphModule:
+def _padding(ctx: Context, module: str) -> fx.Graph:
     """The graph of a module that only slices and pads, to stand for it with other amounts."""
     inner = ctx.nodes_of(module)
     graph = fx.Graph()
@@ -486,4 +486,4 @@ def _padding(ctx: Context, module: str) -> fx.GraphModule:
         values[node] = graph.node_copy(node, lambda n: values[n])
         values[node].meta = {"name": node.name}
     graph.output(values[inner[-1]])
-    return fx.GraphModule(nn.Module(), graph)
+    return graph

@@ -198,6 +198,7 @@ class Node:
         shape: Its result's shape; ``None`` where it is no tensor.
         units: Its unit fields, broadcastable to the shape.
         inputs: Names of the calls whose results it takes.
+        within: Paths of the modules that were running, from the model itself (``""``) to the innermost.
     """
 
     name: str
@@ -206,6 +207,7 @@ class Node:
     shape: tuple[int, ...] | None
     units: tuple[Int64[Tensor, "..."], ...]
     inputs: tuple[str, ...] = ()
+    within: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class Trace:
 
     nodes: tuple[Node, ...]
     norms: Mapping[str, Norm]
-    pads: Mapping[str, fx.GraphModule]
+    pads: Mapping[str, fx.Graph]
     counted: frozenset[str] = frozenset()
     scopes: tuple[str, ...] = ("",)
     stays: tuple[Stay, ...] = ()

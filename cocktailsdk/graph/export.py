@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 
 from ..errors import ExportFailed
 
-__all__ = ["Exported", "evaluating", "export", "module_of", "shape_of"]
+__all__ = ["Exported", "evaluating", "export", "module_of", "shape_of", "within"]
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         except Exception as error:
             failures = {"": _reason(error)}
         else:
-            return _merged(model, {"": whole}, {})
+            return _placed(model, _merged(model, {"": whole}, {}))
         programs = _scopes(model, inputs, failures)
     if not programs:
         raise ExportFailed(
@@ -93,7 +93,7 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
     log.info(
         "%s could not be exported (%s); following %d parts of it", type(model).__name__, failures[""], len(programs)
     )
-    return _merged(model, programs, failures)
+    return _placed(model, _merged(model, programs, failures))
 
 
 def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
@@ -181,6 +181,19 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
     return Exported(graph, tensors, shapes, frozenset(parameters), tuple(programs), dict(failures), shared)
 
 
+def _placed(model: nn.Module, exported: Exported) -> Exported:
+    """Notes on every node the modules that ran it, each by the first of its paths where it has several."""
+    first: dict[nn.Module, str] = {}
+    known = {path: first.setdefault(m, path) for path, m in model.named_modules(remove_duplicate=False)}
+    for node in exported.graph.nodes:
+        stack, scope = node.meta.get("nn_module_stack"), node.meta.get("scope", "")
+        path = str(list(stack.values())[-1][0]).split("@")[0] if stack else ""  # a module called again is 'name@1'
+        parts = (f"{scope}.{path}" if scope and path else scope or path).split(".")
+        paths = ("", *(".".join(parts[: i + 1]) for i in range(len(parts)))) if parts != [""] else ("",)
+        node.meta["within"] = tuple(known.get(p, p) for p in paths)
+    return exported
+
+
 def shape_of(node: Any) -> tuple[int, ...] | None:
     """A node's shape, ``None`` where it is no tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else node
@@ -189,9 +202,13 @@ def shape_of(node: Any) -> tuple[int, ...] | None:
 
 def module_of(node: fx.Node) -> str:
     """Path of the innermost module that ran a node (``""`` for the model itself)."""
-    stack, scope = node.meta.get("nn_module_stack"), node.meta.get("scope", "")
-    path = str(list(stack.values())[-1][0]).split("@")[0] if stack else ""  # a module called again is 'name@1'
-    return f"{scope}.{path}" if scope and path else scope or path
+    return within(node)[-1]
+
+
+def within(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules that ran a node, from the model itself (``""``) to the innermost."""
+    found: tuple[str, ...] = node.meta.get("within", ("",))
+    return found
 
 
 @contextmanager

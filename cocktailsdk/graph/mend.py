@@ -18,8 +18,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .attention import SlimMultiheadAttention
 from .coupling import Node, Norm, Trace
 from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
+from .recoded import recoded
 
-__all__ = ["Mends", "Options", "Sizes", "Value", "as_module", "assign", "mend", "new_shape", "sizes_of", "surviving"]
+__all__ = ["Mends", "Options", "Sizes", "Value", "assign", "mend", "new_shape", "sizes_of", "surviving"]
 
 
 @dataclass
@@ -143,12 +144,12 @@ def mend(
             make = {"layer": SlimLayerNorm, "rms": SlimRMSNorm, "group": SlimGroupNorm}[norm.kind]
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             made = make(weight, bias, channels=norm.channels, axis=norm.axis, eps=norm.eps)
-            slim.set_submodule(path, made.train(module.training))
+            _put(slim, path, made.train(module.training))
         elif isinstance(module, nn.MultiheadAttention):
             changed = any(p.shape != q.shape for p, q in zip(module.parameters(), was.parameters(), strict=True))
             if changed:
                 stand_in = SlimMultiheadAttention(module, was.head_dim)
-                slim.set_submodule(path, stand_in.train(module.training))
+                _put(slim, path, stand_in.train(module.training))
         elif path in trace.pads:
             _mend_padding(slim, path, trace, keep, module.training)
         elif _mend_known(module, was):
@@ -169,17 +170,15 @@ def mend(
     # Innermost first, so that a rewritten parent holds its rewritten children.
     forwards = chosen.forwards if chosen is not None else {}
     for path in sorted(forwards, key=lambda p: -p.count(".")):
-        slim.set_submodule(path, as_module(slim.get_submodule(path), forwards[path]))
+        _put(slim, path, recoded(slim.get_submodule(path), forwards[path]))
     return options
 
 
-def as_module(slim: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A module that runs a rewritten graph on a slim module's own children and parameters."""
-    made = fx.GraphModule(slim, graph, class_name=type(slim).__name__)
-    for name, value in vars(slim).items():
-        if not name.startswith("_") and not hasattr(made, name):
-            setattr(made, name, value)
-    return made.train(slim.training)
+def _put(slim: nn.Module, path: str, made: nn.Module) -> None:
+    """Puts a module in the place of another, wherever that is registered."""
+    was = slim.get_submodule(path)
+    for name in [name for name, m in slim.named_modules(remove_duplicate=False) if m is was]:
+        slim.set_submodule(name, made)
 
 
 def _narrowed(module: nn.Module, was: nn.Module, norm: Norm, sizes: Sizes | None) -> bool:
@@ -294,7 +293,7 @@ def _mend_padding(
     """Puts the module's graph, with the amounts of padding that are left, in its place."""
     by_name = {n.name: n for n in trace.nodes}
     graph = copy.deepcopy(trace.pads[path])
-    for node in graph.graph.nodes:
+    for node in graph.nodes:
         if node.op != "call_function" or node.target._opname not in ("pad", "constant_pad_nd"):
             continue
         record = by_name[node.meta["name"]]
@@ -309,5 +308,4 @@ def _mend_padding(
                     amounts[i] = int(left[:before].sum())
                     amounts[i + 1] = int(left[left.numel() - after :].sum()) if after else 0
         node.args = (node.args[0], amounts, *node.args[2:])
-    graph.recompile()
-    slim.set_submodule(path, graph.train(training))
+    _put(slim, path, recoded(slim.get_submodule(path), graph).train(training))

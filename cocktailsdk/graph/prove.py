@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,12 +75,15 @@ def couple(
 
 
 def _alike(model: nn.Module, module: str | None, failed: set[str]) -> list[str | None]:
-    """The module that failed; from the second of a class on, all of that class: a third one would fail too."""
+    """The module that failed; from the second layer on, that of every layer: a third one would fail too."""
     if not module:
         return [module]
-    kind = type(model.get_submodule(module))
-    second = any(type(model.get_submodule(path)) is kind for path in failed - {module})
-    alike = [path for path, m in model.named_modules() if type(m) is kind] if second else [module]
+
+    def role(path: str) -> tuple[str, type]:
+        return re.sub(r"\d+", "#", path), type(model.get_submodule(path))
+
+    second = any(role(path) == role(module) for path in failed - {module})
+    alike = [path for path, _ in model.named_modules() if role(path) == role(module)] if second else [module]
     failed.update(alike)
     return list(alike)
 

@@ -27,7 +27,8 @@ from .compare import (
 from .coupling import Coupling, Node
 from .cut import Cutter, duplicate
 from .export import evaluating
-from .mend import Mends, Options, as_module, assign, surviving
+from .mend import Mends, Options, assign, surviving
+from .recoded import recoded
 from .relabel import check_labels
 from .rewrite import rewritten
 
@@ -213,7 +214,7 @@ class _Settling:
         graph = rewritten(original, module, path, inputs, (args, kwargs), self._cutter.trace, self._cutter.keep)
         if graph is None:
             return
-        made = as_module(module, graph)
+        made = recoded(module, graph)
         if self._right(path, lambda: made(*args, **kwargs)):
             self.mends.attributes[path] = first
             self.mends.forwards[path] = graph
@@ -246,11 +247,10 @@ class _Left:
         by_name = {n.name: n for n in cutter.trace.nodes}
         for node in cutter.trace.nodes:
             sources = [by_name[name] for name in node.inputs]
-            parts = node.module.split(".") if node.module else []
-            for path in {".".join(parts[:i]) for i in range(len(parts) + 1)}:
+            for path in node.within:
                 self._returned[path] = node
                 for source in sources:
-                    if path and source.shape is not None and not (source.module + ".").startswith(path + "."):
+                    if path and source.shape is not None and path not in source.within:
                         self._given.setdefault(path, {}).setdefault(source.shape, source)
 
     def __call__(self, path: str, value: Tensor, given: bool) -> Tensor:

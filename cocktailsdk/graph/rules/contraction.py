@@ -121,7 +121,7 @@ def _remember(
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def convolution(ctx: Context, node: fx.Node) -> Result:
-    """Convolutions: channels are contracted (per group), positions are mixed."""
+    """Convolutions: channels are contracted (per group), positions are mixed where the kernel sees more than one."""
     name = node.target._opname  # type: ignore[union-attr]
     x, w = node.args[:2]
     bias, groups = argument(node, "bias"), int(argument(node, "groups", 1))
@@ -131,18 +131,15 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
     channel = 1 if batched else 0
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
 
-    def without_positions(fields: Fields, first: int) -> Fields:
-        held = [
-            ctx.labels.collapse(f, [d for d in f.dims if d >= first]) if any(d >= first for d in f.dims) else f
-            for f in fields
-        ]
+    def without_positions(fields: Fields, mixed: Sequence[int]) -> Fields:
+        held = [ctx.labels.collapse(f, dims) if (dims := f.dims.intersection(mixed)) else f for f in fields]
         return tuple(f for f in held if f is not None)
 
     kind = "conv_transpose" if transposed else "conv"
     macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
     _remember(ctx, node, w, kind, (out_axis, in_axis), macs, (), groups)
-    xs = without_positions(ctx.fields(x), channel + 1)
-    ws = without_positions(ctx.fields(w), 2)
+    xs = without_positions(ctx.fields(x), _mixed(node, wshape, channel, transposed))
+    ws = without_positions(ctx.fields(w), range(2, len(wshape)))
     out_channels = shape[channel]
 
     if groups == 1:
@@ -162,6 +159,23 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
     biases = tuple(f.with_labels(f.labels.view((-1,) + (1,) * (len(shape) - channel - 1))) for f in ctx.fields(bias))
     rows = unify(ctx, [(shape, product), (column, biases)], shape)
     return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+
+
+def _mixed(node: fx.Node, wshape: Sequence[int], channel: int, transposed: bool) -> list[int]:
+    """Dimensions of the input along which positions do not stay as they are."""
+    padding, stride = argument(node, "padding", 0), argument(node, "stride", 1)
+
+    def at(value: Any, i: int, default: int) -> int:
+        if isinstance(value, str):
+            return 0  # for a kernel of one, "same" and "valid" pad nothing
+        parts = list(value) if isinstance(value, (list, tuple)) else [value]
+        return int(parts[i % len(parts)]) if parts else default
+
+    return [
+        channel + 1 + i
+        for i, kernel in enumerate(wshape[2:])
+        if transposed or kernel != 1 or at(stride, i, 1) != 1 or at(padding, i, 0) != 0
+    ]
 
 
 def _grouped(

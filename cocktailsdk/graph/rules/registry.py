@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor, fx
 
 from ..coupling import Norm
-from ..export import Exported, module_of, shape_of
+from ..export import Exported, module_of, shape_of, within
 from ..labels import Field, Fields, Labels
 
 Result = Fields | tuple[Fields, ...]
@@ -98,6 +98,7 @@ class Context:
     _axes: dict[str, Fields] = field(default_factory=dict)
     _depends: dict[fx.Node, bool] = field(default_factory=dict)
     _by_module: dict[str, list[fx.Node]] | None = None
+    _parents: set[str] | None = None
 
     def fields(self, value: Any) -> Fields:
         """The fields of an operand; none for constants and user inputs."""
@@ -207,8 +208,10 @@ class Context:
 
     def runs_children(self, module: str) -> bool:
         """Whether a module calls modules of its own that run anything."""
-        self.nodes_of(module)
-        return any(path.startswith(module + ".") for path in self._by_module or ())
+        if self._parents is None:
+            nodes = (node for node in self.exported.graph.nodes if node.op == "call_function")
+            self._parents = {path for node in nodes for path in within(node)[:-1]}
+        return module in self._parents
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
