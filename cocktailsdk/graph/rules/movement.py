@@ -232,10 +232,25 @@ def _run(ctx: Context, fields: Fields, dim: int, start: int, length: int) -> Fie
     return tuple(out)
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
-def created(ctx: Context, node: fx.Node) -> Result:
-    """A constant tensor made beside another: its shape is a number, so it has no labels."""
+@rule("new_empty", "new_empty_strided")
+def unset(ctx: Context, node: fx.Node) -> Result:
+    """A tensor of a shape that is a number, whose values are not known: it has no labels."""
     return ()
+
+
+@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+def uniform(ctx: Context, node: fx.Node) -> Result:
+    """A tensor of one value everywhere, which can be of any size: what it meets decides."""
+    name, shape = str(node.target._opname), ctx.shape(node)  # type: ignore[union-attr]
+    value = argument(node, "fill_value") if name.endswith("full") else float(name.endswith("ones"))
+    zero = isinstance(value, (int, float)) and value == 0
+    out = []
+    for d, n in enumerate(shape):
+        if d > 0 and n > 1:
+            view = [1] * len(shape)
+            view[d] = n
+            out.append(Field(ctx.labels.fresh(n).view(view), zero))
+    return tuple(out)
 
 
 @rule(
@@ -367,6 +382,23 @@ def rewritable(ctx: Context, module: str) -> bool:
     return not owned and not ctx.runs_children(module) and len(inputs) == 1
 
 
+@rule("triu", "tril")
+def triangle(ctx: Context, node: fx.Node) -> Result:
+    """Zeros on one side of the diagonal: rows and columns are told apart by where they are."""
+    source = node.args[0]
+    rank = len(ctx.shape(source))
+    held = (ctx.labels.collapse(f, f.dims & {rank - 2, rank - 1}) for f in ctx.fields(source))
+    return tuple(f for f in held if f is not None)
+
+
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter")
+def scattered(ctx: Context, node: fx.Node) -> Result:
+    """Values put where numbers say: nothing is known of what lies where."""
+    for source in node.all_input_nodes:
+        ctx.labels.stay_all(ctx.fields(source))
+    return ()
+
+
 @rule("index", "index_select", "gather", "take_along_dim", "masked_select", "index_put", "take")
 def index(ctx: Context, node: fx.Node) -> Result:
     """Positions chosen by values: a field passes through if it does not vary along the gathered dimensions."""
@@ -398,7 +430,8 @@ def index(ctx: Context, node: fx.Node) -> Result:
         return tuple(out)
     if name == "index_select":
         return whole_along(ctx, ctx.fields(source), int(node.args[1]) % len(shape))  # type: ignore[arg-type]
-    ctx.labels.stay_all(ctx.fields(source))
+    for operand in node.all_input_nodes:
+        ctx.labels.stay_all(ctx.fields(operand))
     return ()
 
 
