@@ -57,7 +57,8 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
         import timm
 
         model = timm.create_model(what, pretrained=False).eval()
-        return model, ((torch.randn(2, *model.default_cfg.get("input_size", (3, 224, 224))),), {})
+        size = model.default_cfg.get("input_size", (3, 224, 224))
+        return model, ((torch.randn(1 if size[-1] > 400 else 2, *size),), {})
     return _transformers(what)
 
 

@@ -44,7 +44,7 @@ def recoded(module: nn.Module, graph: fx.Graph) -> Recoded:
     """A module that runs a graph on another module's own parameters, children and attributes."""
     code = graph.python_code("self")
     names = {k: f"module {v.__name__}" if isinstance(v, ModuleType) else v for k, v in code.globals.items()}
-    shares = tuple(float(n.args[3]) for n in graph.nodes if n.target is mean_of_all)  # type: ignore[arg-type]
+    shares = tuple(float(n.args[3]) for n in graph.nodes if n.target is mean_of_all)
     made = _empty(module.original if isinstance(module, Recoded) else type(module), code.src, names, shares)
     state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items() if k != "forward"}
     made.__dict__.update(state)
