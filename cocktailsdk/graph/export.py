@@ -51,14 +51,25 @@ class Exported:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back as it was."""
+    """Every module in eval mode, and back as it was; what modules keep of earlier runs is forgotten."""
     was = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
+        _forget(model)
         yield
     finally:
+        _forget(model)
         for m, training in was:
             m.training = training
+
+
+def _forget(model: nn.Module) -> None:
+    """Clears what modules keep of a run in eval mode (a bias by device, say), as they do it themselves in training."""
+    for m in model.modules():
+        kept = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
+        if any(isinstance(t, Tensor) for held in kept for t in held.values()):
+            m.train()
+            m.eval()
 
 
 def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Exported:

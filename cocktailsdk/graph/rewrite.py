@@ -74,10 +74,10 @@ def rewritten(
         return None
     own = [n for n in trace.nodes if n.module == path]
     given = {name for n in own for name in n.inputs}
-    records = [n for n in trace.nodes if n.module == path or n.name in given]
+    around = [n for n in trace.nodes if n.module == path or n.name in given]
     values: dict[fx.Node, Any] = {}
     needless: list[fx.Node] = []
-    editor = _Editor(wide, values, records, keep)
+    editor = _Editor(wide, values, own, around, keep)
     runner = Runner(slim, graph)
     bound = bound_to(slim, *slim_inputs)
     try:
@@ -136,15 +136,21 @@ class _Editor:
     Args:
         wide: Every node's value in the original.
         values: The values in the slim copy, of the nodes done so far.
-        records: What the whole model's trace says of the module's own calls and of what they are given.
+        own: What the whole model's trace says of the module's own calls.
+        around: The same with the calls that made what they are given.
         keep: For each unit whether it stays; a last entry for what belongs to no unit.
     """
 
     def __init__(
-        self, wide: dict[fx.Node, Any], values: dict[fx.Node, Any], records: Sequence[Node], keep: Tensor
+        self,
+        wide: dict[fx.Node, Any],
+        values: dict[fx.Node, Any],
+        own: Sequence[Node],
+        around: Sequence[Node],
+        keep: Tensor,
     ) -> None:
-        self._wide, self._values, self._records, self._keep = wide, values, records, keep
-        self._sliced = {name for r in records if r.op in FAMILIES["part"] for name in r.inputs}
+        self._wide, self._values, self._own, self._around, self._keep = wide, values, own, around, keep
+        self._sliced = {name for r in around if r.op in FAMILIES["part"] for name in r.inputs}
         self._taken: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def edit(self, node: Any) -> None:
@@ -298,14 +304,14 @@ class _Editor:
 
     def _left(self, shape: tuple[int, ...], dim: int) -> Tensor | None:
         """Which positions are left along a dimension of the tensor of that shape which the module slices."""
-        alike = [r for r in self._records if r.shape == shape]
+        alike = [r for r in self._around if r.shape == shape]
         fields = [u for r in [r for r in alike if r.name in self._sliced] or alike for u in r.units]
         found = [left[dim] for units in fields if dim in (left := left_along(units, self._keep))]
         return found[0] if found and all(torch.equal(f, found[0]) for f in found) else None
 
     def _expected(self, family: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The slim shape of the next result that has this shape in the original."""
-        found = [new_shape(r, self._keep) for r in self._records if r.op in FAMILIES[family] and r.shape == shape]
+        found = [new_shape(r, self._keep) for r in self._own if r.op in FAMILIES[family] and r.shape == shape]
         nth = self._taken[family, shape]
         self._taken[family, shape] += 1
         return found[min(nth, len(found) - 1)] if found else None

@@ -24,6 +24,8 @@ class _Tracer(fx.Tracer):
         given: Its inputs by name.
     """
 
+    proxy_buffer_attributes = True
+
     def __init__(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         super().__init__()
         self._module, self._given = module, given
