@@ -137,8 +137,9 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
 
     kind = "conv_transpose" if transposed else "conv"
     macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
-    _remember(ctx, node, w, kind, (out_axis, in_axis), macs, (), groups)
     xs = without_positions(ctx.fields(x), _mixed(node, wshape, channel, transposed))
+    across = [f.labels for f in xs if channel not in f.dims]
+    _remember(ctx, node, w, kind, (out_axis, in_axis), macs, across, groups)
     ws = without_positions(ctx.fields(w), range(2, len(wshape)))
     out_channels = shape[channel]
 
