@@ -550,5 +550,5 @@ def _shifts_channels(node: fx.Node, f: Field) -> bool:
     if name == "rot90":
         return any(int(d) % rank in f.dims for d in argument(node, "dims", [0, 1]))
     if name == "unfold":
-        return int(node.args[1]) % len(f.labels.shape) in f.dims
+        return int(argument(node, "dimension")) % rank in f.dims
     return False
