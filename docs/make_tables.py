@@ -23,7 +23,6 @@ from cocktailsdk.report.run import RunReport, read_report
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 BEGIN, END = "<!-- results: begin (docs/make_tables.py writes this) -->", "<!-- results: end -->"
 
 
@@ -39,12 +38,10 @@ def main() -> int:
             parser.error(f"{report} is no report")
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(report, RESULTS / f"{read.preset}.json")
-    paths = sorted(RESULTS.glob("*.json"), key=lambda p: (p.stem != "digits", p.stem))
-    reports = [report for path in paths if _is_run(path) and (report := read_report(path)) is not None]
     stale = False
-    for page in PAGES:
+    for page, block in PAGES.items():
         text = page.read_text(encoding="utf-8")
-        new = replaced(text, results_block(reports))
+        new = replaced(text, block())
         stale |= new != text
         if new != text and not options.check:
             page.write_text(new, encoding="utf-8")
@@ -53,9 +50,15 @@ def main() -> int:
             print("the tables are not what benchmarks/results/ says: run python docs/make_tables.py")
         return int(stale)
     ASSETS.mkdir(parents=True, exist_ok=True)
-    for report in reports:
+    for report in reports():
         write_figure(report, ASSETS / f"{report.preset}.png")
     return 0
+
+
+def reports() -> list[RunReport]:
+    """Reports of training runs among the results."""
+    paths = sorted(RESULTS.glob("*.json"), key=lambda p: (p.stem != "digits", p.stem))
+    return [report for path in paths if _is_run(path) and (report := read_report(path)) is not None]
 
 
 def _is_run(path: Path) -> bool:
@@ -73,9 +76,9 @@ def replaced(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
 
 
-def results_block(reports: list[RunReport]) -> str:
+def results_block() -> str:
     """A table for each run, and a line on its bytes, time and machine."""
-    return "\n".join(_run_block(r) for r in reports)
+    return "\n".join(_run_block(r) for r in reports())
 
 
 def _run_block(report: RunReport) -> str:
@@ -111,6 +114,35 @@ def _run_block(report: RunReport) -> str:
 def _range(values: list[int], whole: int) -> str:
     low, high = (100 * v / whole for v in (min(values), max(values)))
     return f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
+
+
+def zoo_block() -> str:
+    """What channel pruning of many models comes to, and a row for each."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "zoo"))
+    from rows import OURS, THEIRS, read, summary, told
+
+    rows = read(RESULTS / "zoo.jsonl")
+    models = list(dict.fromkeys(model for _, model in rows))
+    lines = [f"- {line.strip()}" for line in summary(rows, models).lines()]
+    lines += [
+        "",
+        "| model | cocktailsdk: error, FLOPs kept | group s | slim s | Torch-Pruning: error, FLOPs kept | graph s |",
+        "| --- | --- | --: | --: | --- | --: |",
+    ]
+    for model in models:
+        ours, theirs = rows.get((OURS, model), {}), rows.get((THEIRS, model), {})
+        cells = [told(ours or None), ours.get("group_s", ""), ours.get("slim_s", "")]
+        cells += [told(theirs or None).replace("|", "/"), theirs.get("group_s", "")]
+        lines.append(f"| {model} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    ROOT / "README.md": results_block,
+    ROOT / "docs" / "results.md": results_block,
+    ROOT / "docs" / "zoo.md": zoo_block,
+}
+"""Every page with marks, and what stands between them."""
 
 
 if __name__ == "__main__":

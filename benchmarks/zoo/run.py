@@ -17,21 +17,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 from models import names
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rows import OURS, RESULTS, THEIRS, Row, read, summary, told
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results" / "zoo.jsonl"
-OURS, THEIRS = "cocktail", "torch-pruning"
-MEDIANS = {"timm": 0.35, "hf": 0.60}
-"""By library, the share of FLOPs that the median model may keep."""
-
-Row = dict[str, Any]
 
 
 def measure(contender: str, model: str, seconds: int) -> Row:
@@ -52,31 +45,6 @@ def measure(contender: str, model: str, seconds: int) -> Row:
     return json.loads(lines[-1]) if lines else {**failed, "error": "died: " + done.stderr.strip()[-200:]}
 
 
-def read(path: Path) -> dict[tuple[str, str], Row]:
-    """Rows by contender and model; of several the last."""
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return {(r["contender"], r["model"]): r for r in rows}
-
-
-def good(row: Row | None) -> bool:
-    """Whether it ran, shrank and is equal."""
-    return row is not None and row["ok"] and row["equal"]
-
-
-def told(row: Row | None) -> str:
-    """A row in a few words."""
-    if row is None:
-        return ""
-    if row.get("stage") != "done":
-        return row.get("error", "failed").splitlines()[0][:48]
-    if not row["shape_kept"]:
-        return f"another output shape, {row['flops_kept']:.3f}"
-    verdict = f"{row['error_relative']:.0e}" if row["equal"] else f"NOT EQUAL {row['error_relative']:.0e}"
-    return f"{verdict}, {row['flops_kept']:.3f}"
-
-
 def show(rows: dict[tuple[str, str], Row], chosen: list[str], console: Console) -> bool:
     """Prints the table and the sums; whether everything that was asked holds."""
     table = Table(
@@ -88,42 +56,10 @@ def show(rows: dict[tuple[str, str], Row], chosen: list[str], console: Console) 
             seconds = [str(r.get(k, "")) if r else "" for r, k in ((a, "group_s"), (a, "slim_s"), (b, "group_s"))]
             table.add_row(model, told(a), *seconds[:2], told(b), seconds[2])
     console.print(table)
-    fine = True
-    for kind, limit in MEDIANS.items():
-        models = [m for m in chosen if m.startswith(kind) and rows.get((OURS, m), {}).get("stage", "build") != "build"]
-        ours, theirs = ([m for m in models if good(rows.get((who, m)))] for who in (OURS, THEIRS))
-        run = [m for m in models if (THEIRS, m) in rows]
-        if not models:
-            continue
-        kept = median(rows[OURS, m]["flops_kept"] for m in models if "flops_kept" in rows[OURS, m])
-        fine = fine and len(ours) == len(models) and kept <= limit
-        console.print(
-            f"{kind}: {len(ours)} of {len(models)} run, shrink and are equal (Torch-Pruning {len(theirs)} of "
-            f"{len(run)}); median FLOPs kept {kept:.3f}, at most {limit}"
-        )
-        for m in models:
-            if not good(rows[OURS, m]):
-                console.print(f"  falls short: {m}: {rows[OURS, m].get('error') or told(rows[OURS, m])}")
-    for m in chosen:
-        row = rows.get((OURS, m), {})
-        if row.get("stage") == "build":
-            console.print(f"  does not build: {m}: {row.get('error', '')[:160]}")
-    return _times(rows, chosen, console) and fine
-
-
-def _times(rows: dict[tuple[str, str], Row], chosen: list[str], console: Console) -> bool:
-    both = [m for m in chosen if all(good(rows.get((who, m))) for who in (OURS, THEIRS))]
-    ours = [m for m in chosen if "group_s" in rows.get((OURS, m), {})]
-    if not both:
-        return True
-    ratio = median(rows[OURS, m]["group_s"] / max(rows[THEIRS, m]["group_s"], 1e-3) for m in both)
-    slowest = max(ours, key=lambda m: rows[OURS, m]["group_s"])
-    console.print(
-        f"label and group, without the export: median {ratio:.2f} of Torch-Pruning's graph building over the "
-        f"{len(both)} models that both handle (at most 0.5); slowest {slowest}, {rows[OURS, slowest]['group_s']} s "
-        "(at most 30)"
-    )
-    return ratio <= 0.5 and rows[OURS, slowest]["group_s"] <= 30
+    found = summary(rows, chosen)
+    for line in found.lines():
+        console.print(line)
+    return found.fine
 
 
 def main() -> int:
