@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_cases import half, removal
-from torch import nn
+from torch import Tensor, nn
 
 from cocktailsdk.errors import SlimError
 from cocktailsdk.graph import Coupling, couple, slim_module
+from cocktailsdk.graph.compare import NARROWED
 from cocktailsdk.graph.cut import Cutter
 from cocktailsdk.graph.layers import SlimLayerNorm
 from cocktailsdk.graph.mend import Mends
@@ -216,3 +218,50 @@ def test_bad_masks_are_refused() -> None:
         slim_module(model, coupling, torch.ones(coupling.n_units, dtype=torch.bool), (x,))
     with pytest.raises(SlimError, match="example inputs"):
         slim_module(model, coupling, torch.zeros(coupling.n_units, dtype=torch.bool))
+
+
+class Experts(nn.Module):
+    """Through grouped matrix products, whose kernel has no float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 8, 16)), nn.Parameter(torch.randn(2, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, ends = x.flatten(0, 1), torch.tensor([8, 16], dtype=torch.int32)
+        inner = torch.nn.functional.grouped_mm(rows, self.up, offs=ends).relu()
+        return torch.nn.functional.grouped_mm(inner, self.down, offs=ends).view(x.shape)
+
+
+def test_kernels_without_float64_are_given_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(2, 8, 8)
+    coupling = couple(model, (x,))
+    assert [g.size for g in coupling.groups] == [16]
+    removed = torch.arange(16) % 4 == 0
+    proof = verify_slim(model, Cutter(coupling, coupling.trace, removed), (x,))
+    assert proof.error < NARROWED
+    slim = slim_module(model, coupling, removed, (x,))
+    assert slim.up.shape == (2, 8, 12)
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        masked.down.mul_(~removed[:, None])
+    torch.testing.assert_close(slim(x), masked(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_run_in_float64_is_refused_in_words() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.a.weight.dtype == torch.float64:
+                raise TypeError("single precision only")
+            return self.b(self.a(x).relu())
+
+    model, x = Single(), torch.randn(2, 8)
+    coupling = couple(model, (x,), prove=False)
+    removed = torch.arange(16) % 2 == 0
+    with pytest.raises(SlimError, match="does not run in float64.*single precision only"):
+        slim_module(model, coupling, removed, (x,))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cocktailsdk.graph.compare import EXACT, SINGLE, Precision, doubled, randomise, relative_error, tensors_in
+from cocktailsdk.graph.compare import Precision, doubled, randomise, relative_error, tensors_in
 from cocktailsdk.graph.cut import duplicate
 from cocktailsdk.graph.export import evaluating
 from cocktailsdk.graph.layers import SlimRMSNorm
@@ -142,9 +142,9 @@ class Randomised:
         self._inputs = doubled((tuple(args), dict(kwargs)), generator)
         self._calls: dict[str, tuple[Any, Any, list[Tensor]]] = {}
         precision = Precision()
-        with precision, _recorded(self._model, paths, self._calls):
-            self._whole = self._run()
-        self.limit = SINGLE if precision.single else EXACT
+        with _recorded(self._model, paths, self._calls), evaluating(self._model), torch.no_grad(), precision:
+            self._whole = tensors_in(self._model(*self._inputs[0], **self._inputs[1]))
+        self.limit = precision.limit
 
     def ran(self, path: str) -> bool:
         """Whether a part was called at all."""
@@ -172,7 +172,7 @@ class Randomised:
                     kept = name not in module._non_persistent_buffers_set or _is_same(table, before)
                     module._buffers[name] = theirs if kept else _doubled(table, own)
         args, kwargs, want = self._calls[path]
-        with evaluating(native), torch.no_grad():
+        with evaluating(native), torch.no_grad(), Precision():
             return relative_error(tensors_in(native(*args, **kwargs)), want, want)
 
     def error_after_adopting(self, path: str, native: nn.Module) -> float:
@@ -181,7 +181,7 @@ class Randomised:
         return relative_error(self._run(), self._whole, self._whole)
 
     def _run(self) -> list[Tensor]:
-        with evaluating(self._model), torch.no_grad():
+        with evaluating(self._model), torch.no_grad(), Precision():
             return tensors_in(self._model(*self._inputs[0], **self._inputs[1]))
 
 

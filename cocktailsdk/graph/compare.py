@@ -12,12 +12,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "EXACT",
+    "NARROWED",
     "SINGLE",
     "Precision",
     "doubled",
     "failing_module",
     "first_difference",
     "leaves_of",
+    "narrowed",
     "randomise",
     "relative_error",
     "tensors_in",
@@ -28,6 +30,9 @@ EXACT = 1e-9
 
 SINGLE = 1e-6
 """The same where the model itself casts to float32 on the way."""
+
+NARROWED = 1e-5
+"""The same where a kernel has no float64, and sums in float32."""
 
 
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -96,18 +101,48 @@ def relative_error(got: Sequence[Tensor], want: Sequence[Tensor], dense: Sequenc
 
 
 class Precision(TorchDispatchMode):
-    """Notices whether a float64 model computes something in less."""
+    """Notices whether a float64 model computes something in less, and lets kernels that have no float64 do so.
+
+    Attributes:
+        single: Whether something was float32.
+        narrowed: Whether a kernel had no float64 (grouped matrix products have none), so that it was given float32.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.single = False
+        self.single = self.narrowed = False
+
+    @property
+    def limit(self) -> float:
+        """The largest relative error to allow."""
+        return NARROWED if self.narrowed else SINGLE if self.single else EXACT
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        try:
+            out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if "Double" not in str(error) and "float64" not in str(error):
+                raise
+            out = tree_map(_wide, func(*tree_map(_single, args), **tree_map(_single, kwargs)))
+            self.single = self.narrowed = True
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.numel() > 1:
                 self.single = True
         return out
+
+
+def narrowed(inputs: Any) -> Any:
+    """Inputs in float32."""
+    return tree_map(_single, inputs)
+
+
+def _single(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor], list[Tensor]]]:
@@ -120,7 +155,8 @@ def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Te
         for name, m in model.named_modules()
     ]
     try:
-        model(*args, **kwargs)
+        with Precision():
+            model(*args, **kwargs)
     except Exception:  # only used to see how far it came
         return seen
     finally:
@@ -137,7 +173,8 @@ def failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
         hooks.append(m.register_forward_pre_hook(lambda _m, _i, name=name: entered.append(name)))
         hooks.append(m.register_forward_hook(lambda _m, _i, _o: entered.pop() and None))
     try:
-        model(*args, **kwargs)
+        with Precision():
+            model(*args, **kwargs)
     except Exception:
         return entered[-1] if entered else ""
     finally:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from ..errors import SlimError
 from .compare import (
     EXACT,
+    NARROWED,
     SINGLE,
     Precision,
     doubled,
     failing_module,
     first_difference,
+    narrowed,
     randomise,
     relative_error,
     tensors_in,
@@ -89,16 +91,26 @@ def verify_slim(
     with evaluating(masked), evaluating(slim), torch.no_grad():
         apply_masks(masked, cutter.coupling, cutter.removed)
         precision = Precision()
-        with precision, _Outputs(masked, [*options, *scopes]) as outputs:
-            want = tensors_in(masked(*args, **kwargs))
+        try:
+            with precision, _Outputs(masked, [*options, *scopes]) as outputs:
+                want = tensors_in(masked(*args, **kwargs))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else "no message"
+            at = failing_module(masked, args, kwargs) or "its own forward"
+            raise SlimError(
+                f"{type(model).__name__} does not run in float64, in which slim is compared with masked "
+                f"({type(error).__name__}: {reason}; in {at!r}). "
+                "Choose an implementation of this module that does."
+            ) from error
         left = _Left(cutter)
         settling = _Settling(masked, slim, options, outputs, cutter, left)
         try:
-            with settling:
+            with precision, settling:
                 output = slim(*args, **kwargs)
             if settling.mends.forwards:  # what is kept has modules with that code, so these are what is looked at
                 slim = cutter.cut(masked, settling.mends)[0].eval()
-                output = slim(*args, **kwargs)
+                with precision:
+                    output = slim(*args, **kwargs)
             got = tensors_in(output)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else "no message"
@@ -115,8 +127,10 @@ def verify_slim(
         for path in scopes:  # a detector may find nothing to return; its parts always return something
             part = slim.get_submodule(path)
             inside, kw = outputs.inputs[path]
-            worst = max(worst, relative_error(tensors_in(part(*inside, **kw)), outputs.seen[path], outputs.seen[path]))
-        limit = SINGLE if precision.single else EXACT
+            with precision:
+                got_inside = tensors_in(part(*inside, **kw))
+            worst = max(worst, relative_error(got_inside, outputs.seen[path], outputs.seen[path]))
+        limit = precision.limit
         if not worst <= limit and _nothing_left(want):
             worst = relative_error(got, want, _dense_outputs(model, args, kwargs))
         if not worst <= limit:
@@ -128,6 +142,8 @@ def verify_slim(
                 "please: this should not happen.",
                 module=where,
             )
+        if precision.narrowed:  # such kernels cannot be exported in float64 either, and labels have no precision
+            slim, (args, kwargs) = slim.float(), narrowed((args, kwargs))
         check_labels(slim, cutter, args, kwargs)
     return Proof(worst, settling.mends)
 
@@ -141,7 +157,7 @@ def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     """What the randomised model returns before anything is masked."""
     dense = duplicate(model).double()
     randomise(dense, torch.Generator().manual_seed(0))
-    with evaluating(dense), torch.no_grad():
+    with evaluating(dense), torch.no_grad(), Precision():
         return tensors_in(dense(*args, **kwargs))
 
 
@@ -244,7 +260,7 @@ class _Settling:
         except Exception:  # wrong sizes raise all kinds of errors
             return False
         expected = self._expected(path)
-        return expected is None or relative_error(got[:1], expected, expected) <= SINGLE
+        return expected is None or relative_error(got[:1], expected, expected) <= NARROWED
 
     def _expected(self, path: str) -> list[Tensor] | None:
         """What the module should return first: the masked model's value without what is gone."""

@@ -5,7 +5,6 @@ For slim models that were not cut along a coupling: nothing is known of them but
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import SlimError
 from ..graph.compare import (
-    EXACT,
-    SINGLE,
     Precision,
     doubled,
     failing_module,
@@ -25,6 +22,7 @@ from ..graph.compare import (
     relative_error,
     tensors_in,
 )
+from ..graph.cut import duplicate
 from ..graph.export import evaluating
 from ..selection import some_of
 
@@ -74,17 +72,18 @@ def check_equal(model: nn.Module, slim: nn.Module, where: Where, inputs: Inputs,
     """
     generator = torch.Generator().manual_seed(0)
     args, kwargs = doubled(inputs, generator)
-    masked = copy.deepcopy(model).to(torch.float64)
+    masked = duplicate(model).double()
     randomise(masked, generator)
     with evaluating(masked), evaluating(slim), torch.no_grad():
         filled(slim, masked, where)
         slim.eval()
-        dense = tensors_in(masked(*args, **kwargs))
-        _mask(masked, where)
         with Precision() as precision:
+            dense = tensors_in(masked(*args, **kwargs))
+            _mask(masked, where)
             want = tensors_in(masked(*args, **kwargs))
         try:
-            got = tensors_in(slim(*args, **kwargs))
+            with precision:
+                got = tensors_in(slim(*args, **kwargs))
         except Exception as error:
             reason = (str(error).splitlines() or ["no message"])[0]
             at = failing_module(slim, args, kwargs)
@@ -99,7 +98,7 @@ def check_equal(model: nn.Module, slim: nn.Module, where: Where, inputs: Inputs,
                 f"{what} returns {shapes[1]} where the model returns {shapes[0]}: channels of its output went. Exclude "
                 f"the layers that make it (exclude_modules=[...]); {otherwise}"
             )
-        error_found, limit = relative_error(got, want, dense), SINGLE if precision.single else EXACT
+        error_found, limit = relative_error(got, want, dense), precision.limit
         if not error_found <= limit:
             at = first_difference(masked, slim, args, kwargs)
             raise SlimError(
