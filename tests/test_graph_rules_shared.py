@@ -113,6 +113,23 @@ class Windows(Ends):
         return x.unfold(2, 4, 2).unfold(3, 4, 2).amax((4, 5))
 
 
+@case(TOKENS, [16, 4])
+class ForwardChosenWhenBuilt(Streamed):
+    """A module whose forward is an attribute of its own."""
+
+    class inner(Heads):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forward = self.one_way
+
+        def one_way(self, x):
+            q, k, v = (self.split(part(x)) for part in (self.q, self.k, self.v))
+            return self.merge(self.attend(q, k, v))
+
+        def split(self, t):
+            return t.reshape(*t.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
 @pytest.mark.parametrize("name", list(CASES))
 def test_rule(name: str) -> None:
     show(CASES[name])

@@ -206,17 +206,22 @@ class _Settling:
         self._settled: set[str] = set()
         self._busy: set[str] = set()
         self._code: dict[str, Callable[..., Any]] = {}
+        self._own: dict[str, Callable[..., Any] | None] = {}
 
     def __enter__(self) -> _Settling:
         for path in self._options:
             module = self._slim.get_submodule(path)
             self._code[path] = module.forward
+            self._own[path] = vars(module).get("forward")  # some choose theirs when they are built
             module.forward = partial(self._forward, path, module)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for path in self._options:
-            del self._slim.get_submodule(path).forward
+        for path, own in self._own.items():
+            module = self._slim.get_submodule(path)
+            del module.forward
+            if own is not None:
+                module.forward = own
 
     def _forward(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Children settle while their parent is tried, so each is looked at with the inputs that it really gets.
