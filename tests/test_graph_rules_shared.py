@@ -113,21 +113,26 @@ class Windows(Ends):
         return x.unfold(2, 4, 2).unfold(3, 4, 2).amax((4, 5))
 
 
-@case(TOKENS, [16, 4])
-class ForwardChosenWhenBuilt(Streamed):
-    """A module whose forward is an attribute of its own."""
+class Chosen(nn.Module):
+    """Has no forward but the one that it takes when it is built."""
 
-    class inner(Heads):
-        def __init__(self) -> None:
-            super().__init__()
-            self.forward = self.one_way
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.inner = 8, nn.Linear(8, 8)
+        self.forward = self.in_part
 
-        def one_way(self, x):
-            q, k, v = (self.split(part(x)) for part in (self.q, self.k, self.v))
-            return self.merge(self.attend(q, k, v))
+    def in_part(self, x):
+        return torch.cat([self.inner(x[..., : self.width]), x[..., self.width :]], -1)
 
-        def split(self, t):
-            return t.reshape(*t.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+@case(TOKENS, [8, 8, 8])
+class ForwardChosenWhenBuilt(Tokens):
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.part = Chosen()
+
+    def body(self, x):
+        return self.part(x).relu()
 
 
 @pytest.mark.parametrize("name", list(CASES))
