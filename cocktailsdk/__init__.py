@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from .net import sparsify as sparsify
     from .patterns import NM as NM
     from .patterns import UMG as UMG
+    from .patterns import Block as Block
     from .patterns import Channel as Channel
     from .patterns import Pattern as Pattern
     from .patterns import Subnet as Subnet
     from .patterns import Unstructured as Unstructured
+    from .patterns import Vector as Vector
     from .patterns import register_pattern as register_pattern
     from .slimming import slim as slim
     from .training import CoTrainer as CoTrainer
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Block": ".patterns",
     "Channel": ".patterns",
     "CoTrainer": ".training",
     "CocktailNet": ".net",
@@ -57,6 +60,7 @@ _WHERE = {
     "SubnetReport": ".counts",
     "UMG": ".patterns",
     "Unstructured": ".patterns",
+    "Vector": ".patterns",
     "from_pretrained": ".bundle",
     "inspect": ".inspection",
     "register_pattern": ".patterns",
@@ -69,6 +73,7 @@ __all__ = [
     "NM",
     "UMG",
     "AdapterError",
+    "Block",
     "BundleError",
     "Channel",
     "CoTrainer",
@@ -87,6 +92,7 @@ __all__ = [
     "SubnetReport",
     "TrainingError",
     "Unstructured",
+    "Vector",
     "__version__",
     "from_pretrained",
     "inspect",

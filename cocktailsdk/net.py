@@ -154,7 +154,7 @@ class CocktailNet(SwitchableNet):
                     flops=self.coupling.flops(mask.removed),
                     nonzero_macs=nonzero_macs(self.coupling, mask),
                     metric=self.metrics.get(name),
-                    coverage=pattern.coverage(s, umg) if pattern else 1.0,
+                    coverage=pattern.coverage(s, mask, umg) if pattern else 1.0,
                 )
             )
         return out

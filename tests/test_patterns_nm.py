@@ -6,31 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pattern_cases import weights
 from tiny import TinyNet, tiny_net
 from torch import nn
 
 import cocktailsdk as cocktail
 from cocktailsdk import NM, PatternError
-from cocktailsdk.graph import Weight
 from cocktailsdk.patterns.nm import covered, nm_mask, runs, unruns
-
-
-@st.composite
-def weights(draw):
-    op = draw(st.sampled_from(["conv", "linear", "conv_transpose", "transposed linear"]))
-    groups = draw(st.sampled_from([1, 1, 2, 3])) if op.startswith("conv") else 1
-    inputs, outputs = draw(st.integers(1, 19)), draw(st.integers(1, 4))
-    kernel = draw(st.sampled_from([(1,), (3,), (2, 3)])) if op.startswith("conv") else ()
-    if op == "conv":
-        shape, out_axis, in_axis = (groups * outputs, inputs, *kernel), 0, 1
-    elif op == "conv_transpose":
-        shape, out_axis, in_axis = (groups * inputs, outputs, *kernel), 1, 0
-    elif op == "linear":
-        shape, out_axis, in_axis = (outputs, inputs), 0, 1
-    else:
-        shape, out_axis, in_axis = (inputs, outputs), 1, 0
-    return Weight("w", "m", op.removeprefix("transposed "), shape, out_axis, in_axis, groups, 0), inputs
-
 
 PAIRS = st.integers(2, 10).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
 

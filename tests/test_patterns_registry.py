@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from blocks import Block
+from squares import Square
 from tiny import TinyNet, tiny_net
 
 import cocktailsdk as cocktail
@@ -29,8 +32,8 @@ def test_the_default_is_24_networks():
         ("n:m", NM()),
         ("2:4", NM(2, 4)),
         (" 3:16 ", NM(3, 16)),
-        ("block", Block()),
-        ("block@0.5", Block([0.5])),
+        ("square", Square()),
+        ("square@0.5", Square([0.5])),
     ],
 )
 def test_strings_stand_for_patterns(spec, pattern):
@@ -83,7 +86,7 @@ def test_registration_refuses_taken_names_bad_names_and_other_classes():
 
 
 def test_an_unregistered_class_is_refused():
-    class Nameless(Block):
+    class Nameless(Square):
         name = ""
 
     with pytest.raises(PatternError, match="register_pattern"):
@@ -112,16 +115,33 @@ def test_masks_are_made_after_those_they_look_at():
 
 
 def test_a_users_pattern_goes_through_sparsify_bundle_and_back(tmp_path):
-    net = cocktail.sparsify(TinyNet(), ["block", "2:4", "channel@0.25"], example_inputs=torch.randn(2, 3, 6, 6))
-    assert net.names == ["dense", "block@0.25", "block@0.5", "2:4", "channel@0.25"]
+    net = cocktail.sparsify(TinyNet(), ["square", "2:4", "channel@0.25"], example_inputs=torch.randn(2, 3, 6, 6))
+    assert net.names == ["dense", "square@0.25", "square@0.5", "2:4", "channel@0.25"]
     report = {r.name: r for r in net.subnets()}
-    assert report["block@0.5"].sparsity_exact == pytest.approx(0.5)
+    assert report["square@0.5"].sparsity_exact == pytest.approx(0.5)
     net.save_pretrained(tmp_path / "bundle")
     loaded = cocktail.from_pretrained(tmp_path / "bundle", TinyNet())
     assert loaded.subnets() == net.subnets()
-    assert isinstance(loaded.patterns[0], Block)
+    assert isinstance(loaded.patterns[0], Square)
     for name in net.names:
         with net.using(name), loaded.using(name):
             assert all(
                 torch.equal(a, b) for a, b in zip(net.model.parameters(), loaded.model.parameters(), strict=True)
             )
+
+
+def documented_strings():
+    """Every spec string in the documentation's table of patterns."""
+    text = (Path(__file__).parents[1] / "docs" / "patterns.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    return [(row[1].strip(" `"), spec) for row in rows for spec in re.findall(r'`"([^"]+)"`', row[2])]
+
+
+@pytest.mark.parametrize(("name", "spec"), documented_strings())
+def test_the_documented_strings_are_known(name, spec):
+    assert parse_pattern(spec).name == name
+
+
+def test_every_pattern_is_documented():
+    own = {name for name, cls in registered().items() if cls.__module__.startswith("cocktailsdk.")}
+    assert own == {name for name, _ in documented_strings()}

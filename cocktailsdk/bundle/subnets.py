@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Coupling, Weight
 from ..masks import Mask
 from ..patterns import Pattern, Subnet
-from ..patterns.nm import runs, unruns
+from ..patterns.remaining import Remaining
+from .forms import Form
 from .packing import (
-    MAX_RUN,
     from_levels,
     from_ranks,
     level_bits,
@@ -36,7 +34,8 @@ def write_masks(
     """Masks as entries (JSON values) and packed tensors.
 
     For each pattern the smallest form that holds its masks: N:M runs as ranks (1 bit a pair for 1:2, 3 bits for 2:4,
-    7 for 4:8), nested masks as levels (4 bits a weight for up to 15), others bit by bit.
+    7 for 4:8), blocks as a value each, nested masks as levels (4 bits an element or block for up to 15), others bit by
+    bit. Where channels go too, what is left of the weights is all that is written.
     """
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -54,22 +53,23 @@ def write_masks(
             for s, k in zip(subnets, kept, strict=True):
                 put(f"{name}.{s}", (~k).numpy(), 1, levels=[s], **entry)
 
-    weights = {w.name: w for w in coupling.weights}
     for p in patterns:
-        plain: dict[tuple[str, ...], list[str]] = {}
+        alike: dict[str, list[tuple[str, Tensor, dict[str, Any]]]] = {}
         for s in p.subnets():
             mask = masks[s.name]
-            if mask.elements:
-                names = _ordered(mask.elements, eligible)
-                found = _ranks(s, mask, names, weights)
-                if found is None:
-                    plain.setdefault(names, []).append(s.name)
-                else:
-                    n, m, ranks = found
-                    put(f"{s.name}.runs", ranks, run_bits(n, m), runs=s.name, n=n, m=m, **_named(names, eligible))
-        for i, (names, subnets) in enumerate(plain.items()):
-            flat = [torch.cat([masks[s].elements[n].reshape(-1) for n in names]) for s in subnets]
-            put_nested(f"{p.name}.elements{i or ''}", subnets, flat, **_named(names, eligible))
+            if not mask.elements:
+                continue
+            names = _ordered(mask.elements, eligible)
+            form, left, cells = _folded(s, mask, names, coupling)
+            entry = {**form.entry(), **({"left": True} if left else {}), **_named(names, eligible)}
+            if form.nm is not None:
+                ranks = to_ranks(cells, form.nm[0])
+                assert ranks is not None  # _cells has counted them
+                put(f"{s.name}.runs", ranks, run_bits(*form.nm), runs=s.name, **entry)
+            else:
+                alike.setdefault(s.name if left else repr((form, names)), []).append((s.name, cells, entry))
+        for i, of in enumerate(alike.values()):
+            put_nested(f"{p.name}.elements{i or ''}", [s for s, _, _ in of], [k for _, k, _ in of], **of[0][2])
         with_units = [(s.name, r) for s in p.subnets() if (r := masks[s.name].removed) is not None]
         if with_units:
             put_nested(f"{p.name}.units", [s for s, _ in with_units], [~r for _, r in with_units], units=True)
@@ -97,27 +97,36 @@ def read_masks(
     """
     elements: dict[str, dict[str, Tensor]] = {n: {} for n in names}
     removed: dict[str, Tensor] = {}
-    weights = {w.name: w for w in coupling.weights}
-    for e in entries:
-        of = tuple(e["weights"]) if "weights" in e else tuple(w.name for w in eligible)
-        if "runs" in e:
-            n, m = e["n"], e["m"]
-            if not 0 < n < m <= MAX_RUN:
-                raise BundleError(f"the bundle has a mask of {n}:{m}")
-            elements[e["runs"]] = _from_ranks(fetch(e["tensor"]), n, m, [weights[name] for name in of])
-            continue
+
+    def levels(e: Mapping[str, Any], count: int) -> dict[str, Tensor]:
         bits = level_bits(len(e["levels"]))
         if bits is None:
             raise BundleError(f"the bundle nests {len(e['levels'])} masks in one")
+        return dict(
+            zip(e["levels"], from_levels(unpack(fetch(e["tensor"]), bits, count), len(e["levels"])), strict=True)
+        )
+
+    for e in entries:
         if e.get("units"):
-            kept = from_levels(unpack(fetch(e["tensor"]), bits, coupling.n_units), len(e["levels"]))
-            removed.update({s: ~k for s, k in zip(e["levels"], kept, strict=True) if s in elements})
+            removed.update({s: ~k for s, k in levels(e, coupling.n_units).items() if s in elements})
+    for e in entries:
+        if e.get("units"):
             continue
-        sizes = [math.prod(coupling.shapes[name]) for name in of]
-        kept = from_levels(unpack(fetch(e["tensor"]), bits, sum(sizes)), len(e["levels"]))
-        for s, k in zip(e["levels"], kept, strict=True):
-            parts = k.split(sizes)
-            elements[s] = {name: t.reshape(coupling.shapes[name]) for name, t in zip(of, parts, strict=True)}
+        form = Form.of(e)
+        of = _weights(tuple(e["weights"]) if "weights" in e else tuple(w.name for w in eligible), coupling)
+        subnets = [e["runs"]] if "runs" in e else list(e["levels"])
+        left = Remaining(coupling, removed[subnets[0]]) if e.get("left") else None
+        held = of if left is None else [left.weight(w) for w in of]
+        sizes = [form.cells(w) for w in held]
+        if form.nm is None:
+            cells = levels(e, sum(sizes))
+        else:
+            cells = {e["runs"]: from_ranks(unpack(fetch(e["tensor"]), run_bits(*form.nm), sum(sizes)), *form.nm)}
+        for s, k in cells.items():
+            parts = [form.unfold(w, part) for w, part in zip(held, k.split(sizes), strict=True)]
+            if left is not None:
+                parts = [left.spread(w, part) for w, part in zip(of, parts, strict=True)]
+            elements[s] = {w.name: part for w, part in zip(of, parts, strict=True)}
     missing = [n for n in names if not elements[n] and n not in removed]
     if missing or len(elements) != len(names):
         raise BundleError(f"the bundle's masks are not those of its subnets: missing {missing}")
@@ -133,29 +142,39 @@ def _named(names: tuple[str, ...], eligible: tuple[Weight, ...]) -> dict[str, An
     return {} if names == tuple(w.name for w in eligible) else {"weights": list(names)}
 
 
-def _ranks(
-    subnet: Subnet, mask: Mask, names: tuple[str, ...], weights: Mapping[str, Weight]
-) -> tuple[int, int, Any] | None:
-    n, m = subnet.options.get("n"), subnet.options.get("m")
-    if not isinstance(n, int) or not isinstance(m, int) or not 0 < n < m <= MAX_RUN:
-        return None
-    parts: list[Tensor] = []
-    for name in names:
-        if name not in weights:
-            return None
-        run = runs(weights[name], mask.elements[name], m)
-        if not torch.equal(unruns(weights[name], run, True), mask.elements[name]):
-            return None  # a remainder is not kept whole
-        parts.append(run.reshape(-1, m))
-    ranks = to_ranks(torch.cat(parts), n)
-    return None if ranks is None else (n, m, ranks)
+def _weights(names: Sequence[str], coupling: Coupling) -> list[Weight]:
+    """Weights by name; of a parameter that is none (a bias), what packing needs to know: its shape."""
+    known = {w.name: w for w in coupling.weights}
+    return [known.get(n) or Weight(n, "", "", tuple(coupling.shapes[n]), 0, 0, 1, 0) for n in names]
 
 
-def _from_ranks(packed: Tensor, n: int, m: int, weights: Sequence[Weight]) -> dict[str, Bool[Tensor, "..."]]:
-    shapes = [runs(w, torch.empty(w.shape, device="meta"), m).shape for w in weights]
-    counts = [math.prod(s[:-1]) for s in shapes]
-    kept = from_ranks(unpack(packed, run_bits(n, m), sum(counts)), n, m).split(counts)
-    return {w.name: unruns(w, k.reshape(s), True) for w, k, s in zip(weights, kept, shapes, strict=True)}
+def _folded(subnet: Subnet, mask: Mask, names: Sequence[str], coupling: Coupling) -> tuple[Form, bool, Tensor]:
+    """The smallest form that holds a mask, whether it is one of what channels leave, and its cells."""
+    weights = _weights(names, coupling)
+    kept = [mask.elements[n] for n in names]
+    if mask.removed is not None:
+        left = Remaining(coupling, mask.removed)
+        sliced = [left.slice(w, k) for w, k in zip(weights, kept, strict=True)]
+        if all(torch.equal(left.spread(w, part), k) for w, part, k in zip(weights, sliced, kept, strict=True)):
+            form, cells = _cells(subnet, [left.weight(w) for w in weights], sliced)
+            return form, True, cells
+    form, cells = _cells(subnet, weights, kept)
+    return form, False, cells
+
+
+def _cells(subnet: Subnet, weights: Sequence[Weight], kept: Sequence[Tensor]) -> tuple[Form, Tensor]:
+    try:
+        form = Form.of(subnet.options)
+    except (BundleError, TypeError):  # options of a user's pattern that mean something else, or runs too long
+        form = Form()
+    if form != Form() and all(w.op for w in weights):
+        parts = [form.fold(w, k) for w, k in zip(weights, kept, strict=True)]
+        cells = torch.cat(parts)
+        if all(torch.equal(form.unfold(w, c), k) for w, c, k in zip(weights, parts, kept, strict=True)) and (
+            form.nm is None or bool((cells.sum(-1) == form.nm[0]).all())
+        ):
+            return form, cells
+    return Form(), torch.cat([k.reshape(-1) for k in kept])
 
 
 def write_statistics(

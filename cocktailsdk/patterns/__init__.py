@@ -1,6 +1,7 @@
 """Families of masks. One file a pattern; new ones register themselves by name."""
 
 from .base import DENSE, UMG, Pattern, Subnet
+from .block import Block, Vector
 from .channel import Channel
 from .generation import in_order, make_all_masks, rounds_of
 from .nm import NM
@@ -11,10 +12,12 @@ __all__ = [
     "DENSE",
     "NM",
     "UMG",
+    "Block",
     "Channel",
     "Pattern",
     "Subnet",
     "Unstructured",
+    "Vector",
     "in_order",
     "make_all_masks",
     "make_pattern",

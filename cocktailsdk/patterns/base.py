@@ -62,13 +62,17 @@ class Pattern(ABC):
 
     Attributes:
         name: Its registered name, set by :func:`register_pattern`.
-        after: Names of patterns whose masks of the same round it wants to see in ``UMG.made``.
+        after: Names of patterns whose masks of the same round it wants to see in ``UMG.made``; a name stands for all
+            patterns of that ``term``, too.
         nested: Whether each subnet's zeros contain those of the one before.
+        term: The term of the channel score that its masks enter: ``"unstructured"`` (weights chosen freely, weight β),
+            ``"n:m"`` (so many of each run, 1-β), or none.
     """
 
     name: ClassVar[str] = ""
     after: ClassVar[tuple[str, ...]] = ()
     nested: ClassVar[bool] = True
+    term: ClassVar[str] = ""
 
     @abstractmethod
     def subnets(self) -> tuple[Subnet, ...]:
@@ -104,9 +108,9 @@ class Pattern(ABC):
         kept = sum(int(mask.elements[w.name].sum()) if w.name in mask.elements else w.numel for w in umg.eligible)
         return 1.0 - kept / total if total else 0.0
 
-    def coverage(self, subnet: Subnet, umg: UMG) -> float:
+    def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of the eligible weights that the pattern can touch at all (1 unless it leaves remainders)."""
-        del subnet, umg
+        del subnet, mask, umg
         return 1.0
 
     @classmethod
@@ -118,18 +122,9 @@ class Pattern(ABC):
         Raises:
             PatternError: The string names this pattern but the rest makes no sense.
         """
-        name, at, argument = spec.partition("@")
-        if name.strip() != cls.name:
+        if spec.partition("@")[0].strip() != cls.name or "+" in spec:
             return None
-        if not at:
-            return cls()
-        try:
-            sparsity = float(argument)
-        except ValueError:
-            raise PatternError(
-                f"pattern {spec!r}: {argument!r} is not a number; write it like '{cls.name}@0.5'"
-            ) from None
-        arguments: dict[str, Any] = {"sparsities": [sparsity]}
+        arguments: dict[str, Any] = level_of(spec)
         try:
             return cls(**arguments)
         except TypeError as e:
@@ -163,6 +158,23 @@ class Pattern(ABC):
         return type(self) is type(other) and self.config() == other.config()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def level_of(spec: str) -> dict[str, Any]:
+    """What the part of a spec string after ``@`` says, as arguments: ``{"sparsities": [0.5]}``, or nothing without it.
+
+    Raises:
+        PatternError: It is no number.
+    """
+    name, at, argument = spec.partition("@")
+    if not at:
+        return {}
+    try:
+        return {"sparsities": [float(argument)]}
+    except ValueError:
+        raise PatternError(
+            f"pattern {spec!r}: {argument!r} is not a number; write it like '{name.strip()}@0.5'"
+        ) from None
 
 
 def level_name(pattern: str, sparsity: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..errors import PatternError
 from ..graph import Coupling, Group
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
-from .registry import register_pattern
+from .registry import pattern_class, register_pattern
 
 AUTO_MULTIPLE = 8  # what GPUs' matrix units want
 AUTO_CHANNELS = 256  # groups at least this wide
@@ -26,22 +26,19 @@ def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
     A row C of a producer has the score β‖m_u⊙C‖₁ + (1-β)‖m_nm⊙C‖₁ on unmasked weights, divided by the mean over
     the producer's rows, so that no layer dominates a residual stream. A unit's score is the sum over its producers.
 
-    A pattern that made no mask this round drops its term; where neither did, and for producers that are not
-    eligible, the unmasked rows stand in.
+    Where several patterns of one term (``Pattern.term``) made masks this round, unstructured and block, say, the term
+    is their mean. A term without a mask is dropped; where no mask enters, and for producers that are not eligible, the
+    unmasked rows stand in.
 
     Args:
-        umg: ``made`` may hold masks of ``"unstructured"`` and ``"n:m"``.
+        umg: ``made`` may hold masks of patterns with a term.
         beta: Weight of the unstructured term, in [0, 1].
 
     Returns:
         On the CPU.
     """
     scores = torch.zeros(umg.coupling.n_units, dtype=torch.float64)
-    terms = [
-        (share, umg.made[name].elements)
-        for name, share in (("unstructured", beta), ("n:m", 1.0 - beta))
-        if name in umg.made
-    ] or [(1.0, {})]
+    terms = terms_of(umg, beta)
     for producer in umg.coupling.producers:
         has_unit = producer.units >= 0
         if not bool(has_unit.any()):
@@ -56,6 +53,18 @@ def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
         if mean > 0.0:
             scores.index_add_(0, producer.units[has_unit], norms[has_unit] / mean)
     return scores
+
+
+def terms_of(umg: UMG, beta: float) -> list[tuple[float, Mapping[str, Bool[Tensor, "..."]]]]:
+    """What magnitudes are weighed by: the share of each mask made this round that enters the score, and its elements.
+
+    One share of 1 without elements where no mask enters.
+    """
+    out: list[tuple[float, Mapping[str, Tensor]]] = []
+    for term, share in (("unstructured", beta), ("n:m", 1.0 - beta)):
+        of = [mask.elements for name, mask in umg.made.items() if pattern_class(name).term == term]
+        out += [(share / len(of), elements) for elements in of]
+    return out or [(1.0, {})]
 
 
 def _row_sums(t: Tensor, axis: int) -> Float64[Tensor, " out"]:

@@ -15,18 +15,18 @@ from .base import UMG, Pattern, Subnet
 def in_order(patterns: Sequence[Pattern]) -> tuple[Pattern, ...]:
     """Patterns such that each comes after those whose masks it wants to see; otherwise in the order given.
 
+    A name in ``Pattern.after`` stands for the pattern of that name and for all whose masks enter that term.
+
     Raises:
         PatternError: Two patterns wait for each other.
     """
-    present = {p.name for p in patterns}
-    left, out, done = list(patterns), [], set[str]()
+    left, out = list(patterns), []
     while left:
-        ready = next((p for p in left if all(a in done or a not in present for a in p.after)), None)
+        ready = next((p for p in left if not any({q.name, q.term} & set(p.after) for q in left if q is not p)), None)
         if ready is None:
             raise PatternError(f"patterns {', '.join(repr(p.name) for p in left)} wait for each other ('after')")
-        left.remove(ready)
+        left = [p for p in left if p is not ready]
         out.append(ready)
-        done.add(ready.name)
     return tuple(out)
 
 

@@ -85,6 +85,7 @@ class NM(Pattern):
     """
 
     nested = False
+    term = "n:m"
 
     def __init__(
         self, n: int | None = None, m: int | None = None, *, pairs: Sequence[Sequence[int]] | None = None
@@ -127,8 +128,9 @@ class NM(Pattern):
         zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
         return zeros / total if total else 0.0
 
-    def coverage(self, subnet: Subnet, umg: UMG) -> float:
+    def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of eligible weights that lie in full runs of M."""
+        del mask
         total = sum(w.numel for w in umg.eligible)
         return sum(covered(w, subnet.options["m"]) for w in umg.eligible) / total if total else 0.0
 

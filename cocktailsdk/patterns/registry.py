@@ -28,8 +28,8 @@ def register_pattern(name: str) -> Callable[[type[P]], type[P]]:
 
     Example:
         ```python
-        @cocktail.register_pattern("block")
-        class Block(cocktail.Pattern):
+        @cocktail.register_pattern("square")
+        class Square(cocktail.Pattern):
             ...
         ```
     """

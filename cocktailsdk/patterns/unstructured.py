@@ -29,6 +29,8 @@ class Unstructured(Pattern):
         PatternError: An argument makes no sense.
     """
 
+    term = "unstructured"
+
     def __init__(self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.2) -> None:
         self._given = sparsities is not None
         self._rounds, self._rate = rounds, rate

@@ -7,15 +7,15 @@ import torch
 import cocktailsdk as cocktail
 
 
-@cocktail.register_pattern("block")
-class Block(cocktail.Pattern):
+@cocktail.register_pattern("square")
+class Square(cocktail.Pattern):
     """Zeroes the ``size`` x ``size`` blocks of least magnitude in each weight."""
 
     def __init__(self, sparsities=(0.25, 0.5), size=4):
         self.sparsities, self.size = list(sparsities), size
 
     def subnets(self):
-        return tuple(cocktail.Subnet(f"block@{s}", self.name, s) for s in self.sparsities)
+        return tuple(cocktail.Subnet(f"square@{s}", self.name, s) for s in self.sparsities)
 
     def config(self):
         return {"sparsities": self.sparsities, "size": self.size}
