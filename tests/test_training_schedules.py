@@ -1,4 +1,4 @@
-"""Learning rates and turns."""
+"""Learning rates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cocktailsdk.training.pivot import pivot
 from cocktailsdk.training.schedules import ScheduleFactory, constant, cosine, cosine_restarts
 
 
@@ -44,18 +43,3 @@ def test_cosine_warms_up_and_ends_at_its_minimum() -> None:
 @pytest.mark.parametrize("make", [cosine, cosine_restarts, constant])
 def test_schedules_hold_for_a_single_step(make: Callable[[], ScheduleFactory]) -> None:
     assert rates(make(), 1) == [0.1]
-
-
-def test_mini_batches_alternate_between_the_pivot_and_each_pattern() -> None:
-    turns = [pivot(i, [["u"], ["n"], ["c"]]) for i in range(8)]
-    assert turns == ["dense", "u", "dense", "n", "dense", "c", "dense", "u"]
-
-
-def test_round_zero_is_dense_throughout() -> None:
-    assert {pivot(i, []) for i in range(6)} == {"dense"}
-    assert {pivot(i, [[], []]) for i in range(6)} == {"dense"}
-
-
-def test_a_pattern_with_several_subnets_takes_them_in_turn() -> None:
-    turns = [pivot(i, [["a", "b"], [], ["c"]]) for i in range(1, 16, 2)]
-    assert turns == ["a", "c", "b", "c", "a", "c", "b", "c"]

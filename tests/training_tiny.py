@@ -55,11 +55,11 @@ def augment(images: Tensor) -> Tensor:
     return to_float(images) + 0.1 * torch.randn(images.shape)
 
 
-def tiny_net(seed: int = 0) -> cocktail.CocktailNet:
+def tiny_net(seed: int = 0, patterns: Any = None) -> cocktail.CocktailNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyNet()
-    patterns = (
+    patterns = patterns or (
         cocktail.Unstructured(sparsities=[0.3, 0.5, 0.7]),
         "1:2",
         cocktail.Channel(sparsities=[0.2, 0.4, 0.5], round_to=1),
@@ -80,9 +80,10 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 def tiny_trainer(
     net: cocktail.CocktailNet | None = None, out_dir: Path | None = None, **options: Any
 ) -> cocktail.CoTrainer:
-    """A run of 4 rounds with 2 epochs of 6 steps each, and 3 shares to merge with."""
+    """The paper's run of 4 rounds with 2 epochs of 6 steps each, and 3 shares to merge with."""
     train, held_out = tiny_loaders()
     settings: dict[str, Any] = {
+        "recipe": "paper",
         "val_loader": held_out,
         "optimizer": sgd,
         "schedule": cosine(),

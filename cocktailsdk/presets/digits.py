@@ -54,6 +54,7 @@ def preset() -> Preset:
         threads=1,
         patterns=("unstructured", "n:m", Channel(round_to=1)),
         training={
+            "recipe": "paper",
             "optimizer": _optimizer,
             "schedule": cosine(warmup=0.05),
             "epochs": 20,

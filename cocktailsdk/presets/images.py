@@ -71,7 +71,7 @@ def image_preset(
     if not epochs_scale > 0:
         raise TrainingError(f"epochs_scale must be greater than 0, got {epochs_scale}")
     epochs = max(1, round(EPOCHS * epochs_scale))
-    training: dict[str, Any] = {"epochs": epochs, "recalibration_batches": 8}
+    training: dict[str, Any] = {"recipe": "paper", "epochs": epochs, "recalibration_batches": 8}
     if weights is None:
         training |= {
             "optimizer": partial(_sgd, lr=0.1),

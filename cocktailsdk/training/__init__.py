@@ -2,6 +2,7 @@
 
 from . import events, schedules
 from .metrics import accuracy
+from .recipes import Recipe
 from .trainer import CoTrainer
 
-__all__ = ["CoTrainer", "accuracy", "events", "schedules"]
+__all__ = ["CoTrainer", "Recipe", "accuracy", "events", "schedules"]

@@ -18,6 +18,7 @@ _PLAIN = (
     "distill_weight",
     "metric_mode",
     "epochs",
+    "finishing_epochs",
     "total_hours",
     "rewind_epoch",
     "rewind_schedule",
@@ -48,6 +49,7 @@ def describe(net: CocktailNet, options: Options, config: Mapping[str, Any] | Non
     training: dict[str, Any] = {name: getattr(options, name) for name in _PLAIN}
     training |= {name: _name(getattr(options, name)) for name in _FUNCTIONS}
     training["alphas"] = sorted(options.alphas)
+    training["recipe"] = options.recipe.describe()
     return {
         "format": 1,
         "patterns": {p.name: p.config() for p in net.patterns},

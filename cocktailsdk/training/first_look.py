@@ -43,7 +43,7 @@ def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes 
         for module, mode in modes:
             module.training = mode
     classes = find_classes(output, target, loss)
-    if options.distill_weight and options.distill_fn is None and classes is None:
+    if options.distillation and options.distill_fn is None and classes is None:
         raise no_soft_loss(options.loss_fn, output)
     return classes
 

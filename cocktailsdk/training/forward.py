@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import TrainingError
 
-__all__ = ["ForwardFn", "LossFn", "default_forward", "loss_of", "output_tensor"]
+__all__ = ["ForwardFn", "LossFn", "default_forward", "detached", "loss_of", "output_tensor"]
 
 ForwardFn = Callable[[nn.Module, Any], tuple[Any, Any]]
 LossFn = Callable[[Any, Any], Tensor]
@@ -100,3 +102,20 @@ def output_tensor(output: Any) -> Tensor | None:
     if logits is None and isinstance(output, tuple | list) and output:
         logits = output[0]
     return logits if isinstance(logits, Tensor) else None
+
+
+def detached(output: Any) -> Any:
+    """An output of any kind, its tensors detached: a teacher's, through which no gradient goes."""
+
+    def detach(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.detach()
+        if not hasattr(part, "__dict__") or callable(part):
+            return part
+        part = copy.copy(part)  # an object of a class of the user's own
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value.detach())
+        return part
+
+    return tree_map(detach, output)

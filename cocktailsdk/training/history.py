@@ -36,6 +36,9 @@ class History:
         alphas: The share chosen when rounds 2, 3, … were merged in.
         merged: The mean held-out metric at each of these shares.
         judged: Recalibrated networks that merging evaluated.
+        steps: Optimizer steps done.
+        passes: Forward and backward passes of them: as many, but where a step trains several networks.
+        weights: By network the stored weights that it has for its own; the others share the net's.
         seconds: Time spent, over all calls.
     """
 
@@ -43,6 +46,9 @@ class History:
     alphas: list[float] = field(default_factory=list)
     merged: list[float] = field(default_factory=list)
     judged: int = 0
+    steps: int = 0
+    passes: int = 0
+    weights: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +73,7 @@ class Position:
         step: Batches of the epoch that are done.
     """
 
-    phase: Literal["train", "merge", "finish", "done"]
+    phase: Literal["train", "merge", "finishing", "finish", "done"]
     round: int
     entered: bool = False
     epoch: int = 0

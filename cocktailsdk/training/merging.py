@@ -26,7 +26,7 @@ def merge_rounds(session: Session) -> None:
     if session.position.phase != "merge":
         return
     options, history = session.options, session.history
-    if options.merge:
+    if options.merges:
         shares = len(set(options.alphas))
         total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
         session.emit(MergeStarted(options.rounds, total))
@@ -51,7 +51,10 @@ def merge_rounds(session: Session) -> None:
         merged = _round(session, options.rounds)
     load_tensors(session.net.model, merged)
     session.judged = {}
-    session.position.phase = "finish"
+    if options.finishing_epochs:
+        session.position.phase, session.position.round = "finishing", options.finishing_round
+    else:
+        session.position.phase = "finish"
     session.save()
 
 
@@ -83,13 +86,34 @@ def finish(session: Session) -> None:
     """Give every network its own statistics and its held-out metric."""
     net = session.net
     names = [DENSE, *session.names(session.options.rounds)]
+    own, tracked = session.history.weights, _tracked(session)
     net.statistics.clear()
     net.metrics.clear()
     for i, name in enumerate(names):
-        if session.held_out is None:
-            net.recalibrate(name, session.recalibration, session.forward)
-        else:
-            net.metrics[name] = session.readable(session.score(name).value)
+        with session.weights_of(name):
+            if name in tracked:
+                net.statistics[name] = tracked[name]
+            else:
+                net.recalibrate(name, session.recalibration, session.forward)
+            if session.held_out is not None:
+                net.metrics[name] = session.readable(session.measure(name).value)
         session.emit(NetworkFinished(name, net.metrics.get(name), i + 1, len(names)))
+    if own:
+        load_tensors(net.model, {**session.store.get(own[DENSE]), **net.statistics[DENSE]})
+        log.warning(
+            "recipe %r trains networks one at a time: the net holds the dense network's weights, and %d others have "
+            "their own (CoTrainer.using(name))",
+            session.options.recipe.name,
+            len(own) - 1,
+        )
     session.position.phase = "done"
     session.save()
+
+
+def _tracked(session: Session) -> dict[str, dict[str, Tensor]]:
+    """Running statistics that each network kept in a last round in which all were trained."""
+    options = session.options
+    together = options.finishing_epochs or options.recipe.rounds == "one"
+    if options.recipe.statistics != "separate" or not together:
+        return {}
+    return {name: dict(own) for name, own in session.net.statistics.items()}

@@ -29,10 +29,13 @@ class Optimization:
     scheduler: LRScheduler
 
     @classmethod
-    def begin(cls, model: nn.Module, options: Options) -> Optimization:
+    def begin(cls, model: nn.Module, options: Options, round_: int) -> Optimization:
         """A new one, as every round begins with."""
         optimizer = options.optimizer([p for p in model.parameters() if p.requires_grad])
-        return cls(optimizer, options.schedule(optimizer, options.epochs * options.steps_per_epoch))
+        if round_ > options.rounds:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * options.recipe.finishing_rate
+        return cls(optimizer, options.schedule(optimizer, options.schedule_steps(round_)))
 
     @property
     def rate(self) -> float:

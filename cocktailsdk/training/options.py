@@ -13,9 +13,10 @@ from .distill import DistillFn
 from .events import Callback
 from .forward import ForwardFn, LossFn
 from .metrics import MetricFn
+from .recipes import Recipe
 from .schedules import ScheduleFactory
 
-__all__ = ["OptimizerFactory", "Options", "default_optimizer"]
+__all__ = ["OptimizerFactory", "Options", "default_optimizer", "finishing_epochs"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Start = Literal["scratch", "pretrained"]
@@ -25,6 +26,7 @@ Start = Literal["scratch", "pretrained"]
 class Options:
     """The arguments of :class:`~cocktailsdk.CoTrainer`, which documents them."""
 
+    recipe: Recipe
     loss_fn: LossFn | None
     forward_fn: ForwardFn
     distill_fn: DistillFn | None
@@ -34,6 +36,7 @@ class Options:
     optimizer: OptimizerFactory
     schedule: ScheduleFactory
     epochs: int
+    finishing_epochs: int
     total_hours: float | None
     rewind_epoch: int
     rewind_schedule: bool
@@ -74,24 +77,62 @@ class Options:
     @property
     def first_round(self) -> int:
         """0, or 1 where the given weights are the rewind point."""
-        return 0 if self.start == "scratch" else 1
+        return 0 if self.start == "scratch" and self.recipe.rounds == "levels" else 1
+
+    @property
+    def finishing_round(self) -> int:
+        """The number of the round after merging, whether there is one or not."""
+        return self.rounds + 1
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether rounds begin from the rewind point."""
+        return self.recipe.rewind and self.recipe.rounds == "levels"
+
+    @property
+    def merges(self) -> bool:
+        """Whether rounds are merged."""
+        return self.merge and self.recipe.merges
+
+    @property
+    def distillation(self) -> float:
+        """Share of the distillation loss on sparse turns."""
+        distill = self.recipe.distill
+        if self.distill_weight == 0 or distill is True:
+            return self.distill_weight
+        return float(distill)
 
     def epochs_of(self, round_: int) -> range:
         """The epochs that a round trains."""
-        skipped = self.rewind_epoch if self.rewind_schedule and round_ > 0 and self.start == "scratch" else 0
-        return range(skipped, self.epochs)
+        if round_ > self.rounds:
+            return range(self.finishing_epochs)
+        rewound = self.rewind_schedule and self.rewinds and self.start == "scratch"
+        return range(self.rewind_epoch if rewound and round_ > 0 else 0, self.epochs)
+
+    def steps_of(self, round_: int) -> int:
+        """Optimizer steps of a round."""
+        return len(self.epochs_of(round_)) * self.steps_per_epoch
+
+    def schedule_steps(self, round_: int) -> int:
+        """Optimizer steps that a round's learning-rate schedule is made for; a rewound one began before the round."""
+        return (self.finishing_epochs if round_ > self.rounds else self.epochs) * self.steps_per_epoch
 
     def steps_before(self, round_: int) -> int:
         """Optimizer steps of all rounds before one."""
-        return sum(len(self.epochs_of(k)) for k in range(self.first_round, round_)) * self.steps_per_epoch
+        return sum(self.steps_of(k) for k in range(self.first_round, round_))
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all rounds."""
-        return self.steps_before(self.rounds + 1)
+        """Optimizer steps of all rounds, finishing included."""
+        return self.steps_before(self.finishing_round + 1)
 
 
 def default_optimizer(start: Start) -> OptimizerFactory:
     """The paper's SGD: rate 0.1 (0.01 from pretrained weights), momentum 0.9, weight decay 1e-4."""
     rate = 0.1 if start == "scratch" else 0.01
     return lambda parameters: SGD(parameters, lr=rate, momentum=0.9, weight_decay=1e-4)
+
+
+def finishing_epochs(epochs: int, rounds: int, share: float) -> int:
+    """Epochs that finishing takes to be a share of the whole run, at least one; 0 where the share is."""
+    return max(1, round(epochs * rounds * share / (1 - share))) if share else 0

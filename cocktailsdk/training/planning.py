@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
@@ -15,12 +15,16 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..patterns.base import DENSE
 from .optimization import Optimization
+from .options import finishing_epochs
+from .recipes import Step, Turn
+from .rounds import step_at
 from .session import Session, load_tensors, model_tensors
 from .stepper import Stepper
 
 __all__ = ["Costs", "Plan", "epochs_for", "measure", "plan"]
 
 REPEATS = 2
+LOOKS = 2520  # steps of a round that a plan looks at; whole turns of up to ten networks
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Plan:
     Attributes:
         rounds: Number of the last round.
         epochs: Epochs of every round.
+        finishing_epochs: Epochs after merging.
         steps: Optimizer steps in all.
         candidates: Recalibrated networks that merging judges at most.
         seconds: How long the run takes at most, without loading data slower than training uses it.
@@ -56,6 +61,7 @@ class Plan:
 
     rounds: int
     epochs: int
+    finishing_epochs: int
     steps: int
     candidates: int
     seconds: float
@@ -66,15 +72,13 @@ class Plan:
 def plan(session: Session, costs: Costs) -> Plan:
     """The whole run at these costs."""
     options = session.options
-    steps = options.total_steps
-    dense = options.steps_before(1)
-    sparse = (steps - dense) // 2
     return Plan(
         rounds=options.rounds,
         epochs=options.epochs,
-        steps=steps,
+        finishing_epochs=options.finishing_epochs,
+        steps=options.total_steps,
         candidates=_candidates(session),
-        seconds=(steps - sparse) * costs.dense_step + sparse * costs.sparse_step + _after(session, costs),
+        seconds=_training(session, costs) + _after(session, costs),
         memory=costs.memory,
         costs=costs,
     )
@@ -92,22 +96,48 @@ def epochs_for(session: Session, costs: Costs, hours: float) -> int:
         TrainingError: Where not even one epoch fits.
     """
     options = session.options
-    sparse_rounds = options.rounds
-    dense_rounds = 1 - options.first_round
-    pair = (costs.dense_step + costs.sparse_step) / 2
-    epoch = options.steps_per_epoch * (dense_rounds * costs.dense_step + sparse_rounds * pair)
-    epochs = math.floor((3600 * hours - _after(session, costs)) / epoch)
-    if epochs < 1:
+    rounds = options.rounds + 1 - options.first_round
+
+    def seconds(epochs: int) -> float:
+        finishing = finishing_epochs(epochs, rounds, options.recipe.finishing)
+        run = replace(session, options=replace(options, epochs=epochs, finishing_epochs=finishing, rewind_epoch=0))
+        return _training(run, costs)
+
+    left = 3600 * hours - _after(session, costs)
+    if seconds(1) > left:
         raise TrainingError(
             f"total_hours={hours} is too little: merging takes up to {_after(session, costs) / 3600:.2g} hours and one "
-            f"epoch of every round {epoch / 3600:.2g}"
+            f"epoch of every round {seconds(1) / 3600:.2g}"
         )
+    epochs, step = 1, max(1, 1 << math.floor(left / seconds(1)).bit_length())
+    while step:
+        if seconds(epochs + step) <= left:
+            epochs += step
+        step //= 2
     return epochs
+
+
+def _training(session: Session, costs: Costs) -> float:
+    """Seconds of all steps: of long rounds so many are looked at, evenly spread."""
+    options, recipe, total = session.options, session.options.recipe, 0.0
+    for k in range(options.first_round, options.finishing_round + 1):
+        steps = options.steps_of(k)
+        looked = [i * steps // min(steps, LOOKS) for i in range(min(steps, LOOKS))]
+        seconds = 0.0
+        for i in looked:
+            step = step_at(session, k, i)
+            taught = (recipe.same_batch and step.follows) or step.turns[0].network == DENSE
+            for turn in step.turns:
+                teacher = turn.network != DENSE and not taught
+                seconds += costs.sparse_step if teacher else costs.dense_step
+                taught = True
+        total += seconds / max(len(looked), 1) * steps
+    return total
 
 
 def _candidates(session: Session) -> int:
     options = session.options
-    if not options.merge:
+    if not options.merges:
         return 0
     return len(set(options.alphas)) * sum(len(session.names(k)) for k in range(2, options.rounds + 1))
 
@@ -126,15 +156,13 @@ def measure(session: Session) -> Costs:
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     statistics, metrics = dict(net.statistics), dict(net.metrics)
     modes = [(module, module.training) for module in net.modules()]
-    optimization = Optimization.begin(net.model, options)
-    stepper = Stepper(
-        net, options.forward_fn, options.loss_fn, options.distill_fn, options.distill_weight, session.classes
-    )
+    optimization = Optimization.begin(net.model, options, options.first_round)
+    stepper = Stepper.of(net, options, session.classes)
     batch = next(iter(session.recalibration))
-    names = [names[0] for names in session.networks(options.rounds) if names]
+    names = [names[0] for names in session.networks(options.rounds).values() if names]
 
     def step(name: str) -> Callable[[], object]:
-        return lambda: stepper.step(name, batch, optimization.optimizer)
+        return lambda: stepper.step(Step((Turn(name),)), batch, optimization.optimizer)
 
     try:
         net.model.train()
@@ -196,7 +224,7 @@ def _memory(session: Session, optimization: Optimization, activations: dict[int,
         for value in entry.values()
         if isinstance(value, Tensor)
     )
-    shared = [net.mask_tensors(names[0]) for names in session.networks(session.options.rounds) if names]
+    shared = [net.mask_tensors(names[0]) for names in session.networks(session.options.rounds).values() if names]
     masks = sum(mask.nbytes for tensors in shared for mask in tensors.values())
     # while a subnet is active, the dense values of what it masks are kept beside
     stash = max((sum(tensors[n].nbytes for n in masks_of) for masks_of in shared), default=0)

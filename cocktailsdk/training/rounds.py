@@ -1,42 +1,36 @@
-"""The rounds: prune by unified mask generation, rewind, co-train (paper, section 3)."""
+"""The rounds: prune, rewind, train as the recipe says (paper, section 3); then finishing, on the merged weights."""
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ..errors import TrainingError
 from ..masks import Mask
+from ..patterns.base import DENSE
 from .batches import draw, to_device
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .history import RoundHistory
 from .optimization import Optimization
-from .pivot import pivot
+from .recipes import Moment, Pruning, Step
+from .recipes.steps import DENSE_STEP
 from .session import Session, load_tensors, model_tensors, pack_masks
-from .stepper import Stepper
+from .stepper import Stepper, Trained
 
-__all__ = ["train_rounds"]
+__all__ = ["step_at", "train_rounds"]
 
 log = logging.getLogger(__name__)
 
 REWIND = "rewind"
 
 
-def train_rounds(session: Session) -> None:
-    """Train all rounds that are left, from wherever the run stands."""
-    options = session.options
-    stepper = Stepper(
-        session.net,
-        options.forward_fn,
-        options.loss_fn,
-        options.distill_fn,
-        options.distill_weight,
-        session.classes,
-    )
-    while session.position.phase == "train":
+def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
+    """Train all rounds of a phase that are left, from wherever the run stands."""
+    stepper = Stepper.of(session.net, session.options, session.classes)
+    while session.position.phase == phase:
         if session.position.entered:
             _resume_round(session)
         else:
@@ -45,22 +39,35 @@ def train_rounds(session: Session) -> None:
         _end_round(session)
 
 
+def step_at(session: Session, round_: int, step: int) -> Step:
+    """What a round's step does, by the recipe."""
+    options, networks = session.options, session.networks(round_)
+    if not any(networks.values()):
+        return DENSE_STEP
+    recipe = options.recipe
+    schedule = recipe.step_schedule if round_ <= options.rounds else recipe.finishing_step_schedule
+    return schedule(Moment(round_, step, options.steps_of(round_), networks, options.seed))
+
+
 def _enter_round(session: Session) -> None:
     """Make the round's masks from the weights that the one before ended with, then rewind."""
     position, options, store = session.position, session.options, session.store
     k = position.round
-    if k > 0:
+    if 0 < k <= options.rounds:
         if k == 1 and options.start == "pretrained":
             store.put(REWIND, model_tensors(session.net.model))
         store.put(f"masks-{k:02d}", pack_masks(_make_masks(session, k)))
-        load_tensors(session.net.model, store.get(REWIND))
-    session.optimization = Optimization.begin(session.net.model, options)
-    if k > 0 and session.rewound is not None:
+        if options.rewinds:
+            load_tensors(session.net.model, store.get(REWIND))
+    session.optimization = Optimization.begin(session.net.model, options, k)
+    if 0 < k <= options.rounds and session.rewound is not None:
         session.optimization.load_state_dict(session.rewound)
     position.entered = True
     position.epoch, position.step = options.epochs_of(k).start, 0
     session.losses = {}
-    names = [name for names in session.networks(k) for name in names]
+    if options.recipe.statistics == "separate":
+        session.net.statistics.clear()
+    names = [name for names in session.networks(k).values() for name in names]
     session.history.rounds.append(RoundHistory(k, names))
     _keep_rewind_point(session)
     session.save()
@@ -69,32 +76,32 @@ def _enter_round(session: Session) -> None:
 
 def _resume_round(session: Session) -> None:
     assert session.resumed is not None
-    session.optimization = Optimization.begin(session.net.model, session.options)
+    k = session.position.round
+    session.optimization = Optimization.begin(session.net.model, session.options, k)
     session.optimization.load_state_dict(session.resumed)
     session.resumed = None
-    k = session.position.round
     names = session.history.rounds[-1].networks
     session.emit(RoundStarted(k, tuple(names), len(session.options.epochs_of(k))))
 
 
 def _make_masks(session: Session, k: int) -> dict[str, Mask]:
-    """Masks of the subnets that are new in a round, each pattern seeing those made before it."""
-    net = session.net
-    patterns = {p.name: p for p in net.patterns}
+    """Masks of the subnets that are new in a round, by the recipe's rule."""
+    net, subnets, options = session.net, session.plan[k - 1], session.options
     before = set(session.names(k - 1))
-    new: dict[str, Mask] = {}
-    made: dict[str, Mask] = {}
-    for pattern, subnets in session.plan[k - 1].items():
-        levels = [s.name for s in patterns[pattern].subnets()]
-        for subnet in subnets:
-            if subnet.name not in before:
-                level = levels.index(subnet.name)
-                previous = net.masks[levels[level - 1]] if patterns[pattern].nested and level else None
-                new[subnet.name] = net.make_masks(subnet, previous, dict(made))
-                net.set_mask(subnet.name, new[subnet.name])
-        if subnets:
-            made[pattern] = net.masks[subnets[-1].name]
-    return new
+    new = frozenset(s.name for row in subnets.values() for s in row if s.name not in before)
+
+    def load_dense() -> None:
+        load_tensors(net.model, session.store.get(REWIND if options.first_round else "round-00"))
+
+    masks = options.recipe.mask_rule(Pruning(net, subnets, new, load_dense))
+    if set(masks) != new:
+        raise TrainingError(
+            f"recipe {options.recipe.name!r}: its mask rule must make masks of {', '.join(sorted(new)) or 'nothing'} "
+            f"in round {k}, got {', '.join(sorted(masks)) or 'none'}"
+        )
+    for name, mask in masks.items():
+        net.set_mask(name, mask)
+    return masks
 
 
 def _keep_rewind_point(session: Session) -> None:
@@ -102,7 +109,7 @@ def _keep_rewind_point(session: Session) -> None:
     if position.round != 0 or position.epoch != options.rewind_epoch:
         return
     session.store.put(REWIND, model_tensors(session.net.model))
-    if options.rewind_schedule:
+    if options.rewind_schedule and options.rewinds:
         session.rewound = session.optimization_state()
 
 
@@ -110,31 +117,51 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     position, options, optimization = session.position, session.options, session.optimization
     assert optimization is not None
     k = position.round
-    patterns = session.networks(k)
     session.net.model.train()
     started, ran = time.monotonic(), 0
-    while position.epoch < options.epochs:
+    while position.epoch < options.epochs_of(k).stop:
         session.set_generators()
         _set_epoch(session, (k - options.first_round) * options.epochs + position.epoch)
-        batches = draw(session.train_loader, (options.seed, "epoch", k, position.epoch), options.steps_per_epoch)
-        for i, batch in enumerate(session.guarded(batches)):
+        batches = session.guarded(
+            draw(session.train_loader, (options.seed, "epoch", k, position.epoch), options.steps_per_epoch)
+        )
+        batch, led, taught = None, False, Trained({}, None)
+        for i in range(options.steps_per_epoch):
+            number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
+            step = step_at(session, k, number)
+            follows = led and step.follows
+            led = options.recipe.same_batch and step.leads and i + 1 < options.steps_per_epoch
+            if not follows and (batch := next(batches, None)) is None:
+                break
             if i < position.step:
                 continue
-            step = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
-            name = pivot(step, patterns)
+            if not follows:
+                batch = to_device(batch, session.device)
             session.seed("step", k, position.epoch, i)
-            loss = stepper.step(name, to_device(batch, session.device), optimization.optimizer)
+            taught = stepper.step(step, batch, optimization.optimizer, taught.teacher if follows else None)
             optimization.scheduler.step()
-            _add_loss(session.losses, name, loss)
+            _count(session, step, taught)
             position.step = i + 1
             ran += 1
-            if session.due():
-                done = options.steps_before(k) + step + 1
+            # between two steps on one batch there is nothing to go on from
+            if not led and session.due():
+                done = options.steps_before(k) + number + 1
                 rate = ran / max(time.monotonic() - started, 1e-9)
-                session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, name))
+                names = "+".join(taught.losses)
+                session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
         if position.step == 0:
             raise TrainingError("train_loader gave no batches in this epoch: it must be iterable again and again")
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
+
+
+def _count(session: Session, step: Step, trained: Trained) -> None:
+    losses = session.losses
+    for name, loss in trained.losses.items():
+        # summed where it is: no waiting
+        entry = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
+        losses[name] = losses[name] + entry if name in losses else entry
+    session.history.steps += 1
+    session.history.passes += len(step.turns)
 
 
 def _end_epoch(session: Session, rate: float) -> None:
@@ -161,34 +188,43 @@ def _end_epoch(session: Session, rate: float) -> None:
 def _end_round(session: Session) -> None:
     """Keep the round's weights, and measure its networks."""
     position, options, net = session.position, session.options, session.net
-    k = position.round
-    if k > 0:
+    k, recipe = position.round, options.recipe
+    own = recipe.weights == "own"
+    if 0 < k <= options.rounds or own:
         session.store.put(f"round-{k:02d}", model_tensors(net.model))
-    metrics = {}
-    if session.held_out is not None:
-        kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
-        names = dict.fromkeys(["dense", *(n for names in session.networks(k) for n in names)])
-        metrics = {name: session.readable(session.score(name).value) for name in names}
-        net.statistics.clear()  # of these weights; the merged ones get their own
-        load_tensors(net.model, kept)
+    if own:
+        names = session.history.rounds[-1].networks or [DENSE]
+        session.history.weights.update(dict.fromkeys(names, f"round-{k:02d}"))
+    finished = k > options.rounds or recipe.rounds == "one"  # all networks are measured right after
+    metrics = {} if finished else _measure(session, k)
     session.history.rounds[-1].metrics = metrics
     log.info("round %d of %d: %s", k, options.rounds, ", ".join(f"{n} {m:.4f}" for n, m in metrics.items()))
-    last = k == options.rounds
-    position.phase, position.round = ("merge", k) if last else ("train", k + 1)
+    if k > options.rounds:
+        position.phase = "finish"
+    else:
+        position.phase, position.round = ("merge", k) if k == options.rounds else ("train", k + 1)
     position.entered, position.epoch, position.step = False, 0, 0
     session.optimization = None
     session.save()
     session.emit(RoundEnded(k, metrics))
 
 
+def _measure(session: Session, k: int) -> dict[str, float]:
+    """Held-out metric of a round's networks, statistics recalibrated."""
+    net = session.net
+    if session.held_out is None:
+        return {}
+    kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
+    names = dict.fromkeys([DENSE, *(n for names in session.networks(k).values() for n in names)])
+    metrics = {name: session.readable(session.score(name).value) for name in names}
+    net.statistics.clear()  # of these weights; the merged ones get their own
+    load_tensors(net.model, kept)
+    return metrics
+
+
 def _set_epoch(session: Session, epoch: int) -> None:
     """Tell samplers that shuffle by the epoch's number (distributed ones) which it is."""
-    loader = session.train_loader
+    loader: Any = session.train_loader
     for part in (loader, getattr(loader, "sampler", None)):
         if callable(set_epoch := getattr(part, "set_epoch", None)):
             set_epoch(epoch)
-
-
-def _add_loss(losses: dict[str, Tensor], name: str, loss: Tensor) -> None:
-    entry = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])  # summed where it is: no waiting
-    losses[name] = losses[name] + entry if name in losses else entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -138,6 +139,7 @@ class Session:
 
     def _state(self) -> dict[str, Any]:
         finished = self.position.phase == "done"
+        tracked = self.options.recipe.statistics == "separate"
         return {
             "position": asdict(self.position),
             "history": self.history.to_dict(),
@@ -152,7 +154,7 @@ class Session:
             "rewound": _cpu(self.rewound),
             "model": _cpu(model_tensors(self.net.model)),
             "optimization": self.optimization_state(),
-            "statistics": _cpu({k: dict(v) for k, v in self.net.statistics.items()}) if finished else {},
+            "statistics": _cpu({k: dict(v) for k, v in self.net.statistics.items()}) if finished or tracked else {},
             "metrics": dict(self.net.metrics) if finished else {},
         }
 
@@ -168,25 +170,41 @@ class Session:
         }
         self.rewound, self.resumed = state["rewound"], state["optimization"]
         load_tensors(self.net.model, state["model"])
-        for k in range(1, self.position.round + (self.position.entered or self.position.phase != "train")):
+        made = self.position.round + (self.position.entered or self.position.phase != "train")
+        for k in range(1, min(made, self.options.finishing_round)):
             for name, mask in unpack_masks(self.store.get(f"masks-{k:02d}"), self.net).items():
                 self.net.set_mask(name, mask)
-        if self.position.phase == "done":
-            self.net.statistics.update(
-                {n: {k: v.to(self.device) for k, v in s.items()} for n, s in state["statistics"].items()}
-            )
-            self.net.metrics.update(state["metrics"])
+        self.net.statistics.update(
+            {n: {k: v.to(self.device) for k, v in s.items()} for n, s in state["statistics"].items()}
+        )
+        self.net.metrics.update(state["metrics"])
 
-    def networks(self, round_: int) -> list[list[str]]:
-        """Names of a round's subnets by pattern; none in round 0."""
+    def networks(self, round_: int) -> dict[str, tuple[str, ...]]:
+        """Names of a round's subnets by pattern, in the net's order; none in round 0, all in finishing."""
         if round_ == 0:
-            return []
-        return [[s.name for s in self.plan[round_ - 1][p.name]] for p in self.net.patterns]
+            return {}
+        if round_ > self.options.rounds:
+            return {p.name: tuple(s.name for s in p.subnets()) for p in self.net.patterns}
+        return {p.name: tuple(s.name for s in self.plan[round_ - 1][p.name]) for p in self.net.patterns}
 
     def names(self, last_round: int) -> list[str]:
         """Names of all distinct subnets of the rounds up to one, in the network's order."""
         trained = {s.name for row in self.plan[:last_round] for subnets in row.values() for s in subnets}
         return [name for name in self.net.names if name in trained]
+
+    @contextmanager
+    def weights_of(self, name: str) -> Iterator[None]:
+        """The weights that a network has for its own, loaded for a while; nothing where it shares the net's."""
+        if name not in self.history.weights:
+            yield
+            return
+        model = self.net.model
+        kept = {n: t.clone() for n, t in model_tensors(model).items()}
+        load_tensors(model, self.store.get(self.history.weights[name]))
+        try:
+            yield
+        finally:
+            load_tensors(model, kept)
 
     def set_generators(self) -> None:
         """Put the training loader's own generators where they were at the start of the epoch."""
@@ -225,8 +243,12 @@ class Session:
 
     def score(self, name: str) -> Score:
         """Recalibrate a network's statistics and measure it on the held-out batches; higher is better."""
-        assert self.held_out is not None
         self.net.recalibrate(name, self.recalibration, self.forward)
+        return self.measure(name)
+
+    def measure(self, name: str) -> Score:
+        """Measure a network with the statistics that it has on the held-out batches; higher is better."""
+        assert self.held_out is not None
         with self.net.using(name):
             score = mean_score(self.net.model, self.held_out, self.options.forward_fn, self.metric)
         if self.options.metric_mode == "min":

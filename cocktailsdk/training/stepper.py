@@ -1,7 +1,10 @@
-"""One optimizer step of the dense network or of a sparse one."""
+"""One optimizer step: of the dense network, of a sparse one, or of several whose gradients are added."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +14,26 @@ from torch.optim import Optimizer
 
 from ..net import CocktailNet
 from ..patterns.base import DENSE
+from ..statistics import statistics_of
 from .distill import Classes, DistillFn, no_soft_loss, soft_cross_entropy, untouched_buffers
-from .forward import ForwardFn, LossFn, loss_of, output_tensor
+from .forward import ForwardFn, LossFn, detached, loss_of, output_tensor
+from .options import Options
+from .recipes import Step, Turn
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "Trained"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a step.
+
+    Attributes:
+        losses: By network, detached.
+        teacher: What the dense network said in its turn, where the step leads another or has turns after it.
+    """
+
+    losses: Mapping[str, Float[Tensor, ""]]
+    teacher: Any
 
 
 class Stepper:
@@ -25,8 +44,10 @@ class Stepper:
         forward: How a batch is used.
         loss_fn: The user's loss, or ``None`` for the model's own.
         distill_fn: ``distill_fn(student_output, teacher_output)``, or ``None`` for soft cross-entropy.
-        distill_weight: Its share in the loss of a sparse step; at 0 there is no teacher.
+        distill_weight: Its share in the loss of a sparse turn; at 0 there is no teacher.
         classes: Where the output holds class logits, if it does.
+        active: Whether masked weights are left alone by momentum and weight decay too.
+        separate: Whether every network keeps running statistics of its own.
     """
 
     def __init__(
@@ -37,6 +58,9 @@ class Stepper:
         distill_fn: DistillFn | None,
         distill_weight: float,
         classes: Classes | None,
+        *,
+        active: bool = False,
+        separate: bool = False,
     ) -> None:
         self._net = net
         self._forward = forward
@@ -44,44 +68,72 @@ class Stepper:
         self._distill_fn = distill_fn
         self._weight = distill_weight
         self._classes = classes
+        self._active, self._separate = active, separate
         self._parameters = dict(net.model.named_parameters())
 
-    def step(self, name: str, batch: Any, optimizer: Optimizer) -> Float[Tensor, ""]:
-        """Train one network on a batch.
+    @classmethod
+    def of(cls, net: CocktailNet, options: Options, classes: Classes | None) -> Stepper:
+        """The stepper that a run asks for."""
+        return cls(
+            net,
+            options.forward_fn,
+            options.loss_fn,
+            options.distill_fn,
+            options.distillation,
+            classes,
+            active=options.recipe.update == "active",
+            separate=options.recipe.statistics == "separate",
+        )
+
+    def step(self, step: Step, batch: Any, optimizer: Optimizer, teacher: Any = None) -> Trained:
+        """Train one network on a batch, or several whose gradients are added.
 
         A sparse network's gradients reach only the weights it keeps. Momentum and weight decay go on moving the
-        others, as published.
+        others, as published, unless the stepper is ``active``.
 
         Args:
-            name: ``"dense"`` or a subnet's name. The dense network must be active, and is so again afterwards.
+            step: What to do. The dense network must be active, and is so again afterwards.
             batch: On the model's device.
             optimizer: Steps once.
-
-        Returns:
-            The loss that was trained, detached.
+            teacher: What the dense network said to this batch, where it is known already.
         """
         optimizer.zero_grad(set_to_none=True)
-        if name == DENSE:
-            output, target = self._forward(self._net.model, batch)
+        losses = {}
+        for i, turn in enumerate(step.turns):
+            if turn.network == DENSE:
+                teaches = step.leads or i + 1 < len(step.turns)
+                losses[DENSE], output = self._dense(batch)
+                teacher = detached(output) if self._weight and teaches else None
+            else:
+                if self._weight and teacher is None:
+                    teacher = self._teacher(batch)
+                with self._added(turn.network):
+                    losses[turn.network] = self._sparse(turn, batch, teacher)
+        with self._held(step.turns, optimizer):
+            optimizer.step()
+        return Trained(losses, teacher)
+
+    def _dense(self, batch: Any) -> tuple[Float[Tensor, ""], Any]:
+        output, target = self._forward(self._net.model, batch)
+        loss = loss_of(output, target, self._loss_fn)
+        loss.backward()
+        return loss.detach(), output
+
+    def _sparse(self, turn: Turn, batch: Any, teacher: Any) -> Float[Tensor, ""]:
+        net = self._net
+        with net.using(turn.network, statistics=self._separate):
+            output, target = self._forward(net.model, batch)
             loss = loss_of(output, target, self._loss_fn)
+            if self._weight:
+                soft = self._distillation(output, teacher, target)
+                loss = (1 - self._weight) * loss + self._weight * soft
             loss.backward()
-        else:
-            teacher = self._teacher(batch)
-            with self._net.using(name, statistics=False):
-                output, target = self._forward(self._net.model, batch)
-                loss = loss_of(output, target, self._loss_fn)
-                if self._weight:
-                    soft = self._distillation(output, teacher, target)
-                    loss = (1 - self._weight) * loss + self._weight * soft
-                loss.backward()
-            self._mask_gradients(name)
-        optimizer.step()
+            if self._separate:
+                net.statistics[turn.network] = statistics_of(net.model)
         return loss.detach()
 
     def _teacher(self, batch: Any) -> Any:
         """The dense network's output in train mode; it leaves no trace in gradients or statistics."""
-        if not self._weight:
-            return None
         with torch.no_grad(), untouched_buffers(self._net.model):
             output, _ = self._forward(self._net.model, batch)
         return output
@@ -94,12 +146,42 @@ class Stepper:
             raise no_soft_loss(self._loss_fn, output)
         return soft_cross_entropy(student, dense, target, self._classes)
 
-    def _mask_gradients(self, name: str) -> None:
-        gradients, masks = [], []
-        for key, mask in self._net.mask_tensors(name).items():
-            parameter = self._parameters.get(key)
-            if parameter is not None and parameter.grad is not None:
-                gradients.append(parameter.grad)
-                masks.append(mask)
-        if gradients:
-            torch._foreach_mul_(gradients, masks)
+    @contextmanager
+    def _added(self, name: str) -> Iterator[None]:
+        """Mask the gradients that come up inside, and add those that were there before."""
+        masks = {key: mask for key, mask in self._net.mask_tensors(name).items() if key in self._parameters}
+        before = {key: grad for key in masks if (grad := self._parameters[key].grad) is not None}
+        for key in before:
+            self._parameters[key].grad = None
+        yield
+        new = [(grad, mask) for key, mask in masks.items() if (grad := self._parameters[key].grad) is not None]
+        if new:
+            torch._foreach_mul_([grad for grad, _ in new], [mask for _, mask in new])
+        for key, old in before.items():
+            grad = self._parameters[key].grad
+            self._parameters[key].grad = old if grad is None else grad.add_(old)
+
+    @contextmanager
+    def _held(self, turns: Sequence[Turn], optimizer: Optimizer) -> Iterator[None]:
+        """Leave weights that every turn masks, and what the optimizer keeps of them, as they are."""
+        masks = self._masked_by_all(turns) if self._active else {}
+        before: list[tuple[Tensor, Tensor, Tensor]] = []
+        for name, mask in masks.items():
+            parameter = self._parameters[name]
+            mine = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
+            alike = [parameter.detach(), *(v for v in mine if v.shape == parameter.shape)]
+            before += [(tensor, tensor.clone(), mask) for tensor in alike]
+        yield
+        for tensor, old, mask in before:
+            tensor.copy_(torch.where(mask.bool(), tensor, old))
+
+    def _masked_by_all(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
+        all_masks = [{} if t.network == DENSE else self._net.mask_tensors(t.network) for t in turns]
+        shared = [n for n in all_masks[0] if n in self._parameters and all(n in masks for masks in all_masks)]
+        out = {}
+        for name in shared:
+            mask = all_masks[0][name]
+            for other in all_masks[1:]:
+                mask = torch.maximum(mask, other[name])
+            out[name] = mask
+        return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
 from ..net import CocktailNet
-from ..patterns import rounds_of
 from ..patterns.base import DENSE
 from .batches import HeldBatches, epoch_length, generator_states, set_generator_states
 from .configuration import describe
@@ -27,14 +26,16 @@ from .history import History, Position
 from .interrupt import Interrupts
 from .merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
-from .options import OptimizerFactory, Options, default_optimizer
+from .options import OptimizerFactory, Options, default_optimizer, finishing_epochs
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .randomness import forked
+from .recipes import Recipe, recipe_named
 from .rounds import train_rounds
 from .schedules import ScheduleFactory, cosine_restarts
 from .search import ALPHAS
 from .session import Session
 from .state import FolderStore, MemoryStore, Store, fingerprint, stored_configuration
+from .stored import parameters_stored
 
 __all__ = ["CoTrainer"]
 
@@ -43,13 +44,16 @@ class CoTrainer:
     """Trains the dense network and all its subnets as one set of weights (Sparse Cocktail, ICML 2024).
 
     Round 0 trains the dense network. Every later round prunes by unified mask generation, rewinds the weights, and
-    co-trains that round's subnets with the dense network, which teaches them. At the end the rounds' weights are
-    merged, and every network gets its own batch-norm statistics.
+    co-trains that round's subnets with the dense network, which teaches them. Then the rounds' weights are merged, and
+    all networks are co-trained once more (finishing). At the end every network gets its own batch-norm statistics.
+    That is the recipe ``"cocktail"``; others are chosen by name, see :mod:`cocktailsdk.training.recipes`.
 
     Args:
         net: From :func:`~cocktailsdk.sparsify`. Its masks are made anew.
         train_loader: Any iterable of batches that can be gone through again and again. Tensors, ``(inputs, target)``
             and mappings are understood; for others give ``forward_fn``.
+        recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
+            :class:`~cocktailsdk.training.recipes.Recipe` of your own. ``"paper"`` is the method as published.
         loss_fn: ``loss_fn(output, target) -> scalar``; ``target`` is ``None`` where the batch has none. ``None``
             takes the loss that the model computes itself (``output.loss``, ``output["loss"]``, or a mapping of
             losses).
@@ -62,15 +66,17 @@ class CoTrainer:
             forms above.
         distill_fn: ``distill_fn(student_output, teacher_output) -> scalar``. Found by itself (soft cross-entropy)
             for classification and language models with integer labels; needed elsewhere unless ``distill_weight=0``.
-        distill_weight: Share of the distillation loss on sparse steps; 0 for none.
+        distill_weight: Share of the distillation loss on sparse steps, where the recipe names none; 0 for none in any
+            recipe.
         optimizer: ``optimizer(parameters) -> Optimizer``, called once a round. Default: the paper's SGD with momentum
             0.9, weight decay 1e-4 and rate 0.1, or 0.01 from pretrained weights.
         schedule: ``schedule(optimizer, steps) -> LRScheduler``, called once a round with the round's optimizer steps;
             it is stepped after *every optimizer step*. Default: the paper's cosine with warm restarts. See
             :mod:`cocktailsdk.training.schedules`.
-        epochs: Epochs of every round (paper, CIFAR-10: 150).
-        total_steps: A budget of optimizer steps for all rounds together, instead of ``epochs``: every round gets as
-            many whole epochs as fit.
+        epochs: Epochs of every round (paper, CIFAR-10: 150). Finishing comes on top, as long as its share of the run
+            says.
+        total_steps: A budget of optimizer steps for the whole run, instead of ``epochs``: every round gets as many
+            whole epochs as fit beside finishing, which has the rest.
         total_hours: A budget of time instead of ``epochs``, merging included: a few steps are measured, and every round
             gets as many whole epochs as fit. A run that goes on keeps the epochs that it began with.
         rewind_epoch: The rounds rewind to the weights after so many epochs of round 0. Default: 7 of 150.
@@ -79,7 +85,7 @@ class CoTrainer:
         rounds: Number of rounds after round 0. Default: the largest number of levels of a pattern.
         start: ``"scratch"``; or ``"pretrained"``, where the weights as given are the rewind point and round 0 is
             skipped.
-        merge: Whether to merge the rounds; without, the last round's weights are the result.
+        merge: Whether to merge the rounds, where the recipe does; without, the last round's weights are the result.
         alphas: The shares that merging tries.
         recalibration_batches: Training batches from which batch-norm statistics are computed.
         steps_per_epoch: Batches of an epoch. Default: the loader's length.
@@ -114,6 +120,7 @@ class CoTrainer:
         train_loader: Iterable[Any],
         loss_fn: LossFn | None = None,
         *,
+        recipe: str | Recipe = "cocktail",
         val_loader: Iterable[Any] | None = None,
         metric: MetricFn | None = None,
         metric_mode: Literal["max", "min"] = "max",
@@ -156,24 +163,28 @@ class CoTrainer:
                 made = isinstance(value, Optimizer | LRScheduler)
                 hint = ": give a function that makes one, since each round needs its own" if made else ""
                 raise TrainingError(f"{name} must be callable, got {type(value).__name__}{hint}")
-        if merge and val_loader is None:
+        if not isinstance(recipe, Recipe):
+            recipe = recipe_named(recipe)
+        if merge and recipe.merges and val_loader is None:
             raise TrainingError("merging needs held-out data: give val_loader, or merge=False")
         if start not in ("scratch", "pretrained"):
             raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
         self.net = net
-        self._plan = rounds_of(net.patterns, rounds)
+        self._plan = recipe.plan(net.patterns, rounds)
         self._train_loader, self._val_loader = train_loader, val_loader
         self._device = torch.device(device) if device is not None else _device_of(net)
         self._out_dir = Path(out_dir) if out_dir is not None else None
         self._classes: Classes | None = None
         steps = epoch_length(train_loader, steps_per_epoch)
-        rounds_in_all = len(self._plan) + (start == "scratch")
-        epochs = _epochs(epochs, total_steps, total_hours, steps * rounds_in_all)
+        rounds_in_all = len(self._plan) + (start == "scratch" and recipe.rounds == "levels")
+        epochs, finishing = _epochs(epochs, total_steps, total_hours, steps, rounds_in_all, recipe.finishing)
         # a budget of hours is turned into epochs once a step can be measured, unless the run has begun
         begun = None if total_hours is None else self._begun(total_hours)
         unknown = total_hours is not None and begun is None
-        epochs = epochs if begun is None else begun
+        if begun is not None:
+            epochs, finishing = begun, finishing_epochs(begun, rounds_in_all, recipe.finishing)
         self._options = Options(
+            recipe=recipe,
             loss_fn=loss_fn,
             forward_fn=forward_fn or default_forward,
             distill_fn=distill_fn,
@@ -183,6 +194,7 @@ class CoTrainer:
             optimizer=optimizer or default_optimizer(start),
             schedule=schedule or cosine_restarts(),
             epochs=epochs,
+            finishing_epochs=finishing,
             total_hours=total_hours,
             rewind_epoch=0 if unknown else _rewind_epoch(rewind_epoch, start, epochs),
             rewind_schedule=rewind_schedule,
@@ -201,11 +213,15 @@ class CoTrainer:
             assert total_hours is not None
             epochs = self._epochs_for(total_hours)
             self._options = replace(
-                self._options, epochs=epochs, rewind_epoch=_rewind_epoch(rewind_epoch, start, epochs)
+                self._options,
+                epochs=epochs,
+                finishing_epochs=finishing_epochs(epochs, rounds_in_all, recipe.finishing),
+                rewind_epoch=_rewind_epoch(rewind_epoch, start, epochs),
             )
         self.configuration = describe(net, self._options, config)
         self.fingerprint = fingerprint(self.configuration)
         self.history = History()
+        self._done: Session | None = None
 
     def fit(self) -> CocktailNet:
         """Train all rounds, merge them, and give every network its statistics and metric.
@@ -230,9 +246,11 @@ class CoTrainer:
                 self.history = session.history
                 if session.position.phase != "done":
                     session.emit(self._started(session))
-                    train_rounds(session)
+                    train_rounds(session, "train")
                     merge_rounds(session)
+                    train_rounds(session, "finishing")
                     finish(session)
+                self._done = session
                 session.emit(Finished(dict(net.metrics), session.history.seconds))
         finally:
             for module, mode in modes:
@@ -259,10 +277,35 @@ class CoTrainer:
             chosen = [DENSE, *(n for n in net.names if n in net.masks)] if names is None else names
             out = {}
             for name in chosen:
-                with net.using(name):
+                with self.using(name):
                     score = mean_score(net.model, batches, self._options.forward_fn, metric)
                 out[net.subnet(name).name] = float(score.value)
         return out
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[CocktailNet]:
+        """Make a network active for a while, with the weights that it ended with.
+
+        As ``net.using(name)``; but where the recipe leaves a network weights of its own (``"imp"``, ``"ac/dc"``), which
+        the net cannot hold beside the others', these are loaded meanwhile.
+
+        Args:
+            name: ``"dense"`` or a subnet's name.
+
+        Raises:
+            SubnetError: There is no such network.
+        """
+        name = self.net.subnet(name).name
+        with ExitStack() as stack:
+            if self._done is not None and name != DENSE and self.net.active == DENSE:
+                stack.enter_context(self._done.weights_of(name))
+            stack.enter_context(self.net.using(name))
+            yield self.net
+
+    @property
+    def parameters_stored(self) -> int:
+        """How many parameters hold all networks: those of the model where all share one set of weights."""
+        return parameters_stored(self.net, self.history.weights)
 
     def plan(self) -> Plan:
         """What the run will do, how long it takes and what memory it needs, measured on a few steps.
@@ -338,11 +381,13 @@ class CoTrainer:
 
     def _started(self, session: Session) -> TrainingStarted:
         options, at = self._options, session.position
-        done = options.total_steps
-        if at.phase == "train":
+        done = options.steps_before(options.finishing_round)
+        if at.phase in ("train", "finishing"):
             done = options.steps_before(at.round)
             if at.entered:
                 done += (at.epoch - options.epochs_of(at.round).start) * options.steps_per_epoch + at.step
+        elif at.phase == "finish":
+            done = options.total_steps
         return TrainingStarted(
             rounds=options.rounds,
             first_round=options.first_round,
@@ -354,20 +399,29 @@ class CoTrainer:
         )
 
 
-def _epochs(epochs: int | None, total_steps: int | None, total_hours: float | None, steps_of_all: int) -> int:
-    """Epochs of a round, as given or as a budget of steps allows; 1 until a budget of hours is turned into them."""
+def _epochs(
+    epochs: int | None, total_steps: int | None, total_hours: float | None, steps: int, rounds: int, finishing: float
+) -> tuple[int, int]:
+    """Epochs of a round and of finishing, as given or as steps allow; 1 until hours are turned into them."""
     given = {"epochs": epochs, "total_steps": total_steps, "total_hours": total_hours}
     if len(several := [f"{name}={value}" for name, value in given.items() if value is not None]) > 1:
         raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(several)}")
     if total_hours is not None:
-        return 1
+        return 1, 0
     if total_steps is None:
-        return 150 if epochs is None else epochs
-    if total_steps < steps_of_all:
+        epochs = 150 if epochs is None else epochs
+        return epochs, finishing_epochs(epochs, rounds, finishing)
+    least = steps * (rounds + (finishing > 0))
+    if total_steps < least:
+        also = " and of finishing" if finishing else ""
         raise TrainingError(
-            f"total_steps={total_steps} is too small: one epoch of every round takes {steps_of_all} steps"
+            f"total_steps={total_steps} is too small: one epoch of every round{also} takes {least} steps"
         )
-    return total_steps // steps_of_all
+    in_all = total_steps // steps
+    if not finishing:
+        return in_all // rounds, 0
+    epochs = max(1, (in_all - max(1, round(finishing * in_all))) // rounds)
+    return epochs, in_all - rounds * epochs
 
 
 def _rewind_epoch(given: int | None, start: str, epochs: int) -> int:

@@ -1,0 +1,107 @@
+"""Mask rules: how the masks of a round are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ...errors import TrainingError
+from ...masks import Mask
+from ...net import CocktailNet
+from ...patterns.base import Subnet
+
+__all__ = ["MASK_RULES", "MaskRule", "Pruning", "own", "refilling", "tickets", "umg"]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a mask rule sees.
+
+    Attributes:
+        net: Its weights are those that the round before ended with.
+        subnets: Of the round by pattern, in the order in which masks are made.
+        new: Those without a mask of this run.
+        load_dense: Loads the weights that the dense round ended with into the net.
+    """
+
+    net: CocktailNet
+    subnets: Mapping[str, tuple[Subnet, ...]]
+    new: frozenset[str]
+    load_dense: Callable[[], None]
+
+    def previous(self, subnet: Subnet, made: Mapping[str, Mask]) -> Mask | None:
+        """The mask of the level before, for nested patterns."""
+        pattern = self.net.pattern(subnet.pattern)
+        levels = [s.name for s in pattern.subnets()]
+        level = levels.index(subnet.name)
+        if not pattern.nested or not level:
+            return None
+        before = levels[level - 1]
+        return made[before] if before in made else self.net.masks[before]
+
+    def in_turn(self) -> Iterator[tuple[str, Subnet]]:
+        """The new subnets, each with its pattern's name."""
+        for pattern, subnets in self.subnets.items():
+            yield from ((pattern, s) for s in subnets if s.name in self.new)
+
+
+MaskRule = Callable[[Pruning], dict[str, Mask]]
+
+
+def umg(pruning: Pruning) -> dict[str, Mask]:
+    """Unified mask generation (paper, section 3.2): each pattern sees the masks made before it in the round."""
+    net, out = pruning.net, dict[str, Mask]()
+    made: dict[str, Mask] = {}
+    for pattern, subnets in pruning.subnets.items():
+        for s in subnets:
+            if s.name in pruning.new:
+                out[s.name] = net.make_masks(s, pruning.previous(s, out), dict(made))
+        if subnets:
+            last = subnets[-1].name
+            made[pattern] = out[last] if last in out else net.masks[last]
+    return out
+
+
+def own(pruning: Pruning) -> dict[str, Mask]:
+    """Each pattern for itself, from the magnitudes of all weights."""
+    out: dict[str, Mask] = {}
+    for _, s in pruning.in_turn():
+        out[s.name] = pruning.net.make_masks(s, pruning.previous(s, out))
+    return out
+
+
+def tickets(pruning: Pruning) -> dict[str, Mask]:
+    """As :func:`own`, but what does not nest is cut from the dense round's weights, not from another ticket's."""
+    if not all(pruning.net.pattern(name).nested for name, subnets in pruning.subnets.items() if subnets):
+        pruning.load_dense()
+    return own(pruning)
+
+
+def refilling(pruning: Pruning) -> dict[str, Mask]:
+    """Channels with most weights surviving in the unstructured mask stay, and are filled whole; N:M made apart.
+
+    Raises:
+        TrainingError: The net has no unstructured pattern.
+    """
+    net, out = pruning.net, dict[str, Mask]()
+    surviving = pruning.subnets.get("unstructured", ())
+    if not surviving:
+        raise TrainingError(
+            'refilling fills channels by what the pattern "unstructured" keeps, which this net has not: give it to '
+            "sparsify() too"
+        )
+    for pattern, s in pruning.in_turn():
+        previous = pruning.previous(s, out)
+        if pattern == "channel":
+            last = surviving[-1].name
+            mask = out[last] if last in out else net.masks[last]
+            seen = net.umg(previous)
+            counts = {n: mask.elements[n].to(v) if n in mask.elements else v * 0 + 1 for n, v in seen.values.items()}
+            out[s.name] = net.pattern(pattern).mask(s, replace(seen, values=counts))
+        else:
+            out[s.name] = net.make_masks(s, previous)
+    return out
+
+
+MASK_RULES: Mapping[str, MaskRule] = {"umg": umg, "own": own, "tickets": tickets, "refilling": refilling}
+"""Rules that a recipe may name."""

@@ -1,0 +1,52 @@
+"""The recipes that have a name: ours, the paper's, its ablations and its rivals."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from ...errors import TrainingError
+from .recipe import Recipe
+from .steps import Sandwich
+
+__all__ = ["recipe_named", "recipes"]
+
+PAPER = Recipe(name="paper")
+COCKTAIL = replace(PAPER, name="cocktail", finishing=0.25, same_batch=True)
+
+_ALL = (
+    COCKTAIL,
+    PAPER,
+    # the paper's ablations
+    replace(PAPER, name="paper-no-umg", masks="own"),
+    replace(PAPER, name="paper-rotation", schedule="rotation"),
+    replace(PAPER, name="paper-no-merging", merging="none"),
+    replace(PAPER, name="paper-no-rewinding", rewind=False),
+    replace(PAPER, name="paper-no-distillation", distill=False),
+    # its rivals
+    Recipe(name="us-net", schedule=Sandwich(), masks="own", rounds="one", distill=1.0, merging="none"),
+    Recipe(
+        name="imp", schedule="single", masks="tickets", distill=False, merging="none", weights="own", takes="pattern"
+    ),
+)
+_RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _ALL})
+
+
+def recipes() -> Mapping[str, Recipe]:
+    """All recipes that have a name, by it."""
+    return _RECIPES
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        TrainingError: There is none; says which there are.
+    """
+    if name not in _RECIPES:
+        near = difflib.get_close_matches(str(name), _RECIPES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TrainingError(f"no recipe {name!r}; there are {', '.join(map(repr, _RECIPES))}{hint}")
+    return _RECIPES[name]

@@ -1,0 +1,176 @@
+"""A recipe: what a run trains when, with which masks, and what becomes of the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from ...errors import TrainingError
+from ...patterns import Pattern, Subnet, rounds_of
+from .masks import MASK_RULES, MaskRule
+from .steps import SCHEDULES, StepSchedule
+
+__all__ = ["Recipe"]
+
+Plan = tuple[dict[str, tuple[Subnet, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What :class:`~cocktailsdk.CoTrainer` does. ``dataclasses.replace(recipe, ...)`` makes variants.
+
+    Attributes:
+        name: What it is called in reports.
+        schedule: Which networks each mini-batch trains: a name (``"pivot"``, ``"rotation"``, ``"sandwich"``,
+            ``"single"``) or a function from a :class:`~.steps.Moment` to a :class:`~.steps.Step`.
+        masks: How a round's masks are made: ``"umg"`` (paper, section 3.2), ``"own"`` (each pattern for itself),
+            ``"tickets"`` (likewise; what does not nest is cut from the dense round's weights), ``"refilling"``, or a
+            function from a :class:`~.masks.Pruning` to masks by subnet name.
+        rounds: ``"levels"``: a dense round, then one for every level (paper, section 3); ``"one"``: all networks
+            together in a single round, their masks made from the weights that it begins with.
+        rewind: Whether rounds begin from the rewind point (paper, section 3.1) or from where the one before ended.
+        distill: Share of the distillation loss on sparse turns: a number in [0, 1]; ``True`` for the trainer's
+            ``distill_weight``, ``False`` for none.
+        update: On sparse steps momentum and weight decay go on moving masked weights (``"all"``, as the paper's code
+            does) or leave them (``"active"``).
+        statistics: Running batch-norm statistics while training are those of all networks (``"shared"``) or each
+            network's own (``"separate"``), with which it then ends, unless rounds are merged after it. No
+            gradient depends on them.
+        same_batch: Whether a sparse step trains on the batch of the dense step before it, whose outputs are then the
+            teacher's: distillation costs no forward pass.
+        merging: How rounds become one: ``"global"``, one share a round (paper, section 3.3); ``"none"``, the last round
+            is the result.
+        weights: ``"shared"``, one set for all networks; ``"own"``: every network keeps the weights of the round that
+            trained it last, so several sets are stored (rivals that train a network at a time).
+        finishing: Share of the run's steps spent after merging, co-training all networks of all rounds with
+            ``finishing_schedule``, in [0, 1); 0 for none.
+        finishing_schedule: As ``schedule``.
+        finishing_rate: Learning rates of finishing, as a share of the optimizer's.
+        takes: What nets it is for: ``"any"``, those of one ``"pattern"``, or of one ``"subnet"``.
+
+    Raises:
+        TrainingError: A field makes no sense; it is named.
+    """
+
+    name: str
+    schedule: str | StepSchedule = "pivot"
+    masks: str | MaskRule = "umg"
+    rounds: Literal["levels", "one"] = "levels"
+    rewind: bool = True
+    distill: bool | float = True
+    update: Literal["all", "active"] = "all"
+    statistics: Literal["shared", "separate"] = "shared"
+    same_batch: bool = False
+    merging: Literal["global", "none"] = "global"
+    weights: Literal["shared", "own"] = "shared"
+    finishing: float = 0.0
+    finishing_schedule: str | StepSchedule = "pivot"
+    finishing_rate: float = 1.0
+    takes: Literal["any", "pattern", "subnet"] = "any"
+
+    def __post_init__(self) -> None:
+        choices: dict[str, Sequence[str]] = {
+            "rounds": ("levels", "one"),
+            "update": ("all", "active"),
+            "statistics": ("shared", "separate"),
+            "merging": ("global", "none"),
+            "weights": ("shared", "own"),
+            "takes": ("any", "pattern", "subnet"),
+        }
+        known: dict[str, Sequence[str]] = {
+            "schedule": tuple(SCHEDULES),
+            "finishing_schedule": tuple(SCHEDULES),
+            "masks": tuple(MASK_RULES),
+        }
+        for name, allowed in {**choices, **known}.items():
+            value = getattr(self, name)
+            if name in known and callable(value):
+                continue
+            if not isinstance(value, str) or value not in allowed:
+                function = ", or a function" if name in known else ""
+                raise self._error(name, f"must be one of {', '.join(map(repr, allowed))}{function}")
+        if not 0 <= self.distill <= 1:
+            raise self._error("distill", "must be True, False or a share in 0 … 1")
+        if not 0 <= self.finishing < 1:
+            raise self._error("finishing", "must be a share of the steps, in 0 … 1, below 1")
+        if not self.finishing_rate > 0:
+            raise self._error("finishing_rate", "must be above 0")
+        if self.finishing and (self.weights == "own" or self.rounds == "one"):
+            raise self._error(
+                "finishing", 'comes after the rounds\' shared weights are merged: 0 with rounds="one" or weights="own"'
+            )
+        if self.merges and (self.weights == "own" or self.rounds == "one"):
+            raise self._error(
+                "merging", 'needs rounds that share their weights: "none" with rounds="one" or weights="own"'
+            )
+
+    def _error(self, name: str, rule: str) -> TrainingError:
+        return TrainingError(f"recipe {self.name!r}: {name} {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def step_schedule(self) -> StepSchedule:
+        """The schedule's function."""
+        return SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
+
+    @property
+    def finishing_step_schedule(self) -> StepSchedule:
+        """The same of finishing."""
+        return SCHEDULES[s] if isinstance(s := self.finishing_schedule, str) else s
+
+    @property
+    def mask_rule(self) -> MaskRule:
+        """The mask rule's function."""
+        return MASK_RULES[self.masks] if isinstance(self.masks, str) else self.masks
+
+    @property
+    def merges(self) -> bool:
+        """Whether rounds are merged."""
+        return self.merging != "none"
+
+    def plan(self, patterns: Sequence[Pattern], rounds: int | None = None) -> Plan:
+        """The subnets of every round after round 0, by pattern in the order in which masks are made.
+
+        Args:
+            patterns: The net's.
+            rounds: How many; by default as many as the pattern with most levels has.
+
+        Raises:
+            TrainingError: The recipe is not for such nets, or has one round and several are asked for.
+        """
+        names = [s.name for p in patterns for s in p.subnets()]
+        if self.takes == "pattern" and len(patterns) > 1:
+            raise TrainingError(
+                f"recipe {self.name!r} trains one pattern a run, and this net has "
+                f"{', '.join(p.name for p in patterns)}: sparsify() the model with one of them, and train each in a "
+                "run of its own"
+            )
+        if self.takes == "subnet" and len(names) > 1:
+            raise TrainingError(
+                f"recipe {self.name!r} trains one sparse network a run, and this net has {len(names)} "
+                f"({', '.join(names[:3])}, …): sparsify() the model with a single level, as in "
+                "Unstructured(sparsities=[0.9]), and train each in a run of its own"
+            )
+        if self.rounds == "levels":
+            return rounds_of(patterns, rounds)
+        if rounds is not None and rounds != 1:
+            raise TrainingError(f"recipe {self.name!r} trains all networks in one round, got rounds={rounds}")
+        ordered = rounds_of(patterns)[0]
+        levels = {p.name: p.subnets() for p in patterns}
+        return ({name: levels[name] for name in ordered},)
+
+    def describe(self) -> dict[str, Any]:
+        """All fields as JSON values; of functions the name, of dataclass instances also their fields."""
+        return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+
+
+def _described(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__qualname__, **{k: _described(v) for k, v in asdict(value).items()}}
+    if isinstance(value, Mapping):
+        return {str(k): _described(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_described(v) for v in value]
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    return value
