@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .patterns import Block as Block
     from .patterns import Channel as Channel
     from .patterns import Pattern as Pattern
+    from .patterns import Product as Product
     from .patterns import Subnet as Subnet
     from .patterns import Unstructured as Unstructured
     from .patterns import Vector as Vector
@@ -56,6 +57,7 @@ _WHERE = {
     "NM": ".patterns",
     "NMCheck": ".checks",
     "Pattern": ".patterns",
+    "Product": ".patterns",
     "Subnet": ".patterns",
     "SubnetReport": ".counts",
     "UMG": ".patterns",
@@ -86,6 +88,7 @@ __all__ = [
     "NMCheck",
     "Pattern",
     "PatternError",
+    "Product",
     "SlimError",
     "Subnet",
     "SubnetError",

@@ -13,6 +13,7 @@ from .graph import Kept, Weight
 from .net import CocktailNet
 from .patterns import NM
 from .patterns.nm import runs
+from .patterns.remaining import Remaining
 from .selection import Modules, Selection
 
 
@@ -67,10 +68,11 @@ def verify_nm(
 ) -> NMCheck:
     """Does every eligible weight hold at most N non-zeros in every M consecutive input channels?
 
-    Of a :class:`CocktailNet` the active subnetwork is checked, with the net's own eligible weights. Of any other module
-    all convolution and linear weights are, but the first convolution and, where it is the last weight, the classifier,
-    in the order in which the modules were registered (if those are all there is, they are checked). Remainders shorter
-    than M are not covered by the pattern and not checked.
+    Of a :class:`CocktailNet` the active subnetwork is checked, with the net's own eligible weights, and where channels
+    are removed, what its slim model holds of them. Of any other module all convolution and linear weights are, but the
+    first convolution and, where it is the last weight, the classifier, in the order in which the modules were
+    registered (if those are all there is, they are checked). Remainders shorter than M are not covered by the pattern
+    and not checked.
 
     Args:
         model: Holds plain tensors with zeros in them.
@@ -86,8 +88,8 @@ def verify_nm(
     if isinstance(model, CocktailNet):
         if target_modules is not None or exclude_modules is not None:
             raise PatternError("a net knows its eligible weights; leave target_modules and exclude_modules out")
-        tensors: dict[str, Tensor] = dict(model.model.named_parameters())
-        weights, selection = model.coupling.weights, model.selection
+        weights, tensors = _left(model)
+        selection = model.selection
     else:
         found = _marked([w for w, _ in _weights(model)])
         tensors = {w.name: t for w, t in _weights(model)}
@@ -110,6 +112,17 @@ def verify_nm(
         why = "; ".join(f"{k.where}: {k.reason}" for k in skipped[:5]) or "it has no convolution and no linear layer"
         raise PatternError(f"{type(model).__name__} has no weight that {n}:{m} could be checked on ({why})")
     return NMCheck(n, m, tuple(failures), tuple(checked), tuple(skipped))
+
+
+def _left(net: CocktailNet) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
+    """The active subnetwork's weights, without the channels that it removes."""
+    tensors: dict[str, Tensor] = dict(net.model.named_parameters())
+    mask = net.masks.get(net.active)
+    if mask is None or mask.removed is None:
+        return net.coupling.weights, tensors
+    left = Remaining(net.coupling, mask.removed)
+    held = {w.name: left.slice(w, tensors[w.name].detach()) for w in net.coupling.weights}
+    return tuple(left.weight(w) for w in net.coupling.weights), held
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[Weight, Tensor]]:

@@ -5,6 +5,7 @@ from .block import Block, Vector
 from .channel import Channel
 from .generation import in_order, make_all_masks, rounds_of
 from .nm import NM
+from .product import Product
 from .registry import make_pattern, parse_pattern, pattern_class, register_pattern, registered, resolve_patterns
 from .unstructured import Unstructured
 
@@ -15,6 +16,7 @@ __all__ = [
     "Block",
     "Channel",
     "Pattern",
+    "Product",
     "Subnet",
     "Unstructured",
     "Vector",

@@ -67,12 +67,14 @@ class Pattern(ABC):
         nested: Whether each subnet's zeros contain those of the one before.
         term: The term of the channel score that its masks enter: ``"unstructured"`` (weights chosen freely, weight β),
             ``"n:m"`` (so many of each run, 1-β), or none.
+        removes_units: Whether it removes units, and masks no elements; such a pattern can be the first of a product.
     """
 
     name: ClassVar[str] = ""
     after: ClassVar[tuple[str, ...]] = ()
     nested: ClassVar[bool] = True
     term: ClassVar[str] = ""
+    removes_units: ClassVar[bool] = False
 
     @abstractmethod
     def subnets(self) -> tuple[Subnet, ...]:

@@ -140,6 +140,7 @@ class Channel(Pattern):
     """
 
     after = ("unstructured", "n:m")
+    removes_units = True
 
     def __init__(
         self,

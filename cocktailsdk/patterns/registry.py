@@ -75,19 +75,19 @@ def pattern_class(name: str) -> type[Pattern]:
 
 
 def parse_pattern(spec: str) -> Pattern:
-    """The pattern that a string stands for: ``"unstructured"``, ``"channel@0.3"``, ``"2:4"``.
+    """The pattern that a string stands for: ``"unstructured"``, ``"channel@0.3"``, ``"2:4"``, ``"channel@0.5+2:4"``.
 
     Raises:
         PatternError: No registered pattern knows the string, or its numbers make no sense.
     """
     spec = spec.strip()
-    for cls in _REGISTERED.values():
+    for cls in sorted(_REGISTERED.values(), key=lambda c: c.name != "product"):  # or its factors would be misread
         pattern = cls.parse(spec)
         if pattern is not None:
             return pattern
     raise PatternError(
         f"unknown pattern {spec!r}{_near(spec)}; known are {', '.join(map(repr, _REGISTERED))}, with a level as in "
-        "'unstructured@0.5', and N:M as in '2:4'"
+        "'unstructured@0.5', N:M as in '2:4', and products as in 'channel@0.5+2:4'"
     )
 
 
