@@ -145,3 +145,25 @@ def test_a_call_of_another_size_is_caught() -> None:
     whole = Cutter(coupling, coupling.trace, torch.zeros_like(cutter.removed)).cut(model)[0]
     with pytest.raises(SlimError, match="survive"):
         check_labels(whole, cutter, (x,))
+
+
+def test_outputs_of_unknown_types_do_not_break_the_model_into_parts() -> None:
+    import transformers as hf
+
+    config = hf.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = hf.LlamaForCausalLM(config).eval()
+    words = {"input_ids": torch.arange(8).reshape(1, 8)}
+    assert type(model(**words).past_key_values).__name__ == "DynamicCache"
+    with_cache = couple(model, (), words)
+    without = couple(model, (), {**words, "use_cache": False})
+    assert [(g.name, g.size) for g in with_cache.groups] == [(g.name, g.size) for g in without.groups]
+    assert "model" in {g.name for g in with_cache.groups}
+    assert not model._forward_hooks

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
 
@@ -90,7 +91,7 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
     with evaluating(model), warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            whole = _program(model, inputs)
+            whole = _whole(model, inputs)
         except Exception as error:
             failures = {"": _reason(error)}
         else:
@@ -109,6 +110,22 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
 
 def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     return torch.export.export(module, inputs[0], inputs[1], strict=False)
+
+
+def _whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The whole model. Of outputs that ``torch.export`` does not know (a language model's cache) only tensors count."""
+    try:
+        return _program(model, inputs)
+    except Exception as error:
+        if "in output, which is not a known type" not in str(error):
+            raise
+    hook = model.register_forward_hook(
+        lambda _m, _inputs, output: tuple(t for t in tree_leaves(output) if isinstance(t, Tensor))
+    )
+    try:
+        return _program(model, inputs)
+    finally:
+        hook.remove()
 
 
 def _reason(error: Exception) -> str:
