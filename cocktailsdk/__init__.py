@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .patterns import UMG as UMG
     from .patterns import Block as Block
     from .patterns import Channel as Channel
+    from .patterns import Heads as Heads
     from .patterns import Pattern as Pattern
     from .patterns import Product as Product
     from .patterns import Subnet as Subnet
@@ -52,6 +53,7 @@ _WHERE = {
     "CoTrainer": ".training",
     "CocktailNet": ".net",
     "Failure": ".checks",
+    "Heads": ".patterns",
     "Inspection": ".inspection",
     "Mask": ".masks",
     "NM": ".patterns",
@@ -83,6 +85,7 @@ __all__ = [
     "CocktailNet",
     "ExportFailed",
     "Failure",
+    "Heads",
     "Inspection",
     "Mask",
     "NMCheck",

@@ -4,6 +4,7 @@ from .base import DENSE, UMG, Pattern, Subnet
 from .block import Block, Vector
 from .channel import Channel
 from .generation import in_order, make_all_masks, rounds_of
+from .heads import Heads
 from .nm import NM
 from .product import Product
 from .registry import make_pattern, parse_pattern, pattern_class, register_pattern, registered, resolve_patterns
@@ -15,6 +16,7 @@ __all__ = [
     "UMG",
     "Block",
     "Channel",
+    "Heads",
     "Pattern",
     "Product",
     "Subnet",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,10 +107,14 @@ def removed_units(
     sparsity: float,
     previous: Bool[Tensor, " units"] | None = None,
     round_to: int | str = 1,
+    groups: Iterable[Group] | None = None,
 ) -> Bool[Tensor, " units"]:
-    """The units of least score of each group; those removed before go first, ties by position."""
+    """The units of least score of each group (of these groups alone, where given); those removed before go first.
+
+    Ties by position.
+    """
     removed = torch.zeros(coupling.n_units, dtype=torch.bool)
-    for g in coupling.groups:
+    for g in coupling.groups if groups is None else groups:
         s = scores[g.start : g.stop].clone()
         gone = g.size - kept_units(g, sparsity, round_to)
         if previous is not None:
@@ -153,9 +157,7 @@ class Channel(Pattern):
         self._given = sparsities is not None
         self._rounds, self._rate = rounds, rate
         self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
-        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0.0 <= beta <= 1.0:
-            raise PatternError(f"channel: beta must be a number in [0, 1], not {beta!r}")
-        self.beta = float(beta)
+        self.beta = checked_beta(self.name, beta)
         self.round_to = checked_round_to(round_to)
 
     def subnets(self) -> tuple[Subnet, ...]:
@@ -178,6 +180,17 @@ class Channel(Pattern):
         """Keyword arguments that make an equal pattern."""
         levels = {"sparsities": list(self.sparsities)} if self._given else {"rounds": self._rounds, "rate": self._rate}
         return {**levels, "beta": self.beta, "round_to": self.round_to}
+
+
+def checked_beta(pattern: str, beta: object) -> float:
+    """A number in [0, 1].
+
+    Raises:
+        PatternError: It is none.
+    """
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0.0 <= beta <= 1.0:
+        raise PatternError(f"{pattern}: beta must be a number in [0, 1], not {beta!r}")
+    return float(beta)
 
 
 def checked_round_to(round_to: object) -> int | str:
