@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .patterns import Pattern as Pattern
     from .patterns import Product as Product
     from .patterns import Subnet as Subnet
+    from .patterns import Transposable as Transposable
     from .patterns import Unstructured as Unstructured
     from .patterns import Vector as Vector
     from .patterns import register_pattern as register_pattern
@@ -62,6 +63,7 @@ _WHERE = {
     "Product": ".patterns",
     "Subnet": ".patterns",
     "SubnetReport": ".counts",
+    "Transposable": ".patterns",
     "UMG": ".patterns",
     "Unstructured": ".patterns",
     "Vector": ".patterns",
@@ -97,6 +99,7 @@ __all__ = [
     "SubnetError",
     "SubnetReport",
     "TrainingError",
+    "Transposable",
     "Unstructured",
     "Vector",
     "__version__",

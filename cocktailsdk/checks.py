@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -12,6 +13,7 @@ from .errors import PatternError
 from .graph import Kept, Weight
 from .net import CocktailNet
 from .patterns import NM
+from .patterns.layout import tiles
 from .patterns.nm import runs
 from .patterns.remaining import Remaining
 from .selection import Modules, Selection
@@ -64,7 +66,13 @@ class NMCheck:
 
 
 def verify_nm(
-    model: nn.Module, n: int, m: int, *, target_modules: Modules = None, exclude_modules: Modules = None
+    model: nn.Module,
+    n: int,
+    m: int,
+    *,
+    transposable: bool = False,
+    target_modules: Modules = None,
+    exclude_modules: Modules = None,
 ) -> NMCheck:
     """Does every eligible weight hold at most N non-zeros in every M consecutive input channels?
 
@@ -78,6 +86,7 @@ def verify_nm(
         model: Holds plain tensors with zeros in them.
         n: Weights allowed in a run.
         m: Length of a run.
+        transposable: Check both ways: rows and columns of every tile of M outputs by M inputs are the runs.
         target_modules: Check only these (see :func:`sparsify`); not for a net, which knows its own.
         exclude_modules: Do not check these.
 
@@ -97,9 +106,10 @@ def verify_nm(
     failures, checked, skipped = [], [], []
     for w in weights:
         reason = selection.why_not(w)
-        parts = None if reason else runs(w, tensors[w.name].detach(), m)
+        parts = None if reason else _runs(w, tensors[w.name].detach(), m, transposable)
         if parts is not None and parts.numel() == 0:
-            reason = f"has fewer than {m} input channels{' in a group' if w.groups > 1 else ''}"
+            which = "input or output" if transposable else "input"
+            reason = f"has fewer than {m} {which} channels{' in a group' if w.groups > 1 else ''}"
         if parts is None or reason:
             skipped.append(Kept(w.name, reason or ""))
             continue
@@ -112,6 +122,13 @@ def verify_nm(
         why = "; ".join(f"{k.where}: {k.reason}" for k in skipped[:5]) or "it has no convolution and no linear layer"
         raise PatternError(f"{type(model).__name__} has no weight that {n}:{m} could be checked on ({why})")
     return NMCheck(n, m, tuple(failures), tuple(checked), tuple(skipped))
+
+
+def _runs(weight: Weight, tensor: Tensor, m: int, transposable: bool) -> Tensor:
+    if not transposable:
+        return runs(weight, tensor, m)
+    squares = tiles(weight, tensor, m, m)
+    return torch.cat([squares, squares.mT])
 
 
 def _left(net: CocktailNet) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from .heads import Heads
 from .nm import NM
 from .product import Product
 from .registry import make_pattern, parse_pattern, pattern_class, register_pattern, registered, resolve_patterns
+from .transposable import Transposable
 from .unstructured import Unstructured
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Pattern",
     "Product",
     "Subnet",
+    "Transposable",
     "Unstructured",
     "Vector",
     "in_order",
