@@ -15,10 +15,16 @@ import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import Moment, Recipe, Step, Turn, recipe_named, recipes
+from cocktailsdk.training.recipes.alternating import Alternating
+from cocktailsdk.training.recipes.phases import Phases
 from cocktailsdk.training.recipes.steps import Sandwich, Single, pivot, rotation
+from cocktailsdk.training.regrowth import correct_gradients
+from cocktailsdk.training.resolution import resized
 
 PATTERNS: dict[str, Any] = {
     "imp": (cocktail.Unstructured(sparsities=[0.3, 0.5, 0.7]),),
+    "ast": (cocktail.Unstructured(sparsities=[0.3, 0.5, 0.7]),),
+    "ac/dc": (cocktail.Unstructured(sparsities=[0.6]),),
 }
 """What recipes that are not for any net train."""
 
@@ -237,6 +243,145 @@ def test_n_m_tickets_are_cut_from_the_dense_rounds_weights() -> None:
         assert torch.equal(mask, ended[0].elements[name])
 
 
+def test_phases_alternate_and_the_dense_network_keeps_what_the_last_dense_phase_ended_with() -> None:
+    schedule = Phases()
+    steps = [schedule(Moment(1, i, 100, {"u": ("a",)})) for i in range(100)]
+    sparse = [i for i, s in enumerate(steps) if s.turns[0].network == "a"]
+    expected = {*range(85, 100)}.union(*(range(i, i + 5) for i in range(10, 75, 10)))
+    assert set(sparse) == expected
+    assert [i for i, s in enumerate(steps) if s.prune] == [10, 20, 30, 40, 50, 60, 70, 85]
+    assert [i for i, s in enumerate(steps) if s.forget] == [15, 25, 35, 45, 55, 65, 75]
+    assert [i for i, s in enumerate(steps) if s.keep] == [85]
+    for n in range(1, 12):
+        short = [schedule(Moment(1, i, n, {"u": ("a",)})) for i in range(n)]
+        assert short[-1].turns[0].network == "a"
+        assert sum(s.keep is not None for s in short) == 1
+
+
+def test_in_a_sparse_phase_masked_weights_are_zero_and_the_mask_is_fixed() -> None:
+    seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def keep(event: ev.Event) -> None:
+        if isinstance(event, ev.StepDone):
+            mask = trainer.net.mask_tensors("unstructured@0.6")["conv2.weight"].clone()
+            seen.append((event.network, trainer.net.model.conv2.weight.detach().clone(), mask))
+
+    recipe = dataclasses.replace(recipe_named("ac/dc"), schedule=Phases((0.25, 0.5, 0.75)))
+    trainer = trainer_of(recipe, epochs=4, callbacks=[keep])
+    trainer.fit()
+    assert [n for n, _, _ in seen] == ["dense"] * 6 + ["unstructured@0.6"] * 6 + ["dense"] * 6 + [
+        "unstructured@0.6"
+    ] * 6
+    for name, weight, mask in seen:
+        assert bool((weight[mask == 0] == 0).all()) is (name != "dense")
+    assert all(torch.equal(m, seen[6][2]) for _, _, m in seen[6:12])
+    with trainer.using("dense"):
+        assert torch.equal(trainer.net.model.conv2.weight.detach(), seen[17][1])
+    with trainer.using("unstructured@0.6"):
+        assert torch.equal(trainer.net.model.conv2.weight.detach(), seen[23][1])
+    with pytest.raises(
+        TrainingError, match=r"'ac/dc' trains one sparse network a run, and this net has 7 .*a single lev"
+    ):
+        tiny_trainer(recipe="ac/dc")
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "n:m"])
+def test_alternating_exchanges_weights_layer_by_layer_and_keeps_their_numbers(pattern: str) -> None:
+    masks: dict[str, dict[str, cocktail.Mask]] = {}
+
+    def keep(event: ev.Event) -> None:
+        if isinstance(event, ev.RoundStarted | ev.RoundEnded):
+            masks[type(event).__name__] = dict(net.masks)
+
+    patterns = ("1:2", "2:4") if pattern == "n:m" else (cocktail.Unstructured(sparsities=[0.3, 0.6]),)
+    net = tiny_net(patterns=patterns)
+    recipe = dataclasses.replace(recipe_named("ast"), schedule=Alternating(period=1))
+    tiny_trainer(net, recipe=recipe, callbacks=[keep]).fit()
+    for name in net.names[1:]:
+        before, after = (masks[kind][name].elements for kind in ("RoundStarted", "RoundEnded"))
+        assert any(not torch.equal(before[n], after[n]) for n in before)
+        for n, mask in before.items():
+            assert mask.sum() == after[n].sum()
+            if pattern == "n:m":
+                m = int(name[-1])
+                assert (after[n].movedim(1, -1).reshape(-1, m).sum(1) == m // 2).all()
+            else:
+                level = 0.3 if name.endswith("3") else 0.6
+                assert abs(1 - mask.float().mean() - level) < 2 / mask.numel()
+    exact = {r.name: r.sparsity_exact for r in net.subnets()}
+    if pattern == "unstructured":
+        total = sum(w.numel for w in net.eligible)
+        assert exact["unstructured@0.6"] == pytest.approx(round(0.6 * total) / total)
+    assert net.statistics.keys() == set(net.names)
+
+
+def test_opposed_gradients_lose_what_opposes() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    previous: dict[str, torch.Tensor] = {}
+    for gradient, corrected in [((1.0, 0.0), (1.0, 0.0)), ((-3.0, 2.0), (0.0, 2.0)), ((1.0, 1.0), (1.0, 1.0))]:
+        parameter.grad = torch.tensor(gradient)
+        correct_gradients({"w": parameter}, previous)
+        assert parameter.grad.tolist() == list(corrected)
+    parameter.grad = torch.zeros(2)
+    correct_gradients({"w": parameter}, previous)
+    parameter.grad = -torch.ones(2)
+    correct_gradients({"w": parameter}, previous)
+    assert parameter.grad.tolist() == [-1.0, -1.0]
+
+
+def test_alternating_takes_no_channels() -> None:
+    with pytest.raises(TrainingError, match=r"'ast' is for unstructured and n:m, and this net has channel"):
+        tiny_trainer(tiny_net(patterns="channel"), recipe="ast")
+
+
+def test_narrow_networks_see_other_resolutions_the_teacher_does_not() -> None:
+    sides: list[tuple[str, int]] = []
+
+    def forward(model: Any, batch: Any) -> Any:
+        sides.append((net.active, batch[0].shape[-1]))
+        return model(batch[0]), batch[1]
+
+    net = tiny_net()
+    tiny_trainer(net, recipe="mutualnet", forward_fn=forward).fit()
+    steps = [(n, s) for n, s in sides if torch.is_grad_enabled()]
+    assert {s for n, s in steps if n == "dense"} == {8}
+    assert {s for n, s in steps if n != "dense"} == {8, 7, 6, 5}
+
+
+def test_resolutions_are_of_the_inputs_alone() -> None:
+    images, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    assert resized((images, labels), 0.5)[0].shape[-1] == 4
+    assert resized((images, labels), 0.5)[1] is labels
+    mapping = resized({"pixel_values": images, "labels": labels}, 0.5)
+    assert (mapping["pixel_values"].shape[-1], mapping["labels"].shape[-1]) == (4, 8)
+    assert resized(images, 1.0) is images
+    with pytest.raises(TrainingError, match="a batch of type tuple has no input of floating images"):
+        resized((torch.zeros(2, 3), labels), 0.5)
+
+
+def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
+    masks: dict[str, cocktail.Mask] = {}
+
+    def keep(event: ev.Event) -> None:
+        if isinstance(event, ev.RoundStarted) and event.round == 1:
+            masks.update(net.masks)
+
+    net = tiny_net()
+    trainer = tiny_trainer(net, recipe="refilling", callbacks=[keep])
+    trainer.fit()
+    group = next(g for g in net.coupling.groups if g.size == 16)  # conv3's, whose only producer it is
+    left = masks["unstructured@0.3"].elements["conv3.weight"].flatten(1).sum(1)
+    removed = masks["channel@0.2"].removed[group.start : group.stop]
+    assert left[~removed].min() >= left[removed].max()
+    assert all(
+        set(losses) <= {"dense", r.networks[0]} for r in trainer.history.rounds if r.networks for losses in r.losses
+    )
+    with pytest.raises(
+        TrainingError, match=r"'refilling' needs the pattern 'unstructured', and this net has n:m, channel"
+    ):
+        tiny_trainer(tiny_net(patterns=("1:2", "channel")), recipe="refilling")
+
+
 # --------------------------------------------------------------------- options
 
 
@@ -307,7 +452,7 @@ def test_a_recipe_of_ones_own_is_any_function_of_the_moment() -> None:
 
 def test_fingerprints_tell_recipes_apart() -> None:
     variants = [dataclasses.replace(recipe_named("us-net"), schedule=Sandwich(between=n)) for n in (1, 3)]
-    everything = [*variants, *(n for n in recipes() if n != "imp")]
+    everything = [*variants, *recipes()]
     prints = [trainer_of(recipe).fingerprint for recipe in everything]
     assert all(a != b for a, b in itertools.combinations(prints, 2))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import signal
 import threading
@@ -21,8 +23,12 @@ from training_tiny import (
     to_float,
 )
 
+import cocktailsdk as cocktail
 from cocktailsdk import CocktailNet, TrainingError
 from cocktailsdk.training import events as ev
+from cocktailsdk.training.recipes import Recipe, recipe_named
+from cocktailsdk.training.recipes.alternating import Alternating
+from cocktailsdk.training.recipes.phases import Phases
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,42 @@ def test_an_interrupted_run_goes_on_identically(
     second = tiny_trainer(tiny_net(seed=9), tmp_path)  # a fresh process builds its model anew
     second.fit()
     assert_identical(result(second), uninterrupted)
+
+
+FINISHING = dataclasses.replace(recipe_named("cocktail"), update="active", statistics="separate")
+PHASES = dataclasses.replace(recipe_named("ac/dc"), schedule=Phases((0.2, 0.5, 0.7)))
+ALTERNATING = dataclasses.replace(recipe_named("ast"), schedule=Alternating(period=1))
+ONE_PATTERN = (cocktail.Unstructured(sparsities=[0.3, 0.5]),)
+RECIPES: dict[str, tuple[Recipe, Any]] = {
+    **{name: (recipe_named(name), None) for name in ("mutualnet", "refilling", "paper-rotation")},
+    "cocktail": (FINISHING, None),
+    "imp": (recipe_named("imp"), ONE_PATTERN),
+    "ac/dc": (PHASES, (cocktail.Unstructured(sparsities=[0.5]),)),
+    "ast": (ALTERNATING, ONE_PATTERN),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_goes_on_identically(name: str, tmp_path: Path) -> None:
+    recipe, patterns = RECIPES[name]
+
+    def trainer(seed: int, **options: Any) -> cocktail.CoTrainer:
+        return tiny_trainer(tiny_net(seed, patterns), recipe=recipe, epochs=3, alphas=(1.0, 0.5), **options)
+
+    often = 6 if recipe.rounds == "one" else 31
+    whole = trainer(0)
+    whole.fit()
+    expected = {**result(whole), "evaluated": whole.evaluate(tiny_loaders()[1])}
+    for n in itertools.count():
+        run = trainer(n, out_dir=tmp_path, callbacks=[StopAt(ev.Event, often + n % 2)])
+        try:
+            run.fit()
+        except KeyboardInterrupt:
+            continue
+        break
+    assert n > 1
+    assert_identical({**result(run), "evaluated": run.evaluate(tiny_loaders()[1])}, expected)
+    assert run.parameters_stored == whole.parameters_stored
 
 
 def test_a_run_stopped_many_times_goes_on_identically(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..patterns.base import DENSE
+from ..statistics import statistics_of
 from .events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from .metrics import Score
 from .search import Choice, choose_alpha, interpolate
@@ -88,12 +89,11 @@ def finish(session: Session) -> None:
     names = [DENSE, *session.names(session.options.rounds)]
     own, tracked = session.history.weights, _tracked(session)
     net.statistics.clear()
+    net.statistics.update(tracked)  # whole, should this be interrupted
     net.metrics.clear()
     for i, name in enumerate(names):
         with session.weights_of(name):
-            if name in tracked:
-                net.statistics[name] = tracked[name]
-            else:
+            if name not in tracked:
                 net.recalibrate(name, session.recalibration, session.forward)
             if session.held_out is not None:
                 net.metrics[name] = session.readable(session.measure(name).value)
@@ -116,4 +116,4 @@ def _tracked(session: Session) -> dict[str, dict[str, Tensor]]:
     together = options.finishing_epochs or options.recipe.rounds == "one"
     if options.recipe.statistics != "separate" or not together:
         return {}
-    return {name: dict(own) for name, own in session.net.statistics.items()}
+    return {DENSE: statistics_of(session.net.model), **session.net.statistics}

@@ -29,7 +29,7 @@ REWIND = "rewind"
 
 def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
     """Train all rounds of a phase that are left, from wherever the run stands."""
-    stepper = Stepper.of(session.net, session.options, session.classes)
+    stepper = Stepper.of(session.net, session.options, session.classes, session.gradients)
     while session.position.phase == phase:
         if session.position.entered:
             _resume_round(session)
@@ -65,6 +65,7 @@ def _enter_round(session: Session) -> None:
     position.entered = True
     position.epoch, position.step = options.epochs_of(k).start, 0
     session.losses = {}
+    session.gradients.clear()
     if options.recipe.statistics == "separate":
         session.net.statistics.clear()
     names = [name for names in session.networks(k).values() for name in names]
@@ -137,6 +138,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
                 continue
             if not follows:
                 batch = to_device(batch, session.device)
+            _prepare(session, step)
             session.seed("step", k, position.epoch, i)
             taught = stepper.step(step, batch, optimization.optimizer, taught.teacher if follows else None)
             optimization.scheduler.step()
@@ -154,12 +156,31 @@ def _train_round(session: Session, stepper: Stepper) -> None:
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 
 
+def _prepare(session: Session, step: Step) -> None:
+    """What a step does before it trains: keep weights, make masks anew, clear the optimizer's memory."""
+    net = session.net
+    if step.keep is not None:
+        session.history.weights[step.keep] = where = f"weights-{step.keep}".replace(":", "-")
+        session.store.put(where, model_tensors(net.model))
+    if step.prune:
+        parameters = dict(net.model.named_parameters())
+        for name in (turn.network for turn in step.turns if turn.network != DENSE):
+            net.set_mask(name, net.make_masks(name))
+            session.remade.add(name)
+            for key, mask in net.mask_tensors(name).items():
+                parameters[key].detach().mul_(mask)
+    if step.forget:
+        assert session.optimization is not None
+        session.optimization.optimizer.state.clear()
+
+
 def _count(session: Session, step: Step, trained: Trained) -> None:
     losses = session.losses
     for name, loss in trained.losses.items():
         # summed where it is: no waiting
         entry = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
         losses[name] = losses[name] + entry if name in losses else entry
+    session.remade |= trained.remade
     session.history.steps += 1
     session.history.passes += len(step.turns)
 

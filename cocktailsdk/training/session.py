@@ -68,6 +68,8 @@ class Session:
         optimization: Optimizer and schedule of the current round.
         losses: By network the sum of this epoch's losses and their number.
         judged: What merging has judged and still needs, by share and network.
+        remade: Subnets whose masks were made anew while the round trained.
+        gradients: Of the step before, where the recipe corrects by them.
         rewound: State of optimizer and schedule at the rewind point, where they are rewound as well.
         resumed: The same of the round that is gone on with.
     """
@@ -90,6 +92,8 @@ class Session:
     optimization: Optimization | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     judged: dict[tuple[float, str], Score] = field(default_factory=dict)
+    remade: set[str] = field(default_factory=set)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     rewound: dict[str, Any] | None = None
     resumed: dict[str, Any] | None = None
     _since: float = field(default_factory=time.monotonic)
@@ -151,6 +155,8 @@ class Session:
                 [alpha, name, str(score.value), None if score.maximum is None else str(score.maximum)]
                 for (alpha, name), score in self.judged.items()
             ],
+            "masks": pack_masks({name: self.net.masks[name] for name in sorted(self.remade)}),
+            "gradients": _cpu(self.gradients),
             "rewound": _cpu(self.rewound),
             "model": _cpu(model_tensors(self.net.model)),
             "optimization": self.optimization_state(),
@@ -174,6 +180,10 @@ class Session:
         for k in range(1, min(made, self.options.finishing_round)):
             for name, mask in unpack_masks(self.store.get(f"masks-{k:02d}"), self.net).items():
                 self.net.set_mask(name, mask)
+        for name, mask in unpack_masks(state["masks"], self.net).items():
+            self.net.set_mask(name, mask)
+            self.remade.add(name)
+        self.gradients.update({k: v.to(self.device) for k, v in state["gradients"].items()})
         self.net.statistics.update(
             {n: {k: v.to(self.device) for k, v in s.items()} for n, s in state["statistics"].items()}
         )

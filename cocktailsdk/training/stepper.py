@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from .distill import Classes, DistillFn, no_soft_loss, soft_cross_entropy, untou
 from .forward import ForwardFn, LossFn, detached, loss_of, output_tensor
 from .options import Options
 from .recipes import Step, Turn
+from .regrowth import correct_gradients, regrown
+from .resolution import resized
 
 __all__ = ["Stepper", "Trained"]
 
@@ -30,10 +32,12 @@ class Trained:
     Attributes:
         losses: By network, detached.
         teacher: What the dense network said in its turn, where the step leads another or has turns after it.
+        remade: Subnets whose masks it changed.
     """
 
     losses: Mapping[str, Float[Tensor, ""]]
     teacher: Any
+    remade: frozenset[str] = frozenset()
 
 
 class Stepper:
@@ -48,6 +52,7 @@ class Stepper:
         classes: Where the output holds class logits, if it does.
         active: Whether masked weights are left alone by momentum and weight decay too.
         separate: Whether every network keeps running statistics of its own.
+        previous: Gradients of the step before, by name, for steps that correct theirs; kept up to date.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Stepper:
         *,
         active: bool = False,
         separate: bool = False,
+        previous: MutableMapping[str, Tensor] | None = None,
     ) -> None:
         self._net = net
         self._forward = forward
@@ -69,10 +75,17 @@ class Stepper:
         self._weight = distill_weight
         self._classes = classes
         self._active, self._separate = active, separate
+        self._previous = {} if previous is None else previous
         self._parameters = dict(net.model.named_parameters())
 
     @classmethod
-    def of(cls, net: CocktailNet, options: Options, classes: Classes | None) -> Stepper:
+    def of(
+        cls,
+        net: CocktailNet,
+        options: Options,
+        classes: Classes | None,
+        previous: MutableMapping[str, Tensor] | None = None,
+    ) -> Stepper:
         """The stepper that a run asks for."""
         return cls(
             net,
@@ -83,6 +96,7 @@ class Stepper:
             classes,
             active=options.recipe.update == "active",
             separate=options.recipe.statistics == "separate",
+            previous=previous,
         )
 
     def step(self, step: Step, batch: Any, optimizer: Optimizer, teacher: Any = None) -> Trained:
@@ -107,11 +121,13 @@ class Stepper:
             else:
                 if self._weight and teacher is None:
                     teacher = self._teacher(batch)
-                with self._added(turn.network):
+                with self._added(turn.network, step.regrow):
                     losses[turn.network] = self._sparse(turn, batch, teacher)
+        if step.correct:
+            correct_gradients(self._parameters, self._previous)
         with self._held(step.turns, optimizer):
             optimizer.step()
-        return Trained(losses, teacher)
+        return Trained(losses, teacher, frozenset(losses) - {DENSE} if step.regrow else frozenset())
 
     def _dense(self, batch: Any) -> tuple[Float[Tensor, ""], Any]:
         output, target = self._forward(self._net.model, batch)
@@ -120,7 +136,7 @@ class Stepper:
         return loss.detach(), output
 
     def _sparse(self, turn: Turn, batch: Any, teacher: Any) -> Float[Tensor, ""]:
-        net = self._net
+        net, batch = self._net, resized(batch, turn.resolution)
         with net.using(turn.network, statistics=self._separate):
             output, target = self._forward(net.model, batch)
             loss = loss_of(output, target, self._loss_fn)
@@ -147,13 +163,19 @@ class Stepper:
         return soft_cross_entropy(student, dense, target, self._classes)
 
     @contextmanager
-    def _added(self, name: str) -> Iterator[None]:
-        """Mask the gradients that come up inside, and add those that were there before."""
+    def _added(self, name: str, regrow: float) -> Iterator[None]:
+        """Mask the gradients that come up inside, after regrowing by them, and add those that were there before."""
         masks = {key: mask for key, mask in self._net.mask_tensors(name).items() if key in self._parameters}
         before = {key: grad for key in masks if (grad := self._parameters[key].grad) is not None}
         for key in before:
             self._parameters[key].grad = None
         yield
+        if regrow:
+            own = self._net.statistics.get(name)
+            self._net.set_mask(name, regrown(self._net, name, regrow))
+            if own is not None:
+                self._net.statistics[name] = own
+            masks = {key: mask for key, mask in self._net.mask_tensors(name).items() if key in self._parameters}
         new = [(grad, mask) for key, mask in masks.items() if (grad := self._parameters[key].grad) is not None]
         if new:
             torch._foreach_mul_([grad for grad, _ in new], [mask for _, mask in new])

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from ...errors import TrainingError
 from ...masks import Mask
 from ...net import CocktailNet
 from ...patterns.base import Subnet
+from ...patterns.ranking import drop_smallest
 
-__all__ = ["MASK_RULES", "MaskRule", "Pruning", "own", "refilling", "tickets", "umg"]
+__all__ = ["MASK_RULES", "MaskRule", "Pruning", "layerwise", "own", "refilling", "tickets", "umg"]
 
 
 @dataclass(frozen=True)
@@ -103,5 +106,34 @@ def refilling(pruning: Pruning) -> dict[str, Mask]:
     return out
 
 
-MASK_RULES: Mapping[str, MaskRule] = {"umg": umg, "own": own, "tickets": tickets, "refilling": refilling}
+def layerwise(pruning: Pruning) -> dict[str, Mask]:
+    """Unstructured masks with the same sparsity in every layer, nested; other patterns as :func:`own`."""
+    net, out = pruning.net, dict[str, Mask]()
+    for pattern, s in pruning.in_turn():
+        previous = pruning.previous(s, out)
+        if pattern != "unstructured":
+            out[s.name] = net.make_masks(s, previous)
+            continue
+        elements, total, gone = {}, 0, 0
+        for weight in net.eligible:
+            value = net.dense_tensor(weight.name).detach()
+            kept = torch.ones_like(value, dtype=torch.bool) if previous is None else previous.elements[weight.name]
+            kept = kept.to(value.device)
+            # what rounding takes from one layer the next one gets: the sum is exact
+            total += value.numel()
+            goes = round(s.sparsity * total) - gone
+            gone += goes
+            count = goes - int((~kept).sum())
+            elements[weight.name] = drop_smallest({"": value}, {"": kept}, count)[""].cpu()
+        out[s.name] = Mask(elements)
+    return out
+
+
+MASK_RULES: Mapping[str, MaskRule] = {
+    "umg": umg,
+    "own": own,
+    "layerwise": layerwise,
+    "tickets": tickets,
+    "refilling": refilling,
+}
 """Rules that a recipe may name."""

@@ -8,13 +8,16 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ...errors import TrainingError
+from .alternating import Alternating
+from .phases import Phases
 from .recipe import Recipe
-from .steps import Sandwich
+from .steps import Sandwich, Single
 
 __all__ = ["recipe_named", "recipes"]
 
 PAPER = Recipe(name="paper")
 COCKTAIL = replace(PAPER, name="cocktail", finishing=0.25, same_batch=True)
+US_NET = Recipe(name="us-net", schedule=Sandwich(), masks="own", rounds="one", distill=1.0, merging="none")
 
 _ALL = (
     COCKTAIL,
@@ -26,7 +29,33 @@ _ALL = (
     replace(PAPER, name="paper-no-rewinding", rewind=False),
     replace(PAPER, name="paper-no-distillation", distill=False),
     # its rivals
-    Recipe(name="us-net", schedule=Sandwich(), masks="own", rounds="one", distill=1.0, merging="none"),
+    Recipe(
+        name="ac/dc",
+        schedule=Phases(),
+        masks="own",
+        rounds="one",
+        distill=False,
+        update="active",
+        merging="none",
+        weights="own",
+        takes="subnet",
+    ),
+    Recipe(
+        name="ast",
+        schedule=Alternating(),
+        masks="layerwise",
+        rounds="one",
+        distill=False,
+        statistics="separate",
+        merging="none",
+        takes="pattern",
+        only=("unstructured", "n:m"),
+    ),
+    US_NET,
+    replace(US_NET, name="mutualnet", schedule=Sandwich(resolutions=(1.0, 0.875, 0.75, 0.571))),
+    Recipe(
+        name="refilling", schedule=Single("unstructured"), masks="refilling", distill=False, needs=("unstructured",)
+    ),
     Recipe(
         name="imp", schedule="single", masks="tickets", distill=False, merging="none", weights="own", takes="pattern"
     ),

@@ -48,6 +48,8 @@ class Recipe:
         finishing_schedule: As ``schedule``.
         finishing_rate: Learning rates of finishing, as a share of the optimizer's.
         takes: What nets it is for: ``"any"``, those of one ``"pattern"``, or of one ``"subnet"``.
+        needs: Patterns that the net must have, by name.
+        only: The only patterns that it may have; empty for any.
 
     Raises:
         TrainingError: A field makes no sense; it is named.
@@ -68,6 +70,8 @@ class Recipe:
     finishing_schedule: str | StepSchedule = "pivot"
     finishing_rate: float = 1.0
     takes: Literal["any", "pattern", "subnet"] = "any"
+    needs: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[str]] = {
@@ -138,11 +142,21 @@ class Recipe:
         Raises:
             TrainingError: The recipe is not for such nets, or has one round and several are asked for.
         """
+        self._check(patterns)
+        if self.rounds == "levels":
+            return rounds_of(patterns, rounds)
+        if rounds is not None and rounds != 1:
+            raise TrainingError(f"recipe {self.name!r} trains all networks in one round, got rounds={rounds}")
+        levels = {p.name: p.subnets() for p in patterns}
+        return ({name: levels[name] for name in rounds_of(patterns)[0]},)
+
+    def _check(self, patterns: Sequence[Pattern]) -> None:
+        given = [p.name for p in patterns]
         names = [s.name for p in patterns for s in p.subnets()]
         if self.takes == "pattern" and len(patterns) > 1:
             raise TrainingError(
                 f"recipe {self.name!r} trains one pattern a run, and this net has "
-                f"{', '.join(p.name for p in patterns)}: sparsify() the model with one of them, and train each in a "
+                f"{', '.join(given)}: sparsify() the model with one of them, and train each in a "
                 "run of its own"
             )
         if self.takes == "subnet" and len(names) > 1:
@@ -151,13 +165,16 @@ class Recipe:
                 f"({', '.join(names[:3])}, …): sparsify() the model with a single level, as in "
                 "Unstructured(sparsities=[0.9]), and train each in a run of its own"
             )
-        if self.rounds == "levels":
-            return rounds_of(patterns, rounds)
-        if rounds is not None and rounds != 1:
-            raise TrainingError(f"recipe {self.name!r} trains all networks in one round, got rounds={rounds}")
-        ordered = rounds_of(patterns)[0]
-        levels = {p.name: p.subnets() for p in patterns}
-        return ({name: levels[name] for name in ordered},)
+        if missing := [name for name in self.needs if name not in given]:
+            raise TrainingError(
+                f"recipe {self.name!r} needs the pattern {missing[0]!r}, and this net has {', '.join(given)}: give it "
+                "to sparsify() too"
+            )
+        if self.only and (other := [name for name in given if name not in self.only]):
+            raise TrainingError(
+                f"recipe {self.name!r} is for {' and '.join(self.only)}, and this net has {other[0]}: sparsify() the "
+                "model without, or choose another recipe"
+            )
 
     def describe(self) -> dict[str, Any]:
         """All fields as JSON values; of functions the name, of dataclass instances also their fields."""

@@ -79,11 +79,22 @@ class Step:
         turns: In order; at least one.
         leads: Whether, in a recipe with ``same_batch``, the step that follows may use this one's batch and outputs.
         follows: Whether this step may use those of the step before.
+        prune: Whether first the masks of its networks are made anew from the weights as they are, each for itself, and
+            the weights outside become 0.
+        keep: A network that first gets the weights as they are for its own.
+        forget: Whether first all that the optimizer keeps (momentum, say) is dropped.
+        regrow: Share of each layer's kept weights that its networks drop and regrow by gradient.
+        correct: Whether the part of each layer's gradient that opposes the step before's is taken out.
     """
 
     turns: tuple[Turn, ...]
     leads: bool = False
     follows: bool = False
+    prune: bool = False
+    keep: str | None = None
+    forget: bool = False
+    regrow: float = 0.0
+    correct: bool = False
 
 
 StepSchedule = Callable[[Moment], Step]
