@@ -18,7 +18,7 @@ from statistics import mean
 
 from cocktailsdk.report.figure import write_figure
 from cocktailsdk.report.numbers import bytes_text, count_text, duration_text, flops_text
-from cocktailsdk.report.run import RunReport, read_report
+from cocktailsdk.report.run import NetworkRow, RunReport, read_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,7 +37,10 @@ def main() -> int:
         if read is None:
             parser.error(f"{report} is no report")
         RESULTS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(report, RESULTS / f"{read.preset}.json")
+        if read.preset in TEXT_RUNS:
+            _keep_text_run(read)
+        else:
+            shutil.copyfile(report, RESULTS / f"{read.preset}.json")
     stale = False
     for page, block in PAGES.items():
         text = page.read_text(encoding="utf-8")
@@ -106,6 +109,59 @@ def _run_block(report: RunReport) -> str:
         f"{duration_text(report.seconds)} minutes on {environment.get('machine', '?')} (threads: "
         f"{environment.get('threads', '?')}), torch {environment.get('torch', '?')}. The dense network has "
         f"{count_text(dense.params)} parameters and {flops_text(dense.flops)}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _text_runs() -> list[RunReport]:
+    path = RESULTS / "text.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    return [
+        RunReport(
+            **{**run, "networks": tuple(NetworkRow(**n) for n in run["networks"]), "alphas": tuple(run["alphas"])}
+        )
+        for run in runs
+    ]
+
+
+def _keep_text_run(report: RunReport) -> None:
+    """Put a run of an example on text in the place of an earlier one."""
+    runs = {run.preset: run for run in (*_text_runs(), report)}
+    text = json.dumps({"runs": [runs[name].to_dict() for name in TEXT_RUNS if name in runs]}, indent=1)
+    (RESULTS / "text.json").write_text(text + "\n", encoding="utf-8")
+
+
+def text_block() -> str:
+    """A table of all networks for each run of the examples on text."""
+    return "\n".join(_text_run_block(run) for run in _text_runs())
+
+
+def _text_run_block(run: RunReport) -> str:
+    dense, environment = run.networks[0], run.environment
+    given, share = float(environment["dense as given"]), run.metric_name == "accuracy"
+
+    def number(metric: float) -> str:
+        return f"{100 * metric:.1f} %" if share else f"{metric:.2f}"
+
+    lines = [
+        f"**{run.model}** (`{environment['command']}`), {run.metric_name} on test data, seed {run.seed}; the dense "
+        f"network as it was given has {number(given)}:",
+        "",
+        f"| network | sparsity | {run.metric_name} | parameters kept | FLOPs |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    lines += [
+        f"| `{row.name}` | {row.sparsity_exact:.3f} | {number(row.metric)} | {count_text(row.params)} "
+        f"| {100 * row.flops / dense.flops:.0f} % |"
+        for row in run.networks
+    ]
+    lines += [
+        "",
+        f"The bundle has {bytes_text(run.bundle_bytes)}, {run.bundle_bytes / run.dense_bytes:.2f} times one dense "
+        f"checkpoint. Co-trained in {duration_text(run.seconds)} minutes on {environment.get('machine', '?')} "
+        f"(threads: {environment.get('threads', '?')}), torch {environment.get('torch', '?')}, cocktailsdk "
+        f"{environment.get('cocktailsdk', '?')}.",
         "",
     ]
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"sentences: {', '.join(str(len(p)) for p in parts)} to train on, held out, to test on")
 
     model = IntentClassifier(encoder, intents)
-    dense = fine_tuned(model, train, options, console)
+    dense = fine_tuned(model, loader(parts[0], tokenize, options, shuffle=True), options, console)
     one = torch.ones(1, options.length, dtype=torch.long)
     example = {"input_ids": one, "attention_mask": one}  # FLOPs are those of one sentence of this length
     net = cocktail.sparsify(model, ["unstructured", "n:m", "channel"], example_kwargs=example)
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         start="pretrained",
         steps_per_epoch=max(1, options.steps // 100),
         total_steps=options.steps,
-        alphas=(1.0, 0.6, 0.3),
+        alphas=(1.0, 0.5),
         recalibration_batches=1,  # there is no batch norm
         save_seconds=60.0,
         out_dir=options.out,
@@ -141,9 +141,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of co-training in all, at least 20")
     parser.add_argument("--dense-steps", type=int, default=150, help="steps of fine-tuning before")
     parser.add_argument("--held-out", type=int, default=150, help="sentences that merging chooses by, at most")
-    parser.add_argument("--test", type=int, default=1500, help="sentences to test on, at most")
+    parser.add_argument("--test", type=int, default=750, help="sentences to test on, at most")
     parser.add_argument("--length", type=int, default=32, help="tokens of a sentence, at most")
-    parser.add_argument("--batch", type=int, default=32, help="sentences in a batch")
+    parser.add_argument("--batch", type=int, default=16, help="sentences in a batch")
     parser.add_argument("--rate", type=float, default=3e-4, help="AdamW's learning rate in co-training")
     parser.add_argument("--seed", type=int, default=0, help="of all randomness")
     options = parser.parse_args(arguments)
@@ -262,7 +262,7 @@ def fine_tuned(model: IntentClassifier, train: Iterable[Batch], options: argpars
     means = torch.zeros_like(model.head.weight)
     model.eval()
     with torch.no_grad():
-        for _, (inputs, intents) in zip(range(100), train, strict=False):
+        for _, (inputs, intents) in zip(range(150), train, strict=False):
             means.index_add_(0, intents, F.normalize(model.embed(**inputs), dim=-1))
         model.head.weight.copy_(10 * F.normalize(means, dim=-1))
         model.head.bias.zero_()

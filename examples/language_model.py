@@ -118,9 +118,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="the run's folder")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps in all, at least 20")
     parser.add_argument("--stories", type=int, default=3072, help="how many stories are sampled")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a story, at most")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a story, at most")
     parser.add_argument("--batch", type=int, default=8, help="stories in a batch")
-    parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's learning rate")
+    parser.add_argument("--rate", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of training")
     options = parser.parse_args(arguments)
     if options.model is None:
