@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .patterns import UMG as UMG
     from .patterns import Block as Block
     from .patterns import Channel as Channel
+    from .patterns import Depth as Depth
     from .patterns import Heads as Heads
     from .patterns import Pattern as Pattern
     from .patterns import Product as Product
@@ -53,6 +54,7 @@ _WHERE = {
     "Channel": ".patterns",
     "CoTrainer": ".training",
     "CocktailNet": ".net",
+    "Depth": ".patterns",
     "Failure": ".checks",
     "Heads": ".patterns",
     "Inspection": ".inspection",
@@ -85,6 +87,7 @@ __all__ = [
     "CoTrainer",
     "CocktailError",
     "CocktailNet",
+    "Depth",
     "ExportFailed",
     "Failure",
     "Heads",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .graph import Coupling
+from .graph import Contraction, Coupling
 from .masks import Mask
 
 
@@ -22,7 +22,7 @@ class SubnetReport:
         sparsity_exact: The sparsity its mask has, by the pattern's definition.
         params: Parameters kept: those not masked.
         flops: FLOPs (2 x multiply-adds) of one forward pass on the example inputs as a dense kernel runs them, once
-            removed channels are sliced away.
+            removed channels are sliced away and the modules of dropped residual branches taken out.
         nonzero_macs: Multiply-adds by weights that are not masked.
         metric: The metric set for it, if any.
         coverage: Share of the eligible weights that the pattern can touch at all.
@@ -49,6 +49,17 @@ def params_kept(coupling: Coupling, mask: Mask) -> int:
     return total
 
 
+def flops_left(coupling: Coupling, mask: Mask) -> int:
+    """FLOPs of the slim model."""
+    return replace(coupling, contractions=_run(coupling, mask)).flops(mask.removed)
+
+
+def _run(coupling: Coupling, mask: Mask) -> tuple[Contraction, ...]:
+    """The products that are left once the modules of dropped branches are gone."""
+    gone = tuple(path for b in mask.dropped(coupling) for path in b.modules)
+    return tuple(c for c in coupling.contractions if not any(f"{c.module}.".startswith(f"{path}.") for path in gone))
+
+
 def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
     """Multiply-adds that are left when those by masked weights are not counted.
 
@@ -57,7 +68,7 @@ def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
     kept = mask.tensors(coupling)
     gone = None if mask.removed is None else torch.cat([mask.removed, torch.zeros(1, dtype=torch.bool)])
     total = 0
-    for c in coupling.contractions:
+    for c in _run(coupling, mask):
         left, whole = c.macs, 1
         if c.weight in kept:
             left, whole = left * int(kept[c.weight].sum()), kept[c.weight].numel()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Bool
 from torch import Tensor
 
-from .graph import Coupling
+from .graph import Branch, Coupling
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,8 @@ class Mask:
             for name, keep in coupling.masks(self.removed).items():
                 out[name] = out[name] & keep if name in out else keep
         return out
+
+    def dropped(self, coupling: Coupling) -> tuple[Branch, ...]:
+        """The residual branches that are masked as a whole."""
+        gone = {name for name, keep in self.elements.items() if not bool(keep.any())}
+        return tuple(b for b in coupling.branches if gone.issuperset(b.tensors)) if gone else ()

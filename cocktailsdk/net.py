@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .counts import SubnetReport, nonzero_macs, params_kept
+from .counts import SubnetReport, flops_left, nonzero_macs, params_kept
 from .errors import PatternError
 from .graph import Coupling, Weight
 from .masks import Mask
@@ -151,7 +151,7 @@ class CocktailNet(SwitchableNet):
                     sparsity=s.sparsity,
                     sparsity_exact=pattern.exact_sparsity(s, mask, umg) if pattern else 0.0,
                     params=params_kept(self.coupling, mask),
-                    flops=self.coupling.flops(mask.removed),
+                    flops=flops_left(self.coupling, mask),
                     nonzero_macs=nonzero_macs(self.coupling, mask),
                     metric=self.metrics.get(name),
                     coverage=pattern.coverage(s, mask, umg) if pattern else 1.0,
@@ -162,7 +162,8 @@ class CocktailNet(SwitchableNet):
     def slim(self, name: str) -> nn.Module:
         """A plain copy of the subnetwork with removed channels sliced away; checked to compute the same.
 
-        Single masked weights stay as zeros in it.
+        Single masked weights stay as zeros in it. Modules of residual branches that are dropped are taken out, or stay,
+        masked, where the model's code wants more of them than to be called.
 
         Raises:
             SubnetError: There is no such subnetwork.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError
-from ..graph import Contraction, Coupling, Group, Kept, Producer, Touch, Weight
+from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Touch, Weight
 
 
 class UnitVectors:
@@ -98,6 +98,9 @@ def write_coupling(coupling: Coupling, tensors: Sequence[str]) -> tuple[dict[str
             for c in coupling.contractions
         ],
         "unknown_ops": dict(coupling.unknown_ops),
+        "branches": [
+            [b.name, [at[t] for t in b.tensors], [at[w] for w in b.weights], list(b.modules)] for b in coupling.branches
+        ],
     }
     meta["units"] = vectors.table
     return meta, vectors.tensor(coupling.n_units)
@@ -174,6 +177,10 @@ def read_coupling(
         ),
         shapes=dict(shapes),
         unknown_ops=dict(meta["unknown_ops"]),
+        branches=tuple(
+            Branch(name, tuple(tensors[i] for i in own), tuple(tensors[i] for i in weights), tuple(modules))
+            for name, own, weights, modules in meta.get("branches", ())
+        ),
     )
 
 

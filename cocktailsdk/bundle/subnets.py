@@ -57,9 +57,11 @@ def write_masks(
         alike: dict[str, list[tuple[str, Tensor, dict[str, Any]]]] = {}
         for s in p.subnets():
             mask = masks[s.name]
-            if not mask.elements:
-                continue
             names = _ordered(mask.elements, eligible)
+            if not any(bool(k.any()) for k in mask.elements.values()):  # whole tensors go, or nothing does
+                if names or mask.removed is None:
+                    entries.append({"zeroed": s.name, "weights": list(names)})
+                continue
             form, left, cells = _folded(s, mask, names, coupling)
             entry = {**form.entry(), **({"left": True} if left else {}), **_named(names, eligible)}
             if form.nm is not None:
@@ -97,6 +99,7 @@ def read_masks(
     """
     elements: dict[str, dict[str, Tensor]] = {n: {} for n in names}
     removed: dict[str, Tensor] = {}
+    whole: set[str] = set()
 
     def levels(e: Mapping[str, Any], count: int) -> dict[str, Tensor]:
         bits = level_bits(len(e["levels"]))
@@ -111,6 +114,10 @@ def read_masks(
             removed.update({s: ~k for s, k in levels(e, coupling.n_units).items() if s in elements})
     for e in entries:
         if e.get("units"):
+            continue
+        if "zeroed" in e:
+            elements[e["zeroed"]] = {n: torch.zeros(coupling.shapes[n], dtype=torch.bool) for n in e["weights"]}
+            whole.add(e["zeroed"])
             continue
         form = Form.of(e)
         of = _weights(tuple(e["weights"]) if "weights" in e else tuple(w.name for w in eligible), coupling)
@@ -127,7 +134,7 @@ def read_masks(
             if left is not None:
                 parts = [left.spread(w, part) for w, part in zip(of, parts, strict=True)]
             elements[s] = {w.name: part for w, part in zip(of, parts, strict=True)}
-    missing = [n for n in names if not elements[n] and n not in removed]
+    missing = [n for n in names if not elements[n] and n not in removed and n not in whole]
     if missing or len(elements) != len(names):
         raise BundleError(f"the bundle's masks are not those of its subnets: missing {missing}")
     return {n: Mask(elements[n], removed.get(n)) for n in names}

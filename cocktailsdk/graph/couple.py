@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, fx, nn
 
-from .coupling import STAYS, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
+from .branches import residuals
+from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 from .export import Exported, export, module_of, shape_of, within
 from .labels import MUST_STAY, Field
 from .mend import READS_SIZES
@@ -323,8 +324,15 @@ def _assemble(ctx: Context) -> Coupling:
         contractions=_contractions(ctx, units),
         shapes={n: s for n, s in ctx.exported.shapes.items() if n in ctx.exported.trainable},
         unknown_ops=dict(ctx.unknown),
+        branches=_branches(ctx),
         trace=_trace(ctx, units, made, root),
     )
+
+
+def _branches(ctx: Context) -> tuple[Branch, ...]:
+    found = residuals(ctx)
+    names = _names([frozenset(r.weights) for r in found])
+    return tuple(Branch(name, r.tensors, r.weights, r.modules) for name, r in zip(names, found, strict=True))
 
 
 def _weights(ctx: Context) -> tuple[Weight, ...]:

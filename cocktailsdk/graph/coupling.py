@@ -188,6 +188,23 @@ class Contraction:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch: what a sum adds to a stream, and could as well not add.
+
+    Attributes:
+        name: Short, readable and unique (``"blocks.0.attn"``).
+        tensors: Parameters that nothing but the branch reads; with all of them zero it adds nothing.
+        weights: Those of them that are contracted with activations.
+        modules: Paths of the largest modules that run nothing but the branch, in order of execution.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    weights: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Node:
     """One call of the exported graph.
 
@@ -263,6 +280,7 @@ class Coupling:
         contractions: For counting.
         shapes: Shape of every parameter of the model.
         unknown_ops: Names of ops that had no rule, each with the number of its uses.
+        branches: The residual branches, in order of execution.
         trace: What slimming needs besides; ``None`` in a coupling read from a file.
     """
 
@@ -274,6 +292,7 @@ class Coupling:
     contractions: tuple[Contraction, ...]
     shapes: Mapping[str, tuple[int, ...]]
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
+    branches: tuple[Branch, ...] = ()
     trace: Trace | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -3,6 +3,7 @@
 from .base import DENSE, UMG, Pattern, Subnet
 from .block import Block, Vector
 from .channel import Channel
+from .depth import Depth
 from .generation import in_order, make_all_masks, rounds_of
 from .heads import Heads
 from .nm import NM
@@ -17,6 +18,7 @@ __all__ = [
     "UMG",
     "Block",
     "Channel",
+    "Depth",
     "Heads",
     "Pattern",
     "Product",

@@ -73,6 +73,9 @@ class Product(Pattern):
         if made.removed is not None:
             raise PatternError(f"product {subnet.name!r}: {second!r} removes units, which only the first may do")
         weights = {w.name: w for w in umg.eligible}
+        other = next((n for n in made.elements if n not in weights), None)
+        if other is not None:
+            raise PatternError(f"product {subnet.name!r}: {second!r} masks {other!r}, which is no eligible weight")
         return Mask({n: left.spread(weights[n], k) for n, k in made.elements.items()}, removed)
 
     def _before(self, subnet: Subnet) -> Subnet | None:

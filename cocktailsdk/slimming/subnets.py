@@ -13,6 +13,7 @@ from ..errors import SlimError
 from ..graph import Coupling, slim_module
 from ..net import CocktailNet, couple_model
 from ..statistics import device_of, to_device
+from .depth import without_branches
 
 __all__ = ["coupling_difference", "slim_subnet"]
 
@@ -27,7 +28,13 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
     removed = None if mask is None else mask.removed
     if removed is None or not bool(removed.any()):
         with net.using(name):
-            return copy.deepcopy(net.model)
+            made = copy.deepcopy(net.model)
+        dropped = mask.dropped(net.coupling) if mask is not None else ()
+        if not dropped or net.example is None:
+            return made
+        args, kwargs = to_device(net.example, device_of(net.model))
+        without_branches(made, dropped, args, kwargs)
+        return after_slim(made, (args, kwargs))
     if net.example is None:
         raise SlimError(
             "slimming traces the model, but the bundle could not describe its example inputs: set "

@@ -1,0 +1,220 @@
+"""Residual branches: what a sum adds to a stream, and could as well not add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from .export import shape_of, within
+from .rules import Context
+
+__all__ = ["Residual", "residuals"]
+
+_KEEPS_ZERO = frozenset(
+    {
+        "_to_copy",
+        "abs",
+        "adaptive_avg_pool2d",
+        "alias",
+        "avg_pool2d",
+        "chunk",
+        "clone",
+        "contiguous",
+        "div",
+        "dropout",
+        "elu",
+        "expand",
+        "feature_dropout",
+        "flatten",
+        "flip",
+        "gelu",
+        "getitem",
+        "hardswish",
+        "index_select",
+        "leaky_relu",
+        "mean",
+        "mish",
+        "movedim",
+        "narrow",
+        "neg",
+        "permute",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "prelu",
+        "relu",
+        "reshape",
+        "roll",
+        "select",
+        "silu",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "sum",
+        "swapaxes",
+        "t",
+        "tanh",
+        "to",
+        "transpose",
+        "type_as",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    }
+)
+"""Ops whose result is zero where their first operand is, whatever the others are."""
+
+_NORMS = {"batch_norm": 1, "instance_norm": 1, "layer_norm": 2, "group_norm": 2, "rms_norm": 2}
+"""Norms, with the place of their weight; their bias comes next."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A residual branch, as it lies in the graph.
+
+    Attributes:
+        nodes: The calls that nothing but the branch needs.
+        tensors: Parameters that nothing else reads; with all of them zero the branch adds nothing.
+        weights: Those of them that are contracted with activations.
+        modules: Paths of the largest modules that run nothing but the branch, in order of execution.
+    """
+
+    nodes: frozenset[fx.Node]
+    tensors: tuple[str, ...]
+    weights: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+def residuals(ctx: Context) -> tuple[Residual, ...]:
+    """Every residual branch, in order of execution; of branches within branches the innermost.
+
+    A branch ends in an operand of a sum. What it starts from is the sum's other operand, a term of that, or what was
+    computed from these; so a block whose shortcut has a weight of its own has none. Its end must be zero once its own
+    parameters are: a last projection, norm or scale with a bias that is the branch's own, or none.
+    """
+    finder = _Finder(ctx)
+    found = []
+    for node in finder.order:
+        if node.op == "call_function" and _op(node) in ("add", "sub") and len(node.all_input_nodes) == 2:
+            first, second = node.all_input_nodes
+            pairs = ((first, second), (second, first))
+            for stream, end in pairs[:1] if _op(node) == "sub" else pairs:
+                branch = finder.branch(node, stream, end)
+                if branch is not None:
+                    found.append(branch)
+                    break
+    return tuple(b for b in found if not any(other.nodes < b.nodes for other in found))
+
+
+def _op(node: fx.Node) -> str:
+    name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+class _Finder:
+    """What is looked up again and again while a graph's branches are found."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.order = list(ctx.exported.graph.nodes)
+        self.place = {node: i for i, node in enumerate(self.order)}
+        self.live = {node: self._live(node) for node in self.order}
+        self.products = {p.node: p.weight for p in ctx.products}
+        self.behind: dict[fx.Node, int] = {}  # as bits, what a node was computed from, itself included
+        self.readers: dict[str, set[fx.Node]] = {}
+        for i, node in enumerate(self.order):
+            bits = 1 << i
+            for source in node.all_input_nodes:
+                bits |= self.behind[source]
+            self.behind[node] = bits
+            name = ctx.tensor_name(node)
+            if name is not None:
+                self.readers.setdefault(name, set()).update(self.live[node])
+
+    def _live(self, node: fx.Node) -> set[fx.Node]:
+        """The calls that read a node, without those whose results nothing reads and checks of its metadata."""
+        return {u for u in node.users if u not in self.ctx.dead and not _op(u).startswith("_assert")}
+
+    def branch(self, node: fx.Node, stream: fx.Node, end: fx.Node) -> Residual | None:
+        """The branch that a sum of these two operands ends, if it is one."""
+        if end.op != "call_function" or not shape_of(end) == shape_of(stream) == shape_of(node):
+            return None
+        if self.live[end] != {node}:
+            return None
+        nodes = {end}
+        for before in self.order[self.place[end] - 1 :: -1]:
+            users = self.live[before] if before.op == "call_function" else None
+            if users and users <= nodes:
+                nodes.add(before)
+        terms = self._terms(stream)
+        sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes}
+        if not any(self.behind[s] & terms for s in sources):
+            return None
+        exported = self.ctx.exported
+        own = {
+            name
+            for name, users in self.readers.items()
+            if users and users <= nodes and name in exported.trainable and name not in exported.shared
+        }
+        contracted = {self.products.get(n) for n in nodes}
+        weights = tuple(name for name in self.ctx.uses if name in own & contracted)
+        if not weights or not _Zeros(self, nodes, own).zero(end):
+            return None
+        return Residual(frozenset(nodes), tuple(n for n in self.readers if n in own), weights, self._modules(nodes))
+
+    def _terms(self, stream: fx.Node) -> int:
+        """As bits, a sum's operand and, where that is a sum itself, its terms."""
+        terms, pending = 0, [stream]
+        while pending:
+            term = pending.pop()
+            terms |= 1 << self.place[term]
+            if term.op == "call_function" and _op(term) == "add":
+                pending += term.all_input_nodes
+        return terms
+
+    def _modules(self, nodes: set[fx.Node]) -> tuple[str, ...]:
+        calls = [n for n in self.order if n.op == "call_function" and n not in self.ctx.dead]
+        outside = {path for n in calls if n not in nodes and not _op(n).startswith("_assert") for path in within(n)}
+        largest = (next((path for path in within(n) if path not in outside), None) for n in calls if n in nodes)
+        return tuple(dict.fromkeys(path for path in largest if path is not None))
+
+
+class _Zeros:
+    """Which values are zero once a branch's own parameters are; what is not known is not."""
+
+    def __init__(self, finder: _Finder, nodes: set[fx.Node], own: set[str]) -> None:
+        self._finder, self._nodes, self._own = finder, nodes, own
+        self._known: dict[fx.Node, bool] = {}
+
+    def zero(self, value: object) -> bool:
+        """Whether an operand is."""
+        if not isinstance(value, fx.Node):
+            return False
+        if value not in self._known:
+            name = self._finder.ctx.tensor_name(value)
+            self._known[value] = name in self._own if name is not None else value in self._nodes and self._made(value)
+        return self._known[value]
+
+    def _made(self, node: fx.Node) -> bool:
+        op, args, sources = _op(node), [*node.args, None, None, None, None], node.all_input_nodes
+        if op == "mul":
+            return any(self.zero(a) for a in sources)
+        if op in ("add", "sub"):
+            return len(sources) == 2 and all(self.zero(a) for a in sources)
+        if op in ("cat", "stack", "concat"):
+            return all(self.zero(a) for a in sources)
+        if op in _NORMS:
+            at = _NORMS[op]
+            bias = args[at + 1]
+            return self.zero(args[at]) and (op == "rms_norm" or bias is None or self.zero(bias))
+        if op in ("addmm", "baddbmm"):
+            return self.zero(args[0]) and (self.zero(args[1]) or self.zero(args[2]))
+        if op == "scaled_dot_product_attention":
+            return self.zero(args[2])
+        if op == "linear" or op.startswith("conv"):
+            return (self.zero(args[0]) or self.zero(args[1])) and (args[2] is None or self.zero(args[2]))
+        if op in ("matmul", "mm", "bmm", "einsum"):
+            return any(self.zero(a) for a in sources)
+        return op in _KEEPS_ZERO and self.zero(args[0])

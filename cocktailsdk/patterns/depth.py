@@ -1,0 +1,114 @@
+"""Depth: whole residual branches go, so that their blocks hand the stream on as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PatternError
+from ..graph import Branch, Coupling, Weight
+from ..masks import Mask
+from .base import UMG, Pattern, Subnet, checked_sparsities
+from .channel import checked_beta, terms_of
+from .registry import register_pattern
+
+__all__ = ["Depth", "branch_scores", "removable_branches"]
+
+
+def removable_branches(coupling: Coupling, eligible: Sequence[Weight]) -> tuple[Branch, ...]:
+    """The residual branches that may go: those of eligible weights alone."""
+    names = {w.name for w in eligible}
+    return tuple(b for b in coupling.branches if names.issuperset(b.weights))
+
+
+def branch_scores(umg: UMG, branches: Sequence[Branch], beta: float) -> list[float]:
+    """How much each branch does: the mean over its weights of their mean magnitude times the root of the fan-in.
+
+    By that factor weights of any width score alike when they are drawn as layers usually are. Magnitudes are those
+    under the masks made this round, in the channel score's terms.
+    """
+    terms = terms_of(umg, beta)
+    weights = {w.name: w for w in umg.eligible}
+    return [sum(_strength(weights[n], umg.values[n], terms) for n in b.weights) / len(b.weights) for b in branches]
+
+
+def _strength(weight: Weight, value: Tensor, terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> float:
+    magnitude = value.detach().abs().to("cpu", torch.float64)
+    total = 0.0
+    for share, elements in terms:
+        m = elements.get(weight.name)
+        total += share * float((magnitude if m is None else magnitude * m).sum())
+    outputs = weight.shape[weight.out_axis] * (weight.groups if weight.op == "conv_transpose" else 1)
+    return total / weight.numel * math.sqrt(weight.numel / outputs)
+
+
+@register_pattern("depth")
+class Depth(Pattern):
+    """Drops the same share of residual branches, nested over its levels.
+
+    A branch is what a sum adds to a stream: the convolutions of a residual block whose shortcut is the identity, an
+    attention, an MLP. Everything that only it uses is masked, so that it adds exactly nothing. Of n branches of
+    eligible weights exactly ``round(sparsity * n)`` go, never all; those of least score (:func:`branch_scores`), ties
+    by position. ``net.slim`` takes their modules out where the model's code allows it.
+
+    Args:
+        sparsities: Ascending, in [0, 1]; by default ``1 - (1 - rate)^k`` for k = 1 … rounds.
+        rounds: Number of default levels.
+        rate: Share of the kept branches that each default level removes.
+        beta: Weight of the unstructured term in the score; the N:M term has the rest.
+
+    Raises:
+        PatternError: An argument makes no sense; when masks are made, that no branch can go.
+    """
+
+    after = ("unstructured", "n:m")
+
+    def __init__(
+        self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.1, beta: float = 0.8
+    ) -> None:
+        self._given = sparsities is not None
+        self._rounds, self._rate = rounds, rate
+        self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
+        self.beta = checked_beta(self.name, beta)
+
+    def subnets(self) -> tuple[Subnet, ...]:
+        """Its subnetworks, from the deepest to the shallowest."""
+        return self._subnets
+
+    def mask(self, subnet: Subnet, umg: UMG) -> Mask:
+        """The branches of least score go."""
+        branches = removable_branches(umg.coupling, umg.eligible)
+        if not branches:
+            raise PatternError(
+                f"{subnet.name!r}: no residual branch of this model can go: none ends in a sum whose other operand is "
+                "the stream that it starts from, or its weights are not eligible"
+            )
+        before = {b.name for b in umg.previous.dropped(umg.coupling)} if umg.previous is not None else set[str]()
+        scores = branch_scores(umg, branches, self.beta)
+        order = sorted(range(len(branches)), key=lambda i: (branches[i].name not in before, scores[i], i))
+        count = max(len(before), min(round(subnet.sparsity * len(branches)), len(branches) - 1))
+        gone = [branches[i] for i in sorted(order[:count])]
+        shapes = umg.coupling.shapes
+        return Mask({t: torch.zeros(shapes[t], dtype=torch.bool) for b in gone for t in b.tensors})
+
+    def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
+        """Dropped branches among all that may go."""
+        del subnet
+        n = len(removable_branches(umg.coupling, umg.eligible))
+        return len(mask.dropped(umg.coupling)) / n if n else 0.0
+
+    def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
+        """The share of the eligible weights that lie in branches."""
+        del subnet, mask
+        within = {n for b in removable_branches(umg.coupling, umg.eligible) for n in b.weights}
+        total = sum(w.numel for w in umg.eligible)
+        return sum(w.numel for w in umg.eligible if w.name in within) / total if total else 0.0
+
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make an equal pattern."""
+        levels = {"sparsities": list(self.sparsities)} if self._given else {"rounds": self._rounds, "rate": self._rate}
+        return {**levels, "beta": self.beta}
