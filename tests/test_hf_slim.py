@@ -381,3 +381,17 @@ def test_any_adapter_may_look_after_slim_models(
     net = cocktail.sparsify(model, ["channel@0.5"], (torch.ones(1, 4),))
     assert net.slim("channel@0.5") is watching.seen[1]
     assert "no such luck" in caplog.text
+
+
+def test_layers_keep_their_numbers_whatever_sizes_these_equal() -> None:
+    config = hf.LlamaConfig(**{**GROUPED, "num_hidden_layers": 6}, tie_word_embeddings=True)
+    model = hf.LlamaForCausalLM(config).eval()  # layer 4 of a model with 4 heads of keys and values
+    net = cocktail.sparsify(model, ["channel@0.4"])
+    small = net.slim("channel@0.4").eval()
+    assert [layer.self_attn.layer_idx for layer in small.model.layers] == list(range(6))
+    prompt = torch.tensor([[1, 9, 30, 7]])
+    with net.using("channel@0.4"), torch.no_grad():
+        masked = net(input_ids=prompt, use_cache=True).logits
+        longer = net.generate(prompt, max_new_tokens=8, do_sample=False)
+    torch.testing.assert_close(small(input_ids=prompt, use_cache=True).logits.detach(), masked, rtol=1e-4, atol=1e-4)
+    assert torch.equal(small.generate(prompt, max_new_tokens=8, do_sample=False), longer)

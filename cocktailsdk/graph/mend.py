@@ -137,6 +137,7 @@ def mend(
     sizes = sizes_of(trace, keep)
     reading = {n.module for n in trace.nodes if n.op in READS_SIZES and n.module in sizes} | trace.counted
     options: Options = {}
+    numbers = _numbers_of_layers(before)
     for path, module in list(slim.named_modules()):
         was = before[path]
         if path in trace.norms and _narrowed(module, was, trace.norms[path], sizes.get(path)):
@@ -161,6 +162,7 @@ def mend(
                 for old, new in zip(getattr(was, name).shape, parameter.shape, strict=True):
                     seen.add(old, new)
             found = _attributes(module, seen.changed)
+            found = {name: values for name, values in found.items() if (path, name) not in numbers}
             if found:
                 options[path] = found
                 known = chosen.attributes.get(path, {}) if chosen is not None else {}
@@ -243,6 +245,28 @@ def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str
             options = _options(value, changed) if name in read and isinstance(value, int) else []
             if options:
                 out[f"config.{name}"] = options[::-1]  # the config is the whole model's: as it was, where that will do
+    return out
+
+
+def _numbers_of_layers(modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]:
+    """Modules' paths and attributes that say which layer a module is (``layer_idx``), whatever size they may equal.
+
+    Those of layers with one path but for a number, whose values go with that number. Only runs with a cache read them,
+    so no proof would miss them.
+    """
+    alike: dict[tuple[str, ...], list[tuple[str, list[int]]]] = {}
+    for path in modules:
+        parts = path.split(".")
+        key = tuple("*" if part.isdecimal() else part for part in parts)
+        alike.setdefault(key, []).append((path, [int(part) for part in parts if part.isdecimal()]))
+    out: set[tuple[str, str]] = set()
+    for key, members in alike.items():
+        held = [(path, at, vars(modules[path])) for path, at in members]
+        for name in {n for _, _, attributes in held for n, v in attributes.items() if type(v) is int}:
+            having = [(path, at, v[name]) for path, at, v in held if type(v.get(name)) is int]
+            varies = len({value for _, _, value in having}) > 1
+            if varies and any(len({value - at[i] for _, at, value in having}) == 1 for i in range(key.count("*"))):
+                out.update((path, name) for path, _, _ in having)
     return out
 
 
