@@ -23,6 +23,7 @@ from cocktailsdk.report.run import NetworkRow, RunReport, read_report
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
+TEXT_RUNS = ("language_model", "intent_classifier")  # of examples/, kept together in text.json
 BEGIN, END = "<!-- results: begin (docs/make_tables.py writes this) -->", "<!-- results: end -->"
 
 
@@ -196,6 +197,7 @@ def zoo_block() -> str:
 PAGES = {
     ROOT / "README.md": results_block,
     ROOT / "docs" / "results.md": results_block,
+    ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "zoo.md": zoo_block,
 }
 """Every page with marks, and what stands between them."""
