@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training_tiny import tiny_trainer
+from training_tiny import tiny_images, tiny_trainer, to_float
 
+import cocktailsdk as cocktail
+from cocktailsdk.datasets import TensorLoader
 from cocktailsdk.training import events as ev
+from cocktailsdk.training import merging
+from cocktailsdk.training.candidates import doubling, regrouped
 from cocktailsdk.training.metrics import Score
-from cocktailsdk.training.search import ALPHAS, choose_alpha, interpolate
+from cocktailsdk.training.search import ALPHAS, Choice, choose_alpha, interpolate
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -37,10 +42,79 @@ def test_the_choice_is_that_of_the_full_search(table: list[list[int]], bounded: 
     best = max(means.values())
     assert choice.value == best
     assert choice.alpha == max(a for a in ALPHAS if means[a] == best)
-    assert choice.scores == {n: scores[choice.alpha, n] for n in NAMES}
+    assert {n: s.value for n, s in choice.scores.items()} == {n: scores[choice.alpha, n] for n in NAMES}
     assert len(set(calls)) == len(calls)
     if not bounded:
         assert len(calls) == len(ALPHAS) * len(NAMES)
+
+
+PARTS = [1, 2, 3]
+CELLS = [(name, part) for part in range(3) for name in NAMES[:3]]
+parted = st.lists(
+    st.lists(st.integers(0, 6), min_size=len(CELLS), max_size=len(CELLS)), min_size=len(ALPHAS), max_size=len(ALPHAS)
+)
+
+
+@given(parted)
+def test_in_parts_too_the_choice_is_that_of_the_full_search(table: list[list[int]]) -> None:
+    """A network's metric is the sum of its hits in parts of 1, 2 and 3 of 6 examples."""
+    hits = {(a, c): min(table[i][j], PARTS[c[1]]) for i, a in enumerate(ALPHAS) for j, c in enumerate(CELLS)}
+    calls: list[tuple[float, tuple[str, int]]] = []
+
+    def judge(alpha: float, cell: tuple[str, int]) -> Score:
+        calls.append((alpha, cell))
+        return Score(Fraction(hits[alpha, cell], 6), Fraction(PARTS[cell[1]], 6))
+
+    choice = choose_alpha(ALPHAS, CELLS, judge, order=lambda latest: sorted(latest, reverse=True), networks=3)
+    means = {a: Fraction(sum(hits[a, c] for c in CELLS), 18) for a in ALPHAS}
+    best = max(means.values())
+    assert (choice.alpha, choice.value) == (max(a for a in ALPHAS if means[a] == best), best)
+    assert len(set(calls)) == len(calls)
+
+
+def test_a_whole_search_by_parts_chooses_what_a_full_one_does_and_judges_less() -> None:
+    def searched(batch_size: int, full: bool, monkeypatch: pytest.MonkeyPatch) -> cocktail.CoTrainer:
+        with monkeypatch.context() as patch:
+            if full:
+                patch.setattr(merging, "choose_alpha", exhaustively)
+                patch.setattr(merging, "_arrange", lambda session, merged: None)
+            held_out = TensorLoader(tiny_images(160, seed=1), batch_size, to_float)
+            options = {"alphas": ALPHAS, "epochs": 3, "val_loader": held_out, "seed": 2}
+            trainer = tiny_trainer(**options)
+            trainer.fit()
+        return trainer
+
+    def exhaustively(alphas: Any, cells: Any, judge: Any, known: Any, judged: Any, **_: Any) -> Choice:
+        assert all(part == 0 for _, part in cells)
+        table = {a: {c: judge(a, c) for c in cells} for a in sorted(alphas, reverse=True)}
+        means = {a: sum(s.value for s in row.values()) / len(cells) for a, row in table.items()}
+        alpha = max(means, key=lambda a: (means[a], a))
+        return Choice(alpha, means[alpha], table[alpha])
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        whole = searched(16, True, monkeypatch)
+        assert whole.history.to_judge == len(ALPHAS) * (5 + 7)
+        for batch_size in (160, 16):
+            quick = searched(batch_size, False, monkeypatch).history
+            assert (quick.alphas, quick.merged) == (whole.history.alphas, whole.history.merged)
+            assert quick.to_judge == whole.history.to_judge > quick.judged
+            assert quick.to_judge_batches == quick.to_judge * 160 // batch_size
+            assert quick.judged_batches <= quick.judged * 160 // batch_size
+
+
+def test_batches_are_regrouped_where_their_tensors_are_alike() -> None:
+    batches = [
+        (torch.arange(4).reshape(2, 2), {"y": torch.tensor([0, 1])}),
+        (torch.tensor([[9, 9]]), {"y": torch.tensor([2])}),
+    ]
+    new = regrouped(batches, torch.tensor([2, 0, 1]))
+    assert new is not None
+    assert [b[1]["y"].tolist() for b in new] == [[2, 0], [1]]
+    assert [b[0].tolist() for b in new] == [[[9, 9], [0, 1]], [[2, 3]]]
+    assert regrouped([(torch.zeros(2, 3),), (torch.zeros(2, 4),)], torch.arange(4)) is None  # padded to their longest
+    assert regrouped([(torch.zeros(2, 3), "a")], torch.arange(2)) is None
+    assert regrouped([(torch.zeros(2, 3), torch.zeros(3))], torch.arange(2)) is None
+    assert [len(r) for r in doubling(11)] == [1, 1, 2, 4, 3]
 
 
 def test_hopeless_shares_are_given_up_early() -> None:

@@ -156,6 +156,11 @@ class HeldBatches:
         self._kept: list[Any] | None = None
         self._states = generator_states(loader)
 
+    @property
+    def kept(self) -> list[Any] | None:
+        """All batches, once gone through, where they are kept."""
+        return self._kept
+
     def __iter__(self) -> Iterator[Any]:
         if self._kept is not None:
             yield from self._kept

@@ -35,7 +35,10 @@ class History:
         rounds: One for every round that has begun.
         alphas: The share chosen when rounds 2, 3, … were merged in.
         merged: The mean held-out metric at each of these shares.
-        judged: Recalibrated networks that merging evaluated.
+        judged: Recalibrated networks that merging evaluated, on all held-out batches or some.
+        judged_batches: Held-out batches that they were evaluated on, where some could suffice.
+        to_judge: Networks that the full search would recalibrate and evaluate.
+        to_judge_batches: On how many batches, where some could suffice.
         steps: Optimizer steps done.
         passes: Forward and backward passes of them: as many, but where a step trains several networks.
         weights: By network the stored weights that it has for its own; the others share the net's.
@@ -46,6 +49,9 @@ class History:
     alphas: list[float] = field(default_factory=list)
     merged: list[float] = field(default_factory=list)
     judged: int = 0
+    judged_batches: int = 0
+    to_judge: int = 0
+    to_judge_batches: int = 0
     steps: int = 0
     passes: int = 0
     weights: dict[str, str] = field(default_factory=dict)

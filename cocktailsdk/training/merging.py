@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..patterns.base import DENSE
 from ..statistics import statistics_of
+from .candidates import Candidates, hardest_first, regrouped
 from .events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
-from .metrics import Score
 from .search import Choice, choose_alpha, interpolate
 from .session import Session, load_tensors
 
@@ -32,6 +32,7 @@ def merge_rounds(session: Session) -> None:
         total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
         session.emit(MergeStarted(options.rounds, total))
         merged = _round(session, 1)
+        _arrange(session, merged)
         done = 0
         for k in range(2, options.rounds + 1):
             other = _round(session, k)
@@ -40,8 +41,7 @@ def merge_rounds(session: Session) -> None:
                 history.alphas.append(choice.alpha)
                 history.merged.append(session.readable(choice.value))
                 # at share 1 the next round's candidate is this one: its networks are judged already
-                maximum = next(iter(session.judged.values())).maximum
-                session.judged = {(1.0, name): Score(value, maximum) for name, value in choice.scores.items()}
+                session.judged = {(1.0, cell): score for cell, score in choice.scores.items()}
             alpha = history.alphas[k - 2]
             merged = interpolate(merged, other, alpha)
             done += shares * len(session.names(k))
@@ -63,24 +63,45 @@ def _round(session: Session, k: int) -> dict[str, Tensor]:
     return {name: tensor.to(session.device) for name, tensor in session.store.get(f"round-{k:02d}").items()}
 
 
+def _arrange(session: Session, merged: Mapping[str, Tensor]) -> None:
+    """Choose in which order held-out examples are judged, or take the order of the run that is gone on with."""
+    if session.options.rounds < 2:
+        return
+    if not session.held_scores:
+        load_tensors(session.net.model, merged)
+        session.held_examples, session.held_scores = hardest_first(session, session.names(1))
+    elif session.held_out is not None and session.held_out.kept is None:
+        for _ in session.held_out:  # kept once gone through
+            pass
+    if session.held_examples is not None and session.held_out is not None and session.held_out.kept is not None:
+        batches = session.held_out.kept
+        session.held_order = regrouped(batches, session.held_examples) or batches
+
+
 def _search(
     session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor], k: int, done: int, total: int
 ) -> Choice:
-    loaded: float | None = None
-
-    def judge(alpha: float, name: str) -> Score:
-        nonlocal loaded
-        if alpha != loaded:
-            load_tensors(session.net.model, interpolate(merged, other, alpha))
-            loaded = alpha
-        session.history.judged += 1
-        return session.score(name)
+    names, history = session.names(k), session.history
+    candidates = Candidates(session, merged, other)
+    cells = candidates.cells(names)
+    shares = len(set(session.options.alphas))
 
     def judged(alpha: float, settled: int) -> None:
         if session.due():
-            session.emit(MergeProgress(k, alpha, done + settled, total))
+            session.emit(MergeProgress(k, alpha, done + settled * len(names) // len(cells), total))
 
-    return choose_alpha(session.options.alphas, session.names(k), judge, session.judged, judged)
+    choice = choose_alpha(
+        session.options.alphas,
+        cells,
+        candidates.judge,
+        session.judged,
+        judged,
+        order=candidates.order,
+        networks=len(names),
+    )
+    history.to_judge += shares * len(names)
+    history.to_judge_batches += shares * len(names) * len(session.held_order or ())
+    return choice
 
 
 def finish(session: Session) -> None:

@@ -45,10 +45,12 @@ class Score:
     Attributes:
         value: The mean of its scores.
         maximum: What no network can exceed, where known.
+        count: How many scores it is the mean of.
     """
 
     value: Fraction
     maximum: Fraction | None = None
+    count: int = 0
 
 
 _WORST = Fraction(-1.7976931348623157e308)
@@ -90,4 +92,4 @@ def mean_score(model: nn.Module, batches: Iterable[Any], forward: ForwardFn, met
         raise TrainingError("there is nothing to evaluate on: the held-out loader gave no batches or no scores")
     number = total.item()
     value = Fraction(number) / count if math.isfinite(number) else _WORST
-    return Score(value, Fraction(1) if boolean else None)
+    return Score(value, Fraction(1) if boolean else None, count)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .metrics import Score
 
-__all__ = ["ALPHAS", "Choice", "choose_alpha", "interpolate"]
+__all__ = ["ALPHAS", "Choice", "choose_alpha", "interpolate", "lacking"]
 
 ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Shares of the merged weights that are tried, from the largest down; 1 rejects a round's weights."""
+
+
+Cell = TypeVar("Cell", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -24,63 +28,77 @@ class Choice:
     Attributes:
         alpha: The chosen share.
         value: Mean metric over the networks at that share.
-        scores: By network, its metric at that share.
+        scores: The score of every cell at that share.
     """
 
     alpha: float
     value: Fraction
-    scores: Mapping[str, Fraction]
+    scores: Mapping[Any, Score]
 
 
 def choose_alpha(
     alphas: Sequence[float],
-    networks: Sequence[str],
-    judge: Callable[[float, str], Score],
-    known: MutableMapping[tuple[float, str], Score] | None = None,
+    cells: Sequence[Cell],
+    judge: Callable[[float, Cell], Score],
+    known: MutableMapping[tuple[float, Cell], Score] | None = None,
     judged: Callable[[float, int], None] | None = None,
+    *,
+    order: Callable[[Mapping[Cell, Score]], Sequence[Cell]] | None = None,
+    networks: int | None = None,
 ) -> Choice:
     """The share with the best mean metric over networks; of equals the largest.
 
-    The search is exhaustive but for what cannot matter: once a share's networks judged so far, and the best that
-    is possible for the rest, can no longer beat the best share's mean, the rest are not judged. Sums are exact, so
-    the choice is that of the full search. Networks that scored lowest at the largest share come first, since they
-    decide soonest.
+    What is judged at a time is a cell: a network, or a network on a part of the held-out set. The search is exhaustive
+    but for what cannot matter: once a share's cells judged so far, and the best that is possible for the rest, can no
+    longer beat the best share's sum, the rest are not judged. Sums are exact, so the choice is that of the full search.
+    Cells that lacked most at the share before come first, since they decide soonest.
 
     Args:
         alphas: The shares, in any order.
-        networks: Whose metrics are averaged.
-        judge: ``judge(alpha, network)``; called for one share after the other.
+        cells: Whose scores are added up.
+        judge: ``judge(alpha, cell)``; called for one share after the other.
         known: What was judged before, and need not be again. New results are added.
         judged: Called as ``judged(alpha, n)`` after every result, where ``n`` of all
-            ``len(alphas) * len(networks)`` are settled.
+            ``len(alphas) * len(cells)`` are settled.
+        order: The order in which to judge all cells, from the latest score of each; by default those that lacked most
+            come first.
+        networks: By how many to divide the sum; by default as many as there are cells.
     """
     known = {} if known is None else known
-    order = list(networks)
+    queue, latest = list(cells), dict[Cell, Score]()
     best: Choice | None = None
+    count = networks or len(cells)
+
     for i, alpha in enumerate(sorted(set(alphas), reverse=True)):
-        scores: dict[str, Fraction] = {}
-        total, maximum = Fraction(0), None
-        for j, name in enumerate(order):
-            score = known.get((alpha, name))
+        scores: dict[Cell, Score] = {}
+        total = Fraction(0)
+        # what the cells not judged yet can add at most, where that is known
+        limits = [latest[cell].maximum if cell in latest else None for cell in queue]
+        bounded = best is not None and None not in limits
+        left = sum((limit for limit in limits if limit is not None), Fraction(0)) if bounded else Fraction(0)
+        for j, cell in enumerate(queue):
+            score = known.get((alpha, cell))
             if score is None:
-                score = known[alpha, name] = judge(alpha, name)
+                score = known[alpha, cell] = judge(alpha, cell)
                 if judged is not None:
-                    judged(alpha, i * len(networks) + j + 1)
-            scores[name] = score.value
-            total, maximum = total + score.value, score.maximum
-            left = len(order) - j - 1
-            if best is None or maximum is None:
-                continue
-            if (total + left * maximum) / len(order) <= best.value:
+                    judged(alpha, i * len(cells) + j + 1)
+            scores[cell] = latest[cell] = score
+            total += score.value
+            left -= limits[j] or 0
+            if bounded and best is not None and total + left <= best.value * count:
                 break
         else:
-            value = total / len(order)
+            value = total / count
             if best is None or value > best.value:
-                best = Choice(alpha, value, {name: scores[name] for name in networks})
-        if i == 0:
-            order.sort(key=lambda name: scores[name])
+                best = Choice(alpha, value, {cell: scores[cell] for cell in cells})
+        queue = sorted(cells, key=lambda cell: -lacking(latest[cell])) if order is None else list(order(latest))
     assert best is not None
     return best
+
+
+def lacking(score: Score) -> float:
+    """By how much a score is below what is possible, where that is known, or below 0."""
+    return float((score.maximum or 0) - score.value)
 
 
 @torch.no_grad()

@@ -67,7 +67,10 @@ class Session:
         history: What came out of it.
         optimization: Optimizer and schedule of the current round.
         losses: By network the sum of this epoch's losses and their number.
-        judged: What merging has judged and still needs, by share and network.
+        judged: What merging has judged and still needs, by share, network and part of the held-out set.
+        held_order: Held-out batches as merging goes through them; ``None`` where it takes them as they are.
+        held_examples: The order of examples in them.
+        held_scores: Scores in them.
         remade: Subnets whose masks were made anew while the round trained.
         gradients: Of the step before, where the recipe corrects by them.
         rewound: State of optimizer and schedule at the rewind point, where they are rewound as well.
@@ -91,7 +94,10 @@ class Session:
     history: History = field(default_factory=History)
     optimization: Optimization | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
-    judged: dict[tuple[float, str], Score] = field(default_factory=dict)
+    judged: dict[tuple[float, tuple[str, int]], Score] = field(default_factory=dict)
+    held_order: list[Any] | None = None
+    held_examples: Tensor | None = None
+    held_scores: int = 0
     remade: set[str] = field(default_factory=set)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rewound: dict[str, Any] | None = None
@@ -152,9 +158,11 @@ class Session:
             "generators": self.generators,
             "losses": _cpu(self.losses),
             "judged": [
-                [alpha, name, str(score.value), None if score.maximum is None else str(score.maximum)]
-                for (alpha, name), score in self.judged.items()
+                [alpha, *cell, str(score.value), None if score.maximum is None else str(score.maximum)]
+                for (alpha, cell), score in self.judged.items()
             ],
+            "held_examples": self.held_examples,
+            "held_scores": self.held_scores,
             "masks": pack_masks({name: self.net.masks[name] for name in sorted(self.remade)}),
             "gradients": _cpu(self.gradients),
             "rewound": _cpu(self.rewound),
@@ -171,9 +179,10 @@ class Session:
         self.generators = state["generators"]
         self.losses = {k: v.to(self.device) for k, v in state["losses"].items()}
         self.judged = {
-            (alpha, name): Score(Fraction(value), None if maximum is None else Fraction(maximum))
-            for alpha, name, value, maximum in state["judged"]
+            (alpha, (name, part)): Score(Fraction(value), None if maximum is None else Fraction(maximum))
+            for alpha, name, part, value, maximum in state["judged"]
         }
+        self.held_examples, self.held_scores = state["held_examples"], state["held_scores"]
         self.rewound, self.resumed = state["rewound"], state["optimization"]
         load_tensors(self.net.model, state["model"])
         made = self.position.round + (self.position.entered or self.position.phase != "train")
@@ -256,13 +265,13 @@ class Session:
         self.net.recalibrate(name, self.recalibration, self.forward)
         return self.measure(name)
 
-    def measure(self, name: str) -> Score:
-        """Measure a network with the statistics that it has on the held-out batches; higher is better."""
+    def measure(self, name: str, batches: Iterable[Any] | None = None) -> Score:
+        """Measure a network with the statistics that it has on the held-out batches, or some; higher is better."""
         assert self.held_out is not None
         with self.net.using(name):
-            score = mean_score(self.net.model, self.held_out, self.options.forward_fn, self.metric)
+            score = mean_score(self.net.model, batches or self.held_out, self.options.forward_fn, self.metric)
         if self.options.metric_mode == "min":
-            return Score(-score.value, None if score.maximum is None else Fraction(0))
+            return Score(-score.value, None if score.maximum is None else Fraction(0), score.count)
         return score
 
     def readable(self, value: Fraction) -> float:
