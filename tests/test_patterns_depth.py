@@ -201,7 +201,7 @@ def test_depth_goes_the_whole_way_and_only_names_are_stored(model, tmp_path):
     loaded = assert_whole_way(net, tmp_path / "bundle")
     assert loaded.coupling.branches == net.coupling.branches
     entries = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["masks"]
-    assert [e["zeroed"] for e in entries if "zeroed" in e] == ["depth@0.1", "depth@0.5"]
+    assert [e["zeroed"] for e in entries if "zeroed" in e] == ["depth@0.5"]
     assert not any("tensor" in e for e in entries if "zeroed" in e)
 
 

@@ -92,6 +92,8 @@ class Depth(Pattern):
         order = sorted(range(len(branches)), key=lambda i: (branches[i].name not in before, scores[i], i))
         count = max(len(before), min(round(subnet.sparsity * len(branches)), len(branches) - 1))
         gone = [branches[i] for i in sorted(order[:count])]
+        if not gone:  # said in so many words: no unit and no branch goes
+            return Mask(removed=torch.zeros(umg.coupling.n_units, dtype=torch.bool))
         shapes = umg.coupling.shapes
         return Mask({t: torch.zeros(shapes[t], dtype=torch.bool) for b in gone for t in b.tensors})
 
