@@ -87,6 +87,8 @@ ONE_PATTERN = (cocktail.Unstructured(sparsities=[0.3, 0.5]),)
 RECIPES: dict[str, tuple[Recipe, Any]] = {
     **{name: (recipe_named(name), None) for name in ("mutualnet", "refilling", "paper-rotation")},
     "cocktail": (FINISHING, None),
+    "layerwise": (dataclasses.replace(recipe_named("paper"), merging="layerwise"), ONE_PATTERN),
+    "gradient": (dataclasses.replace(recipe_named("paper"), merging="gradient"), ONE_PATTERN),
     "imp": (recipe_named("imp"), ONE_PATTERN),
     "ac/dc": (PHASES, (cocktail.Unstructured(sparsities=[0.5]),)),
     "ast": (ALTERNATING, ONE_PATTERN),

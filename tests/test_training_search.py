@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from typing import Any
 
@@ -9,15 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training_tiny import tiny_images, tiny_trainer, to_float
+from training_tiny import assert_identical, tiny_images, tiny_net, tiny_trainer, to_float
 
 import cocktailsdk as cocktail
 from cocktailsdk.datasets import TensorLoader
 from cocktailsdk.training import events as ev
 from cocktailsdk.training import merging
-from cocktailsdk.training.candidates import doubling, regrouped
+from cocktailsdk.training.candidates import Candidates, doubling, regrouped
+from cocktailsdk.training.layerwise import descended
 from cocktailsdk.training.metrics import Score
+from cocktailsdk.training.recipes import recipe_named
 from cocktailsdk.training.search import ALPHAS, Choice, choose_alpha, interpolate
+from cocktailsdk.training.session import model_tensors
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -100,6 +104,41 @@ def test_a_whole_search_by_parts_chooses_what_a_full_one_does_and_judges_less() 
             assert quick.to_judge == whole.history.to_judge > quick.judged
             assert quick.to_judge_batches == quick.to_judge * 160 // batch_size
             assert quick.judged_batches <= quick.judged * 160 // batch_size
+
+
+@pytest.mark.parametrize("merging", ["layerwise", "gradient"])
+def test_shares_by_layer_are_never_worse_than_one_share_for_all(merging: Any) -> None:
+    recipe = dataclasses.replace(recipe_named("paper"), merging=merging)
+    refined = tiny_trainer(recipe=recipe, rounds=3, epochs=3, seed=4)
+    refined.fit()
+    history = refined.history
+    plain = tiny_trainer(epochs=3, seed=4)
+    plain.fit()
+    assert history.alphas[0] == plain.history.alphas[0]
+    assert history.merged[0] >= plain.history.merged[0]
+    assert (history.merged[0] > plain.history.merged[0]) is bool(history.shares[0])
+    for shares in filter(None, history.shares):
+        assert set(shares) == {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "fc"}
+        assert all(0 <= share <= 1 for share in shares.values())
+    assert plain.history.shares == [{}, {}]
+
+
+def test_the_gradient_of_the_loss_along_the_shares_leads_away_from_noise() -> None:
+    """Where another round's layer is noise, its share falls."""
+    net = tiny_net()
+    trainer = tiny_trainer(net, recipe="paper-no-merging", epochs=8)
+    trainer.fit()
+    session = trainer._done
+    assert session is not None
+    merged = {n: t.clone() for n, t in model_tensors(net.model).items()}
+    noisy = {**merged, "conv2.weight": torch.randn_like(merged["conv2.weight"])}
+    shares = descended(session, Candidates(session, merged, noisy), 0.5, ["unstructured@0.3", "channel@0.2"])
+    assert shares["conv2"] > 0.8
+    assert shares["fc"] == 0.5  # the same in both
+    assert_identical(
+        {n: t.clone() for n, t in model_tensors(net.model).items() if "running" in n},
+        {n: t for n, t in merged.items() if "running" in n},
+    )
 
 
 def test_batches_are_regrouped_where_their_tensors_are_alike() -> None:

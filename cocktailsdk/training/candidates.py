@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .batches import nbytes
 from .metrics import Score, mean_score
-from .search import interpolate, lacking
+from .search import interpolate, lacking, layer_of
 from .session import Session, load_tensors
 
-__all__ = ["Candidates", "doubling", "hardest_first", "regrouped"]
+__all__ = ["Candidates", "Cell", "doubling", "hardest_first", "regrouped"]
 
 Cell = tuple[str, int]
 
@@ -29,6 +29,11 @@ class Candidates:
     miss most, and parts double in size: the first ones hold most misses, which is what decides. Statistics are
     recalibrated once for each network and share, interpolation is done once for each share.
 
+    Attributes:
+        merged: As given.
+        other: As given.
+        layers: Modules that have parameters of their own.
+
     Args:
         session: Of the run.
         merged: What is merged so far.
@@ -36,13 +41,28 @@ class Candidates:
     """
 
     def __init__(self, session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-        self._session, self._merged, self._other = session, merged, other
+        self._session, self.merged, self.other = session, merged, other
+        self.layers = list(dict.fromkeys(layer_of(name) for name, _ in session.net.model.named_parameters()))
+        self._proposed: dict[float, Mapping[str, float]] = {}
         self._loaded: float | None = None
         self._recalibrated: set[str] = set()
         self._batches = list(session.held_order or [])
         self._parts = doubling(len(self._batches)) if self._batches else [range(0)]
         self._bytes = [nbytes(batch) for batch in self._batches]
         self._recalibration_bytes = sum(map(nbytes, session.recalibration))
+
+    def propose(self, key: float, shares: Mapping[str, float]) -> None:
+        """Let a number above 1 stand for a share for every layer."""
+        self._proposed[key] = shares
+
+    @property
+    def proposed(self) -> int:
+        """How many there were of these."""
+        return len(self._proposed)
+
+    def forget(self) -> None:
+        """The model's weights were changed meanwhile."""
+        self._loaded = None
 
     def cells(self, names: Sequence[str]) -> list[Cell]:
         """All cells of some networks."""
@@ -74,7 +94,8 @@ class Candidates:
         """A cell's share of the network's metric at a share of the merged weights."""
         session, (name, part) = self._session, cell
         if alpha != self._loaded:
-            load_tensors(session.net.model, interpolate(self._merged, self._other, alpha))
+            shares = self._proposed.get(alpha)
+            load_tensors(session.net.model, interpolate(self.merged, self.other, alpha, shares))
             self._loaded, self._recalibrated = alpha, set()
         if name not in self._recalibrated:
             session.net.recalibrate(name, session.recalibration, session.forward)

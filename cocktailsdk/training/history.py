@@ -34,6 +34,7 @@ class History:
     Attributes:
         rounds: One for every round that has begun.
         alphas: The share chosen when rounds 2, 3, … were merged in.
+        shares: Where layers have shares of their own, these by layer; empty where ``alphas`` holds for all.
         merged: The mean held-out metric at each of these shares.
         judged: Recalibrated networks that merging evaluated, on all held-out batches or some.
         judged_batches: Held-out batches that they were evaluated on, where some could suffice.
@@ -47,6 +48,7 @@ class History:
 
     rounds: list[RoundHistory] = field(default_factory=list)
     alphas: list[float] = field(default_factory=list)
+    shares: list[dict[str, float]] = field(default_factory=list)
     merged: list[float] = field(default_factory=list)
     judged: int = 0
     judged_batches: int = 0

@@ -11,6 +11,7 @@ from ..patterns.base import DENSE
 from ..statistics import statistics_of
 from .candidates import Candidates, hardest_first, regrouped
 from .events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
+from .layerwise import refine
 from .search import Choice, choose_alpha, interpolate
 from .session import Session, load_tensors
 
@@ -37,13 +38,14 @@ def merge_rounds(session: Session) -> None:
         for k in range(2, options.rounds + 1):
             other = _round(session, k)
             if len(history.alphas) < k - 1:
-                choice = _search(session, merged, other, k, done, total)
+                choice, layers = _search(session, merged, other, k, done, total)
                 history.alphas.append(choice.alpha)
+                history.shares.append(layers)
                 history.merged.append(session.readable(choice.value))
                 # at share 1 the next round's candidate is this one: its networks are judged already
                 session.judged = {(1.0, cell): score for cell, score in choice.scores.items()}
             alpha = history.alphas[k - 2]
-            merged = interpolate(merged, other, alpha)
+            merged = interpolate(merged, other, alpha, history.shares[k - 2])
             done += shares * len(session.names(k))
             log.info("merged round %d with share %g: mean metric %.4f", k, alpha, history.merged[k - 2])
             session.save_if_due()
@@ -80,7 +82,7 @@ def _arrange(session: Session, merged: Mapping[str, Tensor]) -> None:
 
 def _search(
     session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor], k: int, done: int, total: int
-) -> Choice:
+) -> tuple[Choice, dict[str, float]]:
     names, history = session.names(k), session.history
     candidates = Candidates(session, merged, other)
     cells = candidates.cells(names)
@@ -99,9 +101,17 @@ def _search(
         order=candidates.order,
         networks=len(names),
     )
-    history.to_judge += shares * len(names)
-    history.to_judge_batches += shares * len(names) * len(session.held_order or ())
-    return choice
+
+    def refining(alpha: float, settled: int) -> None:
+        del settled
+        if session.due():
+            session.emit(MergeProgress(k, alpha, done + shares * len(names), total))
+
+    layers, choice = refine(session, candidates, choice, names, refining)
+    in_all = (shares + candidates.proposed) * len(names)
+    history.to_judge += in_all
+    history.to_judge_batches += in_all * len(session.held_order or ())
+    return choice, layers
 
 
 def finish(session: Session) -> None:

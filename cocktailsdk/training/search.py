@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .metrics import Score
 
-__all__ = ["ALPHAS", "Choice", "choose_alpha", "interpolate", "lacking"]
+__all__ = ["ALPHAS", "Choice", "choose_alpha", "interpolate", "lacking", "layer_of"]
 
 ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Shares of the merged weights that are tried, from the largest down; 1 rejects a round's weights."""
@@ -102,19 +102,28 @@ def lacking(score: Score) -> float:
 
 
 @torch.no_grad()
-def interpolate(merged: Mapping[str, Tensor], other: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+def interpolate(
+    merged: Mapping[str, Tensor], other: Mapping[str, Tensor], alpha: float, shares: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
     """``alpha * merged + (1 - alpha) * other``, tensor by tensor.
 
     Args:
         merged: Parameters and buffers by name.
         other: The same names.
         alpha: At 1 the result is ``merged``, bit by bit.
+        shares: Of some layers shares of their own, by :func:`layer_of` their tensors' names.
 
     Returns:
         New tensors. Integer ones (counters, index tables) are those of ``merged``.
     """
     out = {}
     for name, value in merged.items():
+        share = alpha if shares is None else shares.get(layer_of(name), alpha)
         floats = value.is_floating_point() or value.is_complex()
-        out[name] = torch.lerp(other[name], value, alpha) if floats else value.clone()
+        out[name] = torch.lerp(other[name], value, share) if floats else value.clone()
     return out
+
+
+def layer_of(name: str) -> str:
+    """The module that a parameter or buffer belongs to."""
+    return name.rpartition(".")[0]

@@ -39,8 +39,10 @@ class Recipe:
             gradient depends on them.
         same_batch: Whether a sparse step trains on the batch of the dense step before it, whose outputs are then the
             teacher's: distillation costs no forward pass.
-        merging: How rounds become one: ``"global"``, one share a round (paper, section 3.3); ``"none"``, the last round
-            is the result.
+        merging: How rounds become one: ``"global"``, one share a round (paper, section 3.3); ``"layerwise"``, then each
+            layer takes the next larger or smaller share where that is better; ``"gradient"``, then the layers' shares
+            descend the held-out loss, and are taken where the metric is better; ``"none"``, the last round is the
+            result.
         weights: ``"shared"``, one set for all networks; ``"own"``: every network keeps the weights of the round that
             trained it last, so several sets are stored (rivals that train a network at a time).
         finishing: Share of the run's steps spent after merging, co-training all networks of all rounds with
@@ -64,7 +66,7 @@ class Recipe:
     update: Literal["all", "active"] = "all"
     statistics: Literal["shared", "separate"] = "shared"
     same_batch: bool = False
-    merging: Literal["global", "none"] = "global"
+    merging: Literal["global", "layerwise", "gradient", "none"] = "global"
     weights: Literal["shared", "own"] = "shared"
     finishing: float = 0.0
     finishing_schedule: str | StepSchedule = "pivot"
@@ -78,7 +80,7 @@ class Recipe:
             "rounds": ("levels", "one"),
             "update": ("all", "active"),
             "statistics": ("shared", "separate"),
-            "merging": ("global", "none"),
+            "merging": ("global", "layerwise", "gradient", "none"),
             "weights": ("shared", "own"),
             "takes": ("any", "pattern", "subnet"),
         }
