@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any, Self
 
@@ -83,8 +84,8 @@ def best_squares(values: Float[Tensor, "tiles m m"], n: int) -> Bool[Tensor, "ti
     """For each square the mask with N in every row and column that keeps the largest sum of magnitudes.
 
     Exact: an assignment is the best when no cycle of exchanges gains. In an exchange a row hands one of its columns to
-    another row that lacks it; around a cycle of rows every row and column keeps its count. The shortest cycles that
-    gain are taken, in all squares at once, until there are none.
+    another row that lacks it; around a cycle of rows every row and column keeps its count. After a first sweep over
+    pairs of rows the shortest cycles that gain are taken, in all squares at once, until there are none.
     """
     m = values.shape[-1]
     if values.device.type == "mps":  # has no float64
@@ -96,12 +97,26 @@ def best_squares(values: Float[Tensor, "tiles m m"], n: int) -> Bool[Tensor, "ti
     for begin in range(0, values.shape[0], at_once):
         weights = values[begin : begin + at_once].abs().to(torch.float64)
         keep = out[begin : begin + at_once]
+        _share_out(weights, keep)
         left = torch.arange(weights.shape[0], device=values.device)
         while left.numel():
             improved, better = _improved(weights[left], keep[left])
             left = left[better]
             keep[left] = improved[better]
     return out
+
+
+def _share_out(weights: Float[Tensor, "tiles m m"], keep: Bool[Tensor, "tiles m m"]) -> None:
+    """Let each pair of rows share out, in place and at its best, the columns that one of them alone keeps."""
+    for i, k in itertools.combinations(range(keep.shape[-1]), 2):
+        either = keep[:, i] ^ keep[:, k]
+        gain = (weights[:, i] - weights[:, k]).masked_fill(~either, -torch.inf)
+        order = gain.argsort(dim=-1, descending=True, stable=True)
+        place = torch.arange(keep.shape[-1], device=keep.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, place)
+        first = either & (rank < either.sum(-1, keepdim=True) // 2)
+        keep[:, i] = keep[:, i] & ~either | first
+        keep[:, k] = keep[:, k] & ~either | either & ~first
 
 
 def _improved(
