@@ -71,3 +71,18 @@ def test_a_run_is_measured_and_found_again(tmp_path: Path, monkeypatch: pytest.M
     before = results.read_text()
     assert quality.main() == 0 and results.read_text() == before  # nothing is run twice
     assert json.loads(before)["rows"][0]["command"].startswith("python benchmarks/quality.py")
+
+
+@pytest.mark.slow
+def test_the_gpu_run_stops_and_goes_on_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import quality_gpu
+
+    results = tmp_path / "gpu.json"
+    arguments = ["--try", "--device", "cpu", "--epochs-scale", "0.01", "--recipe", "paper", "--results", str(results)]
+    arguments += ["--out", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["quality_gpu.py", *arguments, "--minutes", "0.02"])
+    assert quality_gpu.main() == 3 and not results.exists()
+    monkeypatch.setattr(sys, "argv", ["quality_gpu.py", *arguments])
+    assert quality_gpu.main() == 0
+    (row,) = json.loads(results.read_text())["rows"]
+    assert row["steps"] == 3 * 2 * 4 and {"dense", "2:4", "channel@0.19"} <= row["networks"].keys()

@@ -102,6 +102,8 @@ def test_a_whole_search_by_parts_chooses_what_a_full_one_does_and_judges_less() 
             quick = searched(batch_size, False, monkeypatch).history
             assert (quick.alphas, quick.merged) == (whole.history.alphas, whole.history.merged)
             assert quick.to_judge == whole.history.to_judge > quick.judged
+            assert quick.reused == 5
+            assert quick.reused + quick.judged <= quick.to_judge
             assert quick.to_judge_batches == quick.to_judge * 160 // batch_size
             assert quick.judged_batches <= quick.judged * 160 // batch_size
 

@@ -1,6 +1,21 @@
 """From a model to its weights, channel units and groups. Knows nothing of sparsity."""
 
-from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Link, Node, Norm, Producer, Stay, Touch, Trace, Weight
+from .coupling import (
+    STAYS,
+    Branch,
+    Contraction,
+    Coupling,
+    Group,
+    Kept,
+    Link,
+    Node,
+    Norm,
+    Producer,
+    Stay,
+    Touch,
+    Trace,
+    Weight,
+)
 from .prove import couple
 from .slim import slim_module
 

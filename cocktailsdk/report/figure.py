@@ -10,7 +10,7 @@ __all__ = ["write_figure"]
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; shapes say the same again.
 _LOOKS = {"unstructured": ("#0072B2", "o"), "channel": ("#E69F00", "s"), "n:m": ("#009E73", "^")}
-_OTHERS = (("#CC79A7", "D"), ("#D55E00", "v"), ("#56B4E9", "P"))
+_OTHERS = [(colour, marker) for marker in "DvPX*" for colour in ("#CC79A7", "#D55E00", "#56B4E9")]
 
 
 def write_figure(report: RunReport, path: Path) -> None:
@@ -27,11 +27,12 @@ def write_figure(report: RunReport, path: Path) -> None:
     for row in report.networks:
         if row is not dense:
             patterns.setdefault(row.pattern, []).append(row)
-    others = iter(_OTHERS * len(patterns))
+    further = [pattern for pattern in patterns if pattern not in _LOOKS]
+    looks = {**_LOOKS, **{pattern: _OTHERS[i % len(_OTHERS)] for i, pattern in enumerate(further)}}
     for axes, field, label in ((left, "flops", "FLOPs"), (right, "params", "parameters kept")):
         whole = getattr(dense, field) if dense is not None else max(getattr(r, field) for r in report.networks)
         for pattern, rows in patterns.items():
-            colour, marker = _LOOKS.get(pattern) or _LOOKS.setdefault(pattern, next(others))
+            colour, marker = looks[pattern]
             axes.plot(
                 [100 * getattr(r, field) / whole for r in rows],
                 [100 * r.metric for r in rows],

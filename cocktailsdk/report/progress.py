@@ -140,7 +140,8 @@ class Progress:
         match self.phase:
             case "training":
                 now = min(self.epoch + 1, self.epochs) if self.epochs else 0
-                return f"round {self.round} of {self.rounds}, epoch {now} of {self.epochs}"
+                where = f"round {self.round} of {self.rounds}" if self.round <= self.rounds else "finishing"
+                return f"{where}, epoch {now} of {self.epochs}"
             case "merging":
                 return f"merging round {self.round} of {self.rounds}, {self.judged} of {self.to_judge} judged"
             case "measuring":

@@ -42,7 +42,7 @@ class TrainingStarted(Event):
         first_round: 0, or 1 where given weights are the rewind point.
         epochs: Epochs in each round.
         steps_per_epoch: Mini-batches in each epoch.
-        total_steps: Optimizer steps of all rounds together.
+        total_steps: Optimizer steps of all rounds together, finishing included.
         done_steps: Those already done in an earlier call.
         resumed: Whether a saved state was found.
     """
@@ -61,7 +61,7 @@ class RoundStarted(Event):
     """A round begins, its masks made and its weights rewound.
 
     Attributes:
-        round: Its number; 0 is the dense round.
+        round: Its number; 0 is the dense round, the one after the last is finishing.
         networks: The subnets that share its steps with the dense network.
         epochs: Its epochs.
     """

@@ -38,7 +38,9 @@ class History:
         merged: The mean held-out metric at each of these shares.
         judged: Recalibrated networks that merging evaluated, on all held-out batches or some.
         judged_batches: Held-out batches that they were evaluated on, where some could suffice.
-        to_judge: Networks that the full search would recalibrate and evaluate.
+        reused: Networks not judged because the round before had judged them, at share 1.
+        to_judge: Networks that the full search would recalibrate and evaluate. What is neither judged nor reused could
+            not matter: the bound said so before they were looked at.
         to_judge_batches: On how many batches, where some could suffice.
         steps: Optimizer steps done.
         passes: Forward and backward passes of them: as many, but where a step trains several networks.
@@ -52,6 +54,7 @@ class History:
     merged: list[float] = field(default_factory=list)
     judged: int = 0
     judged_batches: int = 0
+    reused: int = 0
     to_judge: int = 0
     to_judge_batches: int = 0
     steps: int = 0

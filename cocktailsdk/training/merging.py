@@ -109,6 +109,7 @@ def _search(
 
     layers, choice = refine(session, candidates, choice, names, refining)
     in_all = (shares + candidates.proposed) * len(names)
+    history.reused += len(session.names(k - 1)) if k > 2 and 1.0 in session.options.alphas else 0
     history.to_judge += in_all
     history.to_judge_batches += in_all * len(session.held_order or ())
     return choice, layers
