@@ -11,6 +11,7 @@ from typing import Any
 
 from cocktailsdk.patterns import Channel, Pattern, Unstructured
 from cocktailsdk.training.recipes import Recipe, recipe_named, recipes
+from cocktailsdk.training.recipes.steps import Pivot
 from cocktailsdk.training.state import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.json"
@@ -54,6 +55,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "paper + layerwise merging": {"merging": "layerwise"},
     "paper + gradient merging": {"merging": "gradient"},
     "paper + half finishing": {"finishing": 0.5},
+    "paper + three quarters finishing": {"finishing": 0.75},
+    "half, same batch": {"finishing": 0.5, "same_batch": True},
+    "half, three on the same batch": {"finishing": 0.5, "same_batch": True, "finishing_schedule": Pivot(sparse=3)},
+    "half, no rewinding": {"finishing": 0.5, "rewind": False, "merging": "none"},
 }
 """What goes beyond the paper, each judged alone."""
 

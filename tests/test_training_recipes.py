@@ -17,7 +17,7 @@ from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import Moment, Recipe, Step, Turn, recipe_named, recipes
 from cocktailsdk.training.recipes.alternating import Alternating
 from cocktailsdk.training.recipes.phases import Phases
-from cocktailsdk.training.recipes.steps import Sandwich, Single, pivot, rotation
+from cocktailsdk.training.recipes.steps import Pivot, Sandwich, Single, rotation
 from cocktailsdk.training.regrowth import correct_gradients
 from cocktailsdk.training.resolution import resized
 
@@ -53,15 +53,22 @@ def names(schedule: Any, networks: dict[str, tuple[str, ...]], steps: int, first
 
 def test_mini_batches_alternate_between_the_pivot_and_each_pattern() -> None:
     networks = {"u": ("u1",), "n": ("n1",), "c": ("c1",)}
-    assert names(pivot, networks, 8) == ["dense", "u1", "dense", "n1", "dense", "c1", "dense", "u1"]
+    assert names(Pivot(), networks, 8) == ["dense", "u1", "dense", "n1", "dense", "c1", "dense", "u1"]
 
 
 def test_a_pattern_with_several_subnets_takes_them_in_turn() -> None:
     networks: dict[str, tuple[str, ...]] = {"p": ("a", "b"), "q": (), "r": ("c",)}
-    assert names(pivot, networks, 16, 1, 2) == ["a", "c", "b", "c", "a", "c", "b", "c"]
+    assert names(Pivot(), networks, 16, 1, 2) == ["a", "c", "b", "c", "a", "c", "b", "c"]
     assert names(rotation, networks, 5) == ["dense", "a", "b", "c", "dense"]
     assert names(Single(), networks, 4) == ["a", "b", "c", "a"]
     assert names(Single("r"), networks, 2) == ["c", "c"]
+
+
+def test_after_a_dense_step_several_sparse_ones_may_follow() -> None:
+    networks = {"unstructured": ("u1", "u2"), "n:m": (), "channel": ("c1",)}
+    assert names(Pivot(sparse=3), networks, 9) == ["dense", "u1", "c1", "u2", "dense", "c1", "u1", "c1", "dense"]
+    steps = [Pivot(sparse=2)(Moment(1, i, 9, networks)) for i in range(3)]
+    assert [(s.leads, s.follows) for s in steps] == [(True, False), (True, True), (False, True)]
 
 
 def test_a_sandwich_has_the_widest_the_narrowest_and_others_at_random() -> None:

@@ -16,12 +16,12 @@ __all__ = [
     "DENSE_STEP",
     "SCHEDULES",
     "Moment",
+    "Pivot",
     "Sandwich",
     "Single",
     "Step",
     "StepSchedule",
     "Turn",
-    "pivot",
     "rotation",
 ]
 
@@ -102,19 +102,30 @@ StepSchedule = Callable[[Moment], Step]
 DENSE_STEP = Step((Turn(DENSE),))
 
 
-def pivot(moment: Moment) -> Step:
+@dataclass(frozen=True)
+class Pivot:
     """Dense pivot co-training (paper, section 3.2): dense, a subnet, dense, the next subnet, in turn.
 
     Patterns take turns; one with several subnets takes them in turn, one each time that the pattern has its own.
+
+    Attributes:
+        sparse: Sparse steps after every dense one; the paper's is 1. In a recipe with ``same_batch`` all of them are
+            on the dense step's batch, and its outputs teach them.
     """
-    patterns = [names for names in moment.networks.values() if names]
-    if not patterns:
-        return DENSE_STEP
-    if moment.step % 2 == 0:
-        return Step((Turn(DENSE),), leads=True)
-    turn = moment.step // 2
-    names = patterns[turn % len(patterns)]
-    return Step((Turn(names[turn // len(patterns) % len(names)]),), follows=True)
+
+    sparse: int = 1
+
+    def __call__(self, moment: Moment) -> Step:
+        """The step at a moment; dense where the round has no subnet to train."""
+        patterns = [names for names in moment.networks.values() if names]
+        if not patterns:
+            return DENSE_STEP
+        cycle, place = divmod(moment.step, self.sparse + 1)
+        if place == 0:
+            return Step((Turn(DENSE),), leads=True)
+        turn = cycle * self.sparse + place - 1
+        names = patterns[turn % len(patterns)]
+        return Step((Turn(names[turn // len(patterns) % len(names)]),), leads=place < self.sparse, follows=True)
 
 
 def rotation(moment: Moment) -> Step:
@@ -161,7 +172,7 @@ class Sandwich:
 
 
 SCHEDULES: Mapping[str, StepSchedule] = {
-    "pivot": pivot,
+    "pivot": Pivot(),
     "rotation": rotation,
     "single": Single(),
     "sandwich": Sandwich(),
