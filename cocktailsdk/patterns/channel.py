@@ -14,6 +14,7 @@ from ..errors import PatternError
 from ..graph import Coupling, Group
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
+from .magnitudes import row_sums
 from .registry import pattern_class, register_pattern
 
 AUTO_MULTIPLE = 8  # what GPUs' matrix units want
@@ -36,6 +37,9 @@ def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
 
     Returns:
         On the CPU.
+
+    Raises:
+        PatternError: A producer's weights are NaN.
     """
     scores = torch.zeros(umg.coupling.n_units, dtype=torch.float64)
     terms = terms_of(umg, beta)
@@ -43,12 +47,7 @@ def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
         has_unit = producer.units >= 0
         if not bool(has_unit.any()):
             continue
-        magnitude = umg.values[producer.weight].detach().abs()
-        norms = torch.zeros(magnitude.shape[producer.axis], dtype=torch.float64)
-        for share, elements in terms:
-            m = elements.get(producer.weight)
-            rows = magnitude if m is None else magnitude * m.to(magnitude.device)
-            norms += share * _row_sums(rows, producer.axis)
+        norms = row_sums(producer.weight, umg.values[producer.weight], producer.axis, terms)
         mean = float(norms.mean())
         if mean > 0.0:
             scores.index_add_(0, producer.units[has_unit], norms[has_unit] / mean)
@@ -65,13 +64,6 @@ def terms_of(umg: UMG, beta: float) -> list[tuple[float, Mapping[str, Bool[Tenso
         of = [mask.elements for name, mask in umg.made.items() if pattern_class(name).term == term]
         out += [(share / len(of), elements) for elements in of]
     return out or [(1.0, {})]
-
-
-def _row_sums(t: Tensor, axis: int) -> Float64[Tensor, " out"]:
-    if t.device.type == "mps":  # has no float64
-        t = t.cpu()
-    dims = [d for d in range(t.ndim) if d != axis]
-    return (t.sum(dims, dtype=torch.float64) if dims else t.to(torch.float64)).cpu()
 
 
 def kept_units(group: Group, sparsity: float, round_to: int | str = 1) -> int:

@@ -14,6 +14,7 @@ from ..graph import Branch, Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .channel import checked_beta, terms_of
+from .magnitudes import row_sums
 from .registry import register_pattern
 
 __all__ = ["Depth", "branch_scores", "removable_branches"]
@@ -37,11 +38,7 @@ def branch_scores(umg: UMG, branches: Sequence[Branch], beta: float) -> list[flo
 
 
 def _strength(weight: Weight, value: Tensor, terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> float:
-    magnitude = value.detach().abs().to("cpu", torch.float64)
-    total = 0.0
-    for share, elements in terms:
-        m = elements.get(weight.name)
-        total += share * float((magnitude if m is None else magnitude * m).sum())
+    total = float(row_sums(weight.name, value, weight.out_axis, terms).sum())
     outputs = weight.shape[weight.out_axis] * (weight.groups if weight.op == "conv_transpose" else 1)
     return total / weight.numel * math.sqrt(weight.numel / outputs)
 

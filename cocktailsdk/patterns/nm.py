@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet
+from .magnitudes import Scratch, infinity_bits, magnitude_bits, nan_error, piece_size, ranked_dtype
 from .registry import register_pattern
 
 DEFAULT_PAIRS = ((1, 2), (2, 4), (4, 8))
+_LONGEST_COMPARED = 32  # beyond, sorting takes fewer comparisons
 
 
 def runs(weight: Weight, tensor: Tensor, m: int) -> Tensor:
@@ -61,11 +63,66 @@ def covered(weight: Weight, m: int) -> int:
 
 
 def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool[Tensor, "..."]:
-    """Keep the N largest magnitudes of each run, ties by position; a remainder is kept whole."""
-    parts = runs(weight, value.detach(), m).abs()
-    order = parts.argsort(dim=-1, descending=True, stable=True)[..., :n]
-    keep = torch.zeros(parts.shape, dtype=torch.bool, device=value.device).scatter_(-1, order, True)
-    return unruns(weight, keep, True)
+    """Keep the N largest magnitudes of each run, ties by position; a remainder is kept whole.
+
+    Exact whatever the dtype. Besides the result it takes temporaries of a few MB.
+
+    Raises:
+        PatternError: The weight is not of floating point, or some of it is NaN.
+    """
+    value, dtype = value.detach(), ranked_dtype({weight.name: value})
+    keep = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+    nan = torch.zeros((), dtype=torch.int64, device=value.device)
+    scratch = (Scratch(), Scratch(), Scratch())
+    for part, kept in _blocks(_places(weight, value, m), _places(weight, keep, m)):
+        keys = magnitude_bits(part.to(dtype), scratch[0])
+        nan += keys.amax() > infinity_bits(dtype)
+        kept.copy_(_largest_by_sorting(keys, n) if m > _LONGEST_COMPARED else _largest(keys, n, *scratch[1:]))
+    if int(nan):
+        raise nan_error(weight.name, int(value.isnan().sum()))
+    return keep
+
+
+def _places(weight: Weight, tensor: Tensor, m: int) -> Tensor:
+    """A view with the places in a run as its first axis; remainders are left out."""
+    axis = weight.in_axis
+    if _split(weight):
+        tensor, axis = tensor.unflatten(0, (weight.groups, -1)), 1
+    n = tensor.shape[axis] // m
+    return tensor.narrow(axis, 0, n * m).unflatten(axis, (n, m)).movedim(axis + 1, 0)
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors of one shape in parts of limited size, whole along their first axis."""
+    axis = next((d for d in range(1, a.ndim) if a.shape[d] > 1), None)
+    if a.numel() <= piece_size(a.device) or axis is None:
+        if a.numel():
+            yield a, b
+        return
+    size = max(1, a.shape[axis] * piece_size(a.device) // a.numel())
+    for part, beside in zip(a.split(size, axis), b.split(size, axis), strict=True):
+        yield from _blocks(part, beside)
+
+
+def _largest(keys: Int[Tensor, "m ..."], n: int, scratch: Scratch, other: Scratch) -> Int[Tensor, "m ..."]:
+    """1 for the N largest along the first axis, ties by position: those that fewer than N others come before.
+
+    Each is compared with every other. Comparing into integers is vectorised, into bools it is not.
+    """
+    m = keys.shape[0]
+    before = scratch.of(tuple(keys.shape), keys.dtype, keys.device)
+    before.copy_(torch.arange(m, device=keys.device).reshape(-1, *[1] * (keys.ndim - 1)))
+    for d in range(1, m):  # of two, the later comes before the earlier where it is larger, and else after it
+        shape = (m - d, *keys.shape[1:])
+        larger = torch.lt(keys[:-d], keys[d:], out=other.of(shape, keys.dtype, keys.device))
+        before[:-d] += larger
+        before[d:] -= larger
+    return before.lt_(n)
+
+
+def _largest_by_sorting(keys: Int[Tensor, "m ..."], n: int) -> Bool[Tensor, "m ..."]:
+    order = keys.argsort(dim=0, descending=True, stable=True)[:n]
+    return torch.zeros(keys.shape, dtype=torch.bool, device=keys.device).scatter_(0, order, True)
 
 
 @register_pattern("n:m")

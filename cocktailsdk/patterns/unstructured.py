@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .ranking import drop_smallest
@@ -43,14 +41,11 @@ class Unstructured(Pattern):
     def mask(self, subnet: Subnet, umg: UMG) -> Mask:
         """Drop the smallest of the weights kept so far, until the asked count is zero."""
         values = {w.name: umg.values[w.name] for w in umg.eligible}
-        before = umg.previous.elements if umg.previous is not None else {}
-        keep = {
-            name: before[name].to(v.device) if name in before else torch.ones_like(v, dtype=torch.bool)
-            for name, v in values.items()
-        }
+        keep = umg.previous.elements if umg.previous is not None else {}
+        keep = {name: keep[name] for name in values if name in keep}
         total = sum(v.numel() for v in values.values())
-        kept = sum(int(k.sum()) for k in keep.values())
-        count = round(subnet.sparsity * total) - (total - kept)
+        gone = sum(k.numel() - int(k.count_nonzero()) for k in keep.values())
+        count = round(subnet.sparsity * total) - gone
         return Mask({name: k.cpu() for name, k in drop_smallest(values, keep, count).items()})
 
     def config(self) -> dict[str, Any]:
