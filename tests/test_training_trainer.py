@@ -356,7 +356,7 @@ def test_any_batch_trains_with_forward_fn() -> None:
 def test_losses_that_are_no_scalars_and_losses_that_explode_are_errors() -> None:
     with pytest.raises(TrainingError, match=r"loss_fn must return a scalar.*\(8,\)"):
         tiny_trainer(loss_fn=lambda o, y: F.cross_entropy(o, y, reduction="none")).fit()
-    with pytest.raises(TrainingError, match=r"training loss of dense became (nan|inf) in round 0, epoch 0: lower"):
+    with pytest.raises(TrainingError, match=r"training loss of dense became (nan|inf) in round 0, epoch 0, step 1"):
         tiny_trainer(optimizer=lambda p: torch.optim.SGD(p, lr=1e30)).fit()
     with pytest.raises(TrainingError, match="holds no scalar loss: give loss_fn"):
         tiny_trainer(loss_fn=None).fit()

@@ -15,10 +15,12 @@ from rich.text import Text
 
 from ..errors import CocktailError
 
-__all__ = ["INTERRUPTED", "command", "log_to", "messages", "print_json", "results"]
+__all__ = ["INTERRUPTED", "TERMINATED", "command", "log_to", "messages", "print_json", "results"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+TERMINATED = 143
+"""Exit code after SIGTERM, as shells have it."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

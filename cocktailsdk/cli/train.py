@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import INTERRUPTED, command, log_to, messages, print_json, results
+from .console import INTERRUPTED, TERMINATED, command, log_to, messages, print_json, results
 
 __all__ = ["train"]
 
@@ -49,7 +49,8 @@ def train(
 ) -> None:
     """Train one bundle of sparse networks, and measure every one of them.
 
-    The folder then holds the bundle, report.json and a picture. Ctrl-C saves; the same command goes on.
+    The folder then holds the bundle, report.json and a picture. Ctrl-C and SIGTERM save (exit codes 130 and 143);
+    the same command goes on.
     """
     console = messages()
     log_to(console)
@@ -71,9 +72,12 @@ def train(
             start=None if start is None else start.value,
             settings={"model": model, "epochs_scale": epochs_scale},
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code not in (INTERRUPTED, TERMINATED):
+            raise
         console.print(f"stopped; the same command goes on from the state in {folder / 'state'}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(code) from None
     if as_json:
         print_json(report.to_dict())
         return

@@ -98,15 +98,16 @@ class Candidates:
             load_tensors(session.net.model, interpolate(self.merged, self.other, alpha, shares))
             self._loaded, self._recalibrated = alpha, set()
         if name not in self._recalibrated:
-            session.net.recalibrate(name, session.recalibration, session.forward)
+            session.recalibrate(name)
             self._recalibrated.add(name)
-            if not any((alpha, (name, p)) in session.judged for p in range(len(self._parts))):
-                session.history.judged += 1
-        if not self._batches:
-            return session.measure(name)
         batches = [self._batches[i] for i in self._parts[part]]
+        score = session.measure(name, batches or None)
+        # counted once there is a result: the run may be stopped before
+        if not any((alpha, (name, p)) in session.judged for p in range(len(self._parts))):
+            session.history.judged += 1
         session.history.judged_batches += len(batches)
-        score = session.measure(name, batches)
+        if not batches:
+            return score
         share = Fraction(score.count, session.held_scores)
         return Score(score.value * share, None if score.maximum is None else score.maximum * share, score.count)
 
@@ -163,7 +164,7 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
     misses: list[Tensor] = [torch.zeros(0)] * len(batches)
     total = 0
     for name in names:
-        session.net.recalibrate(name, session.recalibration, session.forward)
+        session.recalibrate(name)
         for i, batch in enumerate(batches):
             found: list[Tensor] = []
 

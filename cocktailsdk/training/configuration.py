@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,7 +14,10 @@ from ..errors import TrainingError
 from ..net import CocktailNet
 from .options import Options
 
-__all__ = ["describe"]
+__all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "stored_configuration"]
+
+CONFIGURATION = "configuration.json"
+"""The file that holds it, beside a run's state."""
 
 _PLAIN = (
     "distill_weight",
@@ -98,3 +103,43 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     return str(value)
+
+
+def fingerprint(configuration: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration of JSON values."""
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Where two configurations differ, as readable lines: ``epochs: 20, now 30``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for name in sorted({*old, *new}):
+            lines += differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+        return lines
+    if old == new:
+        return []
+    return [f"{key}: {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def stored_configuration(folder: Path) -> dict[str, Any]:
+    """The configuration of the run whose state a folder holds; empty where it holds none.
+
+    Raises:
+        TrainingError: Where the file is damaged.
+    """
+    path = folder / CONFIGURATION
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} is no JSON ({error}): remove {folder} to start anew, or train into another folder"
+        ) from error
+    return stored if isinstance(stored, dict) else {}

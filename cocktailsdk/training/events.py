@@ -24,6 +24,7 @@ __all__ = [
     "RoundStarted",
     "Saved",
     "StepDone",
+    "StepSkipped",
     "TrainingStarted",
 ]
 
@@ -92,6 +93,27 @@ class StepDone(Event):
     total_steps: int
     steps_per_second: float
     network: str
+
+
+@dataclass(frozen=True)
+class StepSkipped(Event):
+    """A step was left out, since its loss or its gradients were not finite (``on_nan="skip"``).
+
+    Attributes:
+        round: Number of the round.
+        epoch: Epoch in the round, from 0.
+        step: Step in the epoch, from 0.
+        batch: Index of its batch in the epoch, from 0.
+        network: The network whose loss it was, or the first that the step trained.
+        loss: Its loss.
+    """
+
+    round: int
+    epoch: int
+    step: int
+    batch: int
+    network: str
+    loss: float
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class History:
         to_judge_batches: On how many batches, where some could suffice.
         steps: Optimizer steps done.
         passes: Forward and backward passes of them: as many, but where a step trains several networks.
+        skipped: Steps left out since their loss or gradients were not finite; ``steps`` does not count them.
         weights: By network the stored weights that it has for its own; the others share the net's.
         seconds: Time spent, over all calls.
     """
@@ -59,6 +60,7 @@ class History:
     to_judge_batches: int = 0
     steps: int = 0
     passes: int = 0
+    skipped: int = 0
     weights: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -81,7 +83,7 @@ class Position:
         round: The round.
         entered: Whether the round's masks are made and its weights rewound.
         epoch: Epoch in the round.
-        step: Batches of the epoch that are done.
+        step: Steps of the epoch that are done; in the phase ``"finish"``, networks that have their statistics.
     """
 
     phase: Literal["train", "merge", "finishing", "finish", "done"]

@@ -91,6 +91,7 @@ def _search(
     def judged(alpha: float, settled: int) -> None:
         if session.due():
             session.emit(MergeProgress(k, alpha, done + settled * len(names) // len(cells), total))
+        session.save_if_late()
 
     choice = choose_alpha(
         session.options.alphas,
@@ -106,6 +107,7 @@ def _search(
         del settled
         if session.due():
             session.emit(MergeProgress(k, alpha, done + shares * len(names), total))
+        session.save_if_late()
 
     layers, choice = refine(session, candidates, choice, names, refining)
     in_all = (shares + candidates.proposed) * len(names)
@@ -116,20 +118,23 @@ def _search(
 
 
 def finish(session: Session) -> None:
-    """Give every network its own statistics and its held-out metric."""
-    net = session.net
+    """Give every network its own statistics and its held-out metric; those that have them already keep them."""
+    net, position = session.net, session.position
     names = [DENSE, *session.names(session.options.rounds)]
     own, tracked = session.history.weights, _tracked(session)
-    net.statistics.clear()
-    net.statistics.update(tracked)  # whole, should this be interrupted
-    net.metrics.clear()
-    for i, name in enumerate(names):
+    if position.step == 0:
+        net.statistics.clear()
+        net.statistics.update(tracked)  # whole, should this be interrupted
+        net.metrics.clear()
+    for i, name in enumerate(names[position.step :], position.step):
         with session.weights_of(name):
             if name not in tracked:
-                net.recalibrate(name, session.recalibration, session.forward)
+                session.recalibrate(name)
             if session.held_out is not None:
                 net.metrics[name] = session.readable(session.measure(name).value)
+        position.step = i + 1
         session.emit(NetworkFinished(name, net.metrics.get(name), i + 1, len(names)))
+        session.save_if_late()
     if own:
         load_tensors(net.model, {**session.store.get(own[DENSE]), **net.statistics[DENSE]})
         log.warning(
@@ -138,7 +143,7 @@ def finish(session: Session) -> None:
             session.options.recipe.name,
             len(own) - 1,
         )
-    session.position.phase = "done"
+    position.phase, position.step = "done", 0
     session.save()
 
 

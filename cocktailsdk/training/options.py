@@ -20,6 +20,7 @@ __all__ = ["OptimizerFactory", "Options", "default_optimizer", "finishing_epochs
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Start = Literal["scratch", "pretrained"]
+OnNan = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Options:
     recalibration_batches: int
     seed: int
     save_seconds: float
+    save_minutes: float
+    on_nan: OnNan
     event_seconds: float
     callbacks: Sequence[Callback]
 
@@ -55,6 +58,9 @@ class Options:
         checks = {
             "start": (self.start in ("scratch", "pretrained"), 'must be "scratch" or "pretrained"'),
             "metric_mode": (self.metric_mode in ("max", "min"), 'must be "max" or "min"'),
+            "on_nan": (self.on_nan in ("raise", "skip"), 'must be "raise" or "skip"'),
+            "save_seconds": (self.save_seconds >= 0, "must not be negative"),
+            "save_minutes": (self.save_minutes >= 0, "must not be negative"),
             "epochs": (self.epochs >= 1, "must be at least 1"),
             "rounds": (self.rounds >= 1, "must be at least 1"),
             "rewind_epoch": (

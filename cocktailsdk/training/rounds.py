@@ -13,11 +13,13 @@ from ..masks import Mask
 from ..patterns.base import DENSE
 from .batches import draw, to_device
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
+from .finite import Before, Place
 from .history import RoundHistory
+from .kept import pack_masks
 from .optimization import Optimization
 from .recipes import Moment, Pruning, Step
 from .recipes.steps import DENSE_STEP
-from .session import Session, load_tensors, model_tensors, pack_masks
+from .session import Session, load_tensors, model_tensors
 from .stepper import Stepper, Trained
 
 __all__ = ["step_at", "train_rounds"]
@@ -30,6 +32,7 @@ REWIND = "rewind"
 def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
     """Train all rounds of a phase that are left, from wherever the run stands."""
     stepper = Stepper.of(session.net, session.options, session.classes, session.gradients)
+    stepper.allows = None if session.skips is None else session.skips.allows
     while session.position.phase == phase:
         if session.position.entered:
             _resume_round(session)
@@ -124,33 +127,41 @@ def _train_round(session: Session, stepper: Stepper) -> None:
         session.set_generators()
         _set_epoch(session, (k - options.first_round) * options.epochs + position.epoch)
         batches = session.guarded(
-            draw(session.train_loader, (options.seed, "epoch", k, position.epoch), options.steps_per_epoch)
+            draw(session.train_loader, (options.seed, "epoch", k, position.epoch), options.steps_per_epoch),
+            f"train_loader, in round {k}, epoch {position.epoch},",
         )
-        batch, led, taught = None, False, Trained({}, None)
+        batch, drawn, led, taught = None, -1, False, Trained({}, None)
         for i in range(options.steps_per_epoch):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
             step = step_at(session, k, number)
             follows = led and step.follows
             led = options.recipe.same_batch and step.leads and i + 1 < options.steps_per_epoch
-            if not follows and (batch := next(batches, None)) is None:
-                break
+            if not follows:
+                if (batch := next(batches, None)) is None:
+                    break
+                drawn += 1
             if i < position.step:
                 continue
             if not follows:
                 batch = to_device(batch, session.device)
             _prepare(session, step)
             session.seed("step", k, position.epoch, i)
+            before = None if session.skips is None else Before(session.net, step)
             taught = stepper.step(step, batch, optimization.optimizer, taught.teacher if follows else None)
-            optimization.scheduler.step()
-            _count(session, step, taught)
+            if not taught.left_out:
+                optimization.scheduler.step()
+            _count(session, step, taught, Place(k, position.epoch, i, drawn, session.history.steps), before)
             position.step = i + 1
             ran += 1
-            # between two steps on one batch there is nothing to go on from
-            if not led and session.due():
+            if led:  # between two steps on one batch there is nothing to go on from
+                continue
+            session.tell_skipped()
+            if session.due():
                 done = options.steps_before(k) + number + 1
                 rate = ran / max(time.monotonic() - started, 1e-9)
                 names = "+".join(taught.losses)
                 session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
+            session.save_if_late()
         if position.step == 0:
             raise TrainingError("train_loader gave no batches in this epoch: it must be iterable again and again")
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
@@ -160,6 +171,7 @@ def _prepare(session: Session, step: Step) -> None:
     """What a step does before it trains: keep weights, make masks anew, clear the optimizer's memory."""
     net = session.net
     if step.keep is not None:
+        session.check()
         session.history.weights[step.keep] = where = f"weights-{step.keep}".replace(":", "-")
         session.store.put(where, model_tensors(net.model))
     if step.prune:
@@ -174,8 +186,17 @@ def _prepare(session: Session, step: Step) -> None:
         session.optimization.optimizer.state.clear()
 
 
-def _count(session: Session, step: Step, trained: Trained) -> None:
+def _count(session: Session, step: Step, trained: Trained, place: Place, before: Before | None) -> None:
     losses = session.losses
+    if trained.left_out:
+        assert before is not None
+        before.put_back()
+        session.skipped(place, trained.losses)
+        return
+    if session.skips is not None:
+        session.skips.in_a_row = 0
+    elif (wrong := session.watch.add(place, trained.losses)) is not None:
+        raise session.poisoned(wrong)
     for name, loss in trained.losses.items():
         # summed where it is: no waiting
         entry = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
@@ -188,13 +209,8 @@ def _count(session: Session, step: Step, trained: Trained) -> None:
 def _end_epoch(session: Session, rate: float) -> None:
     position, optimization = session.position, session.optimization
     assert optimization is not None
+    session.check()
     losses = {name: float(total / count) for name, (total, count) in session.losses.items()}
-    for name, loss in losses.items():
-        if not loss - loss == 0:  # infinite or not a number
-            raise TrainingError(
-                f"the training loss of {name} became {loss} in round {position.round}, epoch {position.epoch}: lower "
-                "the learning rate, or look for values in the data that are not finite"
-            )
     record = session.history.rounds[-1]
     record.losses.append(losses)
     record.learning_rates.append(optimization.rate)
@@ -208,6 +224,7 @@ def _end_epoch(session: Session, rate: float) -> None:
 
 def _end_round(session: Session) -> None:
     """Keep the round's weights, and measure its networks."""
+    session.check()
     position, options, net = session.position, session.options, session.net
     k, recipe = position.round, options.recipe
     own = recipe.weights == "own"
@@ -237,7 +254,14 @@ def _measure(session: Session, k: int) -> dict[str, float]:
         return {}
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     names = dict.fromkeys([DENSE, *(n for names in session.networks(k).values() for n in names)])
-    metrics = {name: session.readable(session.score(name).value) for name in names}
+    tracked = dict(net.statistics)
+    try:
+        metrics = {name: session.readable(session.score(name).value) for name in names}
+    except BaseException:  # the run is stopped, and saves what it had before
+        net.statistics.clear()
+        net.statistics.update(tracked)
+        load_tensors(net.model, kept)
+        raise
     net.statistics.clear()  # of these weights; the merged ones get their own
     load_tensors(net.model, kept)
     return metrics

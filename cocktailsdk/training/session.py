@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..masks import Mask
+from ..errors import TrainingError
 from ..net import CocktailNet
-from ..patterns.base import Subnet
+from ..patterns.base import DENSE, Subnet
 from .batches import HeldBatches, generator_states, set_generator_states
 from .distill import Classes
-from .events import Event, Saved
+from .events import Event, Saved, StepSkipped
+from .finite import LossWatch, Place, Skips, not_finite
 from .history import History, Position
-from .interrupt import Interrupts
+from .interrupt import Interrupts, Stopped
+from .kept import pack_masks, plain, to_cpu, unpack_masks
 from .metrics import MetricFn, Score, mean_score
 from .optimization import Optimization
 from .options import Options
 from .randomness import seed_everything
 from .state import Store
 
-__all__ = ["Session", "load_tensors", "model_tensors"]
+__all__ = ["LoaderFailed", "Session", "load_tensors", "model_tensors"]
 
 log = logging.getLogger(__name__)
+
+
+class LoaderFailed(Exception):
+    """A loader raised, at a moment from which the run can be gone on with; the error is its cause."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -75,6 +82,8 @@ class Session:
         gradients: Of the step before, where the recipe corrects by them.
         rewound: State of optimizer and schedule at the rewind point, where they are rewound as well.
         resumed: The same of the round that is gone on with.
+        watch: Finds losses that are not finite.
+        skips: Leaves out steps whose losses are not, where the run is to go on without them.
     """
 
     net: CocktailNet
@@ -102,20 +111,36 @@ class Session:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rewound: dict[str, Any] | None = None
     resumed: dict[str, Any] | None = None
+    watch: LossWatch = field(init=False)
+    skips: Skips | None = field(init=False)
     _since: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
     _told: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.watch = LossWatch(self.device)
+        self.skips = Skips(self.net.model.parameters()) if self.options.on_nan == "skip" else None
 
     def emit(self, event: Event) -> None:
         """Tell the callbacks. Only where the run can be resumed: an interrupt here saves, then stops the run."""
         try:
             for callback in self.options.callbacks:
                 callback(event)
-            if self.interrupts.requested:
-                raise KeyboardInterrupt
+                if self.net.active != DENSE:
+                    raise TrainingError(
+                        f"a callback left {self.net.active!r} active after {type(event).__name__}, and training would "
+                        f"go on in it: use it within `with net.using({self.net.active!r}):`"
+                    )
         except KeyboardInterrupt:
-            self.save(interrupted=True)
-            raise
+            if self.interrupts.again:
+                raise
+            raise Stopped from None
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """End the run here if it was asked to stop. Only where it can be resumed from."""
+        if self.interrupts.requested:
+            raise Stopped
 
     def due(self) -> bool:
         """Whether it is time for a throttled event, or an interrupt waits for one."""
@@ -126,29 +151,92 @@ class Session:
         return True
 
     def save_if_due(self) -> None:
-        """Save where the last save is old enough."""
-        if time.monotonic() - self._saved >= self.options.save_seconds:
+        """Save at the end of an epoch or the like, where the last save is old enough."""
+        if time.monotonic() - self._saved >= min(self.options.save_seconds, 60 * self.options.save_minutes):
             self.save()
 
-    def save(self, *, interrupted: bool = False) -> None:
-        """Write the run's state."""
+    def save_if_late(self) -> None:
+        """Save in the middle of something, where the last save is too old."""
+        if time.monotonic() - self._saved >= 60 * self.options.save_minutes:
+            self.save()
+
+    def save(self, *, interrupted: bool = False) -> Path | None:
+        """Write the run's state; where it went.
+
+        Raises:
+            TrainingError: Where losses or weights are not finite any more, and where the disk fails. The states before
+                are left as they are.
+        """
+        self.check()
         now = time.monotonic()
         self.history.seconds += now - self._since
         self._since = now
-        path = self.store.save(self._state())
+        path = self.store.save(self._state, self._needs)
         self._saved = time.monotonic()
         if path is None:
-            return
+            return None
         event = Saved(path, interrupted)
         if not interrupted:
             self.emit(event)
-            return
+            return path
         log.info("interrupted; the same call goes on from %s", path)
         for callback in self.options.callbacks:
             callback(event)
+        return path
+
+    def check(self) -> None:
+        """See that all is finite that is trained.
+
+        Raises:
+            TrainingError: It is not.
+        """
+        if self.skips is None and (wrong := self.watch.look()) is not None:
+            raise self.poisoned(wrong)
+        if self.position.phase not in ("train", "finishing") or not self.position.entered:
+            return
+        if wrong_ones := not_finite(self.net.model):
+            more = f" and {len(wrong_ones) - 3} more" if len(wrong_ones) > 3 else ""
+            raise self.poisoned(
+                f"{', '.join(wrong_ones[:3])}{more} became infinite or no number by round {self.position.round}, epoch "
+                f"{self.position.epoch}, step {self.position.step} (all from 0; step {self.history.steps} of the run), "
+                "though the losses were finite"
+            )
+
+    def poisoned(self, wrong: str) -> TrainingError:
+        """What is raised where numbers are not finite any more."""
+        other = ', or leave such steps out (on_nan="skip")' if self.skips is None else ""
+        return TrainingError(
+            f"{wrong}. Nothing was saved since. {self.store.standing} Lower the learning rate, or look for values in "
+            f"the data that are not finite{other}"
+        )
+
+    def skipped(self, place: Place, losses: Mapping[str, Tensor]) -> None:
+        """Note a step that was left out."""
+        assert self.skips is not None
+        self.history.skipped += 1
+        try:
+            name, value = self.skips.note(place, losses)
+        except TrainingError as error:
+            raise TrainingError(f"{error}. {self.store.standing}") from None
+        log.warning("left out a step %s: the loss of %s was %g, or its gradients were not finite", place, name, value)
+
+    def tell_skipped(self) -> None:
+        """Emit what :meth:`skipped` noted, where the run can be resumed."""
+        if self.skips is not None and self.skips.waiting:
+            waiting, self.skips.waiting = self.skips.waiting, []
+            for place, name, value in waiting:
+                self.emit(StepSkipped(place.round, place.epoch, place.step, place.batch, name, value))
+
+    def _needs(self, file: str) -> bool:
+        """Whether a file that was put into the store will be read again."""
+        return (
+            self.position.phase in ("train", "merge")
+            or not file.startswith(("round-", "rewind"))
+            or file in self.history.weights.values()
+        )
 
     def _state(self) -> dict[str, Any]:
-        finished = self.position.phase == "done"
+        measured = self.position.phase in ("finish", "done")
         tracked = self.options.recipe.statistics == "separate"
         return {
             "position": asdict(self.position),
@@ -156,7 +244,7 @@ class Session:
             "classes": None if self.classes is None else asdict(self.classes),
             "first_generators": self.first_generators,
             "generators": self.generators,
-            "losses": _cpu(self.losses),
+            "losses": self.losses,
             "judged": [
                 [alpha, *cell, str(score.value), None if score.maximum is None else str(score.maximum)]
                 for (alpha, cell), score in self.judged.items()
@@ -164,12 +252,13 @@ class Session:
             "held_examples": self.held_examples,
             "held_scores": self.held_scores,
             "masks": pack_masks({name: self.net.masks[name] for name in sorted(self.remade)}),
-            "gradients": _cpu(self.gradients),
-            "rewound": _cpu(self.rewound),
-            "model": _cpu(model_tensors(self.net.model)),
-            "optimization": self.optimization_state(),
-            "statistics": _cpu({k: dict(v) for k, v in self.net.statistics.items()}) if finished or tracked else {},
-            "metrics": dict(self.net.metrics) if finished else {},
+            "gradients": dict(self.gradients),
+            "rewound": self.rewound,
+            "model": model_tensors(self.net.model),
+            "optimization": None if self.optimization is None else plain(self.optimization.state_dict()),
+            "statistics": {k: dict(v) for k, v in self.net.statistics.items()} if measured or tracked else {},
+            "metrics": dict(self.net.metrics) if measured else {},
+            "skipped_in_a_row": 0 if self.skips is None else self.skips.in_a_row,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -197,6 +286,8 @@ class Session:
             {n: {k: v.to(self.device) for k, v in s.items()} for n, s in state["statistics"].items()}
         )
         self.net.metrics.update(state["metrics"])
+        if self.skips is not None:
+            self.skips.in_a_row = state.get("skipped_in_a_row", 0)
 
     def networks(self, round_: int) -> dict[str, tuple[str, ...]]:
         """Names of a round's subnets by pattern, in the net's order; none in round 0, all in finishing."""
@@ -235,26 +326,43 @@ class Session:
 
     def optimization_state(self) -> dict[str, Any] | None:
         """A copy of the state of the round's optimizer and schedule."""
-        state: dict[str, Any] | None = None if self.optimization is None else _cpu(self.optimization.state_dict())
+        state: dict[str, Any] | None = None if self.optimization is None else to_cpu(self.optimization.state_dict())
         return state
 
     def seed(self, *what: int | str) -> None:
         """Seed all generators for what is about to be done."""
         seed_everything(self.options.seed, *what)
 
-    def guarded(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Batches; a loader that breaks because the same Ctrl-C ended its workers counts as the interruption it is."""
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except Exception:
-                if not self.interrupts.requested:
-                    raise
-                self.save(interrupted=True)
-                raise KeyboardInterrupt from None
-            yield batch
+    def guarded(self, batches: Iterable[Any], of: str) -> Iterator[Any]:
+        """Batches, none any more once the run was asked to stop.
+
+        Only to be used where the run can be resumed from between two batches.
+
+        Args:
+            batches: From a loader.
+            of: What they are, for errors.
+
+        Raises:
+            Stopped: The run was asked to stop; also where a loader breaks because the same Ctrl-C ended its workers.
+            LoaderFailed: The loader raised.
+        """
+        iterator = iter(batches)
+        i = 0
+        try:
+            while True:
+                self.stop_if_asked()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    self.stop_if_asked()
+                    raise LoaderFailed(f"{of} raised {type(error).__name__} ({error}) for batch {i}, from 0") from error
+                yield batch
+                i += 1
+        finally:
+            if isinstance(iterator, Generator):  # puts the loader's generators back
+                iterator.close()
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """The model's output alone."""
@@ -262,14 +370,19 @@ class Session:
 
     def score(self, name: str) -> Score:
         """Recalibrate a network's statistics and measure it on the held-out batches; higher is better."""
-        self.net.recalibrate(name, self.recalibration, self.forward)
+        self.recalibrate(name)
         return self.measure(name)
+
+    def recalibrate(self, name: str) -> None:
+        """Give a network statistics of its own, of the training batches that are for it."""
+        self.net.recalibrate(name, self.guarded(self.recalibration, "train_loader, recalibrating,"), self.forward)
 
     def measure(self, name: str, batches: Iterable[Any] | None = None) -> Score:
         """Measure a network with the statistics that it has on the held-out batches, or some; higher is better."""
         assert self.held_out is not None
         with self.net.using(name):
-            score = mean_score(self.net.model, batches or self.held_out, self.options.forward_fn, self.metric)
+            guarded = self.guarded(batches or self.held_out, "val_loader")
+            score = mean_score(self.net.model, guarded, self.options.forward_fn, self.metric)
         if self.options.metric_mode == "min":
             return Score(-score.value, None if score.maximum is None else Fraction(0), score.count)
         return score
@@ -277,37 +390,3 @@ class Session:
     def readable(self, value: Fraction) -> float:
         """A score as the user's metric had it."""
         return float(-value if self.options.metric_mode == "min" else value)
-
-
-def pack_masks(masks: Mapping[str, Mask]) -> dict[str, Tensor]:
-    """Masks as one mapping of tensors."""
-    out = {}
-    for name, mask in masks.items():
-        out.update({f"{name}/elements/{key}": value for key, value in mask.elements.items()})
-        if mask.removed is not None:
-            out[f"{name}/removed"] = mask.removed
-    return out
-
-
-def unpack_masks(tensors: Mapping[str, Tensor], net: CocktailNet) -> dict[str, Mask]:
-    """The inverse of :func:`pack_masks`; weights are in the network's order, whatever the file's."""
-    place = {weight.name: i for i, weight in enumerate(net.eligible)}
-    elements: dict[str, dict[str, Tensor]] = {}
-    removed: dict[str, Tensor] = {}
-    for key in sorted(tensors, key=lambda k: place.get(k.split("/", 2)[-1], len(place))):
-        name, kind, *rest = key.split("/", 2)
-        if kind == "removed":
-            removed[name] = tensors[key]
-        else:
-            elements.setdefault(name, {})[rest[0]] = tensors[key]
-    return {name: Mask(elements.get(name, {}), removed.get(name)) for name in sorted({*elements, *removed})}
-
-
-def _cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {k: _cpu(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_cpu(v) for v in value]
-    return value

@@ -2,100 +2,49 @@
 
 The folder holds::
 
-    configuration.json        what was trained, readable; another configuration is refused
-    state-000007.pt           the run as it stood; the last two are kept
-    rewind.safetensors        the rewind point, written once
-    round-03.safetensors      the weights that a round ended with, written once
-    masks-03.safetensors      the masks made in a round, written once
+    configuration.json                     what was trained, readable; another configuration is refused
+    state-000007.pt                        the run as it stood; the last two are kept
+    rewind-4d2c….safetensors               the rewind point, written once
+    round-03-91ab….safetensors             the weights that a round ended with, written once
+    masks-03-07fe….safetensors             the masks made in a round, written once
+    lock                                   empty; held by the process that trains
 
-Every file is written beside its place, flushed to the disk and renamed. The rolling file begins with the checksum
-of what follows, and names the checksums of all others. Nothing is unpickled: it is read with ``weights_only=True``.
+Every file is written beside its place, flushed to the disk and renamed. A state begins with the checksum of what
+follows, and names the other files that it needs with theirs. Those carry the beginning of their checksum in their
+names, so that what a state needs is never written over, and are removed once neither of the last two states names them.
+Nothing is unpickled: states are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import logging
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import TrainingError
+from .configuration import CONFIGURATION, differences, stored_configuration
+from .locking import locked
+from .writing import Sink, Written, clean, read_sum, write_atomic, write_tensors, write_whole
 
-__all__ = ["FolderStore", "MemoryStore", "Store", "differences", "fingerprint", "stored_configuration", "write_atomic"]
+__all__ = ["FolderStore", "MemoryStore", "Store", "write_atomic"]
 
 log = logging.getLogger(__name__)
 
-MAGIC = b"cocktail-state-1 "
+MAGIC = b"cocktail-state-2 "
+OLD_MAGIC = b"cocktail-state-1 "
+"""Of release 0.1.0, whose files had no checksum in their names."""
 KEEP = 2
-CONFIGURATION = "configuration.json"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file such that after a crash there is either all of it or what was there before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def fingerprint(configuration: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration of JSON values."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Where two configurations differ, as readable lines: ``epochs: 20, now 30``."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines = []
-        for name in sorted({*old, *new}):
-            lines += differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-        return lines
-    if old == new:
-        return []
-    return [f"{key}: {_short(old)}, now {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def stored_configuration(folder: Path) -> dict[str, Any]:
-    """The configuration of the run whose state a folder holds; empty where it holds none.
-
-    Raises:
-        TrainingError: Where the file is damaged.
-    """
-    path = folder / CONFIGURATION
-    if not path.exists():
-        return {}
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise TrainingError(
-            f"{path} is no JSON ({error}): remove {folder} to start anew, or train into another folder"
-        ) from error
-    return stored if isinstance(stored, dict) else {}
+_OURS = re.compile(r"(rewind|round-\d+|masks-\d+|weights-.+?)(-[0-9a-f]{12})?\.safetensors")
 
 
 class MemoryStore:
@@ -103,6 +52,16 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._tensors: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def standing(self) -> str:
+        """What is said of the last state."""
+        return "Without out_dir there is no state to go back to."
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else can write here."""
+        yield
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name."""
@@ -112,9 +71,9 @@ class MemoryStore:
         """What was put there."""
         return dict(self._tensors[name])
 
-    def save(self, state: Mapping[str, Any]) -> Path | None:
+    def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path | None:
         """Nowhere to save to."""
-        del state
+        del state, needed
         return None
 
     def load(self) -> dict[str, Any] | None:
@@ -135,9 +94,16 @@ class FolderStore:
 
     def __init__(self, folder: Path, configuration: Mapping[str, Any]) -> None:
         self.folder = folder
-        self._sums: dict[str, str] = {}
+        self._files: dict[str, dict[str, Any]] = {}  # by name: file, sha256, bytes
+        self._kept: list[set[str]] = []  # files that each of the last states names
         self._number = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        self._readable = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"{folder} cannot be made for the run's state ({error}): choose another out_dir"
+            ) from error
         now = json.loads(json.dumps(configuration))
         if then := stored_configuration(folder):
             if lines := differences(then, now):
@@ -148,11 +114,38 @@ class FolderStore:
         else:
             write_atomic(folder / CONFIGURATION, (json.dumps(now, indent=1, sort_keys=True) + "\n").encode())
 
+    @property
+    def standing(self) -> str:
+        """What is said of the last state."""
+        if not self._number:
+            return f"No state was saved in {self.folder} yet."
+        return f"The last good state, {self._state(self._number)}, stands: the same call goes on from it."
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training here meanwhile, and remove what a killed one left half-written.
+
+        Raises:
+            TrainingError: Where another one does.
+        """
+        with locked(self.folder / "lock"):
+            for path in clean(self.folder):
+                log.info("removed %s, which a process left half-written", path)
+            yield
+
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors once, as ``NAME.safetensors``."""
-        data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-        self._sums[name] = hashlib.sha256(data).hexdigest()
-        write_atomic(self._path(name), data)
+        """Write tensors once, as ``NAME-CHECKSUM.safetensors``.
+
+        Raises:
+            TrainingError: Where the disk fails.
+        """
+        written = write_tensors(
+            self.folder / f"{name}.safetensors",
+            tensors,
+            name=lambda checksum: f"{name}-{checksum[:12]}.safetensors",
+            standing=self.standing,
+        )
+        self._files[name] = _entry(written)
 
     def get(self, name: str) -> dict[str, Tensor]:
         """Read tensors that the last saved or loaded state knows of.
@@ -160,64 +153,150 @@ class FolderStore:
         Raises:
             TrainingError: Where the file is gone or is not what was written.
         """
-        path = self._path(name)
+        if why := self._wrong(self._files.get(name, {"file": f"{name}.safetensors"})):
+            raise TrainingError(f"{why}: remove {self.folder} to start anew")
+        path = self.folder / self._files[name]["file"]
         try:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != self._sums.get(name):
-                raise TrainingError(f"{path} is damaged (its checksum is wrong): remove {self.folder} to start anew")
-            return load(data)
+            return load_file(path)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"{path} cannot be read ({error}): remove {self.folder} to start anew") from error
 
-    def save(self, state: Mapping[str, Any]) -> Path:
-        """Write the run's state, and remove all but the last two."""
-        buffer = io.BytesIO()
-        torch.save({**state, "files": dict(self._sums)}, buffer)
-        data = buffer.getvalue()
+    def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path:
+        """Write the run's state, and remove all but the last two with the files that only older ones named.
+
+        Args:
+            state: Makes it. Tensors may be on any device; one at a time is copied to the CPU.
+            needed: Whether the run still needs the file of a name.
+
+        Raises:
+            TrainingError: Where the disk fails, or the state holds what cannot be read without running code.
+        """
+        files = {name: {**entry, "needed": needed(name)} for name, entry in self._files.items()}
+        content = {**state(), "files": files}
+
+        def fill(sink: Sink) -> None:
+            torch.save(content, cast(IO[bytes], sink))
+
+        path = self._state(self._number + 1)
+        check = None if self._readable else _check_readable
+        write_whole(path, fill, head=_head, check=check, standing=self.standing)
+        self._readable = True
         self._number += 1
-        path = self.folder / f"state-{self._number:06d}.pt"
-        write_atomic(path, MAGIC + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
-        for number, old in self._saved():
-            if number <= self._number - KEEP:
-                old.unlink(missing_ok=True)
+        self._kept = [*self._kept, {entry["file"] for entry in files.values()}][-KEEP:]
+        self._remove_old()
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole, or ``None`` where none was saved.
+        """The newest state that is whole, with all files that it needs; ``None`` where none was saved.
+
+        Where the newest is damaged, a warning says so and the one before it is taken.
 
         Raises:
             TrainingError: Where all that was saved is damaged.
         """
+        found: list[str] = []
         saved = self._saved()
         for number, path in reversed(saved):
-            state = _read(path)
-            if state is None:
-                log.warning("%s is damaged; going back to the state before it", path)
+            try:
+                state = _read(path)
+                files = {name: _compatible(name, entry) for name, entry in state.pop("files").items()}
+                why = next((w for e in files.values() if e["needed"] and (w := self._wrong(e))), None)
+            except _Damaged as error:
+                why, state, files = str(error), {}, {}
+            if why is not None:
+                found.append(f"{path.name}: {why}")
+                if number > saved[0][0]:
+                    log.warning("%s cannot be gone on from (%s); going back to the state before it", path, why)
                 continue
-            self._number = number
-            self._sums = dict(state.pop("files"))
+            self._number, self._files = number, files
+            self._kept = [{entry["file"] for entry in files.values()}]
             return state
         if saved:
             raise TrainingError(
-                f"no state in {self.folder} can be read ({', '.join(p.name for _, p in saved)} are damaged): remove "
-                "it to start anew"
+                f"no state in {self.folder} can be gone on from ({'; '.join(found)}): put back a copy of it, or "
+                "remove it to start anew"
             )
         return None
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+    def _state(self, number: int) -> Path:
+        return self.folder / f"state-{number:06d}.pt"
 
     def _saved(self) -> list[tuple[int, Path]]:
         found = ((re.fullmatch(r"state-(\d+)\.pt", path.name), path) for path in self.folder.glob("state-*.pt"))
         return sorted((int(match[1]), path) for match, path in found if match)
 
+    def _wrong(self, entry: Mapping[str, Any]) -> str | None:
+        """What is wrong with a file that a state names, if anything."""
+        path = self.folder / entry["file"]
+        try:
+            if path.stat().st_size == entry.get("bytes", path.stat().st_size) and read_sum(path) == entry.get("sha256"):
+                return None
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except OSError as error:
+            return f"{path} cannot be read ({error})"
+        return f"{path} is damaged (its checksum is wrong)"
+
+    def _remove_old(self) -> None:
+        old = [path for number, path in self._saved() if number <= self._number - KEEP]
+        if len(self._kept) == KEEP or self._number == 1:  # otherwise what the state before names is not known yet
+            named = set().union(*self._kept)
+            ours = (path for path in self.folder.glob("*.safetensors") if _OURS.fullmatch(path.name))
+            old += [path for path in ours if path.name not in named]
+        for path in old:
+            with contextlib.suppress(OSError):  # what stays is removed next time
+                path.unlink()
+
 
 Store = MemoryStore | FolderStore
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    head, _, data = path.read_bytes().partition(b"\n")
-    if head != MAGIC + hashlib.sha256(data).hexdigest().encode():
-        return None
-    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+class _Damaged(Exception):
+    """A state is not as it was written."""
+
+
+def _head(checksum: str) -> bytes:
+    return MAGIC + checksum.encode() + b"\n"
+
+
+def _entry(written: Written) -> dict[str, Any]:
+    return {"file": written.path.name, "sha256": written.sha256, "bytes": written.bytes, "needed": True}
+
+
+def _compatible(name: str, entry: Any) -> dict[str, Any]:
+    """A file as release 0.1.0 named it: by its checksum alone."""
+    if isinstance(entry, str):
+        return {"file": f"{name}.safetensors", "sha256": entry, "needed": True}
+    return dict(entry)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A state, in pieces as far as the checksum goes, its tensors on the CPU.
+
+    Raises:
+        _Damaged: It is not as it was written.
+    """
+    length = len(_head("0" * 64))
+    try:
+        with path.open("rb") as file:
+            head = file.read(length)
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            if head not in (_head(checksum), _head(checksum).replace(MAGIC, OLD_MAGIC)):
+                raise _Damaged("its checksum is wrong")
+            file.seek(length)
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _Damaged(f"it cannot be read: {error}") from error
     return state
+
+
+def _check_readable(path: Path) -> None:
+    """See once in a run that what was written can be read again, and without running code."""
+    try:
+        _read(path)
+    except Exception as error:
+        raise TrainingError(
+            "the run's state cannot be read again without running code, so it could not be gone on with: the "
+            "optimizer or the schedule keeps something in its state_dict() that is neither a number, a text nor a "
+            f"tensor ({error})"
+        ) from error

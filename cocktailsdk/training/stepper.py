@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +33,13 @@ class Trained:
         losses: By network, detached.
         teacher: What the dense network said in its turn, where the step leads another or has turns after it.
         remade: Subnets whose masks it changed.
+        left_out: Whether the optimizer did not step, as ``Stepper.allows`` said.
     """
 
     losses: Mapping[str, Float[Tensor, ""]]
     teacher: Any
     remade: frozenset[str] = frozenset()
+    left_out: bool = False
 
 
 class Stepper:
@@ -53,6 +55,10 @@ class Stepper:
         active: Whether masked weights are left alone by momentum and weight decay too.
         separate: Whether every network keeps running statistics of its own.
         previous: Gradients of the step before, by name, for steps that correct theirs; kept up to date.
+
+    Attributes:
+        allows: Given a step's losses, its gradients in place, and whether they are scaled: says whether the optimizer
+            steps; by default always.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Stepper:
         self._active, self._separate = active, separate
         self._previous = {} if previous is None else previous
         self._parameters = dict(net.model.named_parameters())
+        self.allows: Callable[[Mapping[str, Tensor], bool], bool] | None = None
 
     @classmethod
     def of(
@@ -123,6 +130,8 @@ class Stepper:
                     teacher = self._teacher(batch)
                 with self._added(turn.network, step.regrow):
                     losses[turn.network] = self._sparse(turn, batch, teacher)
+        if self.allows is not None and not self.allows(losses, False):
+            return Trained(losses, teacher, left_out=True)
         if step.correct:
             correct_gradients(self._parameters, self._previous)
         with self._held(step.turns, optimizer):

@@ -17,13 +17,13 @@ from ..errors import TrainingError
 from ..net import CocktailNet
 from ..patterns.base import DENSE
 from .batches import HeldBatches, epoch_length, generator_states, set_generator_states
-from .configuration import describe
+from .configuration import describe, fingerprint, stored_configuration
 from .distill import Classes, DistillFn
 from .events import Callback, Finished, TrainingStarted
 from .first_look import choose_metric, look
 from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
-from .interrupt import Interrupts
+from .interrupt import Interrupts, Stopped
 from .merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .options import OptimizerFactory, Options, default_optimizer, finishing_epochs
@@ -33,8 +33,8 @@ from .recipes import Recipe, recipe_named
 from .rounds import train_rounds
 from .schedules import ScheduleFactory, cosine_restarts
 from .search import ALPHAS
-from .session import Session
-from .state import FolderStore, MemoryStore, Store, fingerprint, stored_configuration
+from .session import LoaderFailed, Session
+from .state import FolderStore, MemoryStore, Store
 from .stored import parameters_stored
 
 __all__ = ["CoTrainer"]
@@ -90,10 +90,16 @@ class CoTrainer:
         recalibration_batches: Training batches from which batch-norm statistics are computed.
         steps_per_epoch: Batches of an epoch. Default: the loader's length.
         out_dir: Where the run keeps its state, in ``state/``. With it, the same call goes on after a crash or Ctrl-C,
-            bit-identically to never having stopped.
+            bit-identically to never having stopped. One run at a time may train there.
         device: Where to train; the net is moved there. Default: where the model is.
         seed: Of all randomness. The global generators are left as they were.
         save_seconds: Least time between saves at ends of epochs; rounds save in any case.
+        save_minutes: Most time without a save: also in the middle of an epoch, in merging, and while networks get
+            their statistics.
+        on_nan: What is done where a loss is infinite or no number. ``"raise"`` stops the run; which step it was is
+            found without waiting for the device in each. ``"skip"`` leaves such a step out, also where only its
+            gradients are not finite: weights, momentum and statistics stay as they were; it waits for the device in
+            every step, and stops after 25 in a row.
         event_seconds: Least time between two events of single steps.
         callbacks: Called with every event; see :mod:`cocktailsdk.training.events`.
         config: JSON values that stand for what cannot be seen from here (the data, say). Part of the fingerprint.
@@ -144,6 +150,8 @@ class CoTrainer:
         device: str | torch.device | None = None,
         seed: int = 0,
         save_seconds: float = 10.0,
+        save_minutes: float = 5.0,
+        on_nan: Literal["raise", "skip"] = "raise",
         event_seconds: float = 0.1,
         callbacks: Sequence[Callback] = (),
         config: Mapping[str, Any] | None = None,
@@ -206,6 +214,8 @@ class CoTrainer:
             recalibration_batches=recalibration_batches,
             seed=seed,
             save_seconds=save_seconds,
+            save_minutes=save_minutes,
+            on_nan=on_nan,
             event_seconds=event_seconds,
             callbacks=tuple(callbacks),
         )
@@ -226,32 +236,34 @@ class CoTrainer:
     def fit(self) -> CocktailNet:
         """Train all rounds, merge them, and give every network its statistics and metric.
 
-        With ``out_dir`` a run that was stopped goes on, and one that is done is loaded. Ctrl-C finishes the step,
-        saves, and raises ``KeyboardInterrupt``.
+        With ``out_dir`` a run that was stopped goes on, and one that is done is loaded. Ctrl-C and SIGTERM finish the
+        step, save, and end the run; a second one ends it at once.
 
         Returns:
             The net, dense network active, in the mode in which it was.
 
         Raises:
             TrainingError: Where training cannot start or go on; says what to do.
-            KeyboardInterrupt: When the run was interrupted.
+            KeyboardInterrupt: After Ctrl-C, or where a callback raised it.
+            SystemExit: After SIGTERM, with the status 143.
         """
         net = self.net
         net.switch(DENSE)
         net.to(self._device)
         modes = [(module, module.training) for module in net.modules()]
         try:
-            with forked(), Interrupts() as interrupts:
-                session = self._session(interrupts, self._store())
+            with forked(), Interrupts() as interrupts, self._held_store() as store:
+                session = self._session(interrupts, store)
                 self.history = session.history
-                if session.position.phase != "done":
-                    session.emit(self._started(session))
-                    train_rounds(session, "train")
-                    merge_rounds(session)
-                    train_rounds(session, "finishing")
-                    finish(session)
-                self._done = session
-                session.emit(Finished(dict(net.metrics), session.history.seconds))
+                with _stopping(session):
+                    if session.position.phase != "done":
+                        session.emit(self._started(session))
+                        train_rounds(session, "train")
+                        merge_rounds(session)
+                        train_rounds(session, "finishing")
+                        finish(session)
+                    self._done = session
+                    session.emit(Finished(dict(net.metrics), session.history.seconds))
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -327,7 +339,11 @@ class CoTrainer:
         try:
             with forked():
                 session = self._session(Interrupts(), MemoryStore())
-                yield session, measure(session)
+                try:
+                    costs = measure(session)
+                except LoaderFailed as failed:
+                    raise TrainingError(str(failed)) from failed.__cause__
+                yield session, costs
         finally:
             set_generator_states(self._train_loader, states)
 
@@ -342,6 +358,12 @@ class CoTrainer:
         if self._out_dir is None:
             return MemoryStore()
         return FolderStore(self._out_dir / "state", self.configuration)
+
+    @contextmanager
+    def _held_store(self) -> Iterator[Store]:
+        store = self._store()
+        with store.held():
+            yield store
 
     def _session(self, interrupts: Interrupts, store: Store) -> Session:
         options, net = self._options, self.net
@@ -397,6 +419,23 @@ class CoTrainer:
             done_steps=done,
             resumed=bool(session.history.rounds),
         )
+
+
+@contextmanager
+def _stopping(session: Session) -> Iterator[None]:
+    """Save where the run was asked to stop, or a loader raised; then end it."""
+    try:
+        yield
+    except Stopped:
+        session.save(interrupted=True)
+        raise session.interrupts.error() from None
+    except LoaderFailed as failed:
+        try:
+            saved = session.save(interrupted=True)
+        except TrainingError as error:
+            raise TrainingError(f"{failed}. The run could not be saved: {error}") from failed.__cause__
+        where = f"The run was saved in {saved}: the same call goes on from there" if saved else session.store.standing
+        raise TrainingError(f"{failed}. {where}") from failed.__cause__
 
 
 def _epochs(
