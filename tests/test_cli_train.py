@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from cocktailsdk import presets
@@ -19,6 +21,7 @@ from cocktailsdk.cli.main import app
 from cocktailsdk.cli.runs import _threads
 from cocktailsdk.patterns import NM, Channel, Unstructured
 from cocktailsdk.presets import Preset, digits, get_preset
+from cocktailsdk.presets.base import Loaders
 from cocktailsdk.report.run import read_report
 
 pytestmark = pytest.mark.slow
@@ -202,6 +205,33 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished: tuple[Path, Result]
     assert whole is not None
     assert resumed is not None
     assert resumed.networks == whole.networks
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent otherwise there")
+def test_sigterm_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path | None) -> Loaders:
+        loaders = small().load(path)
+        loaders.train.transform = terminating(loaders.train.transform)
+        return loaders
+
+    calls = [0]
+
+    def terminating(augment: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def act(images: Tensor) -> Tensor:
+            calls[0] += 1
+            if calls[0] == 10:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return augment(images)
+
+        return act
+
+    monkeypatch.setitem(presets.PRESETS, "digits", lambda: dataclasses.replace(small(), load=load))
+    folder = tmp_path / "run"
+    done = run("train", "--preset", "digits", "--out", str(folder))
+    assert done.exit_code == 143, done.output
+    assert "SIGTERM: finishing the current step and saving" in done.stderr
+    assert "stopped; the same command goes on from the state in" in done.stderr
+    assert calls[0] <= 12
 
 
 def test_a_tiny_preset_shares_no_layers_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
