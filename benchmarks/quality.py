@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,10 +32,11 @@ from rich.table import Table
 from torch.nn import functional as F
 
 import cocktailsdk as cocktail
+from cocktailsdk.training.events import Callback
 
 
 def trainer_of(
-    run: Run, task: Task, steps: int, data: Path | None, out: Path | None
+    run: Run, task: Task, steps: int, data: Path | None, out: Path | None, callbacks: Sequence[Callback] = ()
 ) -> tuple[cocktail.CoTrainer, object]:
     """The trainer of a run and its test batches."""
     method = methods()[run.method]
@@ -55,6 +57,7 @@ def trainer_of(
         recalibration_batches=RECALIBRATION,
         seed=run.seed,
         out_dir=out,
+        callbacks=callbacks,
         config={"run": run.key, "steps": steps},
     )
     return trainer, loaders.test
