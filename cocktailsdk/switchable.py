@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .errors import PatternError, SubnetError
 from .graph import Coupling
 from .masks import Mask
+from .packed import PackedMasks
 from .patterns import DENSE, Subnet
+from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
 from .switching import Switcher
-
-_MASK_CACHE_BYTES = 1 << 30
 
 
 class SwitchableNet(nn.Module):
@@ -40,8 +40,8 @@ class SwitchableNet(nn.Module):
         self.statistics: dict[str, dict[str, Tensor]] = {}
         self._subnets = {DENSE: Subnet(DENSE, DENSE, 0.0)} | {s.name: s for s in subnets}
         self._masks: dict[str, Mask] = {}
-        self._cache: dict[str, dict[str, Tensor]] = {}
         self._switcher = Switcher(model)
+        self._placed = PlacedMasks(coupling, self._switcher.tensors)
         self._active = self._statistics_active = DENSE
         self.training = model.training
 
@@ -182,17 +182,17 @@ class SwitchableNet(nn.Module):
                 f"model has {self.coupling.n_units} units, so bool of ({self.coupling.n_units},)"
             )
         removed = None if mask.removed is None else mask.removed.detach().cpu()
-        self._masks[name] = Mask({n: k.detach().cpu() for n, k in mask.elements.items()}, removed)
-        self._cache.pop(name, None)
+        self._masks[name] = Mask(PackedMasks((n, k.cpu()) for n, k in mask.elements.items()), removed)
+        self._placed.forget(name)
         self.statistics.pop(name, None)
         self.metrics.pop(name, None)
 
     def mask_tensors(self, name: str) -> dict[str, Tensor]:
-        """Masks of a subnetwork's parameters as numbers (1 kept, 0 masked), to mask gradients with.
+        """Masks of a subnetwork's parameters as numbers: 1 kept, 0 masked. They are as large as the parameters.
 
         Returns:
             By parameter name, in the parameter's dtype and on its device, broadcastable to its shape. Parameters that
-            the subnetwork leaves whole are left out. Cached: do not change them.
+            the subnetwork leaves whole are left out. Do not change them.
 
         Raises:
             SubnetError: There is no such subnetwork, or it has no mask yet.
@@ -200,25 +200,44 @@ class SwitchableNet(nn.Module):
         name = self._ready(name)
         if name == DENSE:
             return {}
-        return {n: m for n, m in self._device_masks(name).items() if n in self.coupling.shapes}
+        tensors, masks = self._switcher.tensors, self._device_masks(name)
+        return {n: masks[n].to(tensors[n].dtype) for n in masks if n in self.coupling.shapes}
 
-    def _device_masks(self, name: str) -> dict[str, Tensor]:
-        tensors = self._switcher.tensors
-        new = name not in self._cache
-        masks = dict(self._masks[name].tensors(self.coupling)) if new else self._cache.pop(name)
-        with torch.inference_mode(False):
-            for n, m in masks.items():
-                t = tensors[n]
-                if m.dtype != t.dtype or m.device != t.device:  # new, or the model has moved
-                    masks[n] = m.to(device=t.device, dtype=t.dtype)
-        self._cache[name] = masks  # at the end: the dict's order is that of use
-        if new:
-            held = {k: sum(m.nbytes for m in v.values()) for k, v in self._cache.items()}
-            for oldest in list(held)[:-1]:
-                if sum(held.values()) <= _MASK_CACHE_BYTES:
-                    break
-                del self._cache[oldest], held[oldest]
-        return masks
+    def masked_parameters(self, name: str) -> list[str]:
+        """Names of the parameters that a subnetwork masks.
+
+        Raises:
+            SubnetError: There is no such subnetwork, or it has no mask yet.
+        """
+        name = self._ready(name)
+        return [] if name == DENSE else [n for n in self._device_masks(name) if n in self.coupling.shapes]
+
+    def zero_masked(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set to zero, in place, what a subnetwork masks: of gradients, say.
+
+        Args:
+            name: The subnetwork.
+            tensors: Like the parameters, by their names; those that it leaves whole are left alone.
+
+        Raises:
+            SubnetError: There is no such subnetwork, or it has no mask yet.
+        """
+        name = self._ready(name)
+        if name != DENSE:
+            masks = self._device_masks(name)
+            zero_masked(masks, {n: t for n, t in tensors.items() if n in masks})
+
+    def mask_bytes(self, name: str) -> int:
+        """Bytes that a subnetwork's masks take where the model is, besides those of :attr:`masks` on the CPU.
+
+        Raises:
+            SubnetError: There is no such subnetwork, or it has no mask yet.
+        """
+        name = self._ready(name)
+        return 0 if name == DENSE else placed_bytes(self._device_masks(name))
+
+    def _device_masks(self, name: str) -> Placed:
+        return self._placed.of(name, self._masks[name])
 
     def dense_tensor(self, name: str) -> Tensor:
         """A parameter's or buffer's dense value, whatever is active; the model's own memory, or the copy kept of it."""
@@ -251,14 +270,11 @@ class SwitchableNet(nn.Module):
                 raise
             return getattr(model, name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self.coupling)] = self.coupling  # plain data that nobody changes, and as large as the graph
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
     def extra_repr(self) -> str:

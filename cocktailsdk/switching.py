@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .placed import Placed, zero_masked
 from .statistics import batch_norm_buffers
 
 
@@ -90,25 +91,20 @@ class Switcher:
         if statistics:
             self.norms.restore(self.tensors)
 
-    def mask(self, masks: Mapping[str, Tensor]) -> None:
-        """Multiply weights and other tensors, batch-norm buffers apart, by their masks. The dense ones are active."""
+    def mask(self, masks: Placed) -> None:
+        """Mask weights and other tensors, batch-norm buffers apart. The dense ones are active."""
         names = [n for n in masks if n not in self.norm_buffers]
         self.weights.save(self.tensors, names)
-        self._multiply(masks, names)
+        zero_masked(masks, {n: self.tensors[n] for n in names})
 
-    def load_statistics(self, statistics: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    def load_statistics(self, statistics: Mapping[str, Tensor], masks: Placed) -> None:
         """Put a subnetwork's own statistics in the batch-norm buffers, masked where its channels are gone."""
         self.norms.save(self.tensors, [n for n in self.tensors.where if n in self.norm_buffers])
         names = [n for n in statistics if n in self.norm_buffers]
         if names:
             with _in_place():
                 torch._foreach_copy_([self.tensors[n] for n in names], [statistics[n] for n in names])
-        self._multiply(masks, [n for n in masks if n in self.norm_buffers])
-
-    def _multiply(self, masks: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        if names:
-            with _in_place():
-                torch._foreach_mul_([self.tensors[n] for n in names], [masks[n] for n in names])
+        zero_masked(masks, {n: self.tensors[n] for n in masks if n in self.norm_buffers})
 
     def dense(self, name: str) -> Tensor:
         """A tensor's dense value, whatever is active."""

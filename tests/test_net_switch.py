@@ -113,13 +113,14 @@ def test_gradients_flow_through_the_masked_network_and_masks_apply_to_them():
         net(x).sum().backward()
     masks = net.mask_tensors("unstructured@0.488")
     names = list(masks)
-    torch._foreach_mul_([net.model.get_parameter(n).grad for n in names], [masks[n] for n in names])
+    net.zero_masked("unstructured@0.488", {n: p.grad for n, p in net.model.named_parameters()})
     assert all((net.model.get_parameter(n).grad[masks[n] == 0] == 0).all() for n in names)
     assert masks.keys() == {"widen.weight", "inner.weight"}
     assert all(masks[n].dtype == net.model.get_parameter(n).dtype for n in names)
-    assert net.mask_tensors("unstructured@0.488")[names[0]] is masks[names[0]]
+    assert names == net.masked_parameters("unstructured@0.488")
     assert "bn1.running_mean" not in net.mask_tensors("channel@0.469")
     assert net.mask_tensors("dense") == {}
+    assert net.masked_parameters("dense") == []
 
 
 def test_switching_under_inference_mode_leaves_tensors_that_can_be_trained():

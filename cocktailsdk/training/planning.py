@@ -224,8 +224,8 @@ def _memory(session: Session, optimization: Optimization, activations: dict[int,
         for value in entry.values()
         if isinstance(value, Tensor)
     )
-    shared = [net.mask_tensors(names[0]) for names in session.networks(session.options.rounds).values() if names]
-    masks = sum(mask.nbytes for tensors in shared for mask in tensors.values())
+    shared = [names[0] for names in session.networks(session.options.rounds).values() if names]
+    masks = sum(net.mask_bytes(name) for name in shared)
     # while a subnet is active, the dense values of what it masks are kept beside
-    stash = max((sum(tensors[n].nbytes for n in masks_of) for masks_of in shared), default=0)
+    stash = max((sum(tensors[n].nbytes for n in net.masked_parameters(name)) for name in shared), default=0)
     return weights + gradients + state + masks + stash + sum(n for p, n in activations.items() if p not in own)

@@ -174,8 +174,8 @@ class Stepper:
     @contextmanager
     def _added(self, name: str, regrow: float) -> Iterator[None]:
         """Mask the gradients that come up inside, after regrowing by them, and add those that were there before."""
-        masks = {key: mask for key, mask in self._net.mask_tensors(name).items() if key in self._parameters}
-        before = {key: grad for key in masks if (grad := self._parameters[key].grad) is not None}
+        masked = [key for key in self._net.masked_parameters(name) if key in self._parameters]
+        before = {key: grad for key in masked if (grad := self._parameters[key].grad) is not None}
         for key in before:
             self._parameters[key].grad = None
         yield
@@ -184,10 +184,8 @@ class Stepper:
             self._net.set_mask(name, regrown(self._net, name, regrow))
             if own is not None:
                 self._net.statistics[name] = own
-            masks = {key: mask for key, mask in self._net.mask_tensors(name).items() if key in self._parameters}
-        new = [(grad, mask) for key, mask in masks.items() if (grad := self._parameters[key].grad) is not None]
-        if new:
-            torch._foreach_mul_([grad for grad, _ in new], [mask for _, mask in new])
+        # unpacked only now, not beside the activations
+        self._net.zero_masked(name, {key: p.grad for key, p in self._parameters.items() if p.grad is not None})
         for key, old in before.items():
             grad = self._parameters[key].grad
             self._parameters[key].grad = old if grad is None else grad.add_(old)

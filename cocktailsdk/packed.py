@@ -1,0 +1,158 @@
+"""Masks of one bit an element, and how tensors are masked with them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from jaxtyping import Bool, UInt8
+from torch import Tensor
+
+__all__ = ["PackedMasks"]
+
+_PIECE = 1 << 18  # elements at a time on a CPU: what fits a core's cache
+_GROUP = 1 << 26  # elements unpacked at a time on an accelerator, where few large kernels are quicker than many
+_SPREAD = 0x0102040810204080  # times eight bytes of 0 and 1: their bits in the highest byte
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
+    """Masks by name, an eighth of a byte an element; each is unpacked anew whenever it is looked at.
+
+    Args:
+        masks: Names and bool masks, one after another; all on one device.
+    """
+
+    def __init__(self, masks: Iterable[tuple[str, Bool[Tensor, "..."]]] = ()) -> None:
+        self._shapes: dict[str, torch.Size] = {}
+        self._begin: dict[str, int] = {}
+        parts, at = [], 0
+        for name, mask in masks:
+            packed = _pack(mask.detach())
+            self._shapes[name], self._begin[name] = mask.shape, at
+            parts.append(packed)
+            at += packed.numel()
+        self._packed = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        self._table = _table().to(self._packed.device)
+
+    def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
+        shape, begin = self._shapes[name], self._begin[name]
+        n = shape.numel()
+        return _unpack(self._packed[begin : begin + -(-n // 8)], self._table)[:n].view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed masks take."""
+        return self._packed.nbytes
+
+    @property
+    def elements(self) -> int:
+        """How many bits are kept."""
+        return sum(shape.numel() for shape in self._shapes.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._packed.device
+
+    def to(self, device: torch.device) -> PackedMasks:
+        """The same on another device; these themselves where they are there already."""
+        if device == self.device:
+            return self
+        new = object.__new__(PackedMasks)
+        new._shapes, new._begin = self._shapes, self._begin
+        new._packed, new._table = self._packed.to(device), self._table.to(device)
+        return new
+
+    def zero_masked(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set to zero, in place, what is masked in those of the tensors that have a mask here.
+
+        Args:
+            tensors: By name, on the masks' device, of shapes to which the masks broadcast.
+        """
+        names = [n for n in self._shapes if n in tensors]
+        with torch.inference_mode(False), torch.no_grad():
+            if self.device.type == "cpu":
+                for name in names:
+                    _zero_in_pieces(tensors[name].detach(), self[name])
+                return
+            for group in self._groups(names):
+                masks = self._unpacked(group)
+                own = [tensors[n].detach() for n in group]
+                for dtype in {t.dtype for t in own}:
+                    mine = [(t, m) for t, m in zip(own, masks, strict=True) if t.dtype == dtype]
+                    torch._foreach_mul_([t for t, _ in mine], [m.to(dtype) for _, m in mine])
+
+    def _groups(self, names: list[str]) -> Iterator[list[str]]:
+        group: list[str] = []
+        held = 0
+        for name in names:
+            n = self._shapes[name].numel()
+            if group and held + n > _GROUP:
+                yield group
+                group, held = [], 0
+            group.append(name)
+            held += n
+        if group:
+            yield group
+
+    def _unpacked(self, names: list[str]) -> list[Tensor]:
+        """Masks that lie one after another, unpacked together."""
+        begin = self._begin[names[0]]
+        last = names[-1]
+        end = self._begin[last] + -(-self._shapes[last].numel() // 8)
+        bits = _unpack(self._packed[begin:end], self._table)
+        at = [8 * (self._begin[n] - begin) for n in names]
+        return [bits[a : a + self._shapes[n].numel()].view(self._shapes[n]) for a, n in zip(at, names, strict=True)]
+
+
+def _pack(mask: Bool[Tensor, "..."]) -> UInt8[Tensor, " bytes"]:
+    flat = mask.reshape(-1)
+    whole = flat.numel() // 8 * 8
+    out = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
+    for begin in range(0, whole, 1 << 20):
+        eights = flat[begin : min(begin + (1 << 20), whole)].clone().view(torch.int64)
+        out[begin // 8 : begin // 8 + eights.numel()] = eights.mul_(_SPREAD).bitwise_right_shift_(56)
+    if whole < flat.numel():
+        rest = torch.zeros(8, dtype=torch.bool, device=mask.device)
+        rest[: flat.numel() - whole] = flat[whole:]
+        out[-1:] = rest.view(torch.int64).mul_(_SPREAD).bitwise_right_shift_(56)
+    return out
+
+
+def _table() -> Tensor:
+    """For every packed byte its eight bytes of 0 and 1, as one number."""
+    patterns = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).bool()
+    table = torch.empty(256, dtype=torch.int64)
+    table[_pack(patterns).long()] = patterns.view(torch.int64)[:, 0]
+    return table
+
+
+def _unpack(packed: UInt8[Tensor, " bytes"], table: Tensor) -> Bool[Tensor, " elements"]:
+    if packed.device.type != "cpu":
+        return table.index_select(0, packed.to(torch.int32)).view(torch.bool)
+    out = torch.empty(packed.numel(), dtype=torch.int64)
+    for part, into in zip(packed.split(_PIECE // 8), out.split(_PIECE // 8), strict=True):
+        torch.index_select(table, 0, part.to(torch.int32), out=into)
+    return out.view(torch.bool)
+
+
+def _zero_in_pieces(tensor: Tensor, mask: Bool[Tensor, "..."]) -> None:
+    """By the bits of numbers, which leaves no NaN behind and is quicker than multiplying with a bool."""
+    bits, mask = tensor.view(_BITS[tensor.element_size()]), mask.expand(tensor.shape)
+    rows = max(1, _PIECE * tensor.shape[0] // max(1, tensor.numel())) if tensor.ndim else 1
+    scratch = torch.empty(0, dtype=bits.dtype)
+    pairs = zip(bits.split(rows), mask.split(rows), strict=True) if tensor.ndim else [(bits, mask)]
+    for part, keep in pairs:
+        if scratch.shape != part.shape:
+            scratch = torch.empty(part.shape, dtype=bits.dtype)
+        part.bitwise_and_(scratch.copy_(keep).neg_())

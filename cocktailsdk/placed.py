@@ -1,0 +1,96 @@
+"""Subnetworks' masks where the model is, kept from one use to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .masks import Mask
+from .packed import PackedMasks
+
+if TYPE_CHECKING:
+    from .graph import Coupling
+    from .switching import Tensors
+
+__all__ = ["Placed", "PlacedMasks", "zero_masked"]
+
+Placed = PackedMasks | Mapping[str, Tensor]
+"""Masks of parameters and buffers by name: packed, or as numbers in the tensors' dtypes."""
+
+_CACHE_BYTES = 1 << 30
+_PLAIN_BYTES = 1 << 22  # masks that are no larger as numbers are kept so: for small models speed is what counts
+
+
+class PlacedMasks:
+    """Masks that were used last, on the model's device.
+
+    Args:
+        coupling: The model's.
+        tensors: Its parameters and buffers.
+    """
+
+    def __init__(self, coupling: Coupling, tensors: Tensors) -> None:
+        self._coupling, self._tensors = coupling, tensors
+        self._held: dict[str, Placed] = {}
+
+    def of(self, name: str, mask: Mask) -> Placed:
+        """A subnetwork's masks: packed, or as numbers if they are small."""
+        masks = self._held.pop(name, None)
+        if masks is None or not self._at_home(masks):
+            with torch.inference_mode(False):
+                masks = self._place(mask)
+        self._held[name] = masks  # at the end: the dict's order is that of use
+        sizes = {k: placed_bytes(v) for k, v in self._held.items()}
+        for oldest in list(sizes)[:-1]:
+            if sum(sizes.values()) <= _CACHE_BYTES:
+                break
+            del self._held[oldest], sizes[oldest]
+        return masks
+
+    def forget(self, name: str) -> None:
+        """Drop what is held of a subnetwork, whose mask has changed."""
+        self._held.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}
+
+    def _at_home(self, masks: Placed) -> bool:
+        """Whether the model has neither moved nor changed its dtype since."""
+        tensors = self._tensors
+        if isinstance(masks, PackedMasks):
+            return all(tensors[n].device == masks.device for n in masks)
+        return all(tensors[n].device == m.device and tensors[n].dtype == m.dtype for n, m in masks.items())
+
+    def _place(self, mask: Mask) -> Placed:
+        tensors = self._tensors
+        if mask.removed is None and isinstance(mask.elements, PackedMasks):
+            packed = mask.elements
+        else:
+            packed = PackedMasks(mask.tensors(self._coupling).items())
+        devices = {tensors[n].device for n in packed}
+        if len(devices) != 1 or packed.elements * max(tensors[n].element_size() for n in packed) <= _PLAIN_BYTES:
+            return {n: m.to(device=tensors[n].device, dtype=tensors[n].dtype) for n, m in packed.items()}
+        return packed.to(devices.pop())
+
+
+def placed_bytes(masks: Placed) -> int:
+    """Bytes that they take."""
+    return masks.nbytes if isinstance(masks, PackedMasks) else sum(m.nbytes for m in masks.values())
+
+
+def zero_masked(masks: Placed, tensors: Mapping[str, Tensor]) -> None:
+    """Set to zero, in place, what is masked in tensors.
+
+    Args:
+        masks: On the tensors' device.
+        tensors: By name; each has a mask that broadcasts to it.
+    """
+    if isinstance(masks, PackedMasks):
+        masks.zero_masked(tensors)
+    elif tensors:
+        # not inference mode even where the caller is in it: tensors made there could not be changed outside later
+        with torch.inference_mode(False), torch.no_grad():
+            torch._foreach_mul_(list(tensors.values()), [masks[n] for n in tensors])
