@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -31,9 +32,14 @@ def results() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def messages() -> Console:
-    """Standard error: progress, warnings and errors."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+def messages(*, main_process_only: bool = False) -> Console:
+    """Standard error: progress, warnings and errors.
+
+    Args:
+        main_process_only: Whether others of several processes (``torchrun`` numbers them in ``RANK``) stay silent.
+    """
+    quiet = main_process_only and os.environ.get("RANK", "0") != "0"
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
 def print_json(value: Any) -> None:

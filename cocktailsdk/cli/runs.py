@@ -36,8 +36,10 @@ def train_preset(
     weights: Path | None = None,
     start: str | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> RunReport:
+) -> RunReport | None:
     """Train a preset in a folder, or go on there; a run that is finished is only read.
+
+    Of several processes (``torchrun``) all call this; the main one alone writes, and has the report.
 
     Args:
         name: The preset.
@@ -68,8 +70,15 @@ def train_preset(
     if weights is not None and preset.weights is not None:
         options["config"] = {"weights": hashlib.sha256(preset.weights.read_bytes()).hexdigest()}
     prepared = preset.prepare(data, seed=seed, **options)
-    done = read_report(folder)
-    if done is not None and done.fingerprint == prepared.trainer.fingerprint and (folder / BUNDLE).is_dir():
+    ranks = prepared.trainer.ranks
+
+    def finished() -> RunReport | None:
+        report = read_report(folder)
+        mine = report is not None and report.fingerprint == prepared.trainer.fingerprint
+        return report if mine and (folder / BUNDLE).is_dir() else None
+
+    done = finished() if ranks.is_main else None
+    if ranks.from_main(lambda: done is not None):
         console.print(f"the run in {folder} is finished", soft_wrap=True)
         return done
     subnets = [prepared.net.subnet(n) for n in prepared.net.names]
@@ -78,7 +87,10 @@ def train_preset(
         views.append(view)
         prepared.trainer.fit()
         view.note("measuring every network on the test data")
-        report = _measure(prepared, preset, folder, seed)
+        test = prepared.trainer.evaluate(prepared.loaders.test)
+        if not ranks.is_main:
+            return None
+        report = _report(prepared, test, preset, folder, seed)
     report.write(folder)
     return report
 
@@ -97,10 +109,9 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measure(prepared: Prepared, preset: Preset, folder: Path, seed: int | None) -> RunReport:
-    """Evaluate on the test data, and write all but the report itself."""
-    net, trainer, loaders = prepared
-    test = trainer.evaluate(loaders.test)
+def _report(prepared: Prepared, test: Mapping[str, float], preset: Preset, folder: Path, seed: int | None) -> RunReport:
+    """Write all but the report itself."""
+    net, trainer, _ = prepared
     net.save_pretrained(folder / BUNDLE)
     report = RunReport(
         networks=network_rows(net.subnets(), test, net.metrics),

@@ -52,7 +52,7 @@ def train(
     The folder then holds the bundle, report.json and a picture. Ctrl-C and SIGTERM save (exit codes 130 and 143);
     the same command goes on.
     """
-    console = messages()
+    console = messages(main_process_only=True)
     log_to(console)
     if start is Start.PRETRAINED and weights is None:
         raise typer.BadParameter("'pretrained' needs the trained weights: give --weights FILE", param_hint="--start")
@@ -78,6 +78,8 @@ def train(
             raise
         console.print(f"stopped; the same command goes on from the state in {folder / 'state'}", soft_wrap=True)
         raise typer.Exit(code) from None
+    if report is None:  # another process has it
+        return
     if as_json:
         print_json(report.to_dict())
         return

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..errors import TrainingError
 from .randomness import seed_everything
 
-__all__ = ["HeldBatches", "draw", "epoch_length", "generator_states", "set_generator_states", "to_device"]
+__all__ = [
+    "HeldBatches",
+    "draw",
+    "draw_groups",
+    "epoch_length",
+    "generator_states",
+    "set_generator_states",
+    "to_device",
+]
 
 KEEP_BYTES = 1 << 30
 """Held-out batches up to this size are kept in memory instead of being loaded again for every candidate."""
@@ -49,7 +57,7 @@ def nbytes(batch: Any) -> int:
         return sum(map(nbytes, batch.values()))
     if isinstance(batch, tuple | list):
         return sum(map(nbytes, batch))
-    return 0
+    return int(getattr(batch, "nbytes", 0))
 
 
 def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
@@ -129,6 +137,20 @@ def draw(loader: Iterable[Any], key: tuple[int | str, ...], steps: int | None = 
         yield batch
 
 
+def draw_groups(loader: Iterable[Any], key: tuple[int | str, ...], batches: int, size: int) -> Iterator[list[Any]]:
+    """One pass over a loader, several batches at a time; the last group of a pass may be smaller.
+
+    Args:
+        loader: As in :func:`draw`.
+        key: As in :func:`draw`.
+        batches: Stop after so many.
+        size: Batches of a group.
+    """
+    drawn = draw(loader, key, batches)
+    while group := list(itertools.islice(drawn, size)):
+        yield group
+
+
 class HeldBatches:
     """Batches to go through many times, equal every time.
 
@@ -141,6 +163,7 @@ class HeldBatches:
         device: Where batches are put.
         limit: Use only the first so many batches.
         keep_bytes: What may be kept in memory.
+        again: What to go through instead where batches are too large to be kept; the first pass shows whether.
     """
 
     def __init__(
@@ -150,8 +173,10 @@ class HeldBatches:
         device: torch.device,
         limit: int | None = None,
         keep_bytes: int = KEEP_BYTES,
+        again: Iterable[Any] | None = None,
     ) -> None:
         self._loader, self._key, self._device, self._limit = loader, key, device, limit
+        self._again = loader if again is None else again
         self._keep_bytes = keep_bytes
         self._kept: list[Any] | None = None
         self._states = generator_states(loader)
@@ -181,3 +206,5 @@ class HeldBatches:
         finally:
             set_generator_states(self._loader, now)
         self._kept = kept
+        if kept is None:
+            self._loader = self._again

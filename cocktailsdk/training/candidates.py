@@ -16,6 +16,7 @@ from .batches import nbytes
 from .metrics import Score, mean_score
 from .search import interpolate, lacking, layer_of
 from .session import Session, load_tensors
+from .sharing import part_of
 
 __all__ = ["Candidates", "Cell", "doubling", "hardest_first", "regrouped"]
 
@@ -49,7 +50,7 @@ class Candidates:
         self._batches = list(session.held_order or [])
         self._parts = doubling(len(self._batches)) if self._batches else [range(0)]
         self._bytes = [nbytes(batch) for batch in self._batches]
-        self._recalibration_bytes = sum(map(nbytes, session.recalibration))
+        self._recalibration_bytes = session.ranks.from_main(lambda: sum(map(nbytes, session.recalibration)))
 
     def propose(self, key: float, shares: Mapping[str, float]) -> None:
         """Let a number above 1 stand for a share for every layer."""
@@ -158,6 +159,7 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
         or the data are too large to be kept.
     """
     assert session.held_out is not None
+    ranks = session.ranks
     session.measure(names[0])
     if (batches := session.held_out.kept) is None:
         return None, 0
@@ -172,14 +174,20 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
                 found.append(session.metric(output, target))
                 return found[-1]
 
+            part = None if ranks.world == 1 else part_of(batch, ranks)
             with session.net.using(name):
-                mean_score(session.net.model, [batch], session.options.forward_fn, keep)
-            scores = found[0]
+                mean_score(session.net.model, [part.batch if part else batch], session.options.forward_fn, keep)
+            scores = found[0] if part is None or part.count else found[0][:0]
             if scores.dtype != torch.bool or not scores.ndim:
                 return None, 0
             bad = scores if session.options.metric_mode == "min" else ~scores
             missed = bad.flatten(1).sum(1) if bad.ndim > 1 else bad.long()
+            if part is not None:
+                whole = missed.new_zeros(part.total)
+                whole[part.rows.start : part.rows.stop] = missed
+                missed = ranks.sum(whole)
             misses[i] = missed.cpu() + (misses[i] if len(misses[i]) else 0)
             total += scores.numel()
     session.net.statistics.clear()
+    total = int(ranks.sum(torch.tensor(total)))
     return torch.cat(misses).argsort(descending=True, stable=True), total // len(names)

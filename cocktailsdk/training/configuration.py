@@ -55,6 +55,10 @@ def describe(net: CocktailNet, options: Options, config: Mapping[str, Any] | Non
     training |= {name: _name(getattr(options, name)) for name in _FUNCTIONS}
     training["alphas"] = sorted(options.alphas)
     training["recipe"] = options.recipe.describe()
+    # how passes run is told where it is not the plain way, how many processes there are never: it may change
+    plain = {"mixed_precision": None, "accumulate": 1, "clip_norm": None, "sync_batch_norm": False}
+    chosen = {**{name: getattr(options, name, None) for name in plain}, "mixed_precision": options.precision.name}
+    training |= {name: value for name, value in chosen.items() if value != plain[name]}
     return {
         "format": 1,
         "patterns": {p.name: p.config() for p in net.patterns},

@@ -14,6 +14,7 @@ from .forward import loss_of
 from .metrics import MetricFn, accuracy
 from .options import Options
 from .randomness import seed_everything
+from .sharing import inputs_of
 
 __all__ = ["choose_metric", "look"]
 
@@ -37,7 +38,7 @@ def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes 
     model.train()
     try:
         with torch.no_grad(), untouched_buffers(model):
-            output, target = options.forward_fn(model, batch)
+            output, target = options.forward_fn(model, inputs_of(batch))
             loss = loss_of(output, target, options.loss_fn)
     finally:
         for module, mode in modes:

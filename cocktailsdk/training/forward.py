@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import TrainingError
 
-__all__ = ["ForwardFn", "LossFn", "default_forward", "detached", "loss_of", "output_tensor"]
+__all__ = ["ForwardFn", "LossFn", "default_forward", "detached", "loss_of", "mapped", "output_tensor"]
 
 ForwardFn = Callable[[nn.Module, Any], tuple[Any, Any]]
 LossFn = Callable[[Any, Any], Tensor]
@@ -104,18 +104,23 @@ def output_tensor(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-def detached(output: Any) -> Any:
-    """An output of any kind, its tensors detached: a teacher's, through which no gradient goes."""
+def mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An output of any kind, each of its tensors changed."""
 
-    def detach(part: Any) -> Any:
+    def visit(part: Any) -> Any:
         if isinstance(part, Tensor):
-            return part.detach()
+            return change(part)
         if not hasattr(part, "__dict__") or callable(part):
             return part
         part = copy.copy(part)  # an object of a class of the user's own
         for name, value in vars(part).items():
             if isinstance(value, Tensor):
-                setattr(part, name, value.detach())
+                setattr(part, name, change(value))
         return part
 
-    return tree_map(detach, output)
+    return tree_map(visit, output)
+
+
+def detached(output: Any) -> Any:
+    """An output of any kind, its tensors detached: a teacher's, through which no gradient goes."""
+    return mapped(output, Tensor.detach)

@@ -125,7 +125,8 @@ def descended(session: Session, candidates: Candidates, alpha: float, names: Seq
                 shares.clamp_(0.0, 1.0)
     net.model.zero_grad(set_to_none=True)
     candidates.forget()
-    return dict(zip(ways, shares.tolist(), strict=True))
+    # descended by every process alike, and taken from one
+    return session.ranks.from_main(lambda: dict(zip(ways, shares.tolist(), strict=True)))
 
 
 def _slope(

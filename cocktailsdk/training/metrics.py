@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from .forward import ForwardFn, output_tensor
+from .ranks import SINGLE, Ranks
+from .sharing import part_of
 
 __all__ = ["MetricFn", "Score", "accuracy", "mean_score"]
 
@@ -57,14 +59,20 @@ _WORST = Fraction(-1.7976931348623157e308)
 
 
 @torch.no_grad()
-def mean_score(model: nn.Module, batches: Iterable[Any], forward: ForwardFn, metric: MetricFn) -> Score:
+def mean_score(
+    model: nn.Module, batches: Iterable[Any], forward: ForwardFn, metric: MetricFn, ranks: Ranks = SINGLE
+) -> Score:
     """Mean score of a model over batches, as it stands and in evaluation mode.
+
+    Several processes each run their part of every batch; sums and counts are added up, so that every example counts
+    once.
 
     Args:
         model: The network; its mode is put back afterwards.
         batches: On the model's device.
         forward: How a batch is used.
         metric: See the module's text.
+        ranks: The processes.
 
     Raises:
         TrainingError: Without any batch or score, or where the metric returns no tensor.
@@ -74,20 +82,28 @@ def mean_score(model: nn.Module, batches: Iterable[Any], forward: ForwardFn, met
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        for batch in batches:
-            scores = metric(*forward(model, batch))
+        for whole in batches:
+            part = None if ranks.world == 1 else part_of(whole, ranks)
+            scores = metric(*forward(model, whole if part is None else part.batch))
             if not isinstance(scores, Tensor):
                 raise TrainingError(
                     f"metric(output, target) must return a tensor of scores, one for each example, got "
                     f"{type(scores).__name__}"
                 )
             boolean = scores.dtype == torch.bool
-            part = scores.sum(dtype=torch.int64 if boolean or not scores.is_floating_point() else torch.float64)
-            total = part if total is None else total + part
-            count += scores.numel()
+            counted = scores.numel()
+            if part is not None and not scores.ndim:  # one number for the batch, which weighs as its examples do
+                scores, counted = scores * (part.count / max(part.total, 1)), int(ranks.is_main)
+            elif part is not None and not part.count:
+                scores, counted = scores[:0], 0
+            hits = scores.sum(dtype=torch.int64 if boolean or not scores.is_floating_point() else torch.float64)
+            total = hits if total is None else total + hits
+            count += counted
     finally:
         for module, mode in modes:
             module.training = mode
+    if total is not None and ranks.world > 1:
+        total, count = ranks.sum(total), int(ranks.sum(torch.tensor(count)))
     if total is None or not count:
         raise TrainingError("there is nothing to evaluate on: the held-out loader gave no batches or no scores")
     number = total.item()

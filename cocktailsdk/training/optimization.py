@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,19 +24,22 @@ class Optimization:
     Attributes:
         optimizer: Over the model's parameters that require a gradient.
         scheduler: Stepped after every optimizer step.
+        scaler: Scales losses in half precision.
     """
 
     optimizer: Optimizer
     scheduler: LRScheduler
+    scaler: torch.amp.GradScaler | None = None
 
     @classmethod
-    def begin(cls, model: nn.Module, options: Options, round_: int) -> Optimization:
+    def begin(cls, model: nn.Module, options: Options, round_: int, device: torch.device) -> Optimization:
         """A new one, as every round begins with."""
         optimizer = options.optimizer([p for p in model.parameters() if p.requires_grad])
         if round_ > options.rounds:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * options.recipe.finishing_rate
-        return cls(optimizer, options.schedule(optimizer, options.schedule_steps(round_)))
+        schedule = options.schedule(optimizer, options.schedule_steps(round_))
+        return cls(optimizer, schedule, options.precision.scaler(device))
 
     @property
     def rate(self) -> float:
@@ -43,11 +47,14 @@ class Optimization:
         return float(self.scheduler.get_last_lr()[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        """The states of all."""
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         # an optimizer takes the tensors as its own, and goes on changing them
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])

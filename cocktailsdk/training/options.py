@@ -13,6 +13,7 @@ from .distill import DistillFn
 from .events import Callback
 from .forward import ForwardFn, LossFn
 from .metrics import MetricFn
+from .precision import FULL, Precision
 from .recipes import Recipe
 from .schedules import ScheduleFactory
 
@@ -53,6 +54,11 @@ class Options:
     on_nan: OnNan
     event_seconds: float
     callbacks: Sequence[Callback]
+    precision: Precision = FULL
+    accumulate: int = 1
+    batches_per_epoch: int = 0
+    clip_norm: float | None = None
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         checks = {
@@ -74,11 +80,18 @@ class Options:
                 len(self.alphas) > 0 and all(0 < a <= 1 for a in self.alphas),
                 "must be shares in (0, 1], at least one",
             ),
+            "accumulate": (self.accumulate >= 1, "must be at least 1"),
+            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "must be above 0, or None"),
             "callbacks": (all(map(callable, self.callbacks)), "must all be callable"),
         }
         for name, (holds, rule) in checks.items():
             if not holds:
                 raise TrainingError(f"{name} {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch, of which every optimizer step takes ``accumulate``."""
+        return self.batches_per_epoch or self.steps_per_epoch * self.accumulate
 
     @property
     def first_round(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -156,13 +157,13 @@ def measure(session: Session) -> Costs:
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     statistics, metrics = dict(net.statistics), dict(net.metrics)
     modes = [(module, module.training) for module in net.modules()]
-    optimization = Optimization.begin(net.model, options, options.first_round)
-    stepper = Stepper.of(net, options, session.classes)
-    batch = next(iter(session.recalibration))
+    optimization = Optimization.begin(net.model, options, options.first_round, session.device)
+    stepper = Stepper.of(net, options, session.classes, execution=session.execution)
+    batches = list(itertools.islice(session.recalibration, options.accumulate))
     names = [names[0] for names in session.networks(options.rounds).values() if names]
 
     def step(name: str) -> Callable[[], object]:
-        return lambda: stepper.step(Step((Turn(name),)), batch, optimization.optimizer)
+        return lambda: stepper.step(Step((Turn(name),)), batches, optimization.optimizer, None, optimization.scaler)
 
     try:
         net.model.train()
@@ -183,7 +184,8 @@ def measure(session: Session) -> Costs:
         net.metrics.update(metrics)
         for module, mode in modes:
             module.training = mode
-    return Costs(dense, sparse, candidate, memory)
+    costs = Costs(dense, sparse, candidate, memory)
+    return session.ranks.from_main(lambda: costs)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -11,7 +11,7 @@ import torch
 from ..errors import TrainingError
 from ..masks import Mask
 from ..patterns.base import DENSE
-from .batches import draw, to_device
+from .batches import draw_groups, to_device
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
 from .history import RoundHistory
@@ -31,7 +31,7 @@ REWIND = "rewind"
 
 def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
     """Train all rounds of a phase that are left, from wherever the run stands."""
-    stepper = Stepper.of(session.net, session.options, session.classes, session.gradients)
+    stepper = Stepper.of(session.net, session.options, session.classes, session.gradients, session.execution)
     stepper.allows = None if session.skips is None else session.skips.allows
     while session.position.phase == phase:
         if session.position.entered:
@@ -62,7 +62,7 @@ def _enter_round(session: Session) -> None:
         store.put(f"masks-{k:02d}", pack_masks(_make_masks(session, k)))
         if options.rewinds:
             load_tensors(session.net.model, store.get(REWIND))
-    session.optimization = Optimization.begin(session.net.model, options, k)
+    session.optimization = Optimization.begin(session.net.model, options, k, session.device)
     if 0 < k <= options.rounds and session.rewound is not None:
         session.optimization.load_state_dict(session.rewound)
     position.entered = True
@@ -81,7 +81,7 @@ def _enter_round(session: Session) -> None:
 def _resume_round(session: Session) -> None:
     assert session.resumed is not None
     k = session.position.round
-    session.optimization = Optimization.begin(session.net.model, session.options, k)
+    session.optimization = Optimization.begin(session.net.model, session.options, k, session.device)
     session.optimization.load_state_dict(session.resumed)
     session.resumed = None
     names = session.history.rounds[-1].networks
@@ -103,6 +103,7 @@ def _make_masks(session: Session, k: int) -> dict[str, Mask]:
             f"recipe {options.recipe.name!r}: its mask rule must make masks of {', '.join(sorted(new)) or 'nothing'} "
             f"in round {k}, got {', '.join(sorted(masks)) or 'none'}"
         )
+    masks = session.agreed(masks)
     for name, mask in masks.items():
         net.set_mask(name, mask)
     return masks
@@ -122,35 +123,41 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     assert optimization is not None
     k = position.round
     session.net.model.train()
+    session.verify(f"the weights and masks of round {k}")
     started, ran = time.monotonic(), 0
     while position.epoch < options.epochs_of(k).stop:
         session.set_generators()
         _set_epoch(session, (k - options.first_round) * options.epochs + position.epoch)
-        batches = session.guarded(
-            draw(session.train_loader, (options.seed, "epoch", k, position.epoch), options.steps_per_epoch),
+        groups = session.guarded(
+            draw_groups(
+                session.shared_loader, (options.seed, "epoch", k, position.epoch), options.batches, options.accumulate
+            ),
             f"train_loader, in round {k}, epoch {position.epoch},",
         )
-        batch, drawn, led, taught = None, -1, False, Trained({}, None)
+        batches, drawn, led, taught = None, -1, False, Trained({}, None)
         for i in range(options.steps_per_epoch):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
             step = step_at(session, k, number)
             follows = led and step.follows
             led = options.recipe.same_batch and step.leads and i + 1 < options.steps_per_epoch
             if not follows:
-                if (batch := next(batches, None)) is None:
+                if (batches := next(groups, None)) is None:
                     break
                 drawn += 1
+            assert batches is not None
             if i < position.step:
                 continue
             if not follows:
-                batch = to_device(batch, session.device)
+                batches = to_device(batches, session.device)
             _prepare(session, step)
-            session.seed("step", k, position.epoch, i)
+            session.seed("step", k, position.epoch, i, *session.own)
+            teacher = taught.teacher if follows else None
+            place = Place(k, position.epoch, i, drawn * options.accumulate, session.history.steps)
             before = None if session.skips is None else Before(session.net, step)
-            taught = stepper.step(step, batch, optimization.optimizer, taught.teacher if follows else None)
-            if not taught.left_out:
+            taught = stepper.step(step, batches, optimization.optimizer, teacher, optimization.scaler)
+            if not (taught.skipped or taught.left_out):
                 optimization.scheduler.step()
-            _count(session, step, taught, Place(k, position.epoch, i, drawn, session.history.steps), before)
+            _count(session, step, taught, place, before)
             position.step = i + 1
             ran += 1
             if led:  # between two steps on one batch there is nothing to go on from
@@ -177,7 +184,7 @@ def _prepare(session: Session, step: Step) -> None:
     if step.prune:
         parameters = dict(net.model.named_parameters())
         for name in (turn.network for turn in step.turns if turn.network != DENSE):
-            net.set_mask(name, net.make_masks(name))
+            net.set_mask(name, session.agreed({name: net.make_masks(name)})[name])
             session.remade.add(name)
             for key, mask in net.mask_tensors(name).items():
                 parameters[key].detach().mul_(mask)
@@ -217,6 +224,7 @@ def _end_epoch(session: Session, rate: float) -> None:
     epoch = position.epoch
     position.epoch, position.step, session.losses = epoch + 1, 0, {}
     session.keep_generators()
+    session.align_buffers()
     _keep_rewind_point(session)
     session.save_if_due()
     session.emit(EpochEnded(position.round, epoch, losses, record.learning_rates[-1], rate))

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..masks import Mask
 from ..net import CocktailNet
 from ..patterns.base import DENSE, Subnet
 from .batches import HeldBatches, generator_states, set_generator_states
 from .distill import Classes
 from .events import Event, Saved, StepSkipped
-from .finite import LossWatch, Place, Skips, not_finite
+from .execution import Execution
+from .finite import SECONDS, LossWatch, Place, Skips, not_finite
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
 from .kept import pack_masks, plain, to_cpu, unpack_masks
@@ -28,6 +30,10 @@ from .metrics import MetricFn, Score, mean_score
 from .optimization import Optimization
 from .options import Options
 from .randomness import seed_everything
+from .ranks import SINGLE, Ranks, digest
+from .recalibration import recalibrate
+from .shared_store import SharedStore
+from .sharing import inputs_of
 from .state import Store
 
 __all__ = ["LoaderFailed", "Session", "load_tensors", "model_tensors"]
@@ -61,6 +67,7 @@ class Session:
         options: What is asked for.
         plan: The subnets of every round, by pattern.
         train_loader: As given.
+        shared_loader: What this process loads of it: all, where it is alone.
         recalibration: Training batches for the batch-norm statistics.
         held_out: Batches of ``val_loader``; ``None`` without one.
         metric: The user's, or the one found.
@@ -82,6 +89,8 @@ class Session:
         gradients: Of the step before, where the recipe corrects by them.
         rewound: State of optimizer and schedule at the rewind point, where they are rewound as well.
         resumed: The same of the round that is gone on with.
+        ranks: The processes that share the run.
+        execution: How training passes run; ``None``: in this process alone.
         watch: Finds losses that are not finite.
         skips: Leaves out steps whose losses are not, where the run is to go on without them.
     """
@@ -90,11 +99,12 @@ class Session:
     options: Options
     plan: Sequence[Mapping[str, tuple[Subnet, ...]]]
     train_loader: Iterable[Any]
+    shared_loader: Iterable[Any]
     recalibration: HeldBatches
     held_out: HeldBatches | None
     metric: MetricFn
     classes: Classes | None
-    store: Store
+    store: Store | SharedStore
     interrupts: Interrupts
     device: torch.device
     first_generators: list[Tensor]
@@ -111,20 +121,31 @@ class Session:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rewound: dict[str, Any] | None = None
     resumed: dict[str, Any] | None = None
+    ranks: Ranks = SINGLE
+    execution: Execution | None = None
     watch: LossWatch = field(init=False)
     skips: Skips | None = field(init=False)
     _since: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
     _told: float = 0.0
+    _talked: float = field(default_factory=time.monotonic)
+    _calls: int = 0
+    _next_talk: int = 1
+    _late: bool = False
 
     def __post_init__(self) -> None:
-        self.watch = LossWatch(self.device)
+        # several processes look at the same step
+        self.watch = LossWatch(self.device, seconds=SECONDS if self.ranks.world == 1 else float("inf"))
         self.skips = Skips(self.net.model.parameters()) if self.options.on_nan == "skip" else None
 
     def emit(self, event: Event) -> None:
-        """Tell the callbacks. Only where the run can be resumed: an interrupt here saves, then stops the run."""
+        """Tell the callbacks. Only where the run can be resumed: an interrupt here saves, then stops the run.
+
+        Of several processes the main one tells; all stop where one was interrupted.
+        """
+        stop = False
         try:
-            for callback in self.options.callbacks:
+            for callback in self.options.callbacks if self.ranks.is_main else ():
                 callback(event)
                 if self.net.active != DENSE:
                     raise TrainingError(
@@ -134,31 +155,62 @@ class Session:
         except KeyboardInterrupt:
             if self.interrupts.again:
                 raise
-            raise Stopped from None
-        self.stop_if_asked()
+            stop = True
+        if self.ranks.any(stop or self.interrupts.requested):
+            raise Stopped
 
     def stop_if_asked(self) -> None:
-        """End the run here if it was asked to stop. Only where it can be resumed from."""
-        if self.interrupts.requested:
+        """End the run here if it was asked to stop, where it can be resumed; several processes do so at events."""
+        if self.ranks.world == 1 and self.interrupts.requested:
             raise Stopped
 
     def due(self) -> bool:
-        """Whether it is time for a throttled event, or an interrupt waits for one."""
+        """Whether it is time for a throttled event, or an interrupt waits for one.
+
+        Several processes must agree, and do so about as often as such events are due.
+        """
+        if self.ranks.world == 1:
+            return self._time_has_come() or self.interrupts.requested
+        self._calls += 1
+        if self._calls < self._next_talk:
+            return False
+        come, self._late, self._next_talk = self.ranks.from_main(self._talk)
+        self._calls = 0
+        if self.ranks.any(self.interrupts.requested):
+            self.interrupts.requested = True
+        return come or self.interrupts.requested
+
+    def _time_has_come(self) -> bool:
         now = time.monotonic()
         if now - self._told < self.options.event_seconds and not self.interrupts.requested:
             return False
         self._told = now
         return True
 
+    def _talk(self) -> tuple[bool, bool, int]:
+        """Whether an event is due, whether a save is, and after how many calls to ask again."""
+        now = time.monotonic()
+        each = max(now - self._talked, 1e-6) / max(self._calls, 1)
+        self._talked = now
+        return self._time_has_come(), self._is_late(), min(max(int(self.options.event_seconds / each), 1), 1000)
+
     def save_if_due(self) -> None:
         """Save at the end of an epoch or the like, where the last save is old enough."""
-        if time.monotonic() - self._saved >= min(self.options.save_seconds, 60 * self.options.save_minutes):
+        least = min(self.options.save_seconds, 60 * self.options.save_minutes)
+        if self.ranks.from_main(lambda: time.monotonic() - self._saved >= least):
             self.save()
 
     def save_if_late(self) -> None:
-        """Save in the middle of something, where the last save is too old."""
-        if time.monotonic() - self._saved >= 60 * self.options.save_minutes:
+        """Save in the middle of something, where the last save is too old; several processes when they talk anyway."""
+        if self.ranks.world > 1:
+            late, self._late = self._late, False
+        else:
+            late = self._is_late()
+        if late:
             self.save()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._saved >= 60 * self.options.save_minutes
 
     def save(self, *, interrupted: bool = False) -> Path | None:
         """Write the run's state; where it went.
@@ -180,7 +232,7 @@ class Session:
             self.emit(event)
             return path
         log.info("interrupted; the same call goes on from %s", path)
-        for callback in self.options.callbacks:
+        for callback in self.options.callbacks if self.ranks.is_main else ():
             callback(event)
         return path
 
@@ -194,7 +246,8 @@ class Session:
             raise self.poisoned(wrong)
         if self.position.phase not in ("train", "finishing") or not self.position.entered:
             return
-        if wrong_ones := not_finite(self.net.model):
+        wrong_ones = not_finite(self.net.model)
+        if self.ranks.any(bool(wrong_ones)):
             more = f" and {len(wrong_ones) - 3} more" if len(wrong_ones) > 3 else ""
             raise self.poisoned(
                 f"{', '.join(wrong_ones[:3])}{more} became infinite or no number by round {self.position.round}, epoch "
@@ -364,25 +417,56 @@ class Session:
             if isinstance(iterator, Generator):  # puts the loader's generators back
                 iterator.close()
 
+    @property
+    def own(self) -> tuple[int | str, ...]:
+        """What this process adds to the seed of what it does with its own examples; nothing in the main one."""
+        return ("rank", self.ranks.rank) if self.ranks.rank else ()
+
+    def agreed(self, masks: Mapping[str, Mask]) -> dict[str, Mask]:
+        """The main process's masks, in all."""
+        if self.ranks.world == 1:
+            return dict(masks)
+        packed = pack_masks(masks)
+        names = self.ranks.from_main(lambda: list(packed))
+        return unpack_masks({name: self.ranks.tensor(packed.get(name)) for name in names}, self.net)
+
+    def verify(self, what: str) -> None:
+        """Make sure that weights and the round's masks are the same in all processes."""
+
+        def value() -> str:
+            names = [name for names in self.networks(self.position.round).values() for name in names]
+            masks = {name: self.net.masks[name] for name in names if name in self.net.masks}
+            return digest({**model_tensors(self.net.model), **pack_masks(masks)})
+
+        self.ranks.verify(what, value)
+
+    def align_buffers(self) -> None:
+        """Take over the main process's buffers and statistics: the others' saw other examples."""
+        if self.ranks.world > 1:
+            self.ranks.align(buffer.detach() for buffer in self.net.model.buffers())
+            for statistics in self.net.statistics.values():
+                self.ranks.align(statistics.values())
+
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """The model's output alone."""
-        return self.options.forward_fn(model, batch)[0]
+        return self.options.forward_fn(model, inputs_of(batch))[0]
+
+    def recalibrate(self, name: str) -> None:
+        """Measure a network's batch-norm statistics; several processes each on their parts of the batches."""
+        batches = self.guarded(self.recalibration, "train_loader, recalibrating,")
+        recalibrate(self.net, name, batches, self.forward, self.ranks)
 
     def score(self, name: str) -> Score:
         """Recalibrate a network's statistics and measure it on the held-out batches; higher is better."""
         self.recalibrate(name)
         return self.measure(name)
 
-    def recalibrate(self, name: str) -> None:
-        """Give a network statistics of its own, of the training batches that are for it."""
-        self.net.recalibrate(name, self.guarded(self.recalibration, "train_loader, recalibrating,"), self.forward)
-
     def measure(self, name: str, batches: Iterable[Any] | None = None) -> Score:
         """Measure a network with the statistics that it has on the held-out batches, or some; higher is better."""
         assert self.held_out is not None
         with self.net.using(name):
             guarded = self.guarded(batches or self.held_out, "val_loader")
-            score = mean_score(self.net.model, guarded, self.options.forward_fn, self.metric)
+            score = mean_score(self.net.model, guarded, self.options.forward_fn, self.metric, self.ranks)
         if self.options.metric_mode == "min":
             return Score(-score.value, None if score.maximum is None else Fraction(0), score.count)
         return score

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 from ..net import CocktailNet
 from ..patterns.base import DENSE
 from ..statistics import statistics_of
-from .distill import Classes, DistillFn, no_soft_loss, soft_cross_entropy, untouched_buffers
+from .distill import Classes, DistillFn, no_soft_loss, soft_cross_entropy
+from .execution import Execution
 from .forward import ForwardFn, LossFn, detached, loss_of, output_tensor
 from .options import Options
 from .recipes import Step, Turn
 from .regrowth import correct_gradients, regrown
 from .resolution import resized
+from .sharing import inputs_of
 
 __all__ = ["Stepper", "Trained"]
 
@@ -31,19 +33,22 @@ class Trained:
 
     Attributes:
         losses: By network, detached.
-        teacher: What the dense network said in its turn, where the step leads another or has turns after it.
+        teacher: What the dense network said in its turn to each batch, where the step leads another or has turns
+            after it.
         remade: Subnets whose masks it changed.
+        skipped: Whether gradients were too large for half precision, so that the weights stayed as they were.
         left_out: Whether the optimizer did not step, as ``Stepper.allows`` said.
     """
 
     losses: Mapping[str, Float[Tensor, ""]]
     teacher: Any
     remade: frozenset[str] = frozenset()
+    skipped: bool = False
     left_out: bool = False
 
 
 class Stepper:
-    """Trains the networks that share the weights, a batch at a time.
+    """Trains the networks that share the weights, a step at a time.
 
     Args:
         net: The networks.
@@ -55,6 +60,7 @@ class Stepper:
         active: Whether masked weights are left alone by momentum and weight decay too.
         separate: Whether every network keeps running statistics of its own.
         previous: Gradients of the step before, by name, for steps that correct theirs; kept up to date.
+        execution: How passes run; by default in this process alone.
 
     Attributes:
         allows: Given a step's losses, its gradients in place, and whether they are scaled: says whether the optimizer
@@ -73,9 +79,10 @@ class Stepper:
         active: bool = False,
         separate: bool = False,
         previous: MutableMapping[str, Tensor] | None = None,
+        execution: Execution | None = None,
     ) -> None:
         self._net = net
-        self._forward = forward
+        self._execution = execution or Execution(net.model, forward)
         self._loss_fn = loss_fn
         self._distill_fn = distill_fn
         self._weight = distill_weight
@@ -92,6 +99,7 @@ class Stepper:
         options: Options,
         classes: Classes | None,
         previous: MutableMapping[str, Tensor] | None = None,
+        execution: Execution | None = None,
     ) -> Stepper:
         """The stepper that a run asks for."""
         return cls(
@@ -104,64 +112,80 @@ class Stepper:
             active=options.recipe.update == "active",
             separate=options.recipe.statistics == "separate",
             previous=previous,
+            execution=execution,
         )
 
-    def step(self, step: Step, batch: Any, optimizer: Optimizer, teacher: Any = None) -> Trained:
-        """Train one network on a batch, or several whose gradients are added.
+    def step(
+        self,
+        step: Step,
+        batches: Sequence[Any],
+        optimizer: Optimizer,
+        teacher: Sequence[Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Trained:
+        """Train one network on a batch or some, or several networks whose gradients are added.
 
         A sparse network's gradients reach only the weights it keeps. Momentum and weight decay go on moving the
         others, as published, unless the stepper is ``active``.
 
         Args:
             step: What to do. The dense network must be active, and is so again afterwards.
-            batch: On the model's device.
+            batches: On the model's device; gradients are those of the mean loss over all their examples.
             optimizer: Steps once.
-            teacher: What the dense network said to this batch, where it is known already.
+            teacher: What the dense network said to each batch, where it is known already.
+            scaler: Scales losses, for half precision.
         """
         optimizer.zero_grad(set_to_none=True)
-        losses = {}
+        execution = self._execution
+        shares = execution.shares(batches, self._classes)
+        batches = [inputs_of(batch) for batch in batches]
+        losses: dict[str, Tensor] = {}
         for i, turn in enumerate(step.turns):
-            if turn.network == DENSE:
-                teaches = step.leads or i + 1 < len(step.turns)
-                losses[DENSE], output = self._dense(batch)
-                teacher = detached(output) if self._weight and teaches else None
-            else:
-                if self._weight and teacher is None:
-                    teacher = self._teacher(batch)
-                with self._added(turn.network, step.regrow):
-                    losses[turn.network] = self._sparse(turn, batch, teacher)
-        if self.allows is not None and not self.allows(losses, False):
+            said: list[Any] = []
+            sparse = turn.network != DENSE
+            with self._added(turn.network, step.regrow) if sparse else nullcontext():
+                for j, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+                    known = None if teacher is None else teacher[j]
+                    if sparse and self._weight and known is None:
+                        known = execution.teacher(batch)
+                    with execution.collecting(j + 1 == len(batches)), self._switched(turn.network):
+                        loss, output = self._loss(turn, batch, known)
+                        loss = execution.backward(loss, share, scaler)
+                    losses[turn.network] = losses[turn.network] + loss if j else loss
+                    if step.leads or i + 1 < len(step.turns):
+                        said.append(known if sparse else detached(output))
+            teacher = said if self._weight and said else teacher if sparse else None
+        losses = execution.combined(losses)
+        if self.allows is not None and not self.allows(losses, scaler is not None):
             return Trained(losses, teacher, left_out=True)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         if step.correct:
             correct_gradients(self._parameters, self._previous)
+        execution.clip()
         with self._held(step.turns, optimizer):
-            optimizer.step()
-        return Trained(losses, teacher, frozenset(losses) - {DENSE} if step.regrow else frozenset())
+            skipped = _stepped(optimizer, scaler)
+        remade = frozenset(losses) - {DENSE} if step.regrow else frozenset()
+        return Trained(losses, teacher, remade, skipped)
 
-    def _dense(self, batch: Any) -> tuple[Float[Tensor, ""], Any]:
-        output, target = self._forward(self._net.model, batch)
-        loss = loss_of(output, target, self._loss_fn)
-        loss.backward()
-        return loss.detach(), output
-
-    def _sparse(self, turn: Turn, batch: Any, teacher: Any) -> Float[Tensor, ""]:
-        net, batch = self._net, resized(batch, turn.resolution)
-        with net.using(turn.network, statistics=self._separate):
-            output, target = self._forward(net.model, batch)
-            loss = loss_of(output, target, self._loss_fn)
-            if self._weight:
-                soft = self._distillation(output, teacher, target)
-                loss = (1 - self._weight) * loss + self._weight * soft
-            loss.backward()
+    @contextmanager
+    def _switched(self, name: str) -> Iterator[None]:
+        if name == DENSE:
+            yield
+            return
+        with self._net.using(name, statistics=self._separate):
+            yield
             if self._separate:
-                net.statistics[turn.network] = statistics_of(net.model)
-        return loss.detach()
+                self._net.statistics[name] = statistics_of(self._net.model)
 
-    def _teacher(self, batch: Any) -> Any:
-        """The dense network's output in train mode; it leaves no trace in gradients or statistics."""
-        with torch.no_grad(), untouched_buffers(self._net.model):
-            output, _ = self._forward(self._net.model, batch)
-        return output
+    def _loss(self, turn: Turn, batch: Any, teacher: Any) -> tuple[Float[Tensor, ""], Any]:
+        if turn.network != DENSE:
+            batch = resized(batch, turn.resolution)
+        output, target = self._execution.student(batch)
+        loss = loss_of(output, target, self._loss_fn)
+        if turn.network != DENSE and self._weight:
+            loss = (1 - self._weight) * loss + self._weight * self._distillation(output, teacher, target)
+        return loss, output
 
     def _distillation(self, output: Any, teacher: Any, target: Any) -> Float[Tensor, ""]:
         if self._distill_fn is not None:
@@ -214,3 +238,14 @@ class Stepper:
                 mask = torch.maximum(mask, other[name])
             out[name] = mask
         return out
+
+
+def _stepped(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+    """Step; whether the scaler left the step out."""
+    if scaler is None:
+        optimizer.step()
+        return False
+    scaler.step(optimizer)
+    before = scaler.get_scale()
+    scaler.update()
+    return scaler.get_scale() < before

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -20,22 +20,30 @@ from .batches import HeldBatches, epoch_length, generator_states, set_generator_
 from .configuration import describe, fingerprint, stored_configuration
 from .distill import Classes, DistillFn
 from .events import Callback, Finished, TrainingStarted
+from .execution import Execution
 from .first_look import choose_metric, look
 from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
+from .launch import accumulated, connected, launched, precision_of
 from .merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .options import OptimizerFactory, Options, default_optimizer, finishing_epochs
 from .planning import Costs, Plan, epochs_for, measure, plan
+from .precision import MixedPrecision, without_autocast
 from .randomness import forked
 from .recipes import Recipe, recipe_named
 from .rounds import train_rounds
 from .schedules import ScheduleFactory, cosine_restarts
 from .search import ALPHAS
-from .session import LoaderFailed, Session
+from .session import LoaderFailed, Session, model_tensors
+from .shared_store import SharedStore
+from .sharing import held_out_loader, shared_loader
 from .state import FolderStore, MemoryStore, Store
 from .stored import parameters_stored
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["CoTrainer"]
 
@@ -88,10 +96,23 @@ class CoTrainer:
         merge: Whether to merge the rounds, where the recipe does; without, the last round's weights are the result.
         alphas: The shares that merging tries.
         recalibration_batches: Training batches from which batch-norm statistics are computed.
-        steps_per_epoch: Batches of an epoch. Default: the loader's length.
+        steps_per_epoch: Batches of an epoch. Default: the loader's length. With ``accumulate`` every optimizer step
+            takes several of them.
         out_dir: Where the run keeps its state, in ``state/``. With it, the same call goes on after a crash or Ctrl-C,
             bit-identically to never having stopped. One run at a time may train there.
-        device: Where to train; the net is moved there. Default: where the model is.
+        device: Where to train; the net is moved there. Default: where the model is; of several processes each has its
+            own.
+        accelerator: An ``accelerate.Accelerator`` of your own. Under ``torchrun`` or ``accelerate launch`` one is made
+            where none is given; see the page on several processes.
+        mixed_precision: ``"bf16"`` or ``"fp16"``: training passes compute in 16 bits. Weights, masks, statistics,
+            metrics and merging keep the weights' own precision. Default: the accelerator's.
+        accumulate: Batches of the loader that an optimizer step takes, one after the other; its gradients are those of
+            the mean over all their examples. Default: the accelerator's ``gradient_accumulation_steps``, or 1.
+        clip_norm: Largest norm of a step's gradients, all together; longer ones are shortened to it.
+        sync_batch_norm: Whether batch norms, of several processes on GPUs, normalise by all processes' examples.
+        shard_loader: Whether each batch of ``train_loader`` is shared out among processes; ``False`` where the loader
+            gives each its own part. Default: yes, unless the loader is seen to do that (``DistributedSampler``,
+            loaders that Accelerate prepared).
         seed: Of all randomness. The global generators are left as they were.
         save_seconds: Least time between saves at ends of epochs; rounds save in any case.
         save_minutes: Most time without a save: also in the middle of an epoch, in merging, and while networks get
@@ -108,6 +129,7 @@ class CoTrainer:
         net: The networks.
         history: What came out of the run so far.
         fingerprint: SHA-256 of the configuration.
+        ranks: The processes that share the run: ``ranks.is_main`` where files are to be written.
 
     Raises:
         TrainingError: For arguments that make no sense, each named.
@@ -148,6 +170,12 @@ class CoTrainer:
         steps_per_epoch: int | None = None,
         out_dir: str | PathLike[str] | None = None,
         device: str | torch.device | None = None,
+        accelerator: Accelerator | None = None,
+        mixed_precision: MixedPrecision | None = None,
+        accumulate: int | None = None,
+        clip_norm: float | None = None,
+        sync_batch_norm: bool = False,
+        shard_loader: bool | None = None,
         seed: int = 0,
         save_seconds: float = 10.0,
         save_minutes: float = 5.0,
@@ -179,11 +207,17 @@ class CoTrainer:
             raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
         self.net = net
         self._plan = recipe.plan(net.patterns, rounds)
+        self._launch = launched(accelerator, device)
+        self.ranks = self._launch.ranks
         self._train_loader, self._val_loader = train_loader, val_loader
-        self._device = torch.device(device) if device is not None else _device_of(net)
+        self._device = self._launch.device or _device_of(net)
         self._out_dir = Path(out_dir) if out_dir is not None else None
         self._classes: Classes | None = None
-        steps = epoch_length(train_loader, steps_per_epoch)
+        batches = self.ranks.least(epoch_length(train_loader, steps_per_epoch))
+        accumulate = accumulated(self._launch, accumulate)
+        steps = -(-batches // max(accumulate, 1))
+        self._shared_loader = shared_loader(train_loader, self.ranks, shard_loader)
+        self._shared_held_out = None if val_loader is None else held_out_loader(val_loader, self.ranks)
         rounds_in_all = len(self._plan) + (start == "scratch" and recipe.rounds == "levels")
         epochs, finishing = _epochs(epochs, total_steps, total_hours, steps, rounds_in_all, recipe.finishing)
         # a budget of hours is turned into epochs once a step can be measured, unless the run has begun
@@ -218,6 +252,11 @@ class CoTrainer:
             on_nan=on_nan,
             event_seconds=event_seconds,
             callbacks=tuple(callbacks),
+            precision=precision_of(self._launch, mixed_precision),
+            accumulate=accumulate,
+            batches_per_epoch=batches,
+            clip_norm=clip_norm,
+            sync_batch_norm=sync_batch_norm,
         )
         if unknown:
             assert total_hours is not None
@@ -252,7 +291,13 @@ class CoTrainer:
         net.to(self._device)
         modes = [(module, module.training) for module in net.modules()]
         try:
-            with forked(), Interrupts() as interrupts, self._held_store() as store:
+            with (
+                connected(self.ranks),
+                without_autocast(self._device),
+                forked(),
+                Interrupts() as interrupts,
+                self._held_store() as store,
+            ):
                 session = self._session(interrupts, store)
                 self.history = session.history
                 with _stopping(session):
@@ -262,6 +307,7 @@ class CoTrainer:
                         merge_rounds(session)
                         train_rounds(session, "finishing")
                         finish(session)
+                    session.execution = None
                     self._done = session
                     session.emit(Finished(dict(net.metrics), session.history.seconds))
         finally:
@@ -273,16 +319,18 @@ class CoTrainer:
         """Measure networks on any data, as they stand and with their own statistics.
 
         Args:
-            loader: Batches, of the same form as in training.
+            loader: Batches, of the same form as in training; of several processes each measures its part of every
+                batch, so that all must call this.
             names: Which networks; by default the dense one and all subnets that have a mask.
 
         Returns:
             By name the mean of the metric's scores.
         """
-        net = self.net
+        net, ranks = self.net, self.ranks
         net.to(self._device)
-        with forked():
-            batches = HeldBatches(loader, (self._options.seed, "evaluation"), self._device)
+        with without_autocast(self._device), forked():
+            again = held_out_loader(loader, ranks)
+            batches = HeldBatches(loader, (self._options.seed, "evaluation"), self._device, again=again)
             if self._options.metric is None and self._classes is None:
                 self._classes = look(net.model, batches, self._options)
             metric = choose_metric(self._classes, self._options)
@@ -290,7 +338,7 @@ class CoTrainer:
             out = {}
             for name in chosen:
                 with self.using(name):
-                    score = mean_score(net.model, batches, self._options.forward_fn, metric)
+                    score = mean_score(net.model, batches, self._options.forward_fn, metric, ranks)
                 out[net.subnet(name).name] = float(score.value)
         return out
 
@@ -337,7 +385,7 @@ class CoTrainer:
         self.net.to(self._device)
         states = generator_states(self._train_loader)
         try:
-            with forked():
+            with without_autocast(self._device), forked():
                 session = self._session(Interrupts(), MemoryStore())
                 try:
                     costs = measure(session)
@@ -351,32 +399,40 @@ class CoTrainer:
         """The epochs of a run in this folder that had the same budget of hours."""
         if self._out_dir is None:
             return None
-        training = stored_configuration(self._out_dir / "state").get("training", {})
+        folder = self._out_dir / "state"
+        training = self.ranks.from_main(lambda: stored_configuration(folder)).get("training", {})
         return training.get("epochs") if training.get("total_hours") == hours else None
 
-    def _store(self) -> Store:
+    def _store(self) -> Store | SharedStore:
+        return self._own_store() if self.ranks.world == 1 else SharedStore(self.ranks, self._own_store)
+
+    def _own_store(self) -> Store:
         if self._out_dir is None:
             return MemoryStore()
         return FolderStore(self._out_dir / "state", self.configuration)
 
     @contextmanager
-    def _held_store(self) -> Iterator[Store]:
+    def _held_store(self) -> Iterator[Store | SharedStore]:
         store = self._store()
         with store.held():
             yield store
 
-    def _session(self, interrupts: Interrupts, store: Store) -> Session:
-        options, net = self._options, self.net
+    def _session(self, interrupts: Interrupts, store: Store | SharedStore) -> Session:
+        options, net, ranks = self._options, self.net, self.ranks
         state = store.load()
-        first = generator_states(self._train_loader)
+        first = ranks.from_main(lambda: generator_states(self._train_loader))
         if state is not None:
             first = state["first_generators"]
+        if state is not None or ranks.world > 1:
             set_generator_states(self._train_loader, first)
+        if ranks.world > 1:
+            ranks.align(model_tensors(net.model).values())
         recalibration = HeldBatches(
-            self._train_loader, (options.seed, "recalibration"), self._device, options.recalibration_batches
+            self._shared_loader, (options.seed, "recalibration"), self._device, options.recalibration_batches
         )
         if state is None:
-            self._classes = look(net.model, recalibration, options)
+            classes = look(net.model, recalibration, options)
+            self._classes = ranks.from_main(lambda: classes)
         else:
             self._classes = None if state["classes"] is None else Classes(**state["classes"])
         session = Session(
@@ -384,10 +440,11 @@ class CoTrainer:
             options=options,
             plan=self._plan,
             train_loader=self._train_loader,
+            shared_loader=self._shared_loader,
             recalibration=recalibration,
             held_out=None
             if self._val_loader is None
-            else HeldBatches(self._val_loader, (options.seed, "held out"), self._device),
+            else HeldBatches(self._val_loader, (options.seed, "held out"), self._device, again=self._shared_held_out),
             metric=choose_metric(self._classes, options),
             classes=self._classes,
             store=store,
@@ -396,10 +453,27 @@ class CoTrainer:
             first_generators=first,
             generators=first,
             position=Position("train", options.first_round),
+            ranks=ranks,
+            execution=self._execution(),
         )
         if state is not None:
             session.restore(state)
+        if ranks.world > 1 and session.execution is not None and session.position.phase != "done":
+            session.execution.prepare(next(iter(recalibration)), options.loss_fn)
         return session
+
+    def _execution(self) -> Execution:
+        options = self._options
+        return Execution(
+            self.net.model,
+            options.forward_fn,
+            ranks=self.ranks,
+            precision=options.precision,
+            device=self._device,
+            accelerator=self._launch.accelerator,
+            clip_norm=options.clip_norm,
+            sync_batch_norm=options.sync_batch_norm,
+        )
 
     def _started(self, session: Session) -> TrainingStarted:
         options, at = self._options, session.position
@@ -430,6 +504,8 @@ def _stopping(session: Session) -> Iterator[None]:
         session.save(interrupted=True)
         raise session.interrupts.error() from None
     except LoaderFailed as failed:
+        if session.ranks.world > 1:  # saving takes all of them, and the others' loaders did not fail
+            raise TrainingError(str(failed)) from failed.__cause__
         try:
             saved = session.save(interrupted=True)
         except TrainingError as error:

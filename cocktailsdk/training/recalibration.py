@@ -1,0 +1,59 @@
+"""Batch-norm statistics of a network, measured by several processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..net import CocktailNet
+from ..patterns.base import DENSE
+from ..statistics import batch_norms
+from .ranks import Ranks
+from .sharing import Part
+
+__all__ = ["recalibrate"]
+
+
+def recalibrate(
+    net: CocktailNet, name: str, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any], ranks: Ranks
+) -> None:
+    """As :meth:`~cocktailsdk.CocktailNet.recalibrate`, each process on its parts of the batches.
+
+    The statistics are the average over all parts, the same bits in every process. A part weighs as every other; its
+    variance is that of its own examples, as in training where batch norms are not synchronised.
+
+    Args:
+        net: The networks.
+        name: The network, or ``"dense"``.
+        batches: This process's, as many as every other's.
+        forward: How a batch is used.
+        ranks: The processes.
+    """
+    if ranks.world == 1:
+        net.recalibrate(name, batches, forward)
+        return
+    mine = list(batches)
+    counted = [b for b in mine if not isinstance(b, Part) or b.count]
+    net.recalibrate(name, counted or mine, forward)
+    statistics = net.statistics[name]
+    if not statistics:
+        return
+    _average(list(statistics.values()), len(counted), ranks)
+    if name == DENSE:
+        tensors = dict(net.model.named_buffers())
+        for key, value in statistics.items():
+            tensors[key].copy_(value)
+        for norm in batch_norms(net.model).values():
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(len(mine))
+
+
+def _average(tensors: list[Tensor], weight: int, ranks: Ranks) -> None:
+    """Weighted averages over processes, in place."""
+    flat = torch.cat([tensor.reshape(-1).float() * weight for tensor in tensors])
+    total = ranks.sum(torch.cat([flat, flat.new_tensor([float(weight)])]))
+    for tensor, part in zip(tensors, (total[:-1] / total[-1]).split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.reshape(tensor.shape))

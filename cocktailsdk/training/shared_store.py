@@ -1,0 +1,95 @@
+"""A run's state in the main process's hands: it alone reads and writes, the others are told."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ranks import Ranks
+from .state import Store
+
+__all__ = ["SharedStore"]
+
+
+class SharedStore:
+    """A store of several processes, which need no file system in common.
+
+    Errors of reading and writing are raised in all.
+
+    Args:
+        ranks: The processes.
+        make: Makes the store; called in the main process alone.
+    """
+
+    def __init__(self, ranks: Ranks, make: Callable[[], Store]) -> None:
+        self._ranks = ranks
+        self._store: Store | None = None
+
+        def opened() -> None:
+            self._store = make()
+
+        ranks.from_main(opened)
+
+    @property
+    def _main(self) -> Store:
+        assert self._store is not None
+        return self._store
+
+    @property
+    def standing(self) -> str:
+        """What the main process says of the last state."""
+        return "" if self._store is None else self._store.standing
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs from training there meanwhile."""
+        with ExitStack() as stack:
+
+            def hold() -> None:
+                stack.enter_context(self._main.held())
+
+            self._ranks.from_main(hold)
+            yield
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name."""
+        self._ranks.from_main(lambda: self._main.put(name, tensors))
+
+    def get(self, name: str) -> dict[str, Tensor]:
+        """What was put there, on the CPU."""
+        found: dict[str, Tensor] = {}
+        names = self._ranks.from_main(lambda: self._read(name, found))
+        return {n: self._ranks.tensor(found.get(n)) for n in names}
+
+    def _read(self, name: str, found: dict[str, Tensor]) -> list[str]:
+        found.update(self._main.get(name))
+        return list(found)
+
+    def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path | None:
+        """Write the run's state, the main process's."""
+        return self._ranks.from_main(lambda: self._main.save(state, needed))
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state that is whole, or ``None``."""
+        found: list[dict[str, Any]] = []
+        if not self._ranks.from_main(lambda: self._load(found)):
+            return None
+        if found:
+            buffer = io.BytesIO()
+            torch.save(found[0], buffer)
+            self._ranks.tensor(torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8))
+            return found[0]
+        data = self._ranks.tensor(None).numpy()
+        state: dict[str, Any] = torch.load(io.BytesIO(data.data), map_location="cpu", weights_only=True)
+        return state
+
+    def _load(self, found: list[dict[str, Any]]) -> bool:
+        state = self._main.load()
+        found += [] if state is None else [state]
+        return state is not None

@@ -1,0 +1,252 @@
+"""What tests run on several processes: ``torchrun ranks_program.py FOLDER SCENARIO …``.
+
+Every process writes what each scenario returned to ``FOLDER/SCENARIO-RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training_tiny import augment, result, tiny_images, tiny_net, tiny_trainer, to_float
+
+import cocktailsdk as cocktail
+from cocktailsdk import TrainingError, presets
+from cocktailsdk.cli.main import app
+from cocktailsdk.datasets import TensorLoader
+from cocktailsdk.presets import digits
+from cocktailsdk.training import events as ev
+from cocktailsdk.training.ranks import digest
+
+TIMEOUT = 150  # seconds, of a launch
+
+
+class PlainNet(nn.Module):
+    """Without batch statistics and without random numbers: the same whoever computes which examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm1 = nn.GroupNorm(2, 8)
+        self.conv2 = nn.Conv2d(8, 16, 3, 2, padding=1)
+        self.norm2 = nn.GroupNorm(4, 16)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        return self.fc(F.relu(self.norm2(self.conv2(x))).mean((2, 3)))
+
+
+def plain_net(seed: int = 0) -> cocktail.CocktailNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = PlainNet()
+    patterns = (
+        cocktail.Unstructured(sparsities=[0.3, 0.6]),
+        "2:4",
+        cocktail.Channel(sparsities=[0.25, 0.5], round_to=1),
+    )
+    return cocktail.sparsify(model, patterns, example_inputs=(torch.zeros(1, 1, 8, 8),))
+
+
+class Digits(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """A map-style dataset; its examples are not augmented, so that they are the same in any process."""
+
+    def __init__(self) -> None:
+        self.data = tiny_images()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return to_float(self.data.images[i]), int(self.data.labels[i])
+
+
+def uneven() -> TensorLoader:
+    """Batches of 7 and one of 6: they do not divide by two."""
+    return TensorLoader(tiny_images(), 7, augment, shuffle=True)
+
+
+def shuffled() -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(Digits(), 7, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+def plain_trainer(seed: int = 0, **options: Any) -> cocktail.CoTrainer:
+    settings: dict[str, Any] = {"recipe": "cocktail", "train_loader": uneven(), "alphas": (1.0, 0.5)}
+    return tiny_trainer(plain_net(seed), **{**settings, **options})
+
+
+def trained(trainer: cocktail.CoTrainer) -> dict[str, Any]:
+    trainer.fit()
+    held_out = TensorLoader(tiny_images(33, seed=5), 16, to_float)  # the last batch has one example
+    return {**result(trainer), "evaluated": trainer.evaluate(held_out), "digest": of(trainer)}
+
+
+def of(trainer: cocktail.CoTrainer) -> str:
+    """Of all that must be the same in every process, bit by bit."""
+    out = result(trainer)
+    tensors = {f"weights {n}": t for n, t in out["weights"].items()}
+    for kind in ("masks", "statistics"):
+        tensors |= {f"{kind} {name} {key}": t for name, some in out[kind].items() for key, t in some.items()}
+    return digest(tensors) + repr(out["metrics"]) + repr(out["history"])
+
+
+def main_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+# -------------------------------------------------------------------------------------------------- scenarios
+
+
+def plain(folder: Path) -> Any:
+    # every process has weights of its own: the main one's count
+    return trained(plain_trainer(seed=int(os.environ.get("RANK", "0"))))
+
+
+def loader(folder: Path) -> Any:
+    return trained(plain_trainer(train_loader=shuffled(), merge=False))
+
+
+def several(folder: Path) -> Any:
+    """Accumulation, clipping and the sandwich of several networks a step."""
+    return trained(plain_trainer(recipe="us-net", accumulate=2, clip_norm=0.5))
+
+
+def batch_norm(folder: Path) -> Any:
+    return trained(tiny_trainer(tiny_net()))
+
+
+def interrupted(folder: Path) -> Any:
+    """Process 1 is interrupted, in the middle of a step; all stop, and go on."""
+    calls = 0
+
+    def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 35 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+        return F.cross_entropy(output, target)
+
+    cross_entropy.__qualname__ = "cross_entropy"
+    seen: list[str] = []
+    first = tiny_trainer(
+        out_dir=folder / "run", loss_fn=cross_entropy, callbacks=[lambda event: seen.append(type(event).__name__)]
+    )
+    try:
+        first.fit()
+    except KeyboardInterrupt:
+        stopped = True
+    else:
+        stopped = False
+    return {"stopped": stopped, "seen": seen, **trained(tiny_trainer(tiny_net(seed=9), out_dir=folder / "run"))}
+
+
+def mixed(folder: Path) -> Any:
+    return trained(plain_trainer(mixed_precision="bf16", merge=False))
+
+
+def refused(folder: Path) -> Any:
+    """What cannot be shared out, and what differs, is refused in words, in every process."""
+    sampler = torch.utils.data.DistributedSampler(Digits())
+    padded = torch.utils.data.DataLoader(Digits(), 8, sampler=sampler)
+    texts = [(torch.zeros(4, 1, 8, 8), ["a", "b", "c", "d"])]
+    attempts: dict[str, Callable[[], Any]] = {
+        "padded": lambda: plain_trainer(val_loader=padded),
+        "texts": lambda: plain_trainer(train_loader=texts, distill_weight=0, epochs=1).fit(),
+        "synchronised": lambda: plain_trainer(sync_batch_norm=True).fit(),
+        "folder": lambda: plain_trainer(out_dir=folder / "run").fit(),
+    }
+    out = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except TrainingError as error:
+            out[name] = str(error)
+    return out
+
+
+def own_parts(folder: Path) -> Any:
+    """Loaders that share out by themselves are left alone."""
+    sampler = torch.utils.data.DistributedSampler(Digits(), shuffle=False)
+    parts = torch.utils.data.DataLoader(Digits(), 4, sampler=sampler)
+    return trained(plain_trainer(train_loader=parts, merge=False, rounds=1))
+
+
+def cli(folder: Path) -> Any:
+    """``cocktail-cli train`` with a preset that is small enough."""
+
+    def small() -> presets.Preset:
+        preset = digits.preset()
+        training = {**preset.training, "epochs": 1, "rewind_epoch": 0, "recalibration_batches": 1, "alphas": (1.0, 0.5)}
+        patterns = (cocktail.Unstructured(sparsities=[0.5, 0.8]), cocktail.NM(2, 4))
+        return dataclasses.replace(preset, patterns=patterns, training=training)
+
+    presets.PRESETS["digits"] = small
+    said = {}
+    for way in ("first", "again"):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            app(["train", "--preset", "digits", "--out", str(folder / "cli"), "--json"], standalone_mode=False)
+        said[way] = (out.getvalue(), err.getvalue())
+    return said
+
+
+def dies(folder: Path) -> Any:
+    """Process 1 is killed in round 2."""
+
+    def watch(event: ev.Event) -> None:
+        (folder / "round-2").touch() if isinstance(event, ev.RoundStarted) and event.round == 2 else None
+
+    def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+        if os.environ.get("RANK") == "1" and (folder / "round-2").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return F.cross_entropy(output, target)
+
+    cross_entropy.__qualname__ = "cross_entropy"
+    options: dict[str, Any] = {"out_dir": folder / "run", "save_seconds": 0, "callbacks": [watch]}
+    return trained(plain_trainer(loss_fn=cross_entropy, **options))
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    f.__name__: f for f in (plain, loader, several, batch_norm, interrupted, mixed, refused, own_parts, cli, dies)
+}
+
+
+def launch(folder: Path, *names: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run scenarios on several processes of this machine, one after the other; never for longer than a while."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(
+        [*torchrun, __file__, str(folder), *names],
+        env=env,
+        timeout=TIMEOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def outcome(folder: Path, name: str, rank: int) -> Any:
+    return torch.load(folder / f"{name}-{rank}.pt", weights_only=False)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        out = SCENARIOS[name](folder)
+        torch.save(out, folder / f"{name}-{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main()
