@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..report.figure import write_figure
 from ..report.live import RunView, run_view_for
 from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
 from ..training.events import Event
+from ..training.writing import clean
 
 __all__ = ["BUNDLE", "PICTURE", "train_preset"]
 
@@ -85,6 +87,7 @@ def train_preset(
     title = f"{preset.name} · {preset.model} · {len(subnets)} networks · {folder}"
     with _threads(preset.threads), run_view_for(console, title, subnets) as view:
         views.append(view)
+        _tidy(folder)
         prepared.trainer.fit()
         view.note("measuring every network on the test data")
         test = prepared.trainer.evaluate(prepared.loaders.test)
@@ -93,6 +96,13 @@ def train_preset(
         report = _report(prepared, test, preset, folder, seed)
     report.write(folder)
     return report
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what an earlier process that was killed left half-written beside the bundle and the report."""
+    clean(folder)
+    for stale in folder.glob(f".{BUNDLE}.new-*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 @contextmanager

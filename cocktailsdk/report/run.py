@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -89,10 +88,10 @@ class RunReport:
 
     def write(self, folder: Path) -> Path:
         """Write ``report.json`` into a folder, all of it or nothing."""
+        from ..training.writing import write_atomic  # late: reading reports needs no torch
+
         path = folder / REPORT_FILE
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_atomic(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
         return path
 
 
