@@ -150,7 +150,7 @@ def row_sums(
             left = keys
             if mask is not None:
                 left = other.of(tuple(keys.shape), keys.dtype, keys.device)
-                left.copy_(mask[where]).neg_().bitwise_and_(keys)
+                left.copy_(mask[where]).mul_(keys)
             out[where[0]] += share * _sums(left.view(dtype).flatten(1) if left.ndim > 1 else left.view(dtype)[:, None])
     if bool(out.isnan().any()):
         raise nan_error(name, int(value.isnan().sum()))

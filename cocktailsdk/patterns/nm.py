@@ -71,13 +71,18 @@ def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool
         PatternError: The weight is not of floating point, or some of it is NaN.
     """
     value, dtype = value.detach(), ranked_dtype({weight.name: value})
-    keep = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+    keep = torch.empty(value.shape, dtype=torch.bool, device=value.device)
+    if covered(weight, m) < weight.numel:
+        keep.fill_(True)
     nan = torch.zeros((), dtype=torch.int64, device=value.device)
-    scratch = (Scratch(), Scratch(), Scratch())
+    scratch, flags = (Scratch(), Scratch(), Scratch()), Scratch()
     for part, kept in _blocks(_places(weight, value, m), _places(weight, keep, m)):
         keys = magnitude_bits(part.to(dtype), scratch[0])
         nan += keys.amax() > infinity_bits(dtype)
-        kept.copy_(_largest_by_sorting(keys, n) if m > _LONGEST_COMPARED else _largest(keys, n, *scratch[1:]))
+        largest = _largest_by_sorting(keys, n) if m > _LONGEST_COMPARED else _largest(keys, n, *scratch[1:])
+        stays = flags.of(tuple(keys.shape), torch.bool, keys.device).copy_(largest)
+        for place, into in zip(stays, kept, strict=True):  # bytes, a place of the run at a time: quicker than at once
+            into.copy_(place)
     if int(nan):
         raise nan_error(weight.name, int(value.isnan().sum()))
     return keep

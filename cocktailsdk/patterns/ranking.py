@@ -3,7 +3,8 @@
 The bits of ``|value|`` order non-negative floats as integers. So the threshold is found as in a radix sort, 16 bits at
 a time: a histogram of the first 16 bits of everything says in which bucket it lies, a histogram of the next 16 bits of
 that bucket alone says where inside, and so on. Half precisions need one pass, single precision two, the second over
-a few elements. Everything goes through memory in pieces, so that temporaries are small whatever the model's size.
+a few elements. Large tensors in one process mostly take a single pass (see :mod:`~cocktailsdk.patterns.bracketing`),
+with the same result. Everything goes through memory in pieces, so that temporaries are small whatever the model's size.
 
 Where tensors are sharded over ranks, only histograms and counts are exchanged: see :class:`Shards`.
 """
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ..errors import PatternError
+from .bracketing import WORTH_A_SAMPLE, drop_between, few_positions
 from .magnitudes import Scratch, infinity_bits, magnitude_bits, nan_error, piece_size, pieces, ranked_dtype
 
 __all__ = ["Shards", "drop_smallest", "histogram"]
@@ -51,6 +53,7 @@ def drop_smallest(
     keep: Mapping[str, Bool[Tensor, "..."]],
     count: int,
     shards: Shards | None = None,
+    kept: int | None = None,
 ) -> dict[str, Bool[Tensor, "..."]]:
     """Of everything still kept, drop exactly ``count`` elements: those of least magnitude.
 
@@ -62,6 +65,7 @@ def drop_smallest(
         keep: What is kept so far, by name, same shapes, on any device. Tensors not in it are kept whole.
         count: How many more go; at most what is kept, over all ranks.
         shards: Where the tensors are slices of larger ones, how the ranks that hold them agree.
+        kept: How many are kept so far, where that is known.
 
     Returns:
         What is kept afterwards, by name, on the tensors' devices.
@@ -75,6 +79,12 @@ def drop_smallest(
             n: keep[n].to(v.device, copy=True) if n in keep else torch.ones_like(v, dtype=torch.bool)
             for n, v in values.items()
         }
+    total = sum(v.numel() for v in values.values())
+    if shards is None and total >= WORTH_A_SAMPLE and dtype.itemsize > 2:  # half precisions take one pass anyway
+        if kept is None:
+            kept = total - sum(k.numel() - int(k.count_nonzero()) for k in keep.values())
+        if count <= kept and (found := drop_between(values, keep, dtype, count, kept)) is not None:
+            return found
     threshold, ties, equal = _threshold(values, keep, dtype, count, shards)
     share = _tie_shares(values, keep, dtype, threshold, ties, shards) if shards and ties < equal else None
     all_go = ties == equal
@@ -181,22 +191,10 @@ def _count_next(
         chosen = flags.of((part.numel(),), torch.bool, part.device).copy_(begin.eq_(prefix))
         if k is not None:
             chosen &= k
-        keys = magnitude_bits(part[_positions(chosen)], scratch)
+        keys = magnitude_bits(part[few_positions(chosen)], scratch)
         if keys.numel():
             digits, _ = counter.room(keys.numel(), part.device)
             digits.copy_(keys.bitwise_right_shift_(shift).bitwise_and_(0xFFFF))
-
-
-def _positions(chosen: Bool[Tensor, " n"]) -> Int64[Tensor, " found"]:
-    """Where few elements are true; eight at a time are looked at first."""
-    n = chosen.numel()
-    if n % 8 or chosen.device.type != "cpu":
-        return chosen.nonzero()[:, 0]
-    eights = chosen.view(torch.int64).nonzero()
-    if eights.numel() > n // 32:
-        return chosen.nonzero()[:, 0]
-    around = (eights * 8 + torch.arange(8)).reshape(-1)
-    return around[chosen[around]]
 
 
 def _threshold(

@@ -46,7 +46,7 @@ class Unstructured(Pattern):
         total = sum(v.numel() for v in values.values())
         gone = sum(k.numel() - int(k.count_nonzero()) for k in keep.values())
         count = round(subnet.sparsity * total) - gone
-        return Mask({name: k.cpu() for name, k in drop_smallest(values, keep, count).items()})
+        return Mask({name: k.cpu() for name, k in drop_smallest(values, keep, count, kept=total - gone).items()})
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""

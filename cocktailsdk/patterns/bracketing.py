@@ -1,0 +1,133 @@
+"""Selection in one pass: a sample says between which magnitudes the threshold lies, and few elements lie between.
+
+Where the guess is wrong, or so many are equal that too much lies between, :mod:`~cocktailsdk.patterns.ranking` counts
+histograms instead. The result is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+
+from .magnitudes import Scratch, infinity_bits, magnitude_bits, pieces
+
+__all__ = ["WORTH_A_SAMPLE", "drop_between", "few_positions"]
+
+WORTH_A_SAMPLE = 1 << 20
+"""Elements from which on a sample is small beside the whole."""
+
+_SIGMAS = 3.0
+_SAMPLE = 18  # bits of the number of elements looked at beforehand
+_MOST_BETWEEN = 32  # a guess is given up where more than one in so many elements lies between
+
+
+def drop_between(
+    values: Mapping[str, Float[Tensor, "..."]],
+    keep: Mapping[str, Bool[Tensor, "..."]],
+    dtype: torch.dtype,
+    count: int,
+    kept: int,
+) -> dict[str, Bool[Tensor, "..."]] | None:
+    """What :func:`~cocktailsdk.patterns.ranking.drop_smallest` leaves, or ``None`` where one pass does not find it.
+
+    Args:
+        values: Tensors by name.
+        keep: What is kept so far, by name; tensors not in it are kept whole.
+        dtype: That they are compared in.
+        count: How many of those kept go; at least one.
+        kept: How many are kept so far.
+    """
+    total = sum(v.numel() for v in values.values())
+    bounds = _bounds(values, keep, dtype, count / kept, total)
+    if bounds is None:
+        return None
+    low, high = bounds
+    infinity, limit = infinity_bits(dtype), total // _MOST_BETWEEN
+    scratch, above, flags = Scratch(), Scratch(), Scratch()
+    out: dict[str, Tensor] = {}
+    found: list[tuple[Tensor, Tensor, Tensor]] = []  # a piece of the result, positions in it, and what is there
+    between = larger = 0
+    for name, value in values.items():
+        out[name] = torch.empty(value.shape, dtype=torch.bool, device=value.device)
+        flat, at = out[name].view(-1), 0
+        for part, k in pieces(value, keep.get(name), dtype):
+            left = flat[at : at + part.numel()]
+            at += part.numel()
+            keys = magnitude_bits(part, scratch)
+            if not keys.numel():
+                continue
+            if int(keys.amax()) > infinity:
+                return None
+            more = torch.gt(keys, high, out=above.of(tuple(keys.shape), keys.dtype, keys.device))
+            left.copy_(more)
+            inside = flags.of(tuple(keys.shape), torch.bool, keys.device).copy_(keys.ge_(low).sub_(more))
+            if k is not None:
+                left &= k
+                inside &= k
+            positions = few_positions(inside)
+            larger += int(left.view(torch.uint8).sum(dtype=torch.int32))
+            between += positions.numel()
+            if between > limit:
+                return None
+            found.append((left, positions.to(torch.int32), magnitude_bits(part[positions], Scratch())))
+    goes = count - (kept - larger - between)
+    if not 0 <= goes <= between:
+        return None
+    _share_out(found, goes)
+    return out
+
+
+def _bounds(
+    values: Mapping[str, Tensor], keep: Mapping[str, Tensor], dtype: torch.dtype, share: float, total: int
+) -> tuple[int, int] | None:
+    """Magnitudes, as bits, between which a share of those kept ends, all but certainly."""
+    step = max(1, total >> _SAMPLE) | 1  # odd, or it might fall on one column of a matrix
+    parts = []
+    begin = 0
+    for name, value in values.items():
+        for part, k in pieces(value, keep.get(name), dtype):
+            some = magnitude_bits(part[begin::step].contiguous(), Scratch())
+            parts.append((some if k is None else some[k[begin::step]]).cpu())
+            begin = (begin - part.numel()) % step
+    sample = torch.cat(parts)
+    n = sample.numel()
+    if n < 1 << 12:
+        return None
+    margin = _SIGMAS * sqrt(share * (1 - share) / n) + 4 / n
+    ends = round((share - margin) * n), round((share + margin) * n)
+    inner = [end - 1 for end in ends if 1 <= end <= n]
+    ordered = np.partition(sample.numpy(), inner) if inner else sample.numpy()
+    low = int(ordered[ends[0] - 1]) if ends[0] >= 1 else 0
+    high = int(ordered[ends[1] - 1]) if ends[1] <= n else infinity_bits(dtype)
+    return low, high
+
+
+def _share_out(found: list[tuple[Bool[Tensor, " n"], Int[Tensor, " k"], Int[Tensor, " k"]]], goes: int) -> None:
+    """Keep all but the smallest ``goes`` of those between, ties by position."""
+    keys = torch.cat([k.cpu() for _, _, k in found])
+    if goes:
+        threshold = int(np.partition(keys.numpy(), goes - 1)[goes - 1])
+        stays = keys > threshold
+        ties = goes - int((keys < threshold).count_nonzero())
+        stays[(keys == threshold).nonzero()[ties:, 0]] = True
+    else:
+        stays = torch.ones_like(keys, dtype=torch.bool)
+    for (left, positions, _), stay in zip(found, stays.split([k.numel() for _, _, k in found]), strict=True):
+        left[positions[stay.to(positions.device)]] = True
+
+
+def few_positions(chosen: Bool[Tensor, " n"]) -> Int64[Tensor, " found"]:
+    """Where few elements are true; eight at a time are looked at first."""
+    n = chosen.numel()
+    if n % 8 or chosen.device.type != "cpu":
+        return chosen.nonzero()[:, 0]
+    eights = chosen.view(torch.int64).nonzero()
+    if eights.numel() > n // 32:
+        return chosen.nonzero()[:, 0]
+    around = (eights * 8 + torch.arange(8)).reshape(-1)
+    return around[chosen[around]]
