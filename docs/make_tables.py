@@ -71,6 +71,29 @@ def _is_run(path: Path) -> bool:
     return isinstance(data, dict) and "networks" in data
 
 
+def kill_block() -> str:
+    """Every moment at which a run was killed, and what became of it."""
+    path = RESULTS / "kill_test.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows, alike = found["moments"], sum(row["differs"] == [] for row in found["moments"])
+    out = [
+        f"`python benchmarks/kill_test.py`: {alike} of {len(rows)} ended with the same bytes (torch {found['torch']}, "
+        f"{found['machine']}).",
+        "",
+        "| | recipe | killed while | drawn | bundle |",
+        "| --: | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        drawn = "at random" if row["told"][0].startswith("after") else "within"
+        result = f"differs: {', '.join(row['differs'])}" if row["differs"] else "same bytes"
+        out.append(
+            f"| {row['number'] + 1} | `{row['recipe']}` | {', then '.join(row['phases'])} | {drawn} | {result} |"
+        )
+    return "\n".join(out) + "\n"
+
+
 def replaced(text: str, block: str) -> str:
     """A page with what stands between its marks replaced."""
     before, found, rest = text.partition(BEGIN)
@@ -197,6 +220,7 @@ def zoo_block() -> str:
 PAGES = {
     ROOT / "README.md": results_block,
     ROOT / "docs" / "results.md": results_block,
+    ROOT / "docs" / "resuming.md": kill_block,
     ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "zoo.md": zoo_block,
 }

@@ -508,6 +508,8 @@ def test_a_loader_that_raises_is_named_and_the_run_saved_first(tmp_path: Path, w
     assert isinstance(caught.value.__cause__, OSError)
     assert content(states(tmp_path)[-1])["position"]["step"] == 3
     assert isinstance(seen[-1], ev.Saved)
+    with pytest.raises(TrainingError, match=r"the loader raised OSError .* for its first batch"):
+        few(train_loader=Failing(train, 1)).fit()
     with pytest.raises(TrainingError, match=r"val_loader raised OSError .* for batch 1, from 0\. The run was saved in"):
         few(tmp_path, val_loader=Failing(held_out, 2)).fit()
     again = few(tmp_path, seed=9)

@@ -50,7 +50,8 @@ class Candidates:
         self._batches = list(session.held_order or [])
         self._parts = doubling(len(self._batches)) if self._batches else [range(0)]
         self._bytes = [nbytes(batch) for batch in self._batches]
-        self._recalibration_bytes = session.ranks.from_main(lambda: sum(map(nbytes, session.recalibration)))
+        guarded = session.guarded(session.recalibration, "train_loader, recalibrating,")
+        self._recalibration_bytes = session.ranks.from_main(lambda: sum(map(nbytes, guarded)))
 
     def propose(self, key: float, shares: Mapping[str, float]) -> None:
         """Let a number above 1 stand for a share for every layer."""

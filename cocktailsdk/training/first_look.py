@@ -28,9 +28,13 @@ def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes 
         options: Of the run.
 
     Raises:
-        TrainingError: Without batches, without a loss, or where distillation needs a ``distill_fn``.
+        TrainingError: Without batches, where the loader raises, without a loss, or where distillation needs a
+            ``distill_fn``.
     """
-    batch = next(iter(batches), None)
+    try:
+        batch = next(iter(batches), None)
+    except Exception as error:
+        raise TrainingError(f"the loader raised {type(error).__name__} ({error}) for its first batch") from error
     if batch is None:
         raise TrainingError("the loader gave no batches")
     seed_everything(options.seed, "first look")

@@ -105,7 +105,7 @@ def descended(session: Session, candidates: Candidates, alpha: float, names: Seq
     shares = torch.full((len(ways),), alpha, dtype=torch.float64)
     shares.requires_grad_(True)
     optimizer = torch.optim.Adam([shares], lr=RATE)
-    batches = itertools.chain.from_iterable(itertools.repeat(session.held_out))
+    batches = session.guarded(itertools.chain.from_iterable(itertools.repeat(session.held_out)), "val_loader")
     session.seed("shares", len(session.history.alphas))
     net.model.train()
     with untouched_buffers(net.model):

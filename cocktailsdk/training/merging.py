@@ -73,7 +73,7 @@ def _arrange(session: Session, merged: Mapping[str, Tensor]) -> None:
         load_tensors(session.net.model, merged)
         session.held_examples, session.held_scores = hardest_first(session, session.names(1))
     elif session.held_out is not None and session.held_out.kept is None:
-        for _ in session.held_out:  # kept once gone through
+        for _ in session.guarded(session.held_out, "val_loader"):  # kept once gone through
             pass
     if session.held_examples is not None and session.held_out is not None and session.held_out.kept is not None:
         batches = session.held_out.kept

@@ -202,7 +202,8 @@ def clean(folder: Path) -> list[Path]:
     """Remove what a process that was killed in the middle of :func:`write_whole` left in a folder."""
     stale = [path for path in folder.glob(".*.tmp") if path.is_file()]
     for path in stale:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
     return stale
 
 
