@@ -25,6 +25,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 from cocktailsdk import CocktailNet, CoTrainer, presets
 from cocktailsdk.bundle import write
 from cocktailsdk.cli import runs
@@ -114,6 +116,12 @@ def small(recipe: str) -> Preset:
     changed = {"recipe": recipe, "epochs": 2, "rewind_epoch": 1, "recalibration_batches": 2, "alphas": (1.0, 0.7, 0.4)}
     saved = {"steps_per_epoch": 10, "save_seconds": 0.3, "save_minutes": 0.6 / 60}
     return dataclasses.replace(preset, patterns=patterns, training={**preset.training, **changed, **saved})
+
+
+def warm() -> None:
+    """Import all that a run imports, on one thread: a fork has no others."""
+    torch.set_num_threads(1)
+    small("cocktail").prepare()
 
 
 def profiled(killer: Killer) -> None:

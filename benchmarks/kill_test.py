@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="where runs are kept meanwhile")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    import kill_run  # noqa: F401  (once for all runs: see run)
+    import kill_run
 
+    kill_run.warm()  # once for all runs: see run
     if options.fresh:
         shutil.rmtree(options.work, ignore_errors=True)
         options.out.unlink(missing_ok=True)
@@ -155,6 +157,8 @@ def _forked(command: list[str], told: dict[str, str], said: int) -> int:
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
