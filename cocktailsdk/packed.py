@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["PackedMasks"]
 
-_PIECE = 1 << 18  # elements at a time on a CPU: what fits a core's cache
+_PIECE = 1 << 16  # elements at a time on a CPU: what fits a core's cache
 _GROUP = 1 << 26  # elements unpacked at a time on an accelerator, where few large kernels are quicker than many
 _SPREAD = 0x0102040810204080  # times eight bytes of 0 and 1: their bits in the highest byte
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -83,7 +83,11 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
         with torch.inference_mode(False), torch.no_grad():
             if self.device.type == "cpu":
                 for name in names:
-                    _zero_in_pieces(tensors[name].detach(), self[name])
+                    tensor = tensors[name].detach()
+                    if tensor.is_contiguous() and tensor.shape == self._shapes[name]:
+                        self._zero_flat(name, tensor.view(-1))
+                    else:
+                        _zero_in_pieces(tensor, self[name])
                 return
             for group in self._groups(names):
                 masks = self._unpacked(group)
@@ -91,6 +95,15 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
                 for dtype in {t.dtype for t in own}:
                     mine = [(t, m) for t, m in zip(own, masks, strict=True) if t.dtype == dtype]
                     torch._foreach_mul_([t for t, _ in mine], [m.to(dtype) for _, m in mine])
+
+    def _zero_flat(self, name: str, tensor: Tensor) -> None:
+        """Unpacked and applied a piece at a time, so that nothing large is held beside."""
+        bits, begin = tensor.view(_BITS[tensor.element_size()]), self._begin[name]
+        scratch = torch.empty(min(_PIECE, tensor.numel()), dtype=bits.dtype)
+        packed = self._packed[begin : begin + -(-tensor.numel() // 8)]
+        for part, bytes_ in zip(bits.split(_PIECE), packed.split(_PIECE // 8), strict=True):
+            keep = _unpack(bytes_, self._table)[: part.numel()]
+            part.bitwise_and_(scratch[: part.numel()].copy_(keep).neg_())
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         group: list[str] = []
