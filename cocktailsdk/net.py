@@ -15,7 +15,9 @@ from .errors import PatternError
 from .graph import Coupling, Weight
 from .masks import Mask
 from .patterns import DENSE, UMG, Pattern, Subnet, make_all_masks, resolve_patterns
+from .patterns.sharded import ShardedValues, sharded_mask
 from .selection import Modules, Selection
+from .sharding import is_sharded, rows_of, total
 from .statistics import Forward, device_of, measure, statistics_of, to_device
 from .switchable import SwitchableNet
 
@@ -87,13 +89,36 @@ class CocktailNet(SwitchableNet):
         """
         s = self.subnet(subnet) if isinstance(subnet, str) else subnet
         pattern = self.pattern(s.pattern)
-        return pattern.mask(s, self.umg(previous if pattern.nested else None, made))
+        umg = self.umg(previous if pattern.nested else None, made)
+        return sharded_mask(pattern, s, umg) if isinstance(umg.values, ShardedValues) else pattern.mask(s, umg)
 
     def umg(self, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> UMG:
         """What a pattern sees of this net: the dense weights, whatever is active."""
         names = dict.fromkeys([*(w.name for w in self.eligible), *(p.weight for p in self.coupling.producers)])
-        values = {n: self._switcher.dense(n) for n in names}
+        values: Mapping[str, Tensor]
+        if self._switcher.tensors.sharded:
+            values = self._sharded_values(tuple(names))
+        else:
+            values = {n: self._switcher.dense(n) for n in names}
         return UMG(self.coupling, self.eligible, values, previous, dict(made or {}))
+
+    def _sharded_values(self, names: tuple[str, ...]) -> ShardedValues:
+        switcher = self._switcher
+        device = next(switcher.tensors[n].device for n in names)
+
+        def rows(name: str) -> slice | None:
+            given = switcher.tensors.given(name)
+            return rows_of(given) if is_sharded(given) else None
+
+        return ShardedValues(
+            names,
+            local=switcher.dense_part,
+            rows=rows,
+            whole=switcher.dense,
+            total=lambda counts: total(counts, device),
+            rank=torch.distributed.get_rank(),
+            ranks=torch.distributed.get_world_size(),
+        )
 
     def recalibrate(self, name: str, batches: Iterable[Any], forward: Forward | None = None) -> None:
         """Measure a subnetwork's own batch-norm statistics and keep them in :attr:`statistics`.

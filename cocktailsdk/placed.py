@@ -66,7 +66,9 @@ class PlacedMasks:
 
     def _place(self, mask: Mask) -> Placed:
         tensors = self._tensors
-        if mask.removed is None and isinstance(mask.elements, PackedMasks):
+        if tensors.sharded:
+            packed = PackedMasks((n, tensors.part(n, m)) for n, m in mask.tensors(self._coupling).items())
+        elif mask.removed is None and isinstance(mask.elements, PackedMasks):
             packed = mask.elements
         else:
             packed = PackedMasks(mask.tensors(self._coupling).items())

@@ -17,6 +17,7 @@ from .masks import Mask
 from .packed import PackedMasks
 from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
+from .sharding import local
 from .switching import Switcher
 
 
@@ -225,7 +226,7 @@ class SwitchableNet(nn.Module):
         name = self._ready(name)
         if name != DENSE:
             masks = self._device_masks(name)
-            zero_masked(masks, {n: t for n, t in tensors.items() if n in masks})
+            zero_masked(masks, {n: local(t) for n, t in tensors.items() if n in masks})
 
     def mask_bytes(self, name: str) -> int:
         """Bytes that a subnetwork's masks take where the model is, besides those of :attr:`masks` on the CPU.
@@ -240,7 +241,10 @@ class SwitchableNet(nn.Module):
         return self._placed.of(name, self._masks[name])
 
     def dense_tensor(self, name: str) -> Tensor:
-        """A parameter's or buffer's dense value, whatever is active; the model's own memory, or the copy kept of it."""
+        """A parameter's or buffer's dense value, whatever is active; the model's own memory, or the copy kept of it.
+
+        Of a sharded parameter (FSDP2) it is gathered whole: all processes must ask for it.
+        """
         return self._switcher.dense(name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .placed import Placed, zero_masked
+from .sharding import is_sharded, local, rows_of, whole
 from .statistics import batch_norm_buffers
 
 
@@ -24,8 +25,25 @@ class Tensors:
                         self.where[f"{path}.{name}".lstrip(".")] = (table, name)
 
     def __getitem__(self, name: str) -> Tensor:
+        """The tensor; of a sharded one what is here."""
+        return local(self.given(name))
+
+    def given(self, name: str) -> Tensor:
+        """The tensor as the module has it."""
         table, key = self.where[name]
         return table[key]
+
+    def part(self, name: str, mask: Tensor) -> Tensor:
+        """Of what broadcasts to a tensor, what broadcasts to the part that is here."""
+        given = self.given(name)
+        if not is_sharded(given) or mask.ndim < given.ndim or mask.shape[0] != given.shape[0]:
+            return mask
+        return mask[rows_of(given)]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether there are sharded ones."""
+        return any(is_sharded(table[key]) for table, key in self.where.values())
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -107,7 +125,14 @@ class Switcher:
         zero_masked(masks, {n: self.tensors[n] for n in masks if n in self.norm_buffers})
 
     def dense(self, name: str) -> Tensor:
-        """A tensor's dense value, whatever is active."""
+        """A tensor's dense value, whatever is active; of a sharded one all of it, gathered by all processes."""
+        given = self.tensors.given(name)
+        if is_sharded(given):
+            return whole(given, self.dense_part(name))
+        return self.dense_part(name)
+
+    def dense_part(self, name: str) -> Tensor:
+        """The part of a tensor's dense value that is here."""
         for stash in (self.weights, self.norms):
             if name in stash.saved:
                 return stash.saved[name]

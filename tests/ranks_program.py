@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from training_tiny import augment, result, tiny_images, tiny_net, tiny_trainer, to_float
 
@@ -26,10 +27,12 @@ from cocktailsdk import TrainingError, presets
 from cocktailsdk.cli.main import app
 from cocktailsdk.datasets import TensorLoader
 from cocktailsdk.presets import digits
+from cocktailsdk.sharding import local
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.ranks import digest
+from cocktailsdk.training.recipes import masks as recipe_masks
 
-TIMEOUT = 150  # seconds, of a launch
+TIMEOUT = 400  # seconds, of a launch
 
 
 class PlainNet(nn.Module):
@@ -202,6 +205,84 @@ def cli(folder: Path) -> Any:
     return said
 
 
+def with_ties(net: cocktail.CocktailNet) -> cocktail.CocktailNet:
+    """Weights of few values, so that thresholds fall among many equal ones."""
+    with torch.no_grad():
+        for p in net.model.parameters():
+            p.copy_((p * 20).round() / 20)
+    return net
+
+
+def shard(net: cocktail.CocktailNet) -> cocktail.CocktailNet:
+    """FSDP2 as users call it: the convolutions by themselves, the rest together."""
+    for module in (net.model.conv1, net.model.conv2):
+        fully_shard(module)
+    fully_shard(net.model)
+    return net
+
+
+def masks_of(net: cocktail.CocktailNet) -> dict[str, Any]:
+    made = recipe_masks.umg(
+        recipe_masks.Pruning(
+            net,
+            {"unstructured": net.pattern("unstructured").subnets(), "n:m": net.pattern("n:m").subnets()}
+            | {"channel": net.pattern("channel").subnets()},
+            frozenset(net.names) - {"dense"},
+            lambda: None,
+        )
+    )
+    return {
+        name: {**mask.elements, **({} if mask.removed is None else {"removed": mask.removed})}
+        for name, mask in made.items()
+    }
+
+
+def fsdp_trainer(seed: int = 0, sharded: bool = True, **options: Any) -> cocktail.CoTrainer:
+    net = plain_net(seed)
+    settings: dict[str, Any] = {"recipe": "cocktail", "train_loader": uneven(), "alphas": (1.0, 0.5)}
+    return tiny_trainer(shard(net) if sharded else net, **{**settings, **options})
+
+
+def fsdp(folder: Path) -> Any:
+    """Masks of sharded weights, a run, and its bundle."""
+    several_ranks = "RANK" in os.environ
+    if several_ranks and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    net = with_ties(plain_net())
+    out: dict[str, Any] = {"umg": masks_of(shard(net) if several_ranks else net)}
+    trainer = fsdp_trainer(sharded=several_ranks, clip_norm=0.5, accumulate=2, out_dir=folder / f"fsdp-{several_ranks}")
+    trainer.fit()
+    held_out = TensorLoader(tiny_images(33, seed=5), 16, to_float)
+    out["evaluated"] = trainer.evaluate(held_out)
+    out["history"] = trainer.history.to_dict()
+    out["metrics"] = dict(trainer.net.metrics)
+    out["weights"] = {n: trainer.net.dense_tensor(n).clone() for n, _ in trainer.net.model.named_parameters()}
+    out["masks"] = {n: {**m.elements} for n, m in trainer.net.masks.items()}
+    trainer.net.save_pretrained(folder / f"bundle-{several_ranks}")
+    if several_ranks:
+        p = next(iter(trainer.net.model.parameters()))
+        out["rows"] = (local(p).shape[0], p.shape[0])
+    return out
+
+
+def fsdp_resumed(folder: Path) -> Any:
+    """Stopped in the middle, and gone on with: bit by bit the same."""
+    left = [9]
+
+    def stop(event: ev.Event) -> None:
+        left[0] -= isinstance(event, ev.StepDone)
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"clip_norm": 0.5, "accumulate": 2, "out_dir": folder / "fsdp-stopped"}
+    with contextlib.suppress(KeyboardInterrupt):
+        fsdp_trainer(callbacks=[stop], event_seconds=0, **options).fit()
+        raise AssertionError
+    trainer = fsdp_trainer(seed=9, **options)
+    trainer.fit()
+    return {n: trainer.net.dense_tensor(n).clone() for n, _ in trainer.net.model.named_parameters()}
+
+
 def dies(folder: Path) -> Any:
     """Process 1 is killed in round 2."""
 
@@ -219,7 +300,8 @@ def dies(folder: Path) -> Any:
 
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
-    f.__name__: f for f in (plain, loader, several, batch_norm, interrupted, mixed, refused, own_parts, cli, dies)
+    f.__name__: f
+    for f in (plain, loader, several, batch_norm, interrupted, mixed, refused, own_parts, cli, fsdp, fsdp_resumed, dies)
 }
 
 
@@ -246,6 +328,7 @@ def main() -> None:
     for name in sys.argv[2:]:
         out = SCENARIOS[name](folder)
         torch.save(out, folder / f"{name}-{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ..errors import BundleError
 from ..masks import Mask
 from ..net import CocktailNet
 from ..patterns import DENSE
+from ..sharding import is_main, plain_class
 from .couplings import write_coupling
 from .examples import describe
 from .files import write_folder
@@ -23,6 +24,8 @@ from .subnets import read_masks, write_masks, write_statistics
 
 def save_pretrained(net: CocktailNet, path: str | PathLike[str]) -> None:
     """Write a net's bundle: the dense weights, whatever subnetwork is active. Two calls write the same bytes.
+
+    Of a net whose weights are sharded (FSDP2) all processes must call this; the first of them writes.
 
     Raises:
         BundleError: A subnetwork has no mask yet, or the folder holds something else.
@@ -63,7 +66,11 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str]) -> None:
             entry["metric"] = value if math.isfinite(value) else str(value)
         subnets.append(entry)
     meta = {
-        "model": {"class": type(net.model).__qualname__, "fingerprint": fingerprint(net.model), "tensors": table},
+        "model": {
+            "class": plain_class(net.model).__qualname__,
+            "fingerprint": fingerprint(net.model),
+            "tensors": table,
+        },
         "patterns": [{"name": p.name, "config": p.config()} for p in net.patterns],
         "subnets": subnets,
         "selection": {"target": net.selection.target, "exclude": net.selection.exclude},
@@ -73,7 +80,8 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str]) -> None:
         "dense_statistics": DENSE in net.statistics,
         "coupling": coupling_meta,
     }
-    write_folder(path, meta, weights, {**packed, **measured, "units": units})
+    if is_main(net.model):
+        write_folder(path, meta, weights, {**packed, **measured, "units": units})
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
+from ..sharding import sharded, shards
 from .distill import Classes, untouched_buffers
 from .forward import ForwardFn, LossFn, default_forward, loss_of
 from .precision import FULL, Precision
@@ -45,6 +46,12 @@ class Execution:
 
     With one process, one batch a step and full precision it adds nothing to them.
 
+    Attributes:
+        ranks: The processes.
+        precision: Of training passes.
+        device: Of the model.
+        sharded: Whether each process has a part of the weights (FSDP2).
+
     Args:
         model: The user's own.
         forward: How a batch is used.
@@ -76,6 +83,10 @@ class Execution:
         self._norms = synchronised_norms(model, self.device) if sync_batch_norm and ranks.world > 1 else []
         self._parameters = list(model.parameters())
         self._wrapped: nn.Module | None = None
+        self.sharded = sharded(model)
+        self._shards = shards(model) if self.sharded else []
+        if self.sharded and precision.name == "fp16":
+            raise TrainingError('mixed_precision="fp16" cannot train sharded weights (FSDP2): take "bf16"')
 
     def prepare(self, batch: Any, loss_fn: LossFn | None) -> None:
         """Wrap the model for several processes; nothing else happens to it.
@@ -85,7 +96,7 @@ class Execution:
                 to know.
             loss_fn: The user's loss, or ``None`` for the model's own.
         """
-        if self.ranks.world == 1 or self._wrapped is not None:
+        if self.ranks.world == 1 or self.sharded or self._wrapped is not None:
             return
         assert self._accelerator is not None
         passing = _Pass(self._model, self._forward)
@@ -142,6 +153,8 @@ class Execution:
 
     def collecting(self, last: bool) -> AbstractContextManager[Any]:
         """While it is open, gradients are only added up here, unless this is the last batch of a step's turn."""
+        for module in self._shards:
+            module.set_requires_gradient_sync(last, recurse=False)
         wrapped: Any = self._wrapped
         return nullcontext() if last or wrapped is None else wrapped.no_sync()
 

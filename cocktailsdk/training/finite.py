@@ -14,6 +14,7 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..net import CocktailNet
 from ..patterns.base import DENSE
+from ..sharding import local
 from ..statistics import batch_norms
 from .recipes import Step
 
@@ -89,7 +90,7 @@ class LossWatch:
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number is infinite or none; one look at the device for all tensors, and no memory of their size."""
     ends: list[Tensor] = []
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if tensor.is_floating_point() and tensor.numel():

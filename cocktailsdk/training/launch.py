@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from ..errors import TrainingError
+from ..sharding import reshard_after_forward, sharded
 from .precision import MixedPrecision, Precision
 from .ranks import SINGLE, ProcessRanks, Ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Launch", "accumulated", "connected", "launched", "precision_of", "several_processes"]
+__all__ = ["Launch", "accumulated", "connected", "launched", "precision_of", "several_processes", "shard"]
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -94,6 +96,17 @@ def _check(accelerator: Accelerator, wanted: torch.device | None) -> None:
         )
     if wanted is not None and wanted.type != accelerator.device.type and kind != "NO":
         raise TrainingError(f"device={str(wanted)!r}, but the Accelerator has set up {accelerator.device}")
+
+
+def shard(model: nn.Module, launch: Launch) -> None:
+    """Shard a model as an Accelerator for FSDP2 says, in place, unless it is sharded already."""
+    accelerator: Any = launch.accelerator
+    if accelerator is not None and accelerator.is_fsdp2 and not sharded(model):
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        fsdp2_prepare_model(accelerator, model)
+    if sharded(model):
+        reshard_after_forward(model)  # before the first pass: masks act on what is used next
 
 
 def accumulated(launch: Launch, given: int | None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..patterns.base import DENSE
+from ..sharding import like, local
 from ..statistics import statistics_of
 from .candidates import Candidates, hardest_first, regrouped
 from .events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
@@ -62,7 +63,9 @@ def merge_rounds(session: Session) -> None:
 
 
 def _round(session: Session, k: int) -> dict[str, Tensor]:
-    return {name: tensor.to(session.device) for name, tensor in session.store.get(f"round-{k:02d}").items()}
+    parameters = dict(session.net.model.named_parameters())
+    stored = session.store.get(f"round-{k:02d}")
+    return {n: local(like(parameters[n], t) if n in parameters else t).to(session.device) for n, t in stored.items()}
 
 
 def _arrange(session: Session, merged: Mapping[str, Tensor]) -> None:

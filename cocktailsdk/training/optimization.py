@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..sharding import is_sharded, like
 from .options import Options
 
 __all__ = ["Optimization"]
@@ -55,6 +56,10 @@ class Optimization:
         """The inverse of :meth:`state_dict`."""
         # an optimizer takes the tensors as its own, and goes on changing them
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        for parameter, own in self.optimizer.state.items():
+            for key, value in own.items():
+                if is_sharded(parameter) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    own[key] = like(parameter, value)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])

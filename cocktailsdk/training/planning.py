@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..patterns.base import DENSE
+from ..sharding import local
 from .optimization import Optimization
 from .options import finishing_epochs
 from .recipes import Step, Turn
@@ -216,12 +217,12 @@ def _activations() -> Iterator[dict[int, int]]:
 
 def _memory(session: Session, optimization: Optimization, activations: dict[int, int]) -> int:
     net = session.net
-    tensors = model_tensors(net.model)
+    tensors = {name: local(tensor) for name, tensor in model_tensors(net.model).items()}
     own = {t.untyped_storage().data_ptr() for t in tensors.values()}
     weights = sum(t.nbytes for t in tensors.values())
-    gradients = sum(p.nbytes for p in net.model.parameters() if p.requires_grad)
+    gradients = sum(local(p).nbytes for p in net.model.parameters() if p.requires_grad)
     state = sum(
-        value.nbytes
+        local(value).nbytes
         for entry in optimization.optimizer.state.values()
         for value in entry.values()
         if isinstance(value, Tensor)

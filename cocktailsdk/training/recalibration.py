@@ -18,7 +18,13 @@ __all__ = ["recalibrate"]
 
 
 def recalibrate(
-    net: CocktailNet, name: str, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any], ranks: Ranks
+    net: CocktailNet,
+    name: str,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    ranks: Ranks,
+    *,
+    together: bool = False,
 ) -> None:
     """As :meth:`~cocktailsdk.CocktailNet.recalibrate`, each process on its parts of the batches.
 
@@ -31,12 +37,13 @@ def recalibrate(
         batches: This process's, as many as every other's.
         forward: How a batch is used.
         ranks: The processes.
+        together: Whether a pass needs all processes (weights are sharded), so that none may leave one out.
     """
     if ranks.world == 1:
         net.recalibrate(name, batches, forward)
         return
     mine = list(batches)
-    counted = [b for b in mine if not isinstance(b, Part) or b.count]
+    counted = [b for b in mine if together or not isinstance(b, Part) or b.count]
     net.recalibrate(name, counted or mine, forward)
     statistics = net.statistics[name]
     if not statistics:

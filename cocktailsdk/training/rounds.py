@@ -11,6 +11,7 @@ import torch
 from ..errors import TrainingError
 from ..masks import Mask
 from ..patterns.base import DENSE
+from ..sharding import local
 from .batches import draw_groups, to_device
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
@@ -187,7 +188,7 @@ def _prepare(session: Session, step: Step) -> None:
             net.set_mask(name, session.agreed({name: net.make_masks(name)})[name])
             session.remade.add(name)
             for key, mask in net.mask_tensors(name).items():
-                parameters[key].detach().mul_(mask)
+                local(parameters[key].detach()).mul_(mask)
     if step.forget:
         assert session.optimization is not None
         session.optimization.optimizer.state.clear()

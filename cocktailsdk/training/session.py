@@ -18,6 +18,7 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..net import CocktailNet
 from ..patterns.base import DENSE, Subnet
+from ..sharding import is_sharded, local, rows_of
 from .batches import HeldBatches, generator_states, set_generator_states
 from .distill import Classes
 from .events import Event, Saved, StepSkipped
@@ -55,7 +56,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy what :func:`model_tensors` gave back into place."""
     for name, tensor in model_tensors(model).items():
-        tensor.copy_(tensors[name])
+        here, value = local(tensor), local(tensors[name])
+        if here.shape != value.shape:  # whole, and only some rows of it are here
+            value = value[rows_of(tensor)]
+        here.copy_(value)
 
 
 @dataclass
@@ -436,7 +440,8 @@ class Session:
         def value() -> str:
             names = [name for names in self.networks(self.position.round).values() for name in names]
             masks = {name: self.net.masks[name] for name in names if name in self.net.masks}
-            return digest({**model_tensors(self.net.model), **pack_masks(masks)})
+            weights = {n: t for n, t in model_tensors(self.net.model).items() if not is_sharded(t)}
+            return digest({**weights, **pack_masks(masks)})
 
         self.ranks.verify(what, value)
 
@@ -454,7 +459,8 @@ class Session:
     def recalibrate(self, name: str) -> None:
         """Measure a network's batch-norm statistics; several processes each on their parts of the batches."""
         batches = self.guarded(self.recalibration, "train_loader, recalibrating,")
-        recalibrate(self.net, name, batches, self.forward, self.ranks)
+        together = self.execution is not None and self.execution.sharded
+        recalibrate(self.net, name, batches, self.forward, self.ranks, together=together)
 
     def score(self, name: str) -> Score:
         """Recalibrate a network's statistics and measure it on the held-out batches; higher is better."""

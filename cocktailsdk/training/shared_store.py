@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharding import is_sharded, whole
 from .ranks import Ranks
 from .state import Store
 
@@ -25,10 +26,13 @@ class SharedStore:
     Args:
         ranks: The processes.
         make: Makes the store; called in the main process alone.
+        sharded: Whether tensors may be sharded; whole ones are gathered then, one at a time, and only the main process
+            keeps them.
     """
 
-    def __init__(self, ranks: Ranks, make: Callable[[], Store]) -> None:
+    def __init__(self, ranks: Ranks, make: Callable[[], Store], *, sharded: bool = False) -> None:
         self._ranks = ranks
+        self._sharded = sharded
         self._store: Store | None = None
 
         def opened() -> None:
@@ -59,7 +63,8 @@ class SharedStore:
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name."""
-        self._ranks.from_main(lambda: self._main.put(name, tensors))
+        content = self._gathered(tensors) if self._sharded else tensors
+        self._ranks.from_main(lambda: self._main.put(name, content))
 
     def get(self, name: str) -> dict[str, Tensor]:
         """What was put there, on the CPU."""
@@ -73,7 +78,20 @@ class SharedStore:
 
     def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path | None:
         """Write the run's state, the main process's."""
+        if self._sharded:
+            content = self._gathered(state())
+            return self._ranks.from_main(lambda: self._main.save(lambda: content, needed))
         return self._ranks.from_main(lambda: self._main.save(state, needed))
+
+    def _gathered(self, value: Any) -> Any:
+        if is_sharded(value):
+            full = whole(value)
+            return full.cpu() if self._ranks.is_main else full.new_empty(0)
+        if isinstance(value, Mapping):
+            return {key: self._gathered(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._gathered(part) for part in value)
+        return value
 
     def load(self) -> dict[str, Any] | None:
         """The newest state that is whole, or ``None``."""

@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..errors import TrainingError
 from ..net import CocktailNet
 from ..patterns.base import DENSE
+from ..sharding import local
 from ..statistics import statistics_of
 from .distill import Classes, DistillFn, no_soft_loss, soft_cross_entropy
 from .execution import Execution
@@ -135,8 +137,10 @@ class Stepper:
             teacher: What the dense network said to each batch, where it is known already.
             scaler: Scales losses, for half precision.
         """
-        optimizer.zero_grad(set_to_none=True)
         execution = self._execution
+        if execution.sharded and (step.regrow or step.correct):
+            raise TrainingError("sharded weights (FSDP2) cannot regrow masks or correct gradients: train with DDP")
+        optimizer.zero_grad(set_to_none=True)
         shares = execution.shares(batches, self._classes)
         batches = [inputs_of(batch) for batch in batches]
         losses: dict[str, Tensor] = {}
@@ -156,7 +160,7 @@ class Stepper:
                         said.append(known if sparse else detached(output))
             teacher = said if self._weight and said else teacher if sparse else None
         losses = execution.combined(losses)
-        if self.allows is not None and not self.allows(losses, scaler is not None):
+        if self.allows is not None and execution.ranks.any(not self.allows(losses, scaler is not None)):
             return Trained(losses, teacher, left_out=True)
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -222,7 +226,7 @@ class Stepper:
         for name, mask in masks.items():
             parameter = self._parameters[name]
             mine = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
-            alike = [parameter.detach(), *(v for v in mine if v.shape == parameter.shape)]
+            alike = [local(parameter.detach()), *(local(v) for v in mine if v.shape == parameter.shape)]
             before += [(tensor, tensor.clone(), mask) for tensor in alike]
         yield
         for tensor, old, mask in before:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import TrainingError
 from ..net import CocktailNet
 from ..patterns.base import DENSE
+from ..sharding import is_sharded, sharded
 from .batches import HeldBatches, epoch_length, generator_states, set_generator_states
 from .configuration import describe, fingerprint, stored_configuration
 from .distill import Classes, DistillFn
@@ -25,7 +26,7 @@ from .first_look import choose_metric, look
 from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
-from .launch import accumulated, connected, launched, precision_of
+from .launch import accumulated, connected, launched, precision_of, shard
 from .merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .options import OptimizerFactory, Options, default_optimizer, finishing_epochs
@@ -209,6 +210,7 @@ class CoTrainer:
         self._plan = recipe.plan(net.patterns, rounds)
         self._launch = launched(accelerator, device)
         self.ranks = self._launch.ranks
+        shard(net.model, self._launch)
         self._train_loader, self._val_loader = train_loader, val_loader
         self._device = self._launch.device or _device_of(net)
         self._out_dir = Path(out_dir) if out_dir is not None else None
@@ -404,7 +406,11 @@ class CoTrainer:
         return training.get("epochs") if training.get("total_hours") == hours else None
 
     def _store(self) -> Store | SharedStore:
-        return self._own_store() if self.ranks.world == 1 else SharedStore(self.ranks, self._own_store)
+        return (
+            self._own_store()
+            if self.ranks.world == 1
+            else SharedStore(self.ranks, self._own_store, sharded=sharded(self.net.model))
+        )
 
     def _own_store(self) -> Store:
         if self._out_dir is None:
@@ -426,7 +432,7 @@ class CoTrainer:
         if state is not None or ranks.world > 1:
             set_generator_states(self._train_loader, first)
         if ranks.world > 1:
-            ranks.align(model_tensors(net.model).values())
+            ranks.align(tensor for tensor in model_tensors(net.model).values() if not is_sharded(tensor))
         recalibration = HeldBatches(
             self._shared_loader, (options.seed, "recalibration"), self._device, options.recalibration_batches
         )
