@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from scaling_tables import scaling_block
+
 from cocktailsdk.report.figure import write_figure
 from cocktailsdk.report.numbers import bytes_text, count_text, duration_text, flops_text
 from cocktailsdk.report.run import NetworkRow, RunReport, read_report
@@ -223,6 +225,7 @@ PAGES = {
     ROOT / "docs" / "resuming.md": kill_block,
     ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "zoo.md": zoo_block,
+    ROOT / "docs" / "scaling.md": scaling_block,
 }
 """Every page with marks, and what stands between them."""
 
