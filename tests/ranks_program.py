@@ -159,6 +159,31 @@ def mixed(folder: Path) -> Any:
     return trained(plain_trainer(mixed_precision="bf16", merge=False))
 
 
+class WithUnused(PlainNet):
+    """One parameter gets no gradient, of which DDP must know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+def unused(folder: Path) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = cocktail.sparsify(
+            WithUnused(), cocktail.Unstructured(sparsities=[0.5]), example_inputs=(torch.zeros(1, 1, 8, 8),)
+        )
+    return trained(tiny_trainer(net, recipe="cocktail", train_loader=uneven(), on_nan="skip"))
+
+
+def planned(folder: Path) -> Any:
+    """Measured in every process, and agreed; a plan leaves nothing behind."""
+    trainer = plain_trainer(merge=False, rounds=1)
+    steps = trainer.plan().steps
+    hours = plain_trainer(total_hours=0.01, epochs=None, rewind_epoch=None, merge=False, rounds=1)
+    return {"steps": steps, "hours": hours.configuration["training"], **trained(trainer)}
+
+
 def refused(folder: Path) -> Any:
     """What cannot be shared out, and what differs, is refused in words, in every process."""
     sampler = torch.utils.data.DistributedSampler(Digits())
@@ -299,10 +324,8 @@ def dies(folder: Path) -> Any:
     return trained(plain_trainer(loss_fn=cross_entropy, **options))
 
 
-SCENARIOS: dict[str, Callable[[Path], Any]] = {
-    f.__name__: f
-    for f in (plain, loader, several, batch_norm, interrupted, mixed, refused, own_parts, cli, fsdp, fsdp_resumed, dies)
-}
+DDP = (plain, loader, several, batch_norm, interrupted, mixed, unused, planned, refused, own_parts, cli)
+SCENARIOS: dict[str, Callable[[Path], Any]] = {f.__name__: f for f in (*DDP, fsdp, fsdp_resumed, dies)}
 
 
 def launch(folder: Path, *names: str, processes: int = 2) -> subprocess.CompletedProcess[str]:

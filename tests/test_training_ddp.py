@@ -27,8 +27,7 @@ needs_gloo = pytest.mark.skipif(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of the scenarios."""
     folder = tmp_path_factory.mktemp("two")
-    names = ("plain", "loader", "several", "batch_norm", "interrupted", "mixed", "own_parts", "refused", "cli")
-    done = launch(folder, *names)
+    done = launch(folder, *(scenario.__name__ for scenario in ranks_program.DDP))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -58,11 +57,22 @@ def test_two_processes_train_as_one_with_the_same_batches(name: str, folder: Pat
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "loader", "several", "batch_norm", "mixed", "own_parts"])
+@pytest.mark.parametrize(
+    "name", ["plain", "loader", "several", "batch_norm", "mixed", "unused", "planned", "own_parts"]
+)
 def test_weights_masks_statistics_and_decisions_are_the_same_bits_in_both(name: str, folder: Path) -> None:
     first, second = outcome(folder, name, 0), outcome(folder, name, 1)
     assert first["digest"] == second["digest"]
     assert first["evaluated"] == second["evaluated"]
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_a_plan_is_measured_together_and_agreed(folder: Path) -> None:
+    first, second = outcome(folder, "planned", 0), outcome(folder, "planned", 1)
+    assert first["hours"] == second["hours"]
+    assert first["hours"]["epochs"] >= 1
+    assert first["steps"] == second["steps"] == first["history"]["steps"]
 
 
 @needs_gloo
