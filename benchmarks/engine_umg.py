@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,7 +133,8 @@ class Peak:
 def peak(device: str = "cpu") -> Iterator[Peak]:
     """Peak memory: of the process, as the kernel counts it (resident, Linux), or of the device's allocator.
 
-    Meant for a process of its own, whose freed memory has not been kept by the allocator.
+    Meant for a process of its own. Memory that the C library has kept from what was freed is given back first (glibc),
+    or what is taken again would not be seen.
     """
     found = Peak()
     if device != "cpu":
@@ -142,6 +145,9 @@ def peak(device: str = "cpu") -> Iterator[Peak]:
         torch.cuda.synchronize()
         found.bytes = torch.cuda.max_memory_allocated() - before
         return
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     yield found
