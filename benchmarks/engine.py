@@ -35,10 +35,11 @@ RESULTS = Path(__file__).resolve().parent / "results" / "engine.json"
 STEPS = {
     f"step {model} {recipe}": ("step_times", {"name": model, "recipe": recipe})
     for model in ("resnet18", "vit")
-    for recipe in ("paper", "cocktail")
+    for recipe in ("paper", "paper-finishing")
 }
 MEMORY = {
-    f"memory {model} cocktail": ("step_memory", {"name": model, "recipe": "cocktail"}) for model in ("resnet18", "vit")
+    f"memory {model} paper-finishing": ("step_memory", {"name": model, "recipe": "paper-finishing"})
+    for model in ("resnet18", "vit")
 }
 GPU = {
     f"gpu {key}": (work, {**arguments, "device": "cuda", **({"turns": 20} if work == "step_times" else {})})
@@ -67,7 +68,7 @@ GROWTH = {
 PARTS = {"step": STEPS, "memory": MEMORY, "umg": UMG, "growth": GROWTH, "gpu": GPU}
 MODULES = ("engine_umg", "engine_steps", "engine_growth")
 
-LIMITS = {"paper": 1.22, "cocktail": 1.06, "copies": 1.0, "all": 8.0, "unstructured": 15.0, "extra": 0.2}
+LIMITS = {"paper": 1.22, "paper-finishing": 1.06, "copies": 1.0, "all": 8.0, "unstructured": 15.0, "extra": 0.2}
 
 
 def read() -> dict[str, Any]:

@@ -121,7 +121,7 @@ def small(recipe: str) -> Preset:
 def warm() -> None:
     """Import all that a run imports, on one thread: a fork has no others."""
     torch.set_num_threads(1)
-    small("cocktail").prepare()
+    small("paper-finishing").prepare()
 
 
 def profiled(killer: Killer) -> None:

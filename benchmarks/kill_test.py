@@ -2,11 +2,11 @@
 
     python benchmarks/kill_test.py
 
-Small digits runs with the recipes "cocktail" and "paper" (kill_run.py) are ended with SIGKILL at 25 moments, drawn with
-a seed: some within each phase (between any two Python calls of saving, pruning, merging, …), the others at any time.
-Each is then started again by the same command, and its folder compared with that of a run that was left alone: every
-byte of the bundle's files, the report but for seconds and versions, the history in the last state but for seconds, and
-what else lies there. To save time, runs are forks of one process that has imported the libraries.
+Small digits runs with the recipes "paper-finishing" and "paper" (kill_run.py) are ended with SIGKILL at 25 moments,
+drawn with a seed: some within each phase (between any two Python calls of saving, pruning, merging, …), the others at
+any time. Each is then started again by the same command, and its folder compared with that of a run that was left
+alone: every byte of the bundle's files, the report but for seconds and versions, the history in the last state but
+for seconds, and what else lies there. To save time, runs are forks of one process that has imported the libraries.
 
 The moments are printed as a table and kept in benchmarks/results/kill_test.json; the same command goes on where it was
 stopped, --fresh begins anew. Exits with 1 where a run differed.
@@ -35,21 +35,21 @@ RESULTS = HERE / "results" / "kill_test.json"
 WORK = HERE.parent / "runs" / "kill_test"
 
 WITHIN = (
-    ("cocktail", "saving a state"),
+    ("paper-finishing", "saving a state"),
     ("paper", "merging"),
-    ("cocktail", "pruning"),
+    ("paper-finishing", "pruning"),
     ("paper", "recalibrating"),
-    ("cocktail", "finishing"),
+    ("paper-finishing", "finishing"),
     ("paper", "saving a state"),
-    ("cocktail", "merging"),
+    ("paper-finishing", "merging"),
     ("paper", "pruning"),
-    ("cocktail", "recalibrating"),
+    ("paper-finishing", "recalibrating"),
     ("paper", "saving a round"),
-    ("cocktail", "measuring all"),
+    ("paper-finishing", "measuring all"),
     ("paper", "measuring a round"),
-    ("cocktail", "loading a state"),
+    ("paper-finishing", "loading a state"),
     ("paper", "writing the bundle"),
-    ("cocktail", "training"),
+    ("paper-finishing", "training"),
 )
 """Recipes, and the phases within which moments are drawn; the moments beyond these may fall anywhere."""
 
@@ -85,7 +85,7 @@ def main() -> int:
 
 def moment(number: int, seed: int, work: Path) -> dict[str, Any]:
     """Kill one run, let it go on, and compare."""
-    recipe, phase = WITHIN[number] if number < len(WITHIN) else (("cocktail", "paper")[number % 2], "")
+    recipe, phase = WITHIN[number] if number < len(WITHIN) else (("paper-finishing", "paper")[number % 2], "")
     whole, counts = alone(recipe, work)
     draw = random.Random(f"{seed} {number}")
     seconds = json.loads((whole / "report.json").read_text())["seconds"]

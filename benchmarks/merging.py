@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from unittest import mock
 
@@ -35,6 +36,7 @@ from rich.table import Table
 import cocktailsdk as cocktail
 from cocktailsdk.training import merging
 from cocktailsdk.training.events import AlphaChosen, Event, MergeStarted
+from cocktailsdk.training.metrics import Score
 from cocktailsdk.training.search import Choice, choose_alpha
 from cocktailsdk.training.state import write_atomic
 
@@ -69,20 +71,20 @@ DEVICES = {
 
 
 @contextlib.contextmanager
-def device(name: str) -> Iterator[list[int]]:
-    """Merging with the devices up to one; gives a list that gets the number of networks that each search judged."""
+def device(name: str) -> Iterator[list[dict[tuple[float, Any], Score]]]:
+    """Merging with the devices up to one; gives a list that gets what each search judged, by share and cell."""
     search, parted = DEVICES[name]
-    judged: list[int] = []
+    judged: list[dict[tuple[float, Any], Score]] = []
 
     def counted(alphas: Any, cells: Any, judge: Any, *rest: Any, **options: Any) -> Choice:
-        calls = set()
+        found: dict[tuple[float, Any], Score] = {}
+        judged.append(found)
 
-        def told(alpha: float, cell: Any) -> Any:
-            calls.add((alpha, cell[0]))
-            return judge(alpha, cell)
+        def told(alpha: float, cell: Any) -> Score:
+            found[alpha, cell] = score = judge(alpha, cell)
+            return score
 
         choice: Choice = search(alphas, cells, told, *rest, **options)
-        judged.append(len(calls))
         return choice
 
     with mock.patch.object(merging, "choose_alpha", counted):
@@ -129,8 +131,17 @@ def merged(asked: argparse.Namespace, trained: Path, name: str) -> dict[str, Any
     return {
         "seconds": round(watch.ended - watch.began, 3),
         "alphas": history.alphas,
-        "judged": sum(judged),
+        "judged": sum(len({(alpha, network) for alpha, (network, _) in found}) for found in judged),
+        "curves": [_means(found) for found in judged] if name == "full search" else None,
         "to_judge": history.to_judge,
+    }
+
+
+def _means(found: dict[tuple[float, Any], Score]) -> dict[str, float]:
+    """The mean held-out metric of a round's networks at every share."""
+    return {
+        f"{alpha:g}": round(float(mean(score.value for (a, _), score in found.items() if a == alpha)), 5)
+        for alpha in sorted({alpha for alpha, _ in found})
     }
 
 

@@ -58,7 +58,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "paper + three quarters finishing": {"finishing": 0.75},
     "half, same batch": {"finishing": 0.5, "same_batch": True},
     "half, three on the same batch": {"finishing": 0.5, "same_batch": True, "finishing_schedule": Pivot(sparse=3)},
-    "half, no rewinding": {"finishing": 0.5, "rewind": False, "merging": "none"},
+    **{
+        f"{share}, no rewinding{tail}": {"finishing": value, "rewind": False, "merging": "none", **more}
+        for share, value in (("quarter", 0.25), ("half", 0.5), ("three quarters", 0.75))
+        for tail, more in ((("", {}), (", same batch", {"same_batch": True})))
+    },
 }
 """What goes beyond the paper, each judged alone."""
 
@@ -178,6 +182,19 @@ def lines(rows: Iterable[Row]) -> list[Line]:
             )
         )
     return sorted(out, key=lambda x: (x.task, -x.budget, -(x.sparse or 0), -(x.means["unstructured"] or 0)))
+
+
+def network_means(rows: Iterable[Row], method: str) -> dict[str, float]:
+    """Accuracy by network, the dense one first, the mean over a method's runs and seeds."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["method"] == method:
+            for name, value in row["networks"].items():
+                found.setdefault(name, []).append(value)
+    kinds = ("dense", *KINDS)
+    kind = {n: kinds.index("n:m" if ":" in n else n.partition("@")[0]) for n in found}
+    level = {n: float(n.partition("@")[2] or 0) for n in found}
+    return {n: mean(found[n]) for n in sorted(found, key=lambda n: (kind[n], level[n], n))}
 
 
 def _networks(runs: Iterable[Row]) -> dict[str, dict[str, float]]:

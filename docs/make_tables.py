@@ -219,6 +219,66 @@ def zoo_block() -> str:
     return "\n".join(lines) + "\n"
 
 
+def quality_block() -> str:
+    """Every method's line, by task, and the main ones' accuracy by network."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from quality_rows import KINDS, lines, methods, network_means, read
+    from quality_tasks import TASKS
+
+    rows, known, out = read(RESULTS / "quality.json"), methods(), []
+    for task, title in ((t.name, t.title) for t in TASKS.values()):
+        mine = [row for row in rows if row["task"] == task]
+        if not mine:
+            continue
+        out += [
+            f"**{title}**: test accuracy in %, {max(r['budget'] for r in mine)} steps for a method's whole run.",
+            "",
+            f"| method | runs | seeds | dense | {' | '.join(KINDS)} | all sparse | ± | stored | minutes |",
+            "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+        ]
+        for x in lines(mine):
+            numbers = [x.dense, *(x.means[k] for k in KINDS), x.sparse, x.spread]
+            cells = [f"`{x.method}`", len(known[x.method].runs) if x.method in known else 1, x.seeds]
+            cells += ["" if v is None else f"{v:.2f}" for v in numbers]
+            cells += [f"{x.stored:.0f} x", f"{x.seconds / 60:.0f}"]
+            out.append("| " + " | ".join(map(str, cells)) + " |")
+        shown = {x.method: network_means(mine, x.method) for x in lines(mine)}
+        shown = {m: shown[m] for m in SHOWN if m in shown}
+        out += ["", f"| network | {' | '.join(f'`{m}`' for m in shown)} |", "| --- |" + " --: |" * len(shown)]
+        for name in dict.fromkeys(name for means in shown.values() for name in means):
+            cells = [f"{100 * means[name]:.1f}" if name in means else "" for means in shown.values()]
+            out.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        machines = sorted({row["machine"] for row in mine})
+        out += [
+            "",
+            f"Commands: `{mine[0]['command'].partition(' --method')[0]}`, with `--method` for some. {machines[0]}.",
+            "",
+        ]
+    return "\n".join(out) + "\n"
+
+
+def merging_block() -> str:
+    """What merging costs with each exact device."""
+    path = RESULTS / "merging.json"
+    if not path.is_file():
+        return ""
+    row = json.loads(path.read_text(encoding="utf-8"))
+    whole = row["devices"]["full search"]["seconds"]
+    out = [
+        f"**Merging, {row['title']}** (`{row['command']}`), {row['machine']}; all choose the same shares:",
+        "",
+        "| with | networks judged | seconds | of the full search |",
+        "| --- | --: | --: | --: |",
+    ]
+    for name, found in row["devices"].items():
+        judged, seconds = f"{found['judged']} of {found['to_judge']}", found["seconds"]
+        out.append(f"| {name} | {judged} | {seconds:.1f} | {seconds / whole:.2f} |")
+    return "\n".join(out) + "\n"
+
+
+SHOWN = ("cocktail", "paper", "imp", "us-net", "refilling", "ast")
+"""Methods of which every network's accuracy is shown."""
+
 PAGES = {
     ROOT / "README.md": results_block,
     ROOT / "docs" / "results.md": results_block,
@@ -226,6 +286,7 @@ PAGES = {
     ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "zoo.md": zoo_block,
     ROOT / "docs" / "scaling.md": scaling_block,
+    ROOT / "docs" / "quality.md": lambda: quality_block() + "\n" + merging_block(),
 }
 """Every page with marks, and what stands between them."""
 

@@ -129,7 +129,7 @@ def _time(results: dict[str, Any]) -> list[str]:
     ]
     from engine import pooled
 
-    for recipe in ("cocktail", "paper"):
+    for recipe in ("paper-finishing", "paper"):
         keys = [f"{where}step {model} {recipe}" for where in ("gpu ", "") for model in ("vit", "resnet18")]
         key = next((k for k in keys if "rows" in results.get(k, {})), None)
         if key is not None:

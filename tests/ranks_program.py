@@ -86,7 +86,7 @@ def shuffled() -> torch.utils.data.DataLoader[Any]:
 
 
 def plain_trainer(seed: int = 0, **options: Any) -> cocktail.CoTrainer:
-    settings: dict[str, Any] = {"recipe": "cocktail", "train_loader": uneven(), "alphas": (1.0, 0.5)}
+    settings: dict[str, Any] = {"recipe": "paper-finishing", "train_loader": uneven(), "alphas": (1.0, 0.5)}
     return tiny_trainer(plain_net(seed), **{**settings, **options})
 
 
@@ -173,7 +173,7 @@ def unused(folder: Path) -> Any:
         net = cocktail.sparsify(
             WithUnused(), cocktail.Unstructured(sparsities=[0.5]), example_inputs=(torch.zeros(1, 1, 8, 8),)
         )
-    return trained(tiny_trainer(net, recipe="cocktail", train_loader=uneven(), on_nan="skip"))
+    return trained(tiny_trainer(net, recipe="paper-finishing", train_loader=uneven(), on_nan="skip"))
 
 
 def planned(folder: Path) -> Any:
@@ -264,7 +264,7 @@ def masks_of(net: cocktail.CocktailNet) -> dict[str, Any]:
 
 def fsdp_trainer(seed: int = 0, sharded: bool = True, **options: Any) -> cocktail.CoTrainer:
     net = plain_net(seed)
-    settings: dict[str, Any] = {"recipe": "cocktail", "train_loader": uneven(), "alphas": (1.0, 0.5)}
+    settings: dict[str, Any] = {"recipe": "paper-finishing", "train_loader": uneven(), "alphas": (1.0, 0.5)}
     return tiny_trainer(shard(net) if sharded else net, **{**settings, **options})
 
 

@@ -23,7 +23,7 @@ def test_masks_are_those_of_the_usual_way(dtype: str) -> None:
     assert all(seconds > 0 for seconds in found["rows"][0].values())
 
 
-@pytest.mark.parametrize("recipe", ["paper", "cocktail"])
+@pytest.mark.parametrize("recipe", ["paper", "paper-finishing"])
 def test_as_many_dense_steps_are_timed_as_steps_of_co_training(recipe: str) -> None:
     from engine import pooled
     from engine_steps import TURNS, step_times
@@ -36,7 +36,7 @@ def test_as_many_dense_steps_are_timed_as_steps_of_co_training(recipe: str) -> N
 def test_memory_is_what_is_held_and_what_comes_on_top() -> None:
     from engine_steps import step_memory
 
-    found = step_memory("tiny", "cocktail", batch=2)
+    found = step_memory("tiny", "paper-finishing", batch=2)
     assert found["ours"] > found["dense"] > 2 * found["prunable"] > 0  # weights and momentum at least
 
 

@@ -95,7 +95,7 @@ def test_the_same_batch_pivot_accumulates_on_the_same_batches() -> None:
         return model(batch[0]), batch[1]
 
     data = batches()
-    one_round(recipe="cocktail", train_loader=data, epochs=2, accumulate=2, forward_fn=forward_fn).fit()
+    one_round(recipe="paper-finishing", train_loader=data, epochs=2, accumulate=2, forward_fn=forward_fn).fit()
     first, second = data[0][0].data_ptr(), data[1][0].data_ptr()
     # the first look, then a dense step on two batches, and the sparse step on the same
     assert seen[:5] == [first, first, second, first, second]

@@ -20,11 +20,11 @@ from kill_test import differences, killed, run
 
 kill_run.warm()
 whole, folder = Path(sys.argv[1], "whole"), Path(sys.argv[1], "killed")
-assert run(whole, "cocktail") == 0
+assert run(whole, "paper-finishing") == 0
 for phase, moment in (("saving a state", 20_000), ("merging", 9_000), ("loading a state", 300)):
-    assert killed(folder, "cocktail", f"{phase}:{moment}") == phase
+    assert killed(folder, "paper-finishing", f"{phase}:{moment}") == phase
     assert not (folder / "bundle").exists()
-assert run(folder, "cocktail") == 0
+assert run(folder, "paper-finishing") == 0
 assert differences(folder, whole) == [], differences(folder, whole)
 """
 

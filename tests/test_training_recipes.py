@@ -100,7 +100,7 @@ def test_the_default_finishes_on_all_networks_within_the_budget() -> None:
     )
     trainer.fit()
     rounds = [e for e in started if isinstance(e, ev.RoundStarted)]
-    assert [e.epochs for e in rounds] == [3, 3, 3, 3, 4]  # 16 epochs of 6 steps
+    assert [e.epochs for e in rounds] == [2, 2, 2, 2, 8]  # 16 epochs of 6 steps
     assert set(rounds[-1].networks) == set(net.names) - {"dense"}
     assert trainer.history.steps == 96
     assert set(trainer.history.rounds[-1].losses[-1]) <= set(net.names)
@@ -109,7 +109,7 @@ def test_the_default_finishes_on_all_networks_within_the_budget() -> None:
 
 
 def test_finishing_can_be_had_at_another_rate() -> None:
-    recipe = dataclasses.replace(recipe_named("cocktail"), finishing_rate=0.1)
+    recipe = dataclasses.replace(recipe_named("paper-finishing"), finishing_rate=0.1)
     trainer = trained(recipe, schedule=lambda o, s: torch.optim.lr_scheduler.ConstantLR(o, 1.0))
     rates = [r.learning_rates[-1] for r in trainer.history.rounds]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.01])
@@ -403,10 +403,10 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         stepper = Stepper(net, default_forward, F.cross_entropy, None, 0.5, Classes(1), active=active)
         batch = next(iter(tiny_loaders()[0]))
-        stepper.step(Step((Turn("dense"),)), batch, optimizer)
+        stepper.step(Step((Turn("dense"),)), [batch], optimizer)
         weight = net.model.conv2.weight
         before = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
-        stepper.step(Step((Turn("unstructured@0.7"),)), batch, optimizer)
+        stepper.step(Step((Turn("unstructured@0.7"),)), [batch], optimizer)
         gone = net.mask_tensors("unstructured@0.7")["conv2.weight"] == 0
         assert torch.equal(weight[gone], before[0][gone]) is active
         assert torch.equal(optimizer.state[weight]["momentum_buffer"][gone], before[1][gone]) is active
@@ -424,7 +424,7 @@ def test_gradients_of_several_turns_are_added_each_under_its_own_mask() -> None:
         net.train()
         stepper = Stepper(net, default_forward, F.cross_entropy, None, 0.5, Classes(1))
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.0)
-        stepper.step(Step(tuple(map(Turn, turns))), batch, optimizer)
+        stepper.step(Step(tuple(map(Turn, turns))), [batch], optimizer)
         return {n: p.grad.clone() for n, p in net.model.named_parameters() if p.grad is not None}
 
     batch = next(iter(tiny_loaders()[1]))

@@ -80,13 +80,14 @@ def test_an_interrupted_run_goes_on_identically(
     assert_identical(result(second), uninterrupted)
 
 
-FINISHING = dataclasses.replace(recipe_named("cocktail"), update="active", statistics="separate")
+FINISHING = dataclasses.replace(recipe_named("paper-finishing"), update="active", statistics="separate")
 PHASES = dataclasses.replace(recipe_named("ac/dc"), schedule=Phases((0.2, 0.5, 0.7)))
 ALTERNATING = dataclasses.replace(recipe_named("ast"), schedule=Alternating(period=1))
 ONE_PATTERN = (cocktail.Unstructured(sparsities=[0.3, 0.5]),)
 RECIPES: dict[str, tuple[Recipe, Any]] = {
     **{name: (recipe_named(name), None) for name in ("mutualnet", "refilling", "paper-rotation")},
-    "cocktail": (FINISHING, None),
+    "paper-finishing": (FINISHING, None),
+    "cocktail": (recipe_named("cocktail"), None),
     "layerwise": (dataclasses.replace(recipe_named("paper"), merging="layerwise"), ONE_PATTERN),
     "gradient": (dataclasses.replace(recipe_named("paper"), merging="gradient"), ONE_PATTERN),
     "imp": (recipe_named("imp"), ONE_PATTERN),

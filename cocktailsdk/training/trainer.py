@@ -52,10 +52,11 @@ __all__ = ["CoTrainer"]
 class CoTrainer:
     """Trains the dense network and all its subnets as one set of weights (Sparse Cocktail, ICML 2024).
 
-    Round 0 trains the dense network. Every later round prunes by unified mask generation, rewinds the weights, and
-    co-trains that round's subnets with the dense network, which teaches them. Then the rounds' weights are merged, and
-    all networks are co-trained once more (finishing). At the end every network gets its own batch-norm statistics.
-    That is the recipe ``"cocktail"``; others are chosen by name, see :mod:`cocktailsdk.training.recipes`.
+    Round 0 trains the dense network. Every later round prunes by unified mask generation and co-trains that round's
+    subnets with the dense network, which teaches them. Then all networks are co-trained for as many steps again
+    (finishing). At the end every network gets its own batch-norm statistics. That is the recipe ``"cocktail"``;
+    ``"paper"`` rewinds the weights with every round and merges the rounds instead, and others are chosen by name, see
+    :mod:`cocktailsdk.training.recipes`.
 
     Args:
         net: From :func:`~cocktailsdk.sparsify`. Its masks are made anew.

@@ -16,12 +16,13 @@ from .steps import Sandwich, Single
 __all__ = ["recipe_named", "recipes"]
 
 PAPER = Recipe(name="paper")
-COCKTAIL = replace(PAPER, name="cocktail", finishing=0.25, same_batch=True)
+COCKTAIL = replace(PAPER, name="cocktail", rewind=False, merging="none", finishing=0.5)
 US_NET = Recipe(name="us-net", schedule=Sandwich(), masks="own", rounds="one", distill=1.0, merging="none")
 
 _ALL = (
     COCKTAIL,
     PAPER,
+    replace(PAPER, name="paper-finishing", finishing=0.25, same_batch=True),
     # the paper's ablations
     replace(PAPER, name="paper-no-umg", masks="own"),
     replace(PAPER, name="paper-rotation", schedule="rotation"),
