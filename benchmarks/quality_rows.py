@@ -47,6 +47,9 @@ class Method:
 PAPER = recipe_named("paper")
 ALL = {"all": 1.0}
 
+GOES_ON: Mapping[str, Any] = {"rewind": False, "merging": "none"}
+"""Rounds go on from where the one before ended; with half of the steps for finishing that is our default."""
+
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "paper + finishing": {"finishing": 0.25},
     "paper + same batch": {"same_batch": True},
@@ -58,11 +61,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "paper + three quarters finishing": {"finishing": 0.75},
     "half, same batch": {"finishing": 0.5, "same_batch": True},
     "half, three on the same batch": {"finishing": 0.5, "same_batch": True, "finishing_schedule": Pivot(sparse=3)},
-    **{
-        f"{share}, no rewinding{tail}": {"finishing": value, "rewind": False, "merging": "none", **more}
-        for share, value in (("quarter", 0.25), ("half", 0.5), ("three quarters", 0.75))
-        for tail, more in ((("", {}), (", same batch", {"same_batch": True})))
-    },
+    "half, no rewinding, same batch": {"finishing": 0.5, **GOES_ON, "same_batch": True},
+    "quarter, no rewinding": {"finishing": 0.25, **GOES_ON},
+    "three quarters, no rewinding": {"finishing": 0.75, **GOES_ON},
 }
 """What goes beyond the paper, each judged alone."""
 
