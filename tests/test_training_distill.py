@@ -58,7 +58,7 @@ def test_a_sparse_step_is_the_papers_loss_on_the_kept_weights(name: str) -> None
 
     before = {n: p.detach().clone() for n, p in net.model.named_parameters()}
     optimizer = torch.optim.SGD(net.model.parameters(), lr=1.0)
-    loss = stepper(net).step(turn(name), (x, y), optimizer).losses[name]
+    loss = stepper(net).step(turn(name), [(x, y)], optimizer).losses[name]
 
     torch.testing.assert_close(loss, expected.detach())
     masks = net.mask_tensors(name)
@@ -71,7 +71,7 @@ def test_gradients_reach_only_kept_weights_but_decay_moves_all() -> None:
     net = no_dropout(tiny_net())
     before = net.model.conv2.weight.detach().clone()
     optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, weight_decay=0.01)
-    stepper(net).step(turn("unstructured@0.7"), batch(), optimizer)
+    stepper(net).step(turn("unstructured@0.7"), [batch()], optimizer)
     gone = ~net.masks["unstructured@0.7"].elements["conv2.weight"]
     after = net.model.conv2.weight.detach()
     torch.testing.assert_close(after[gone], before[gone] * (1 - 0.1 * 0.01))
@@ -85,7 +85,7 @@ def test_the_teacher_leaves_no_trace_in_weights_gradients_or_statistics() -> Non
         double = options.get("distill_fn") is not None
         loss_fn = (lambda o, y: 2 * F.cross_entropy(o, y)) if double else F.cross_entropy
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9)
-        stepper(net, loss_fn=loss_fn, **options).step(turn("channel@0.4"), batch(), optimizer)
+        stepper(net, loss_fn=loss_fn, **options).step(turn("channel@0.4"), [batch()], optimizer)
     for (name, a), (_, b) in zip(plain.model.named_parameters(), taught.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
         assert a.grad is not None
@@ -99,7 +99,7 @@ def test_statistics_of_sparse_steps_are_shared() -> None:
     net = no_dropout(tiny_net())
     reference = masked_copy(net, "unstructured@0.5")
     reference(batch()[0])
-    stepper(net).step(turn("unstructured@0.5"), batch(), torch.optim.SGD(net.model.parameters(), lr=0.1))
+    stepper(net).step(turn("unstructured@0.5"), [batch()], torch.optim.SGD(net.model.parameters(), lr=0.1))
     for name, buffer in net.model.named_buffers():
         torch.testing.assert_close(buffer, reference.get_buffer(name))
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import TrainingError
-from .forward import output_tensor
+from .forward import LossFn, loss_of, output_tensor
 
-__all__ = ["Classes", "DistillFn", "find_classes", "soft_cross_entropy", "untouched_buffers"]
+__all__ = ["Classes", "DistillFn", "Distillation", "find_classes", "soft_cross_entropy", "untouched_buffers"]
 
 DistillFn = Callable[[Any, Any], Tensor]
 
@@ -104,6 +104,48 @@ def soft_cross_entropy(
     each = F.cross_entropy(s.float(), t.float().softmax(-1), reduction="none")
     counts = (labels >= 0).to(each.dtype)
     return (each * counts).sum() / counts.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a sparse network learns: from the labels, and from the dense one.
+
+    Attributes:
+        weight: Share of what the dense network says; at 0 there is no teacher.
+        fn: ``fn(student_output, teacher_output)``, or ``None`` for soft cross-entropy.
+        classes: Where the output holds class logits, if it does.
+    """
+
+    weight: float
+    fn: DistillFn | None = None
+    classes: Classes | None = None
+
+    def __call__(
+        self, loss: Float[Tensor, ""], output: Any, teacher: Any, target: Any, loss_fn: LossFn | None = None
+    ) -> Float[Tensor, ""]:
+        """The loss of a sparse turn.
+
+        Args:
+            loss: From the labels.
+            output: The sparse network's.
+            teacher: The dense network's for the same batch.
+            target: The batch's labels.
+            loss_fn: What computed the loss, for errors.
+
+        Raises:
+            TrainingError: There is no soft target for such outputs, or ``fn`` returns no scalar.
+        """
+        if not self.weight:
+            return loss
+        return (1 - self.weight) * loss + self.weight * self._soft(output, teacher, target, loss_fn)
+
+    def _soft(self, output: Any, teacher: Any, target: Any, loss_fn: LossFn | None) -> Float[Tensor, ""]:
+        if self.fn is not None:
+            return loss_of(output, teacher, self.fn, "distill_fn")
+        student, dense = output_tensor(output), output_tensor(teacher)
+        if self.classes is None or student is None or dense is None:
+            raise no_soft_loss(loss_fn, output)
+        return soft_cross_entropy(student, dense, target, self.classes)
 
 
 def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:

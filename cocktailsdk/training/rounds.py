@@ -13,13 +13,13 @@ from ..masks import Mask
 from ..patterns.base import DENSE
 from ..sharding import local
 from .batches import draw_groups, to_device
+from .course import round_masks, step_of
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
 from .history import RoundHistory
 from .kept import pack_masks
 from .optimization import Optimization
-from .recipes import Moment, Pruning, Step
-from .recipes.steps import DENSE_STEP
+from .recipes import Step
 from .session import Session, load_tensors, model_tensors
 from .stepper import Stepper, Trained
 
@@ -46,11 +46,7 @@ def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None
 def step_at(session: Session, round_: int, step: int) -> Step:
     """What a round's step does, by the recipe."""
     options, networks = session.options, session.networks(round_)
-    if not any(networks.values()):
-        return DENSE_STEP
-    recipe = options.recipe
-    schedule = recipe.step_schedule if round_ <= options.rounds else recipe.finishing_step_schedule
-    return schedule(Moment(round_, step, options.steps_of(round_), networks, options.seed))
+    return step_of(options.recipe, networks, round_, step, options.steps_of(round_), options.seed, options.rounds)
 
 
 def _enter_round(session: Session) -> None:
@@ -91,19 +87,12 @@ def _resume_round(session: Session) -> None:
 
 def _make_masks(session: Session, k: int) -> dict[str, Mask]:
     """Masks of the subnets that are new in a round, by the recipe's rule."""
-    net, subnets, options = session.net, session.plan[k - 1], session.options
-    before = set(session.names(k - 1))
-    new = frozenset(s.name for row in subnets.values() for s in row if s.name not in before)
+    net, options = session.net, session.options
 
     def load_dense() -> None:
         load_tensors(net.model, session.store.get(REWIND if options.first_round else "round-00"))
 
-    masks = options.recipe.mask_rule(Pruning(net, subnets, new, load_dense))
-    if set(masks) != new:
-        raise TrainingError(
-            f"recipe {options.recipe.name!r}: its mask rule must make masks of {', '.join(sorted(new)) or 'nothing'} "
-            f"in round {k}, got {', '.join(sorted(masks)) or 'none'}"
-        )
+    masks = round_masks(options.recipe, net, session.plan[k - 1], session.names(k - 1), k, load_dense)
     masks = session.agreed(masks)
     for name, mask in masks.items():
         net.set_mask(name, mask)

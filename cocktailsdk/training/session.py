@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..masks import Mask
 from ..net import CocktailNet
-from ..patterns.base import DENSE, Subnet
+from ..patterns.base import DENSE
 from ..sharding import is_sharded, local, rows_of
 from .batches import HeldBatches, generator_states, set_generator_states
+from .course import Plan, names_until, networks_of
 from .distill import Classes
 from .events import Event, Saved, StepSkipped
 from .execution import Execution
@@ -101,7 +102,7 @@ class Session:
 
     net: CocktailNet
     options: Options
-    plan: Sequence[Mapping[str, tuple[Subnet, ...]]]
+    plan: Plan
     train_loader: Iterable[Any]
     shared_loader: Iterable[Any]
     recalibration: HeldBatches
@@ -348,16 +349,11 @@ class Session:
 
     def networks(self, round_: int) -> dict[str, tuple[str, ...]]:
         """Names of a round's subnets by pattern, in the net's order; none in round 0, all in finishing."""
-        if round_ == 0:
-            return {}
-        if round_ > self.options.rounds:
-            return {p.name: tuple(s.name for s in p.subnets()) for p in self.net.patterns}
-        return {p.name: tuple(s.name for s in self.plan[round_ - 1][p.name]) for p in self.net.patterns}
+        return networks_of(self.net, self.plan, round_)
 
     def names(self, last_round: int) -> list[str]:
         """Names of all distinct subnets of the rounds up to one, in the network's order."""
-        trained = {s.name for row in self.plan[:last_round] for subnets in row.values() for s in subnets}
-        return [name for name in self.net.names if name in trained]
+        return names_until(self.net, self.plan, last_round)
 
     @contextmanager
     def weights_of(self, name: str) -> Iterator[None]:

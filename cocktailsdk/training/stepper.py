@@ -17,9 +17,9 @@ from ..net import CocktailNet
 from ..patterns.base import DENSE
 from ..sharding import local
 from ..statistics import statistics_of
-from .distill import Classes, DistillFn, no_soft_loss, soft_cross_entropy
+from .distill import Classes, Distillation, DistillFn
 from .execution import Execution
-from .forward import ForwardFn, LossFn, detached, loss_of, output_tensor
+from .forward import ForwardFn, LossFn, detached, loss_of
 from .options import Options
 from .recipes import Step, Turn
 from .regrowth import correct_gradients, regrown
@@ -86,7 +86,7 @@ class Stepper:
         self._net = net
         self._execution = execution or Execution(net.model, forward)
         self._loss_fn = loss_fn
-        self._distill_fn = distill_fn
+        self._distilled = Distillation(distill_weight, distill_fn, classes)
         self._weight = distill_weight
         self._classes = classes
         self._active, self._separate = active, separate
@@ -187,17 +187,9 @@ class Stepper:
             batch = resized(batch, turn.resolution)
         output, target = self._execution.student(batch)
         loss = loss_of(output, target, self._loss_fn)
-        if turn.network != DENSE and self._weight:
-            loss = (1 - self._weight) * loss + self._weight * self._distillation(output, teacher, target)
+        if turn.network != DENSE:
+            loss = self._distilled(loss, output, teacher, target, self._loss_fn)
         return loss, output
-
-    def _distillation(self, output: Any, teacher: Any, target: Any) -> Float[Tensor, ""]:
-        if self._distill_fn is not None:
-            return loss_of(output, teacher, self._distill_fn, "distill_fn")
-        student, dense = output_tensor(output), output_tensor(teacher)
-        if self._classes is None or student is None or dense is None:
-            raise no_soft_loss(self._loss_fn, output)
-        return soft_cross_entropy(student, dense, target, self._classes)
 
     @contextmanager
     def _added(self, name: str, regrow: float) -> Iterator[None]:
