@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .patterns import Vector as Vector
     from .patterns import register_pattern as register_pattern
     from .slimming import slim as slim
+    from .training import CoLoop as CoLoop
     from .training import CoTrainer as CoTrainer
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Block": ".patterns",
     "Channel": ".patterns",
+    "CoLoop": ".training",
     "CoTrainer": ".training",
     "CocktailNet": ".net",
     "Depth": ".patterns",
@@ -84,6 +86,7 @@ __all__ = [
     "Block",
     "BundleError",
     "Channel",
+    "CoLoop",
     "CoTrainer",
     "CocktailError",
     "CocktailNet",
