@@ -64,9 +64,9 @@ class CoTrainer:
             and mappings are understood; for others give ``forward_fn``.
         recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
             :class:`~cocktailsdk.training.recipes.Recipe` of your own. ``"paper"`` is the method as published.
-        loss_fn: ``loss_fn(output, target) -> scalar``; ``target`` is ``None`` where the batch has none. ``None``
-            takes the loss that the model computes itself (``output.loss``, ``output["loss"]``, or a mapping of
-            losses).
+        loss_fn: ``loss_fn(output, target) -> scalar``, or a mapping of scalars, which are added; ``target`` is ``None``
+            where the batch has none. ``None`` takes the loss that the model computes itself (``output.loss``,
+            ``output["loss"]``, or a mapping of losses).
         val_loader: Held-out batches: needed for merging, and measures every network.
         metric: ``metric(output, target) -> scores``: a tensor with one number for each example (or token, or pixel),
             whose mean over all batches is the metric. Default: accuracy for classification, otherwise the negative
