@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .slimming import slim as slim
     from .training import CoLoop as CoLoop
     from .training import CoTrainer as CoTrainer
+    from .training import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ _WHERE = {
     "UMG": ".patterns",
     "Unstructured": ".patterns",
     "Vector": ".patterns",
+    "finetune": ".training",
     "from_pretrained": ".bundle",
     "inspect": ".inspection",
     "register_pattern": ".patterns",
@@ -109,6 +111,7 @@ __all__ = [
     "Unstructured",
     "Vector",
     "__version__",
+    "finetune",
     "from_pretrained",
     "inspect",
     "register_pattern",

@@ -1,10 +1,11 @@
 """Training: rounds of pruning, co-training and rewinding, then merging (paper, section 3)."""
 
 from . import events, schedules
+from .finetuning import finetune
 from .loop import CoLoop
 from .loop_step import LoopStep
 from .metrics import accuracy
 from .recipes import Recipe
 from .trainer import CoTrainer
 
-__all__ = ["CoLoop", "CoTrainer", "LoopStep", "Recipe", "accuracy", "events", "schedules"]
+__all__ = ["CoLoop", "CoTrainer", "LoopStep", "Recipe", "accuracy", "events", "finetune", "schedules"]
