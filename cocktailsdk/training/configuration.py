@@ -56,7 +56,7 @@ def describe(net: CocktailNet, options: Options, config: Mapping[str, Any] | Non
     training["alphas"] = sorted(options.alphas)
     training["recipe"] = options.recipe.describe()
     # how passes run is told where it is not the plain way, how many processes there are never: it may change
-    plain = {"mixed_precision": None, "accumulate": 1, "clip_norm": None, "sync_batch_norm": False}
+    plain = {"mixed_precision": None, "accumulate": 1, "clip_norm": None, "sync_batch_norm": False, "ema": None}
     chosen = {**{name: getattr(options, name, None) for name in plain}, "mixed_precision": options.precision.name}
     training |= {name: value for name, value in chosen.items() if value != plain[name]}
     return {

@@ -58,6 +58,7 @@ class Options:
     accumulate: int = 1
     batches_per_epoch: int = 0
     clip_norm: float | None = None
+    ema: float | None = None
     sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -82,11 +83,16 @@ class Options:
             ),
             "accumulate": (self.accumulate >= 1, "must be at least 1"),
             "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "must be above 0, or None"),
+            "ema": (self.ema is None or 0 < self.ema < 1, "must lie between 0 and 1, or be None"),
             "callbacks": (all(map(callable, self.callbacks)), "must all be callable"),
         }
         for name, (holds, rule) in checks.items():
             if not holds:
                 raise TrainingError(f"{name} {rule}, got {getattr(self, name)!r}")
+        if self.ema is not None and self.recipe.weights == "own":
+            raise TrainingError(
+                f"recipe {self.recipe.name!r} keeps several sets of weights, and ema averages one: leave it out"
+            )
 
     @property
     def batches(self) -> int:

@@ -231,4 +231,7 @@ def _memory(session: Session, optimization: Optimization, activations: dict[int,
     masks = sum(net.mask_bytes(name) for name in shared)
     # while a subnet is active, the dense values of what it masks are kept beside
     stash = max((sum(tensors[n].nbytes for n in net.masked_parameters(name)) for name in shared), default=0)
-    return weights + gradients + state + masks + stash + sum(n for p, n in activations.items() if p not in own)
+    average = 0 if session.average is None else session.average.nbytes
+    return (
+        weights + gradients + state + masks + stash + average + sum(n for p, n in activations.items() if p not in own)
+    )

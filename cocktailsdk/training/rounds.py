@@ -60,6 +60,8 @@ def _enter_round(session: Session) -> None:
         if options.rewinds:
             load_tensors(session.net.model, store.get(REWIND))
     session.optimization = Optimization.begin(session.net.model, options, k, session.device)
+    if session.average is not None:
+        session.average.begin()
     if 0 < k <= options.rounds and session.rewound is not None:
         session.optimization.load_state_dict(session.rewound)
     position.entered = True
@@ -147,6 +149,8 @@ def _train_round(session: Session, stepper: Stepper) -> None:
             taught = stepper.step(step, batches, optimization.optimizer, teacher, optimization.scaler)
             if not (taught.skipped or taught.left_out):
                 optimization.scheduler.step()
+                if session.average is not None:
+                    session.average.update()
             _count(session, step, taught, place, before)
             position.step = i + 1
             ran += 1
@@ -226,6 +230,8 @@ def _end_round(session: Session) -> None:
     position, options, net = session.position, session.options, session.net
     k, recipe = position.round, options.recipe
     own = recipe.weights == "own"
+    if session.average is not None:
+        session.average.load()
     if 0 < k <= options.rounds or own:
         session.store.put(f"round-{k:02d}", model_tensors(net.model))
     if own:
@@ -241,6 +247,8 @@ def _end_round(session: Session) -> None:
         position.phase, position.round = ("merge", k) if k == options.rounds else ("train", k + 1)
     position.entered, position.epoch, position.step = False, 0, 0
     session.optimization = None
+    if session.average is not None:
+        session.average.end()
     session.save()
     session.emit(RoundEnded(k, metrics))
 

@@ -19,6 +19,7 @@ from ..masks import Mask
 from ..net import CocktailNet
 from ..patterns.base import DENSE
 from ..sharding import is_sharded, local, rows_of
+from .averaging import Average
 from .batches import HeldBatches, generator_states, set_generator_states
 from .course import Plan, names_until, networks_of
 from .distill import Classes
@@ -97,6 +98,7 @@ class Session:
         ranks: The processes that share the run.
         execution: How training passes run; ``None``: in this process alone.
         watch: Finds losses that are not finite.
+        average: Of the round's weights, where one is wanted.
         skips: Leaves out steps whose losses are not, where the run is to go on without them.
     """
 
@@ -130,6 +132,7 @@ class Session:
     execution: Execution | None = None
     watch: LossWatch = field(init=False)
     skips: Skips | None = field(init=False)
+    average: Average | None = field(init=False)
     _since: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
     _told: float = 0.0
@@ -142,6 +145,7 @@ class Session:
         # several processes look at the same step
         self.watch = LossWatch(self.device, seconds=SECONDS if self.ranks.world == 1 else float("inf"))
         self.skips = Skips(self.net.model.parameters()) if self.options.on_nan == "skip" else None
+        self.average = None if self.options.ema is None else Average(self.net.model, self.options.ema)
 
     def emit(self, event: Event) -> None:
         """Tell the callbacks. Only where the run can be resumed: an interrupt here saves, then stops the run.
@@ -313,6 +317,7 @@ class Session:
             "gradients": dict(self.gradients),
             "rewound": self.rewound,
             "model": model_tensors(self.net.model),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimization": None if self.optimization is None else plain(self.optimization.state_dict()),
             "statistics": {k: dict(v) for k, v in self.net.statistics.items()} if measured or tracked else {},
             "metrics": dict(self.net.metrics) if measured else {},
@@ -332,6 +337,8 @@ class Session:
         self.held_examples, self.held_scores = state["held_examples"], state["held_scores"]
         self.rewound, self.resumed = state["rewound"], state["optimization"]
         load_tensors(self.net.model, state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         made = self.position.round + (self.position.entered or self.position.phase != "train")
         for k in range(1, min(made, self.options.finishing_round)):
             for name, mask in unpack_masks(self.store.get(f"masks-{k:02d}"), self.net).items():

@@ -111,6 +111,9 @@ class CoTrainer:
         accumulate: Batches of the loader that an optimizer step takes, one after the other; its gradients are those of
             the mean over all their examples. Default: the accelerator's ``gradient_accumulation_steps``, or 1.
         clip_norm: Largest norm of a step's gradients, all together; longer ones are shortened to it.
+        ema: Decay of an exponential moving average of the weights, say 0.999: every round ends with the average of its
+            steps' weights, which is what is measured, pruned, merged and gone on from. It takes one more copy of the
+            trained weights.
         sync_batch_norm: Whether batch norms, of several processes on GPUs, normalise by all processes' examples.
         shard_loader: Whether each batch of ``train_loader`` is shared out among processes; ``False`` where the loader
             gives each its own part. Default: yes, unless the loader is seen to do that (``DistributedSampler``,
@@ -176,6 +179,7 @@ class CoTrainer:
         mixed_precision: MixedPrecision | None = None,
         accumulate: int | None = None,
         clip_norm: float | None = None,
+        ema: float | None = None,
         sync_batch_norm: bool = False,
         shard_loader: bool | None = None,
         seed: int = 0,
@@ -259,6 +263,7 @@ class CoTrainer:
             accumulate=accumulate,
             batches_per_epoch=batches,
             clip_norm=clip_norm,
+            ema=ema,
             sync_batch_norm=sync_batch_norm,
         )
         if unknown:
