@@ -211,7 +211,7 @@ def _live(device: str) -> int:
         return int(torch.cuda.memory_allocated())
     held: dict[int, int] = {}
     for o in gc.get_objects():
-        if issubclass(type(o), Tensor) and o.device.type == "cpu":
+        if type(o) in (Tensor, nn.Parameter) and o.device.type == "cpu":  # not torch.export's fake ones
             for t in (o, o.grad) if o.is_leaf else (o,):
                 if t is not None:
                     held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()

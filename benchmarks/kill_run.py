@@ -138,6 +138,7 @@ def profiled(killer: Killer) -> None:
 def main() -> None:
     """Run as a script."""
     folder, recipe = sys.argv[1:]
+    torch.set_num_threads(1)  # in a fork torch's pool of threads must be made anew, before two threads do it at once
     presets.PRESETS["digits"] = lambda: small(recipe)
     runs.write_figure = lambda *_: None  # of no interest here, and slow
     where, _, moment = os.environ.get("COCKTAIL_KILL", "").partition(":")

@@ -173,8 +173,8 @@ def main() -> int:
         if asked.minutes is not None:
             signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
             signal.setitimer(signal.ITIMER_REAL, 60 * asked.minutes)
-        trainer, test = trainer_of(asked)
         try:
+            trainer, test = trainer_of(asked)
             net = trainer.fit()
         except KeyboardInterrupt:
             console.print("saved; the same command goes on")

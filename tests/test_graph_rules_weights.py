@@ -9,6 +9,8 @@ from graph_cases import IMAGE, TOKENS, Ends, Table, Tokens, show
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import cocktailsdk as cocktail
+
 case = CASES = Table()
 
 
@@ -300,3 +302,14 @@ class RecurrentCell(Tokens):
 @pytest.mark.parametrize("name", list(CASES))
 def test_rule(name: str) -> None:
     show(CASES[name])
+
+
+def test_slimming_a_model_in_training_takes_no_step_of_power_iteration() -> None:
+    model = CASES["SpectralNorm"].make().train()
+    args = CASES["SpectralNorm"].inputs()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    slim = cocktail.slim(model, args, round_to=1)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.training and slim.training and slim.linear.parametrizations.weight[0].training
+    left = slim.linear.parametrizations.weight[0]._u
+    assert len(left) < 10 and set(left.tolist()) <= set(before["linear.parametrizations.weight.0._u"].tolist())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import SlimError
 from .coupling import Coupling, Trace
+from .export import evaluating
 from .mend import Mends, Options, mend
 
 __all__ = ["Cutter", "duplicate"]
@@ -81,4 +82,5 @@ class Cutter:
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
         slim = duplicate(model, memo)
-        return slim, mend(slim, model, self.trace, keep, mends)
+        with evaluating(model), evaluating(slim):  # in training, merely reading a spectral norm's weight changes it
+            return slim, mend(slim, model, self.trace, keep, mends)
