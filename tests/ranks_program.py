@@ -308,6 +308,39 @@ def fsdp_resumed(folder: Path) -> Any:
     return {n: trainer.net.dense_tensor(n).clone() for n, _ in trainer.net.model.named_parameters()}
 
 
+def own_loop(folder: Path, *, sharded: bool = False) -> Any:
+    """A loop of one's own around DDP or FSDP2, every process with its half of two accumulated batches."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    net = plain_net().train()
+    sharded = sharded and world > 1
+    if sharded:
+        shard(net)
+    model: Any = net.model if sharded or world == 1 else nn.parallel.DistributedDataParallel(net.model)
+    optimizer = torch.optim.SGD(net.model.parameters(), lr=0.05, momentum=0.9)
+    loop = cocktail.CoLoop(net, 24)
+    data = tiny_images()
+    x, y = to_float(data.images), data.labels
+    while not loop.finished:
+        optimizer.zero_grad()
+        for last in (False, True):
+            at = ((2 * loop.done + last) * 8) % 48
+            mine = slice(at + 8 // world * rank, at + 8 // world * (rank + 1))
+            waiting = contextlib.nullcontext() if last or sharded or world == 1 else model.no_sync()
+            with waiting, loop.step((x[mine], y[mine]), last=last) as step:
+                output = model(x[mine])
+                (0.5 * step.loss(F.cross_entropy(output, y[mine]), output, y[mine])).backward()
+        optimizer.step()
+    weights = {n: net.dense_tensor(n).clone() for n, _ in net.model.named_parameters()}
+    masks = {n: {**m.elements, **({} if m.removed is None else {"removed": m.removed})} for n, m in net.masks.items()}
+    return {"weights": weights, "masks": masks, "done": loop.done}
+
+
+def own_loop_sharded(folder: Path) -> Any:
+    return own_loop(folder, sharded=True)
+
+
 def dies(folder: Path) -> Any:
     """Process 1 is killed in round 2."""
 
@@ -325,7 +358,9 @@ def dies(folder: Path) -> Any:
 
 
 DDP = (plain, loader, several, batch_norm, interrupted, mixed, unused, planned, refused, own_parts, cli)
-SCENARIOS: dict[str, Callable[[Path], Any]] = {f.__name__: f for f in (*DDP, fsdp, fsdp_resumed, dies)}
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    f.__name__: f for f in (*DDP, fsdp, fsdp_resumed, dies, own_loop, own_loop_sharded)
+}
 
 
 def launch(folder: Path, *names: str, processes: int = 2) -> subprocess.CompletedProcess[str]:

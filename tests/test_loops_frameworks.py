@@ -12,8 +12,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from ranks_program import launch, outcome, own_loop
 from torch import Tensor
 from torch.nn import functional as F
+from training_tiny import assert_identical
 
 import cocktailsdk as cocktail
 
@@ -147,3 +149,21 @@ def test_in_a_transformers_trainer(accumulate: int, tmp_path: Path) -> None:
         GradientState._reset_state()
     assert trainer.loop.finished
     assert_plain(net)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="PyTorch was built without gloo",
+)
+def test_on_two_processes(tmp_path: Path) -> None:
+    names = ("own_loop", "own_loop_sharded")
+    done = launch(tmp_path, *names)
+    assert done.returncode == 0, done.stderr
+    one = own_loop(tmp_path)
+    for name in names:
+        first, second = outcome(tmp_path, name, 0), outcome(tmp_path, name, 1)
+        assert_identical(first, second)
+        assert_identical(first["masks"], one["masks"])
+        for key, tensor in one["weights"].items():
+            torch.testing.assert_close(first["weights"][key], tensor, rtol=0, atol=2e-5)

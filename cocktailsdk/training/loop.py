@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import TrainingError
 from ..net import CocktailNet
 from ..patterns.base import DENSE
+from ..sharding import reshard_after_forward
 from ..statistics import device_of
 from .batches import HeldBatches, to_device
 from .configuration import differences
@@ -41,7 +42,8 @@ class CoLoop:
     every round, weights are those of :class:`~cocktailsdk.CoTrainer`, bit for bit.
 
     Args:
-        net: From :func:`~cocktailsdk.sparsify`; train ``net.model``, wrapped as you like. Its masks are made anew.
+        net: From :func:`~cocktailsdk.sparsify`; train ``net.model``, wrapped as you like. Its masks are made anew. A
+            model that is to be sharded (``fully_shard``) must be so already.
         steps: Optimizer steps in all. Finishing gets the recipe's share of them, rounds the rest in equal parts.
         recipe: A name or a :class:`~cocktailsdk.training.recipes.Recipe`; one that goes on from round to round and
             trains one network a step, as the default does.
@@ -107,6 +109,8 @@ class CoLoop:
         self._classes: Classes | None = None
         self._forward = forward_fn or default_forward
         self._execution = Execution(net.model, self._forward)
+        if self._execution.sharded:
+            reshard_after_forward(net.model)  # masks act on the shards
         self._stack = ExitStack()
         self._accumulated = False
         self._led: tuple[Any, Any] | None = None
