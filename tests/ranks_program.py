@@ -338,7 +338,12 @@ def own_loop(folder: Path, *, sharded: bool = False) -> Any:
 
 
 def own_loop_sharded(folder: Path) -> Any:
-    return own_loop(folder, sharded=True)
+    out = own_loop(folder, sharded=True)
+    try:
+        fsdp_trainer(ema=0.9).fit()
+    except TrainingError as error:
+        out["refused"] = str(error)
+    return out
 
 
 def dies(folder: Path) -> Any:

@@ -167,3 +167,4 @@ def test_on_two_processes(tmp_path: Path) -> None:
         assert_identical(first["masks"], one["masks"])
         for key, tensor in one["weights"].items():
             torch.testing.assert_close(first["weights"][key], tensor, rtol=0, atol=2e-5)
+    assert "ema cannot average sharded weights" in first["refused"]
