@@ -159,7 +159,7 @@ def lines(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
             extra = r["extra"] * r["weight_bytes"]
             text = f"{r['extra']:.3f} x the weights' bytes ({extra / 1e6:.1f} MB), "
             text += f"peak {r['peak_rss'] / 2**30:.2f} GiB, {r['seconds']:.2f} s"
-            mine = "usual" not in key and r["weight_bytes"] > 25e6  # a few MB it takes in any case
+            mine = "usual" not in key and r["weight_bytes"] > 50e6  # some ten MB it takes in any case
             out.append((key, text, f"<= {LIMITS['extra']}" if mine else "", not mine or r["extra"] <= LIMITS["extra"]))
         elif "exponents" in r:
             for what, power in r["exponents"].items():

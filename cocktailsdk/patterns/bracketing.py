@@ -70,7 +70,7 @@ def drop_between(
                 left &= k
                 inside &= k
             positions = few_positions(inside)
-            larger += int(left.view(torch.uint8).sum(dtype=torch.int32))
+            larger += int(left.count_nonzero())
             between += positions.numel()
             if between > limit:
                 return None

@@ -92,7 +92,7 @@ def magnitude_bits(part: Float[Tensor, "..."], scratch: Scratch) -> Int[Tensor, 
 
 def piece_size(device: torch.device) -> int:
     """Elements at a time: what fits the cache of a core, or fills an accelerator."""
-    return 1 << 18 if device.type == "cpu" else 1 << 22
+    return 1 << 19 if device.type == "cpu" else 1 << 22
 
 
 def pieces(

@@ -65,7 +65,7 @@ def covered(weight: Weight, m: int) -> int:
 def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool[Tensor, "..."]:
     """Keep the N largest magnitudes of each run, ties by position; a remainder is kept whole.
 
-    Exact whatever the dtype. Besides the result it takes temporaries of a few MB.
+    Exact whatever the dtype. Besides the result it takes temporaries of up to ten MB.
 
     Raises:
         PatternError: The weight is not of floating point, or some of it is NaN.

@@ -58,7 +58,7 @@ def drop_smallest(
     """Of everything still kept, drop exactly ``count`` elements: those of least magnitude.
 
     Ties go by position: tensors in the mapping's order, then row-major. Magnitudes are compared exactly, whatever the
-    dtypes; -0.0 is 0. Besides the result, temporaries of a few MB are all it takes.
+    dtypes; -0.0 is 0. Besides the result, temporaries of up to ten MB are all it takes.
 
     Args:
         values: Tensors by name, on any devices.
