@@ -47,6 +47,8 @@ class CocktailNet(SwitchableNet):
         statistics: Batch-norm means and variances by subnet name, each by the buffers' full names. Where a subnet has
             none, the dense network's are used. Those of ``"dense"`` are the model's own buffers; its entry here, if
             there is one, is a copy for reading.
+        provenance: Where the networks come from, as JSON values, saved in bundles: ``"versions"`` of what made them, and
+            what training or the user adds (``"training"``, ``"data"``, ``"seed"``, ``"command"``).
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class CocktailNet(SwitchableNet):
         self.selection = selection
         self.eligible: tuple[Weight, ...] = selection.eligible(coupling)
         self.example = example
+        self.provenance: dict[str, Any] = {}
         for name, mask in masks.items():
             self.set_mask(name, mask)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -28,11 +28,14 @@ class Selection:
         target: Only these are eligible; ``None`` for all but the first convolution and the classifier.
         exclude: These are not.
         whole: Paths of the modules that keep their output channels.
+        chosen: Names of the weights that are eligible, where that is known: a bundle holds them, so that no expression
+            from a file is ever run.
     """
 
     target: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
     whole: frozenset[str] = frozenset()
+    chosen: frozenset[str] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, target: Modules = None, exclude: Modules = None) -> Selection:
@@ -66,6 +69,8 @@ class Selection:
         Raises:
             PatternError: ``target_modules`` was given and selects no weight.
         """
+        if self.chosen is not None:
+            return tuple(w for w in coupling.weights if w.name in self.chosen)
         out = tuple(w for w in coupling.weights if self._takes(w))
         if self.target is not None and not out:
             raise PatternError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Touch, Weight
+from .limits import max_unit_entries
+from .values import distinct, items, keyed, quoted, text, texts, whole
 
 
 class UnitVectors:
@@ -40,23 +43,31 @@ class UnitVectors:
         return torch.cat([*self.data, torch.zeros(0, dtype=torch.int64)]).to(dtype)
 
     @staticmethod
-    def read(table: Sequence[Sequence[int]], data: Tensor, n_units: int) -> list[Tensor]:
-        """The vectors again.
+    def read(table: Any, data: Tensor, n_units: int, most: int) -> list[Tensor]:
+        """The vectors again, ``most`` entries at most.
 
         Raises:
             BundleError: They do not fit the tensor or name units that do not exist.
         """
+        rows = [
+            tuple(whole(n, "a vector of units") for n in items(r, "a vector of units"))
+            for r in items(table, "its vectors of units")
+        ]
+        if any(len(r) not in (1, 2) for r in rows):
+            raise BundleError("a vector of units in the bundle is neither a run nor a count of entries")
+        if sum(r[-1] for r in rows) > most:
+            raise BundleError(f"the bundle's vectors of units have {sum(r[-1] for r in rows)} entries; {most} are read")
         out, at = [], 0
         flat = data.to(torch.int64)
-        if flat.ndim != 1 or sum(r[0] for r in table if len(r) == 1) != flat.numel():
+        if data.is_floating_point() or flat.ndim != 1 or sum(r[0] for r in rows if len(r) == 1) != flat.numel():
             raise BundleError("the unit vectors of the bundle do not add up")
         if flat.numel() and (int(flat.min()) < -1 or int(flat.max()) >= n_units):
             raise BundleError(f"the bundle names a unit outside of its {n_units}")
-        for r in table:
+        for r in rows:
             if len(r) == 1:
                 out.append(flat[at : at + r[0]])
                 at += r[0]
-            elif r[0] < 0 or r[1] < 0 or r[0] + r[1] > n_units:
+            elif r[0] + r[1] > n_units:
                 raise BundleError(f"the bundle names units {r[0]} to {r[0] + r[1]} of {n_units}")
             else:
                 out.append(torch.arange(r[0], r[0] + r[1]))
@@ -107,7 +118,7 @@ def write_coupling(coupling: Coupling, tensors: Sequence[str]) -> tuple[dict[str
 
 
 def read_coupling(
-    meta: Mapping[str, Any],
+    meta: Any,
     data: Tensor,
     tensors: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
@@ -118,70 +129,153 @@ def read_coupling(
     Args:
         meta: Its JSON values.
         data: Its tensor.
-        tensors: Names by place.
+        tensors: Names by place: those of the parameters, then those of the buffers.
         shapes: Shapes of the model's parameters.
         buffers: Shapes of the model's buffers.
 
     Raises:
         BundleError: It does not fit the model.
     """
-    groups = tuple(
-        Group(
-            name,
-            start,
-            stop,
-            tuple(tensors[p] for p in producers),
-            tuple(Touch(tensors[t], tuple(axes), _KINDS[kind]) for t, axes, kind in touches),
-            channels,
+    keyed(meta, "its coupling", _KEYS, ("branches",))  # bundles from before branches were known have none
+    return _Reader(tensors, {**buffers, **shapes}, shapes).coupling(meta, data)
+
+
+_KEYS = ("weights", "producers", "groups", "fields", "kept", "contractions", "unknown_ops", "units")
+_KINDS = {"r": "rows", "c": "columns", "e": "entries"}
+_OPS = ("conv", "conv_transpose", "linear", "matmul")
+
+
+class _Reader:
+    """Each part of a coupling from its JSON values; what does not fit the model is refused."""
+
+    def __init__(
+        self,
+        tensors: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        parameters: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.tensors, self.shapes, self.parameters = tensors, shapes, parameters
+        self.vectors: list[Tensor] = []
+
+    def coupling(self, meta: Mapping[str, Any], data: Tensor) -> Coupling:
+        groups = tuple(self.group(g) for g in items(meta["groups"], "its groups"))
+        ends = [0, *(g.stop for g in groups)]
+        if any(g.start != end or g.stop < g.start for g, end in zip(groups, ends, strict=False)):
+            raise BundleError("the bundle's channel groups do not follow one another")
+        if ends[-1] > sum(sum(s) for s in self.parameters.values()):
+            raise BundleError(f"the bundle has {ends[-1]} channel units, more than the model has channels")
+        distinct([g.name for g in groups], "its groups")
+        most = max_unit_entries(sum(prod(s) for s in self.shapes.values()))
+        self.vectors = UnitVectors.read(meta["units"], data, ends[-1], most)
+        fields = [self.field(f) for f in items(meta["fields"], "its unit fields")]
+        distinct([name for name, _ in fields], "its unit fields")
+        weights = tuple(self.weight(w) for w in items(meta["weights"], "its weights"))
+        distinct([w.name for w in weights], "its weights")
+        unknown = meta["unknown_ops"]
+        if type(unknown) is not dict:
+            raise BundleError(f"the bundle gives {quoted(unknown)} for its unknown ops, not an object")
+        return Coupling(
+            weights=weights,
+            producers=tuple(self.producer(p) for p in items(meta["producers"], "its producers")),
+            groups=groups,
+            fields=dict(fields),
+            kept=tuple(self.kept(k) for k in items(meta["kept"], "what it keeps")),
+            contractions=tuple(self.contraction(c) for c in items(meta["contractions"], "its contractions")),
+            shapes=dict(self.parameters),
+            unknown_ops={op: whole(n, "the uses of an op") for op, n in unknown.items()},
+            branches=tuple(self.branch(b) for b in items(meta.get("branches", []), "its branches")),
         )
-        for name, start, stop, channels, producers, touches in meta["groups"]
-    )
-    ends = [0, *(g.stop for g in groups)]
-    if any(g.start != end or g.stop < g.start for g, end in zip(groups, ends, strict=False)):
-        raise BundleError("the bundle's channel groups do not follow one another")
-    vectors = UnitVectors.read(meta["units"], data, ends[-1])
 
-    def owner(name: str, module: str | None) -> str:
-        return name.rpartition(".")[0] if module is None else module
+    def tensor(self, place: Any) -> str:
+        return self.tensors[whole(place, "the place of a tensor", high=len(self.tensors) - 1)]
 
-    def unit_fields(entries: Sequence[Any]) -> tuple[Tensor, ...]:
-        return tuple(vectors[i].reshape(shape) for shape, i in entries)
+    def parameter(self, place: Any) -> str:
+        name = self.tensor(place)
+        if name not in self.parameters:
+            raise BundleError(f"the bundle names {name!r} as a weight, which is a buffer")
+        return name
 
-    fields = {}
-    for place, *entries in meta["fields"]:
-        name = tensors[place]
-        shape = shapes.get(name) or buffers.get(name) or ()
-        fields[name] = unit_fields(entries)
-        for u in fields[name]:
+    def owner(self, name: str, module: Any) -> str:
+        return name.rpartition(".")[0] if module is None else text(module, "a module")
+
+    def group(self, value: Any) -> Group:
+        name, start, stop, channels, producers, touches = items(value, "a group", 6)
+        return Group(
+            text(name, "a group"),
+            whole(start, "the first unit of a group"),
+            whole(stop, "the last unit of a group"),
+            tuple(self.parameter(p) for p in items(producers, "what makes a group")),
+            tuple(self.touch(t) for t in items(touches, "what a group touches")),
+            whole(channels, "the channels of a unit", 1),
+        )
+
+    def touch(self, value: Any) -> Touch:
+        place, axes, kind = items(value, "a touch", 3)
+        name = self.tensor(place)
+        last = max(len(self.shapes[name]) - 1, 0)
+        along = tuple(whole(a, f"an axis of {name!r}", high=last) for a in items(axes, "the axes of a touch"))
+        if kind not in ("r", "c", "e"):
+            raise BundleError(f"the bundle gives {quoted(kind)} for how a group touches {name!r}")
+        return Touch(name, along, _KINDS[kind])
+
+    def units(self, value: Any) -> Tensor:
+        shape, vector = items(value, "a unit field", 2)
+        units = self.vectors[whole(vector, "a vector of units", high=len(self.vectors) - 1)]
+        dims = [whole(n, "the shape of a unit field") for n in items(shape, "the shape of a unit field")]
+        if prod(dims) != units.numel():
+            raise BundleError(f"the bundle has a unit field of shape {quoted(dims)} with {units.numel()} entries")
+        return units.reshape(dims)
+
+    def field(self, value: Any) -> tuple[str, tuple[Tensor, ...]]:
+        place, *entries = items(value, "a unit field")
+        name = self.tensor(place)
+        shape, own = self.shapes[name], tuple(self.units(e) for e in entries)
+        for u in own:
             if len(u.shape) > len(shape) or any(
                 a not in (1, b) for a, b in zip(reversed(u.shape), reversed(shape), strict=False)
             ):
                 raise BundleError(f"the bundle has unit fields of shape {tuple(u.shape)} for {name!r} of shape {shape}")
-    return Coupling(
-        weights=tuple(
-            Weight(tensors[i], owner(tensors[i], module), op, shapes[tensors[i]], out_axis, in_axis, n, macs, role)
-            for i, module, op, out_axis, in_axis, n, macs, role in meta["weights"]
-        ),
-        producers=tuple(Producer(tensors[i], axis, vectors[u]) for i, axis, u in meta["producers"]),
-        groups=groups,
-        fields=fields,
-        kept=tuple(Kept(where, reason) for where, reason in meta["kept"]),
-        contractions=tuple(
-            Contraction(
-                module if i is None else owner(tensors[i], module),
-                None if i is None else tensors[i],
-                macs,
-                unit_fields(factors),
-            )
-            for module, i, macs, *factors in meta["contractions"]
-        ),
-        shapes=dict(shapes),
-        unknown_ops=dict(meta["unknown_ops"]),
-        branches=tuple(
-            Branch(name, tuple(tensors[i] for i in own), tuple(tensors[i] for i in weights), tuple(modules))
-            for name, own, weights, modules in meta.get("branches", ())
-        ),
-    )
+        return name, own
 
+    def weight(self, value: Any) -> Weight:
+        place, module, op, out_axis, in_axis, groups, macs, role = items(value, "a weight", 8)
+        name = self.parameter(place)
+        shape = self.parameters[name]
+        out_axis, in_axis = (whole(a, f"an axis of {name!r}", high=len(shape) - 1) for a in (out_axis, in_axis))
+        if op not in _OPS or out_axis == in_axis:
+            raise BundleError(f"the bundle has {name!r} as a {quoted(op)} from axis {in_axis} to axis {out_axis}")
+        if shape[0] % whole(groups, f"the groups of {name!r}", 1):
+            raise BundleError(f"the bundle has {groups} groups for {name!r} of shape {shape}")
+        owner = self.owner(name, module)
+        return Weight(
+            name, owner, op, shape, out_axis, in_axis, groups, whole(macs, "multiply-adds"), text(role, "a role")
+        )
 
-_KINDS = {"r": "rows", "c": "columns", "e": "entries"}
+    def producer(self, value: Any) -> Producer:
+        place, axis, vector = items(value, "a producer", 3)
+        name = self.parameter(place)
+        shape = self.parameters[name]
+        axis = whole(axis, f"an axis of {name!r}", high=len(shape) - 1)
+        units = self.vectors[whole(vector, "a vector of units", high=len(self.vectors) - 1)]
+        if units.numel() != shape[axis]:
+            raise BundleError(f"the bundle has {units.numel()} units along axis {axis} of {name!r} of shape {shape}")
+        return Producer(name, axis, units)
+
+    def kept(self, value: Any) -> Kept:
+        where, reason = items(value, "what it keeps", 2)
+        return Kept(text(where, "what it keeps"), text(reason, "why it keeps something"))
+
+    def contraction(self, value: Any) -> Contraction:
+        module, place, macs, *factors = items(value, "a contraction")
+        name = None if place is None else self.parameter(place)
+        own = text(module, "a module") if name is None else self.owner(name, module)
+        return Contraction(own, name, whole(macs, "multiply-adds"), tuple(self.units(f) for f in factors))
+
+    def branch(self, value: Any) -> Branch:
+        name, own, weights, modules = items(value, "a branch", 4)
+        return Branch(
+            text(name, "a branch"),
+            tuple(self.parameter(t) for t in items(own, "the tensors of a branch")),
+            tuple(self.parameter(w) for w in items(weights, "the weights of a branch")),
+            tuple(texts(modules, "the modules of a branch")),
+        )

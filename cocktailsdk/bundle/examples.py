@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError
-
-_MAX_ELEMENTS = 1 << 32
+from .limits import MAX_EXAMPLE_ELEMENTS
+from .values import items, keyed, quoted, text, whole
 
 
 def describe(value: Any) -> Any:
@@ -42,33 +42,66 @@ def describe(value: Any) -> Any:
     raise BundleError(f"an example input of type {type(value).__name__} cannot be described")
 
 
+def elements(spec: Any) -> int:
+    """How many elements the tensors of a description have in all."""
+    if "tensor" in spec:
+        return math.prod(spec["shape"])
+    inner = spec.get("list") or spec.get("tuple") or [v for _, v in spec.get("dict", ())]
+    return sum(map(elements, inner))
+
+
 def remake(spec: Any) -> Any:
     """A value of the described kind; tensors get values drawn evenly from their range, always the same ones.
 
     Raises:
-        BundleError: The description makes no sense.
+        BundleError: The description makes no sense, or asks for too much.
     """
-    return _remake(spec, torch.Generator().manual_seed(0))
+    return _Maker().value(spec)
 
 
-def _remake(spec: Any, generator: torch.Generator) -> Any:
-    if "value" in spec:
-        return spec["value"]
-    if "list" in spec:
-        return [_remake(s, generator) for s in spec["list"]]
-    if "tuple" in spec:
-        return tuple(_remake(s, generator) for s in spec["tuple"])
-    if "dict" in spec:
-        return {k: _remake(s, generator) for k, s in spec["dict"]}
-    dtype, shape = getattr(torch, spec["tensor"], None), tuple(spec["shape"])
-    if not isinstance(dtype, torch.dtype) or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise BundleError(f"an example input is described as {spec['tensor']!r} of shape {shape}")
-    if math.prod(shape) > _MAX_ELEMENTS:
-        raise BundleError(f"an example input has shape {shape}: too large to make")
-    low, high = spec.get("range", (0, 1))
-    if dtype.is_floating_point:
-        draw = torch.rand(shape, generator=generator, dtype=torch.float64)
-        return (low + (high - low) * draw).clamp(low, high).to(dtype)
-    if high - low >= 2**63 - 1:
-        low, high = 0, 1
-    return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int64).to(dtype)
+class _Maker:
+    """Values from descriptions, as many elements as there may be in all."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.left = MAX_EXAMPLE_ELEMENTS
+
+    def value(self, spec: Any) -> Any:
+        if type(spec) is dict and "tensor" in spec:
+            return self.tensor(keyed(spec, _WHAT, ("tensor", "shape"), ("range",)))
+        kind, inner = next(iter(keyed(spec, _WHAT, (), ("value", "list", "tuple", "dict")).items()), ("", None))
+        if len(spec) != 1:
+            raise BundleError(f"the bundle has {_WHAT} described by {quoted(spec)}")
+        if kind == "value":
+            if inner is not None and type(inner) not in (bool, int, float, str):
+                raise BundleError(f"the bundle has {_WHAT} of the value {quoted(inner)}")
+            return inner
+        parts = items(inner, _WHAT)
+        if kind == "dict":
+            pairs = [items(p, _WHAT, 2) for p in parts]
+            return {text(k, "the name of an example input"): self.value(v) for k, v in pairs}
+        made = [self.value(p) for p in parts]
+        return tuple(made) if kind == "tuple" else made
+
+    def tensor(self, spec: Mapping[str, Any]) -> Tensor:
+        dtype = getattr(torch, text(spec["tensor"], "an example's dtype"), None)
+        shape = tuple(whole(n, "an example's shape") for n in items(spec["shape"], "an example's shape"))
+        if not isinstance(dtype, torch.dtype) or dtype.is_complex:
+            raise BundleError(f"the bundle has {_WHAT} of {quoted(spec['tensor'])}")
+        self.left -= math.prod(shape)
+        if self.left < 0:
+            raise BundleError(f"the bundle's example inputs are too large to make: one has shape {quoted(list(shape))}")
+        low, high = items(spec.get("range", [0, 1]), "an example's range", 2)
+        kinds = (int, float) if dtype.is_floating_point else (int,)
+        if type(low) not in kinds or type(high) not in kinds or not -_FAR <= low <= high <= _FAR:
+            raise BundleError(f"the bundle has {_WHAT} between {quoted(low)} and {quoted(high)}")
+        if dtype.is_floating_point:
+            draw = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+            return (low + (high - low) * draw).clamp(low, high).to(dtype)
+        if high - low >= 2**63 - 1 or high >= 2**63 - 1 or low < -(2**63):
+            low, high = 0, 1
+        return torch.randint(low, high + 1, shape, generator=self.generator, dtype=torch.int64).to(dtype)
+
+
+_WHAT = "an example input"
+_FAR = 1.8e308

@@ -45,7 +45,11 @@ class Form:
         """
         if "block" in options:
             block = options["block"]
-            if len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
+            if (
+                not isinstance(block, list | tuple)
+                or len(block) != 2
+                or any(type(n) is not int or n < 1 for n in block)
+            ):
                 raise BundleError(f"the bundle has a mask of blocks of {block}")
             return cls(block=(block[0], block[1]))
         n, m = options.get("n"), options.get("m")

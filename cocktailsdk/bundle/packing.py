@@ -76,15 +76,17 @@ def to_levels(kept: Sequence[Bool[Tensor, " n"]]) -> npt.NDArray[np.uint8] | Non
     return levels
 
 
-def from_levels(levels: npt.NDArray[np.uint16], count: int) -> list[Bool[Tensor, " n"]]:
-    """The inverse of :func:`to_levels`.
+def from_levels(
+    levels: npt.NDArray[np.uint16], count: int, which: Sequence[int] | None = None
+) -> list[Bool[Tensor, " n"]]:
+    """The inverse of :func:`to_levels`: the masks of these levels, or of all ``1 … count``.
 
     Raises:
         BundleError: A level above ``count``.
     """
     if levels.size and int(levels.max()) > count:
         raise BundleError(f"a mask has level {int(levels.max())}, but its pattern only {count}")
-    return [torch.from_numpy((levels == 0) | (levels > k)) for k in range(1, count + 1)]
+    return [torch.from_numpy((levels == 0) | (levels > k)) for k in which or range(1, count + 1)]
 
 
 @lru_cache(maxsize=32)

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..errors import BundleError, CocktailError, PatternError
+from ..errors import BundleError, CocktailError, PatternError, SubnetError
+from ..graph import Coupling
 from ..net import CocktailNet
-from ..patterns import DENSE, Pattern, make_pattern
+from ..patterns import DENSE, Pattern, Subnet, make_pattern
 from ..selection import Selection
 from ..statistics import statistics_of
 from .couplings import read_coupling
 from .examples import remake
 from .files import SUBNETS_FILE, WEIGHTS_FILE, open_tensors, read_meta
-from .subnets import read_masks, read_statistics
-from .write import all_tensors, fingerprint, stored_names
+from .limits import MAX_SUBNETS
+from .statistics import read_statistics
+from .subnets import read_masks
+from .tensors import TensorFile
+from .values import flag, items, keyed, more, quoted, text, texts, whole
+from .write import all_tensors, fingerprint, row, stored_as, stored_names
+
+_KEYS = {
+    "checksum",
+    "format",
+    "format_version",
+    "files",
+    "model",
+    "patterns",
+    "subnets",
+    "selection",
+    "example",
+    "masks",
+    "statistics",
+    "dense_statistics",
+    "coupling",
+}
+_SINCE_2 = {"build", "stored", "provenance"}
 
 
-def from_pretrained(path: str | PathLike[str], model: nn.Module) -> CocktailNet:
+def from_pretrained(
+    path: str | PathLike[str], model: nn.Module, *, subnets: Iterable[str] | None = None
+) -> CocktailNet:
     """Load a bundle into a freshly built model.
 
     No code is run from the files. Everything is checked before the model is touched: if this raises, the model is as
@@ -33,34 +57,31 @@ def from_pretrained(path: str | PathLike[str], model: nn.Module) -> CocktailNet:
         path: The bundle's folder.
         model: Of the class and configuration that the bundle was made from; its weights are replaced in place, on the
             device where they lie.
+        subnets: Names of the subnetworks to read; by default all. The others' masks and statistics are not read from
+            the disk, and cannot be switched to.
 
     Returns:
         A net with the dense network active.
 
     Raises:
         BundleError: The bundle is damaged, of an unknown version, of an unregistered pattern, or of another model.
+        SubnetError: It has no subnetwork of a name in ``subnets``.
     """
     if isinstance(model, CocktailNet) or not isinstance(model, nn.Module):
         raise BundleError(f"from_pretrained loads into a plain nn.Module, not into a {type(model).__name__}")
     try:
         folder, meta = read_meta(path)
-        net, weights = _read(folder, meta, model)
+        bundle = _Bundle(
+            meta, model, open_tensors(folder, meta, WEIGHTS_FILE), open_tensors(folder, meta, SUBNETS_FILE)
+        )
+        net, weights = bundle.net(subnets)
     except PatternError as e:
         raise BundleError(f"the bundle in {path} does not fit this {type(model).__name__}: {e}") from e
     except CocktailError:
         raise
-    except (
-        SafetensorError,
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-    ) as e:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, OSError) as e:
         # The bytes are as they were written, so whoever wrote them broke the format.
-        raise BundleError(f"the bundle in {path} is malformed: {type(e).__name__}: {e}") from e
+        raise BundleError(f"the bundle in {path} is malformed: {type(e).__name__}: {e}".splitlines()[0]) from e
     tensors = all_tensors(model)
     with torch.no_grad():
         for name, value in weights.items():
@@ -70,62 +91,175 @@ def from_pretrained(path: str | PathLike[str], model: nn.Module) -> CocktailNet:
     return net
 
 
-def _read(folder: Path, meta: Mapping[str, Any], model: nn.Module) -> tuple[CocktailNet, dict[str, Tensor]]:
-    with open_tensors(folder / WEIGHTS_FILE) as file:
-        _check_model(meta, model, {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()})  # noqa: SIM118
-        weights = {n: file.get_tensor(n) for n in stored_names(model)}
-    tensors = all_tensors(model)
-    wrong = [n for n, t in weights.items() if t.dtype != tensors[n].dtype]
-    if wrong or fingerprint(model) != meta["model"]["fingerprint"]:
-        found = (
-            f"{wrong[0]!r} is {tensors[wrong[0]].dtype}, in the bundle {weights[wrong[0]].dtype}"
-            if wrong
-            else ("its parameters and buffers have other names, shapes or dtypes")
-        )
-        raise BundleError(f"the bundle was made from another model than this {type(model).__name__}: {found}")
-    meta_device = [n for n, t in tensors.items() if t.is_meta]
-    if meta_device:
-        raise BundleError(
-            f"the model has no memory yet ({meta_device[0]!r} is on 'meta'): call model.to_empty(device=...)"
-        )
+@dataclass(frozen=True)
+class _Bundle:
+    """A bundle's parts, and the model that they should be of."""
 
-    patterns = tuple(_pattern(p) for p in meta["patterns"])
-    subnets = [s for p in patterns for s in p.subnets()]
-    names = [s.name for s in subnets]
-    stored = [s["name"] for s in meta["subnets"]]
-    if [DENSE, *names] != stored:
-        odd = sorted(set(stored) ^ {DENSE, *names})
-        raise BundleError(
-            f"the bundle's patterns now have other subnets than when it was saved: {', '.join(odd) or 'another order'}"
-        )
-    target, exclude = (_entries(meta["selection"][k]) for k in ("target", "exclude"))
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    buffers = {n: tuple(b.shape) for n, b in model.named_buffers()}
-    with open_tensors(folder / SUBNETS_FILE) as file:
-        coupling = read_coupling(meta["coupling"], file.get_tensor("units"), meta["model"]["tensors"], shapes, buffers)
-        selection = Selection.of(model, target, exclude)
+    meta: Mapping[str, Any]
+    model: nn.Module
+    weights_file: TensorFile
+    subnets_file: TensorFile
+
+    def net(self, only: Iterable[str] | None) -> tuple[CocktailNet, dict[str, Tensor]]:
+        """The net, and its weights, which are not in the model yet."""
+        meta = self.meta
+        first = meta["format_version"] == 1
+        keyed(meta, JSON, _KEYS, () if first else _SINCE_2)
+        keyed(meta, JSON, () if first else _SINCE_2, meta)
+        weights = self.weights()
+        patterns, rows = self.patterns()
+        names = [s.name for s in rows if s.name != DENSE]
+        wanted = names if only is None else _wanted(only, names)
+        shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
+        buffers = {n: tuple(b.shape) for n, b in self.model.named_buffers()}
+        file = self.subnets_file
+        coupling = read_coupling(meta["coupling"], file["units"], meta["model"]["tensors"], shapes, buffers)
+        selection = self.old_selection() if first else self.selection(coupling)
         eligible = selection.eligible(coupling)
-        masks = read_masks(meta["masks"], file.get_tensor, names, coupling, eligible)
-        statistics = read_statistics(meta["statistics"], file.get_tensor, masks, coupling, buffers)
-    example = None if meta["example"] is None else remake(meta["example"])
-    net = CocktailNet(model, patterns, coupling, selection, example, masks)
-    net.statistics.update(statistics)
-    net.metrics.update({s["name"]: float(s["metric"]) for s in meta["subnets"] if "metric" in s})
-    return net, weights
+        # The first version did not say where a subnet's statistics begin: all must be read to know.
+        masks = read_masks(meta["masks"], file.__getitem__, names, coupling, eligible, names if first else set(wanted))
+        statistics = read_statistics(meta["statistics"], file, masks, coupling, buffers, names)
+        if len(masks) == len(names) and file.unread:
+            raise BundleError(f"the bundle has {quoted(file.unread[0])}, which belongs to no subnet{more(file.unread)}")
+        example = None if meta["example"] is None else _checked_example(remake(meta["example"]))
+        flag(meta["dense_statistics"], "whether the dense network has statistics")
+        provenance = {} if first else dict(keyed(meta["provenance"], "its provenance", (), meta["provenance"]))
+        net = CocktailNet(
+            self.model, patterns, coupling, selection, example, {n: m for n, m in masks.items() if n in wanted}
+        )
+        net.statistics.update({n: own for n, own in statistics.items() if n in wanted})
+        net.metrics.update({s["name"]: float(s["metric"]) for s in meta["subnets"] if "metric" in s})
+        net.provenance = provenance
+        return net, weights
+
+    def weights(self) -> dict[str, Tensor]:
+        """The dense tensors, checked against the model's; views of the file."""
+        keyed(self.meta["model"], "what it says of the model", ("class", "fingerprint", "tensors"))
+        _check_model(text(self.meta["model"]["class"], "the model's class"), self.model, self.weights_file.shapes)
+        tensors, parameters = all_tensors(self.model), dict(self.model.named_parameters())
+        stored = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if self.meta.get("stored") not in stored:
+            raise BundleError(f"the bundle's weights are stored as {quoted(self.meta['stored'])}, which is not known")
+        small = stored[self.meta.get("stored")]
+        file = self.weights_file
+        for n in stored_names(self.model):
+            should = stored_as(tensors[n].dtype, small if n in parameters else None)
+            if file.dtype(n) != should:
+                raise BundleError(
+                    f"the bundle was made from another model than this {type(self.model).__name__}: {n!r} is "
+                    f"{tensors[n].dtype}, in the bundle {file.dtype(n)}"
+                )
+        if fingerprint(self.model) != self.meta["model"]["fingerprint"] or (
+            items(self.meta["model"]["tensors"], "the model's tensors") != list(tensors)
+        ):
+            raise BundleError(
+                f"the bundle was made from another model than this {type(self.model).__name__}: its parameters and "
+                "buffers have other names, shapes or dtypes"
+            )
+        fleeting = [n for n, t in tensors.items() if t.is_meta]
+        if fleeting:
+            raise BundleError(
+                f"the model has no memory yet ({fleeting[0]!r} is on 'meta'): call model.to_empty(device=...)"
+            )
+        return {n: file[n] for n in stored_names(self.model)}
+
+    def patterns(self) -> tuple[tuple[Pattern, ...], list[Subnet]]:
+        """The patterns and all subnets, which are those that the bundle lists."""
+        listed = items(self.meta["subnets"], "its subnets")
+        if len(listed) > MAX_SUBNETS:
+            raise BundleError(f"the bundle lists {len(listed)} subnets; at most {MAX_SUBNETS} are read")
+        patterns = tuple(_pattern(p) for p in items(self.meta["patterns"], "its patterns"))
+        rows = [Subnet(DENSE, DENSE, 0.0), *(s for p in patterns for s in p.subnets())]
+        stored = []
+        for s in listed:
+            entry = dict(keyed(s, "a subnet", ("name", "pattern", "sparsity"), ("options", "metric")))
+            _check_metric(entry.pop("metric", 0.0))
+            stored.append(entry)
+        if [text(s["name"], "a subnet") for s in stored] != [s.name for s in rows]:
+            odd = sorted({s["name"] for s in stored} ^ {s.name for s in rows})
+            raise BundleError(
+                "the bundle's patterns now have other subnets than when it was saved: "
+                f"{', '.join(odd) or 'another order'}"
+            )
+        wrong = [s.name for s, entry in zip(rows, stored, strict=True) if _as_json(row(s)) != entry]
+        if wrong:
+            raise BundleError(f"the bundle says of {wrong[0]!r} something else than its pattern does{more(wrong)}")
+        return patterns, rows
+
+    def selection(self, coupling: Coupling) -> Selection:
+        """What the user selected, by the names that it came to: no expression from a file is run."""
+        said = keyed(self.meta["selection"], "its selection", ("target", "exclude", "whole", "eligible"))
+        last = len(self.meta["model"]["tensors"]) - 1
+        places = [whole(i, "an eligible weight", high=last) for i in items(said["eligible"], "its eligible weights")]
+        names = [self.meta["model"]["tensors"][i] for i in places]
+        if names != [w.name for w in coupling.weights if w.name in set(names)]:
+            raise BundleError("the bundle's eligible weights are not among its weights, in their order")
+        kept = texts(said["whole"], "the modules that keep their channels")
+        if kept != sorted(kept):
+            raise BundleError("the modules that keep their channels are not sorted in the bundle")
+        target, exclude = (_said(said[k], f"what it {k}s") for k in ("target", "exclude"))
+        return Selection(target, exclude, frozenset(kept), frozenset(names))
+
+    def old_selection(self) -> Selection:
+        """The first version held only what the user wrote, which may be an expression that takes forever."""
+        said = keyed(self.meta["selection"], "its selection", ("target", "exclude"))
+        target, exclude = (_said(said[k], f"what it {k}s") for k in ("target", "exclude"))
+        if isinstance(target, str) or isinstance(exclude, str):
+            raise BundleError(
+                f"the bundle is of format version 1 and selects modules by an expression, which is not run from "
+                f"a file ({quoted(target or exclude)}): save it anew with cocktailsdk 0.1.0 and lists of names"
+            )
+        return Selection.of(self.model, target, exclude)
 
 
-def _pattern(entry: Mapping[str, Any]) -> Pattern:
+JSON = "bundle.json"
+
+
+def _wanted(only: Iterable[str], names: Collection[str]) -> list[str]:
+    chosen = [only] if isinstance(only, str) else list(only)
+    odd = [n for n in chosen if n != DENSE and n not in names]
+    if odd:
+        raise SubnetError(f"the bundle has no subnet {odd[0]!r}; it has {', '.join(names)}")
+    return [n for n in chosen if n != DENSE]
+
+
+def _pattern(entry: Any) -> Pattern:
+    keyed(entry, "a pattern", ("name", "config"))
+    config = entry["config"]
+    keyed(config, "the configuration of a pattern", (), config if type(config) is dict else ())
     try:
-        return make_pattern(entry["name"], entry["config"])
+        pattern = make_pattern(text(entry["name"], "a pattern"), config)
     except PatternError as e:
         raise BundleError(f"the bundle uses a pattern that cannot be made here: {e}") from e
+    if _as_json(pattern.config()) != config:
+        raise BundleError(f"the bundle gives the pattern {pattern.name!r} a configuration that it does not have")
+    return pattern
 
 
-def _entries(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _as_json(value: Any) -> Any:
+    """A value as it is once written as JSON and read: tuples are lists."""
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    return [_as_json(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _check_model(meta: Mapping[str, Any], model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
+def _check_metric(value: Any) -> None:
+    finite = type(value) in (int, float) and math.isfinite(value)
+    if not finite and value not in ("nan", "inf", "-inf"):
+        raise BundleError(f"the bundle gives {quoted(value)} for a metric")
+
+
+def _said(value: Any, what: str) -> str | tuple[str, ...] | None:
+    return value if value is None or isinstance(value, str) else tuple(texts(value, what))
+
+
+def _checked_example(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not (type(value) is tuple and len(value) == 2 and type(value[0]) is tuple and type(value[1]) is dict):
+        raise BundleError("the bundle's example inputs are no pair of positional and keyword arguments")
+    return value
+
+
+def _check_model(made_from: str, model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
     tensors = all_tensors(model)
     want = {n: tuple(tensors[n].shape) for n in stored_names(model)}
     missing = [n for n in found if n not in want]
@@ -133,17 +267,13 @@ def _check_model(meta: Mapping[str, Any], model: nn.Module, found: Mapping[str, 
     other = [n for n in want if n in found and want[n] != found[n]]
     said = []
     if other:
-        said.append(f"{other[0]!r} has shape {want[other[0]]}, in the bundle {found[other[0]]}" + _more(other))
+        said.append(f"{other[0]!r} has shape {want[other[0]]}, in the bundle {found[other[0]]}" + more(other))
     if missing:
-        said.append(f"the bundle has {missing[0]!r}, which the model lacks" + _more(missing))
+        said.append(f"the bundle has {missing[0]!r}, which the model lacks" + more(missing))
     if extra:
-        said.append(f"the model has {extra[0]!r}, which the bundle lacks" + _more(extra))
+        said.append(f"the model has {extra[0]!r}, which the bundle lacks" + more(extra))
     if said:
         raise BundleError(
-            f"the bundle was made from another model ({meta['model']['class']}) than this {type(model).__name__}: "
+            f"the bundle was made from another model ({made_from}) than this {type(model).__name__}: "
             f"{'; '.join(said)}; build the model with the same arguments"
         )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,8 +1,8 @@
-"""Masks and statistics of all subnetworks as a few packed tensors."""
+"""Masks of all subnetworks as a few packed tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from .packing import (
     to_ranks,
     unpack,
 )
+from .values import items, keyed, more, quoted, text, texts
+
+__all__ = ["read_masks", "write_masks"]
 
 Fetch = Callable[[str], Tensor]
 
@@ -79,65 +82,142 @@ def write_masks(
 
 
 def read_masks(
-    entries: Sequence[Mapping[str, Any]],
+    entries: Any,
     fetch: Fetch,
     names: Sequence[str],
     coupling: Coupling,
     eligible: tuple[Weight, ...],
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Mask]:
     """The inverse of :func:`write_masks`.
 
     Args:
         entries: Its JSON values.
-        fetch: The tensor of a name.
+        fetch: The tensor of a name; asked only for what the subnetworks wanted need.
         names: The subnetworks that must all have a mask, and no others.
         coupling: The model's coupling.
         eligible: Its eligible weights.
+        wanted: Those whose masks are read; by default all.
 
     Raises:
         BundleError: Something does not fit.
     """
-    elements: dict[str, dict[str, Tensor]] = {n: {} for n in names}
-    removed: dict[str, Tensor] = {}
-    whole: set[str] = set()
+    reader = _Masks(fetch, names, coupling, eligible, set(names) if wanted is None else set(wanted))
+    given = [reader.entry(e) for e in items(entries, "its masks")]
+    for units in (True, False):  # what is left of weights depends on the units that are gone
+        for e in given:
+            if ("units" in e) == units:
+                reader.read(e)
+    missing = [n for n in names if n not in reader.has_elements and n not in reader.has_units]
+    if missing:
+        raise BundleError(f"the bundle has no mask for {missing[0]!r}" + more(missing))
+    return {n: Mask(reader.elements.get(n, {}), reader.removed.get(n)) for n in names if n in reader.wanted}
 
-    def levels(e: Mapping[str, Any], count: int) -> dict[str, Tensor]:
-        bits = level_bits(len(e["levels"]))
-        if bits is None:
-            raise BundleError(f"the bundle nests {len(e['levels'])} masks in one")
-        return dict(
-            zip(e["levels"], from_levels(unpack(fetch(e["tensor"]), bits, count), len(e["levels"])), strict=True)
-        )
 
-    for e in entries:
-        if e.get("units"):
-            removed.update({s: ~k for s, k in levels(e, coupling.n_units).items() if s in elements})
-    for e in entries:
-        if e.get("units"):
-            continue
-        if "zeroed" in e:
-            elements[e["zeroed"]] = {n: torch.zeros(coupling.shapes[n], dtype=torch.bool) for n in e["weights"]}
-            whole.add(e["zeroed"])
-            continue
-        form = Form.of(e)
-        of = _weights(tuple(e["weights"]) if "weights" in e else tuple(w.name for w in eligible), coupling)
-        subnets = [e["runs"]] if "runs" in e else list(e["levels"])
-        left = Remaining(coupling, removed[subnets[0]]) if e.get("left") else None
+class _Masks:
+    """Masks from their entries, one entry after another."""
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        names: Sequence[str],
+        coupling: Coupling,
+        eligible: tuple[Weight, ...],
+        wanted: set[str],
+    ) -> None:
+        self.fetch, self.names, self.wanted = fetch, frozenset(names), wanted
+        self.coupling, self.eligible = coupling, eligible
+        self.elements: dict[str, dict[str, Tensor]] = {}
+        self.removed: dict[str, Tensor] = {}
+        self.has_elements: set[str] = set()
+        self.has_units: set[str] = set()
+
+    def entry(self, value: Any) -> Mapping[str, Any]:
+        """An entry that has what it needs, and speaks of subnetworks that have no such mask yet."""
+        what = "an entry of its masks"
+        known = type(value) is dict
+        if known and "zeroed" in value:
+            e = keyed(value, what, ("zeroed", "weights"))
+        elif known and "units" in value:
+            e = keyed(value, what, ("tensor", "levels", "units"))
+        elif known and "runs" in value:
+            e = keyed(value, what, ("tensor", "runs", "n", "m"), ("square", "left", "weights"))
+        else:
+            e = keyed(value, what, ("tensor", "levels"), ("block", "left", "weights"))
+        known_yet = self.has_units if "units" in e else self.has_elements
+        for name in self.subnets(e):
+            if name not in self.names or name in known_yet:
+                raise BundleError(f"the bundle's masks name {quoted(name)} twice, or it is no subnet of theirs")
+            known_yet.add(name)
+        if any(e.get(k, True) is not True for k in ("units", "left", "square")):
+            raise BundleError(f"in the bundle {what} has a mark that is not true")
+        if "left" in e and len(self.subnets(e)) != 1:
+            raise BundleError(f"in the bundle {what} is of what several subnets leave")
+        return e
+
+    @staticmethod
+    def subnets(e: Mapping[str, Any]) -> list[str]:
+        """The subnetworks that an entry is of."""
+        if "levels" in e:
+            return texts(e["levels"], "the levels of a mask")
+        return [text(e["runs"] if "runs" in e else e["zeroed"], "the subnet of a mask")]
+
+    def read(self, e: Mapping[str, Any]) -> None:
+        """Make the masks of an entry, as far as they are wanted."""
+        if self.wanted.isdisjoint(self.subnets(e)):
+            return
+        if "units" in e:
+            self.removed |= {s: ~k for s, k in self.levels(e, self.coupling.n_units).items()}
+        elif "zeroed" in e:
+            shapes = self.coupling.shapes
+            self.elements[e["zeroed"]] = {w.name: torch.zeros(shapes[w.name], dtype=torch.bool) for w in self.of(e)}
+        else:
+            self.cells(e)
+
+    def cells(self, e: Mapping[str, Any]) -> None:
+        """Make masks of weights from cells."""
+        form, of = Form.of(e), self.of(e)
+        left = None
+        if "left" in e:
+            subnet = self.subnets(e)[0]
+            if subnet not in self.removed:
+                raise BundleError(f"the bundle masks what {subnet!r} leaves, which removes no units")
+            left = Remaining(self.coupling, self.removed[subnet])
+        if form != Form() and not all(w.op for w in of):
+            raise BundleError("the bundle has runs or blocks of a parameter that is no weight")
         held = of if left is None else [left.weight(w) for w in of]
         sizes = [form.cells(w) for w in held]
         if form.nm is None:
-            cells = levels(e, sum(sizes))
+            cells = self.levels(e, sum(sizes))
         else:
-            cells = {e["runs"]: from_ranks(unpack(fetch(e["tensor"]), run_bits(*form.nm), sum(sizes)), *form.nm)}
+            packed = unpack(self.fetch(e["tensor"]), run_bits(*form.nm), sum(sizes))
+            cells = {e["runs"]: from_ranks(packed, *form.nm)}
         for s, k in cells.items():
             parts = [form.unfold(w, part) for w, part in zip(held, k.split(sizes), strict=True)]
             if left is not None:
                 parts = [left.spread(w, part) for w, part in zip(of, parts, strict=True)]
-            elements[s] = {w.name: part for w, part in zip(of, parts, strict=True)}
-    missing = [n for n in names if not elements[n] and n not in removed and n not in whole]
-    if missing or len(elements) != len(names):
-        raise BundleError(f"the bundle's masks are not those of its subnets: missing {missing}")
-    return {n: Mask(elements[n], removed.get(n)) for n in names}
+            self.elements[s] = {w.name: part for w, part in zip(of, parts, strict=True)}
+
+    def levels(self, e: Mapping[str, Any], count: int) -> dict[str, Tensor]:
+        """By subnetwork what is kept, of those wanted."""
+        subnets = self.subnets(e)
+        bits = level_bits(len(subnets))
+        if bits is None or not subnets:
+            raise BundleError(f"the bundle nests {len(subnets)} masks in one")
+        which = [k for k, s in enumerate(subnets, 1) if s in self.wanted]
+        packed = unpack(self.fetch(text(e["tensor"], "the tensor of a mask")), bits, count)
+        kept = from_levels(packed, len(subnets), which)
+        return {subnets[k - 1]: part for k, part in zip(which, kept, strict=True)}
+
+    def of(self, e: Mapping[str, Any]) -> list[Weight]:
+        """The weights that an entry masks."""
+        if "weights" not in e:
+            return list(self.eligible)
+        names = texts(e["weights"], "the weights of a mask")
+        odd = [n for n in names if n not in self.coupling.shapes]
+        if odd:
+            raise BundleError(f"the bundle masks {quoted(odd[0])}, which is no parameter of the model")
+        return _weights(names, self.coupling)
 
 
 def _ordered(names: Mapping[str, Any], eligible: tuple[Weight, ...]) -> tuple[str, ...]:
@@ -182,85 +262,3 @@ def _cells(subnet: Subnet, weights: Sequence[Weight], kept: Sequence[Tensor]) ->
         ):
             return form, cells
     return Form(), torch.cat([k.reshape(-1) for k in kept])
-
-
-def write_statistics(
-    statistics: Mapping[str, Mapping[str, Tensor]], names: Sequence[str], masks: Mapping[str, Mask], coupling: Coupling
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Each subnetwork's statistics one after another, without the zeros of removed channels.
-
-    Returns:
-        Entries (JSON values) and one tensor for each dtype.
-    """
-    entries: list[dict[str, Any]] = []
-    parts: dict[str, list[Tensor]] = {}
-    buffers: list[str] | None = None
-    for name in names:
-        own = statistics.get(name)
-        if own is None:
-            continue
-        dtypes = {str(t.dtype).removeprefix("torch.") for t in own.values()}
-        if len(dtypes) > 1:
-            raise BundleError(f"the statistics of {name!r} mix {', '.join(sorted(dtypes))}; give them one dtype")
-        entry: dict[str, Any] = {"subnet": name}
-        if list(own) != buffers:
-            buffers = entry["buffers"] = list(own)
-        dtype = entry["dtype"] = dtypes.pop() if dtypes else "float32"
-        kept = _kept_entries(own, masks[name], coupling) if name in masks else {}
-        if kept and all(not own[b].cpu()[~k].view(-1).view(torch.uint8).any() for b, k in kept.items()):
-            entry["trimmed"] = True
-        else:
-            kept = {}
-        parts.setdefault(dtype, []).extend(
-            (t.cpu()[kept[b]] if b in kept else t.cpu()).reshape(-1) for b, t in own.items()
-        )
-        entries.append(entry)
-    return entries, {f"statistics.{d}": torch.cat(p) for d, p in parts.items() if p}
-
-
-def read_statistics(
-    entries: Sequence[Mapping[str, Any]],
-    fetch: Fetch,
-    masks: Mapping[str, Mask],
-    coupling: Coupling,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, dict[str, Tensor]]:
-    """The inverse of :func:`write_statistics`; ``shapes`` are those of the model's buffers.
-
-    Raises:
-        BundleError: Something does not fit.
-    """
-    data: dict[str, Tensor] = {}
-    at: dict[str, int] = {}
-    out: dict[str, dict[str, Tensor]] = {}
-    buffers: list[str] = []
-    for e in entries:
-        buffers = e.get("buffers", buffers)
-        dtype = e["dtype"]
-        if buffers and dtype not in data:
-            data[dtype], at[dtype] = fetch(f"statistics.{dtype}"), 0
-        own = {b: torch.zeros(shapes[b], dtype=data[dtype].dtype) for b in buffers}
-        kept = _kept_entries(own, masks[e["subnet"]], coupling) if e.get("trimmed") else {}
-        for b, t in own.items():
-            keep = kept.get(b)
-            n = t.numel() if keep is None else int(keep.sum())
-            values = data[dtype][at[dtype] : at[dtype] + n]
-            if values.numel() != n:
-                raise BundleError(f"the statistics of {e['subnet']!r} end early, in {b!r}")
-            at[dtype] += n
-            if keep is None:
-                t.copy_(values.reshape(t.shape))
-            else:
-                t[keep] = values
-        out[e["subnet"]] = own
-    if any(at[d] != t.numel() for d, t in data.items()):
-        raise BundleError("the bundle has statistics that belong to no subnet")
-    return out
-
-
-def _kept_entries(own: Mapping[str, Tensor], mask: Mask, coupling: Coupling) -> dict[str, Tensor]:
-    touched = coupling.masks(mask.removed) if mask.removed is not None else {}
-    return {b: touched[b].expand(t.shape) for b, t in own.items() if b in touched}
-
-
-__all__ = ["read_masks", "read_statistics", "write_masks", "write_statistics"]

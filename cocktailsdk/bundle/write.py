@@ -14,29 +14,43 @@ from torch import Tensor, nn
 from ..errors import BundleError
 from ..masks import Mask
 from ..net import CocktailNet
-from ..patterns import DENSE
+from ..patterns import DENSE, Subnet
 from ..sharding import is_main, plain_class
 from .couplings import write_coupling
-from .examples import describe
+from .examples import describe, elements
 from .files import write_folder
-from .subnets import read_masks, write_masks, write_statistics
+from .limits import MAX_EXAMPLE_ELEMENTS
+from .provenance import completed
+from .statistics import write_statistics
+from .subnets import read_masks, write_masks
+from .values import more
 
 
-def save_pretrained(net: CocktailNet, path: str | PathLike[str]) -> None:
+def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch.dtype | str | None = None) -> None:
     """Write a net's bundle: the dense weights, whatever subnetwork is active. Two calls write the same bytes.
 
     Of a net whose weights are sharded (FSDP2) all processes must call this; the first of them writes.
 
+    Args:
+        net: The net.
+        path: The folder.
+        dtype: ``torch.float16`` or ``torch.bfloat16`` to store parameters of more bits in these, rounded to the
+            nearest; masks, buffers and statistics are stored exactly all the same, and metrics stay those of the
+            weights before.
+
     Raises:
-        BundleError: A subnetwork has no mask yet, or the folder holds something else.
+        BundleError: A subnetwork has no mask yet, the folder holds something else, or a weight is too large for
+            float16.
     """
+    stored = _storage(dtype)
     names = [n for n in net.names if n != DENSE]
     missing = [n for n in names if n not in net.masks]
     if missing:
-        raise BundleError(f"{', '.join(missing)} have no mask yet; finish training before saving")
-    masks = net.masks
-    tensors = all_tensors(net.model)
-    weights = {n: _plain(net.dense_tensor(n)) for n in stored_names(net.model)}
+        raise BundleError(
+            f"{missing[0]} has no mask{more(missing)}: finish training, or load all of the bundle, before saving"
+        )
+    _check_given(net)
+    masks, tensors = net.masks, all_tensors(net.model)
     table = list(tensors)
     coupling_meta, units = write_coupling(net.coupling, table)
     mask_entries, packed = write_masks(net.patterns, masks, net.coupling, net.eligible)
@@ -44,44 +58,50 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str]) -> None:
     broken = [n for n in names if not same_mask(masks[n], again[n])]
     if broken:
         raise BundleError(f"the masks of {', '.join(broken)} cannot be packed: report this with the pattern's code")
-    known = {n: tuple(b.shape) for n, b in net.model.named_buffers()}
-    for of, own in net.statistics.items():
-        wrong = [b for b, t in own.items() if known.get(b) != tuple(t.shape)]
-        if of not in net.names or wrong:
-            raise BundleError(
-                f"net.statistics has an entry for {of!r} that fits no buffer: {', '.join(wrong[:3]) or of}"
-            )
     statistics, measured = write_statistics(net.statistics, names, masks, net.coupling)
-    unknown = [n for n in net.metrics if n not in net.names]
-    if unknown:
-        raise BundleError(f"net.metrics names no subnet: {', '.join(unknown)}")
-    subnets = []
-    for n in net.names:
-        s = net.subnet(n)
-        entry: dict[str, Any] = {"name": n, "pattern": s.pattern, "sparsity": s.sparsity}
-        if s.options:
-            entry["options"] = dict(s.options)
-        if n in net.metrics:
-            value = float(net.metrics[n])
-            entry["metric"] = value if math.isfinite(value) else str(value)
-        subnets.append(entry)
     meta = {
         "model": {
             "class": plain_class(net.model).__qualname__,
             "fingerprint": fingerprint(net.model),
             "tensors": table,
         },
+        "build": None,
+        "stored": None if stored is None else str(stored).removeprefix("torch."),
+        "provenance": completed(net.provenance),
         "patterns": [{"name": p.name, "config": p.config()} for p in net.patterns],
-        "subnets": subnets,
-        "selection": {"target": net.selection.target, "exclude": net.selection.exclude},
+        "subnets": [{**row(net.subnet(n)), **_metric(net, n)} for n in net.names],
+        "selection": {
+            "target": net.selection.target,
+            "exclude": net.selection.exclude,
+            "whole": sorted(net.selection.whole),
+            "eligible": [table.index(w.name) for w in net.eligible],
+        },
         "example": _example(net),
         "masks": mask_entries,
         "statistics": statistics,
         "dense_statistics": DENSE in net.statistics,
         "coupling": coupling_meta,
     }
+    parameters = dict(net.model.named_parameters())
+    weights = {}
+    for n in stored_names(net.model):
+        weights[n] = _plain(n, net.dense_tensor(n), stored if n in parameters else None)
     if is_main(net.model):
         write_folder(path, meta, weights, {**packed, **measured, "units": units})
+
+
+def row(subnet: Subnet) -> dict[str, Any]:
+    """A subnetwork as a bundle lists it."""
+    entry: dict[str, Any] = {"name": subnet.name, "pattern": subnet.pattern, "sparsity": subnet.sparsity}
+    if subnet.options:
+        entry["options"] = dict(subnet.options)
+    return entry
+
+
+def stored_as(dtype: torch.dtype, stored: torch.dtype | None) -> torch.dtype:
+    """What a parameter of some dtype is stored in."""
+    smaller = stored is not None and dtype.is_floating_point and dtype.itemsize > stored.itemsize
+    return stored if stored is not None and smaller else dtype
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -112,15 +132,54 @@ def same_mask(a: Mask, b: Mask) -> bool:
     return all(torch.equal(k, b.elements[n]) for n, k in a.elements.items())
 
 
-def _plain(t: Tensor) -> Tensor:
+def _storage(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    known = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16)}
+    found = known.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise BundleError(f"weights are stored as they are, or as {' or '.join(known)}, not as {dtype}")
+    return found
+
+
+def _check_given(net: CocktailNet) -> None:
+    """What people may have put into a net's statistics and metrics fits it."""
+    known = {n: tuple(b.shape) for n, b in net.model.named_buffers()}
+    for of, own in net.statistics.items():
+        wrong = [b for b, t in own.items() if known.get(b) != tuple(t.shape)]
+        if of not in net.names or wrong:
+            raise BundleError(
+                f"net.statistics has an entry for {of!r} that fits no buffer: {', '.join(wrong[:3]) or of}"
+            )
+    unknown = [n for n in net.metrics if n not in net.names]
+    if unknown:
+        raise BundleError(f"net.metrics names no subnet: {', '.join(unknown)}")
+
+
+def _metric(net: CocktailNet, name: str) -> dict[str, Any]:
+    if name not in net.metrics:
+        return {}
+    value = float(net.metrics[name])
+    return {"metric": value if math.isfinite(value) else str(value)}
+
+
+def _plain(name: str, t: Tensor, stored: torch.dtype | None) -> Tensor:
     # A file holds no views: each tensor gets memory of its own, in row-major order.
-    return t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+    own = t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+    small = own.to(stored_as(own.dtype, stored))
+    if small.dtype == torch.float16 and bool((small.isinf() & own.isfinite()).any()):
+        raise BundleError(
+            f"{name} has values up to {float(own[own.isfinite()].abs().max()):.3g}, beyond float16's 65504: store "
+            "bfloat16, or the weights as they are"
+        )
+    return small
 
 
 def _example(net: CocktailNet) -> Any:
     if net.example is None:
         return None
     try:
-        return describe((tuple(net.example[0]), dict(net.example[1])))
+        spec = describe((tuple(net.example[0]), dict(net.example[1])))
     except BundleError:
         return None  # the bundle serves without; only slim asks for them
+    return spec if elements(spec) <= MAX_EXAMPLE_ELEMENTS else None

@@ -1,0 +1,32 @@
+"""What a bundle may hold at most: a file that asks for more is refused before anything is made for it.
+
+Each limit is far above what real bundles need.
+"""
+
+from __future__ import annotations
+
+MAX_JSON_BYTES = 16 << 20
+"""Of ``bundle.json``; that of 24 networks of a ResNet-18 has 30 kB."""
+
+MAX_HEADER_BYTES = 16 << 20
+"""Of the header of a safetensors file."""
+
+MAX_TENSORS = 100_000
+"""In one safetensors file."""
+
+MAX_DIMS = 32
+"""Of one tensor."""
+
+MAX_SUBNETS = 4096
+"""Of all patterns together, the dense network included."""
+
+MAX_PIECES = 4096
+"""Checksums of one file: pieces grow with the file."""
+
+MAX_EXAMPLE_ELEMENTS = 1 << 25
+"""Of all example inputs together; they are made when the bundle is read."""
+
+
+def max_unit_entries(elements: int) -> int:
+    """Of all vectors of unit numbers together, for a model of so many elements."""
+    return (1 << 22) + 4 * elements

@@ -1,0 +1,97 @@
+"""JSON values from a file that anybody may have written: each is what it should be, or is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Never
+
+from ..errors import BundleError
+
+__all__ = ["distinct", "flag", "items", "keyed", "more", "parse", "quoted", "text", "texts", "whole"]
+
+_LARGEST = 2**63 - 1
+
+
+def parse(raw: bytes) -> Any:
+    """JSON as the standard has it: UTF-8, no NaN, no key twice.
+
+    Raises:
+        ValueError: It is not.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
+
+
+def whole(value: Any, what: str, low: int = 0, high: int = _LARGEST) -> int:
+    """A whole number in ``low … high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise BundleError(f"the bundle gives {quoted(value)} for {what}, not a whole number in {low} … {high}")
+    return value
+
+
+def text(value: Any, what: str) -> str:
+    """A string."""
+    if type(value) is not str:
+        raise BundleError(f"the bundle gives {quoted(value)} for {what}, not a text")
+    return value
+
+
+def flag(value: Any, what: str) -> bool:
+    """``true`` or ``false``."""
+    if type(value) is not bool:
+        raise BundleError(f"the bundle gives {quoted(value)} for {what}, not true or false")
+    return value
+
+
+def items(value: Any, what: str, count: int | None = None) -> list[Any]:
+    """A list, of so many values if a count is given."""
+    if type(value) is not list or (count is not None and len(value) != count):
+        many = "" if count is None else f" of {count}"
+        raise BundleError(f"the bundle gives {quoted(value)} for {what}, not a list{many}")
+    return value
+
+
+def texts(value: Any, what: str) -> list[str]:
+    """A list of strings, no two alike."""
+    return distinct([text(v, what) for v in items(value, what)], what)
+
+
+def distinct(values: list[Any], what: str) -> list[Any]:
+    """Values no two of which are alike."""
+    if len(set(values)) != len(values):
+        raise BundleError(f"the bundle names one of {what} twice")
+    return values
+
+
+def keyed(value: Any, what: str, needed: Collection[str], allowed: Collection[str] = ()) -> Mapping[str, Any]:
+    """An object with all the keys needed, and none but those and the ones allowed."""
+    if type(value) is not dict:
+        raise BundleError(f"the bundle gives {quoted(value)} for {what}, not an object")
+    missing, odd = set(needed) - value.keys(), value.keys() - set(needed) - set(allowed)
+    if missing or odd:
+        said = [f"lacks {quoted(k)}" for k in sorted(missing)[:3]] + [f"has {quoted(k)}" for k in sorted(odd)[:3]]
+        raise BundleError(f"in the bundle {what} {', '.join(said)}")
+    return value
+
+
+def quoted(value: Any) -> str:
+    """A value as an error names it: short, on one line."""
+    said = repr(value)
+    return said if len(said) <= 60 else f"{said[:57]}..."
+
+
+def more(names: Sequence[str]) -> str:
+    """How many names there are besides the first."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _no_constant(name: str) -> Never:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return out
