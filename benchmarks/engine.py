@@ -39,7 +39,7 @@ STEPS = {
 }
 MEMORY = {
     f"memory {model} paper-finishing": ("step_memory", {"name": model, "recipe": "paper-finishing"})
-    for model in ("resnet18", "vit")
+    for model in ("resnet18", "vit", "vit_small")
 }
 GPU = {
     f"gpu {key}": (work, {**arguments, "device": "cuda", **({"turns": 20} if work == "step_times" else {})})

@@ -41,6 +41,15 @@ def vit() -> nn.Module:
     )
 
 
+def vit_small() -> nn.Module:
+    """A vision transformer of 21 M weights: 12 blocks of width 384, patches of 4x4."""
+    import timm
+
+    return timm.create_model(
+        "vit_small_patch16_224", pretrained=False, img_size=SIDE, patch_size=4, num_classes=CLASSES
+    )
+
+
 def tiny() -> nn.Module:
     """For trying this file."""
     return nn.Sequential(
@@ -49,7 +58,7 @@ def tiny() -> nn.Module:
     )  # fmt: skip
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "vit": vit, "tiny": tiny}
+MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "vit": vit, "vit_small": vit_small, "tiny": tiny}
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

@@ -155,6 +155,14 @@ def interrupted(folder: Path) -> Any:
     return {"stopped": stopped, "seen": seen, **trained(tiny_trainer(tiny_net(seed=9), out_dir=folder / "run"))}
 
 
+def grown(folder: Path) -> Any:
+    """A run that one process alone began goes on with all of them."""
+    seen: list[ev.Event] = []
+    trainer = plain_trainer(out_dir=folder / "grown", callbacks=[seen.append])
+    out = trained(trainer)
+    return {**out, "resumed": [(e.resumed, e.done_steps) for e in seen if isinstance(e, ev.TrainingStarted)]}
+
+
 def mixed(folder: Path) -> Any:
     return trained(plain_trainer(mixed_precision="bf16", merge=False))
 
@@ -362,7 +370,7 @@ def dies(folder: Path) -> Any:
     return trained(plain_trainer(loss_fn=cross_entropy, **options))
 
 
-DDP = (plain, loader, several, batch_norm, interrupted, mixed, unused, planned, refused, own_parts, cli)
+DDP = (plain, loader, several, batch_norm, interrupted, grown, mixed, unused, planned, refused, own_parts, cli)
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     f.__name__: f for f in (*DDP, fsdp, fsdp_resumed, dies, own_loop, own_loop_sharded)
 }

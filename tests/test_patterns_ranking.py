@@ -84,7 +84,7 @@ def test_over_pieces_and_layouts_of_memory_nothing_changes(dtype, ties):
     assert not (flat(again) & ~flat(left)).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_where_a_sample_guesses_the_threshold_and_where_it_cannot_nothing_changes(dtype):
     generator = torch.Generator().manual_seed(1)
     smooth = {

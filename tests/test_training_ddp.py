@@ -14,6 +14,7 @@ from torch import Tensor
 from training_tiny import assert_identical
 
 from cocktailsdk import TrainingError
+from cocktailsdk.training import events as ev
 from cocktailsdk.training.ranks import SINGLE, Ranks
 from cocktailsdk.training.sharing import examples, held_out_loader, part_of, shared_loader
 
@@ -27,9 +28,21 @@ needs_gloo = pytest.mark.skipif(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of the scenarios."""
     folder = tmp_path_factory.mktemp("two")
+    begin_alone(folder / "grown")
     done = launch(folder, *(scenario.__name__ for scenario in ranks_program.DDP))
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def begin_alone(folder: Path) -> None:
+    """A run of one process that is interrupted in its second round."""
+
+    def stop(event: ev.Event) -> None:
+        if isinstance(event, ev.RoundStarted) and event.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plain_trainer(out_dir=folder, callbacks=[stop]).fit()
 
 
 def alone(name: str, folder: Path) -> Any:
@@ -129,6 +142,19 @@ def test_a_run_whose_process_was_killed_goes_on_with_fewer(tmp_path: Path) -> No
     one, two = ({"history": t.history.to_dict()} for t in (whole, trainer))
     assert losses(two) == pytest.approx(losses(one), abs=2e-5)
     assert trainer.net.metrics == whole.net.metrics
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_a_run_that_one_process_began_goes_on_with_more(folder: Path) -> None:
+    first, second, whole = outcome(folder, "grown", 0), outcome(folder, "grown", 1), outcome(folder, "plain", 0)
+    ((resumed, steps),) = first["resumed"]
+    assert resumed
+    assert steps > 0
+    assert first["digest"] == second["digest"]
+    assert losses(first) == pytest.approx(losses(whole), abs=2e-5)
+    assert_identical(first["masks"], whole["masks"])
+    assert first["metrics"] == whole["metrics"]
 
 
 class Third(Ranks):

@@ -80,7 +80,7 @@ def drop_smallest(
             for n, v in values.items()
         }
     total = sum(v.numel() for v in values.values())
-    if shards is None and total >= WORTH_A_SAMPLE and dtype.itemsize > 2:  # half precisions take one pass anyway
+    if shards is None and total >= WORTH_A_SAMPLE:
         if kept is None:
             kept = total - sum(k.numel() - int(k.count_nonzero()) for k in keep.values())
         if count <= kept and (found := drop_between(values, keep, dtype, count, kept)) is not None:
