@@ -27,7 +27,7 @@ class AdapterError(CocktailError):
 
 
 class ExportFailed(CocktailError):
-    """``torch.export`` could not follow the model on the example inputs."""
+    """``torch.export`` could not follow the model, or a file for another runtime cannot be written or is not right."""
 
 
 class PatternError(CocktailError, ValueError):
@@ -35,7 +35,7 @@ class PatternError(CocktailError, ValueError):
 
 
 class SubnetError(CocktailError, KeyError):
-    """No subnetwork of that name exists."""
+    """No subnetwork of that name exists, or none is within a budget."""
 
     def __str__(self) -> str:  # KeyError would print the message's repr
         return str(self.args[0]) if self.args else ""

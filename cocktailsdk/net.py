@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .counts import SubnetReport, flops_left, nonzero_macs, params_kept
+from .deploying import Deployable
 from .errors import PatternError
 from .graph import Coupling, Weight
 from .masks import Mask
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class CocktailNet(SwitchableNet):
+class CocktailNet(Deployable, SwitchableNet):
     """A dense network and its sparse subnetworks, which share its weights.
 
     Made by :func:`sparsify` and :func:`from_pretrained`. It behaves as the model does: calls and unknown attributes go

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from cocktailsdk import __version__
 from cocktailsdk.cli.main import app
 
-COMMANDS = ("train", "inspect", "subnets", "eval")
+COMMANDS = ("train", "inspect", "subnets", "eval", "bench", "export")
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> Result:

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench_bundle
 from .evaluate import evaluate
+from .export import export_subnet
 from .inspect import inspect_model
 from .subnets import list_subnets
 from .train import train
@@ -47,6 +49,8 @@ app.command("train", epilog=_example("cocktail-cli train --preset digits --out r
 app.command("inspect", epilog=_example("cocktail-cli inspect resnet50"))(inspect_model)
 app.command("subnets", epilog=_example("cocktail-cli subnets runs/digits"))(list_subnets)
 app.command("eval", epilog=_example("cocktail-cli eval runs/digits channel@0.271 2:4"))(evaluate)
+app.command("bench", epilog=_example("cocktail-cli bench runs/digits --batch 1 --batch 32"))(bench_bundle)
+app.command("export", epilog=_example("cocktail-cli export runs/digits channel@0.271 digits.onnx"))(export_subnet)
 
 
 def main() -> None:

@@ -1,0 +1,212 @@
+"""Every subnetwork measured on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CocktailError
+from ..exporting import export_subnet, format_of, job_of
+from ..exporting.inputs import Inputs
+from ..graph.export import evaluating
+from ..net import CocktailNet
+from ..patterns import DENSE
+from ..statistics import device_of, to_device
+from .layers import layers_used, use_counts
+from .memory import peak_bytes
+from .profile import DeviceProfile, SubnetCost, Timing, machine_of, pareto_front
+from .sizes import deployed_bytes
+
+__all__ = ["RUNTIMES", "Progress", "bench"]
+
+RUNTIMES = {"torch": "", "onnxruntime": ".onnx", "openvino": ".xml"}
+"""What can be measured, and the suffix that is exported for it."""
+
+Progress = Callable[[int, int, str], None]
+"""Told what is done, of how many, and what comes next."""
+
+
+@dataclass
+class _Runner:
+    """One subnetwork, ready to run.
+
+    Attributes:
+        model: What torch runs; ``None`` in other runtimes.
+        call: Runs it on inputs.
+        within: What must surround its runs.
+        used: How many of its layers use what.
+    """
+
+    model: nn.Module | None
+    call: Callable[[Inputs], object]
+    within: Callable[[], contextlib.AbstractContextManager[Any]]
+    used: dict[str, int]
+
+
+def bench(
+    net: CocktailNet,
+    names: Sequence[str] | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1, 8),
+    runtime: str = "torch",
+    repeats: int = 20,
+    warmup: int = 3,
+    progress: Progress | None = None,
+) -> DeviceProfile:
+    """Measure subnetworks as they would be deployed: slim where channels are removed, with their zeros elsewhere.
+
+    Networks are run by turns, so that what else the machine does hits all alike. On the CPU there are as many threads
+    as PyTorch is set to.
+
+    Args:
+        net: The net, on the device that is measured; it is left as it was.
+        names: Which subnetworks; all that have a mask by default. The dense one is always measured.
+        batch_sizes: Examples in a batch.
+        runtime: ``"torch"``, ``"onnxruntime"`` or ``"openvino"`` (both on the CPU, through files that are checked).
+        repeats: Timed runs of each network and batch size.
+        warmup: Runs before.
+        progress: Called with what is done, of how many, and what is done next.
+
+    Raises:
+        CocktailError: A number makes no sense, the runtime is not known, or there are no example inputs.
+        SubnetError: There is no such subnetwork.
+        SlimError: One cannot be slimmed.
+        ExportFailed: One cannot be exported.
+    """
+    sizes = sorted(set(batch_sizes))
+    if not sizes or sizes[0] < 1 or repeats < 1 or warmup < 0:
+        raise CocktailError(
+            f"a benchmark needs batch sizes and repeats of at least 1, not {list(batch_sizes)} and {repeats}"
+        )
+    if runtime not in RUNTIMES:
+        raise CocktailError(f"no runtime is named {runtime!r}; there are {', '.join(RUNTIMES)}")
+    if net.example is None:
+        raise CocktailError(
+            "measuring runs the model, but the bundle could not describe its example inputs: set "
+            "net.example = (args, kwargs)"
+        )
+    asked = [net.subnet(n).name for n in names] if names is not None else [n for n in net.names if n in net.masks]
+    wanted = list(dict.fromkeys([DENSE, *asked]))
+    device, example = device_of(net.model), Inputs.of(net.model, *net.example)
+    done, total = 0, len(wanted) * (1 + len(sizes) * (warmup + repeats))
+
+    def told(what: str, steps: int = 0) -> None:
+        nonlocal done
+        done += steps
+        if progress is not None:
+            progress(done, total, what)
+
+    timings: dict[str, list[Timing]] = {n: [] for n in wanted}
+    with evaluating(net.model), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        runners: dict[str, _Runner] = {}
+        for name in wanted:
+            told(f"preparing {name}")
+            runners[name] = _runner(net, name, runtime, Path(folder))
+            told(f"preparing {name}", 1)
+        for size in sizes:
+            inputs = _on(example.fresh(size), device if runtime == "torch" else torch.device("cpu"))
+            seen: dict[str, list[float]] = {n: [] for n in wanted}
+            for turn in range(warmup + repeats):
+                for name in wanted:
+                    told(f"batch {size}: {name}")
+                    with runners[name].within():
+                        seconds = _seconds(partial(runners[name].call, inputs), device)
+                    if turn >= warmup:
+                        seen[name].append(seconds)
+                    told(f"batch {size}: {name}", 1)
+            for name in wanted:
+                with runners[name].within():
+                    memory = _memory(runners[name], inputs)
+                timings[name].append(_timing(size, seen[name], memory))
+    rows = [
+        SubnetCost(
+            name=r.name,
+            pattern=r.pattern,
+            sparsity=r.sparsity,
+            metric=r.metric,
+            params=r.params,
+            flops=r.flops,
+            nonzero_macs=r.nonzero_macs,
+            bytes=deployed_bytes(net, r.name),
+            timings=tuple(timings[r.name]),
+            used=runners[r.name].used,
+        )
+        for r in net.subnets()
+        if r.name in timings
+    ]
+    front = pareto_front(rows)
+    return DeviceProfile(
+        networks=tuple(replace(r, front=r.name in front) for r in rows),
+        model=type(net.model).__qualname__,
+        runtime=format_of(Path(f"net{RUNTIMES[runtime] or '.pt2'}")).runtime(),
+        threads=torch.get_num_threads(),
+        repeats=repeats,
+        machine=machine_of(str(device) if runtime == "torch" else "cpu"),
+    )
+
+
+def _runner(net: CocktailNet, name: str, runtime: str, folder: Path) -> _Runner:
+    if runtime != "torch":
+        return _exported(net, name, RUNTIMES[runtime], folder)
+    mask = net.masks.get(name)
+    if mask is not None and (mask.removed is not None or mask.dropped(net.coupling)):
+        model = net.slim(name).eval()
+        used = use_counts(layers_used(net, name, model))
+        return _Runner(model, lambda i: model(*i.args, **i.kwargs), contextlib.nullcontext, used)
+    with net.using(name):
+        used = use_counts(layers_used(net, name, net.model))
+    return _Runner(net.model, lambda i: net.model(*i.args, **i.kwargs), lambda: net.using(name), used)
+
+
+def _exported(net: CocktailNet, name: str, suffix: str, folder: Path) -> _Runner:
+    file = folder / f"{len(list(folder.iterdir()))}{suffix}"
+    export_subnet(net, name, file)
+    job = job_of(net, name)
+    run = format_of(file).runner(file, job, torch.get_num_threads())
+    assert run is not None
+    used = use_counts(layers_used(net, name, job.model))
+    return _Runner(None, lambda i: run(i.named()), contextlib.nullcontext, used)
+
+
+def _on(inputs: Inputs, device: torch.device) -> Inputs:
+    args, kwargs = to_device((inputs.args, inputs.kwargs), device)
+    return replace(inputs, args=args, kwargs=kwargs)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _memory(runner: _Runner, inputs: Inputs) -> int | None:
+    if runner.model is None:
+        return None
+    gc.collect()
+    return peak_bytes(runner.model, inputs.args, inputs.kwargs)
+
+
+def _timing(batch: int, seconds: Sequence[float], memory: int | None) -> Timing:
+    middle = median(seconds)
+    low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else (middle, middle, middle)
+    return Timing(batch, 1e3 * middle, 1e3 * max(low, min(seconds)), 1e3 * high, batch / middle, memory)

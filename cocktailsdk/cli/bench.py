@@ -1,0 +1,134 @@
+"""``cocktail-cli bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .bundles import bundle_folder
+from .console import command, log_to, messages, print_json, results
+
+__all__ = ["bench_bundle"]
+
+
+class Runtime(StrEnum):
+    """What runs the networks."""
+
+    TORCH = "torch"
+    ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+
+
+@command
+def bench_bundle(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
+    ],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME…", help="Which networks besides the dense one; all if none.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model is built: a timm name, hf:TYPE_OR_PATH, torchvision:NAME or package.module:factory.",
+            show_default="as the run had it",
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Examples in a batch; may be repeated.", show_default="1 and 8"),
+    ] = None,
+    runtime: Annotated[Runtime, typer.Option(help="What runs the networks.")] = Runtime.TORCH,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each network and batch size.")] = 20,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Processor threads.", show_default="PyTorch's own choice")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Say for every layer what the hardware uses of its sparsity.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the device profile goes.", show_default="BUNDLE.profile.json")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+) -> None:
+    """Measure every network of a bundle on this machine, and save what was found as a device profile."""
+    console = messages()
+    log_to(console)
+    folder = bundle_folder(bundle)
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..choosing import bench, layers_used
+    from .nets import load_net
+
+    net = load_net(bundle, model)
+    if device is not None:
+        net.to(device)
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    with _threads(threads), Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("", total=None, what="")
+        profile = bench(
+            net,
+            names,
+            batch_sizes=batch or (1, 8),
+            runtime=runtime.value,
+            repeats=repeats,
+            progress=lambda done, total, what: bars.update(bar, completed=done, total=total, what=what),
+        )
+    file = profile.write(out if out is not None else folder.with_name(f"{folder.name}.profile.json"))
+    uses = {n.name: layers_used(net, n.name) for n in profile.networks} if layers else {}
+    if as_json:
+        from dataclasses import asdict
+
+        print_json(
+            {
+                "bundle": str(folder),
+                "profile": str(file),
+                **profile.to_dict(),
+                **({"layers": {n: [asdict(u) for u in use] for n, use in uses.items()}} if layers else {}),
+            }
+        )
+        return
+    from ..report.costs import costs_table, layers_table
+
+    screen = results()
+    for at, size in enumerate(t.batch for t in profile.networks[0].timings):
+        if at:
+            screen.print()
+        screen.print(costs_table(profile, size))
+    for name, use in uses.items():
+        screen.print()
+        screen.print(layers_table(name, use))
+    machine = profile.machine
+    screen.print(
+        f"\n{profile.runtime} on {machine.get('processor', '?')} ({machine.get('device', '?')}), threads: "
+        f"{profile.threads}; medians of {profile.repeats} runs by turns; * on the Pareto front",
+        soft_wrap=True,
+    )
+    screen.print(f"profile: {file}", soft_wrap=True)
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """As many threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        if wanted is not None:
+            torch.set_num_threads(wanted)
+        yield
+    finally:
+        torch.set_num_threads(before)

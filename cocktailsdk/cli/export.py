@@ -1,0 +1,64 @@
+"""``cocktail-cli export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import command, log_to, messages, print_json, results
+
+__all__ = ["export_subnet"]
+
+
+@command
+def export_subnet(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The network, like channel@0.613.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="The file; .onnx, .xml (OpenVINO), .pt2 or .safetensors.", show_default=False
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model is built: a timm name, hf:TYPE_OR_PATH, torchvision:NAME or package.module:factory.",
+            show_default="as the run had it",
+        ),
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize with the runtime's own quantizer, calibrated on the training data.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the preset's images, for --int8.", show_default=False)
+    ] = None,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch", help="The example's batch size only, instead of any.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+) -> None:
+    """Write one network for another runtime, and check it there. If anything fails, no file is left."""
+    log_to(messages())
+
+    from ..exporting import format_of
+    from .nets import load_net
+
+    format_of(path)  # before anything is built
+    net = load_net(bundle, model)
+    options = {}
+    if int8:
+        from .nets import preset_batches
+
+        options = preset_batches(bundle, data)
+    report = net.export(name, path, int8=int8, dynamic_batch=not fixed_batch, **options)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    screen = results()
+    for line in report.lines():
+        screen.print(line, soft_wrap=True)

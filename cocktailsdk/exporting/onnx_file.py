@@ -1,0 +1,93 @@
+"""``.onnx``: written by ``torch.onnx``, run by onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ExportFailed
+from .formats import Job, Run
+from .program import first_line, quiet
+
+__all__ = ["OnnxFormat", "session"]
+
+LARGEST = 1_900_000_000
+"""Bytes of tensors above which they lie in a file of their own; protocol buffers end at 2 GiB."""
+
+
+class OnnxFormat:
+    """Every runtime's common graph file."""
+
+    suffix = ".onnx"
+    title = "ONNX"
+    packages: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+    extra = "onnx"
+
+    def write(self, job: Job, file: Path) -> None:
+        """Write the graph, inputs and outputs under their names, the batch's axis called ``batch``."""
+        traced = job.traced
+        try:
+            with quiet():
+                made = torch.onnx.export(
+                    traced.program,
+                    dynamo=True,
+                    verbose=False,
+                    dynamic_shapes=traced.shapes,  # gives the batch's axis its name
+                    input_names=list(job.inputs.names),
+                    output_names=list(job.outputs),
+                )
+        except Exception as error:
+            raise ExportFailed(
+                f"torch.onnx cannot write {job.subnet!r} of {type(job.model).__name__} ({first_line(error)}); .pt2 "
+                "takes what torch.export can follow"
+            ) from error
+        assert made is not None
+        size = sum(t.nbytes for t in job.model.state_dict().values() if isinstance(t, Tensor))
+        with quiet():
+            made.save(file, external_data=size > LARGEST)
+
+    def runner(self, file: Path, job: Job, threads: int | None = None) -> Run:
+        """A session on the CPU."""
+        return session(file, threads)
+
+    def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
+        """Initializers and constants."""
+        import onnx
+        from onnx import numpy_helper
+
+        graph = onnx.load(file).graph
+        for tensor in graph.initializer:
+            yield tensor.name, torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        for node in graph.node:
+            if node.op_type == "Constant":
+                for attribute in node.attribute:
+                    if attribute.name == "value" and attribute.t.dims:
+                        yield node.output[0], torch.from_numpy(numpy_helper.to_array(attribute.t).copy())
+
+    def runtime(self) -> str:
+        """onnxruntime."""
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}"
+
+
+def session(file: Path, threads: int | None = None) -> Run:
+    """A network in onnxruntime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    loaded = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    takes = [i.name for i in loaded.get_inputs()]
+    gives = [o.name for o in loaded.get_outputs()]
+
+    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = loaded.run(None, {n: given[n].contiguous().numpy() for n in takes})
+        return {n: torch.from_numpy(v) for n, v in zip(gives, values, strict=True)}
+
+    return run

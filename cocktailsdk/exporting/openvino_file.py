@@ -1,0 +1,84 @@
+"""``.xml`` and ``.bin``: OpenVINO's own format, converted from ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ExportFailed
+from .formats import Job, Run
+from .onnx_file import OnnxFormat
+from .program import first_line
+
+__all__ = ["OpenVinoFormat", "compiled"]
+
+
+class OpenVinoFormat:
+    """OpenVINO IR; the weights lie beside the ``.xml``, in a ``.bin`` of the same name."""
+
+    suffix = ".xml"
+    title = "OpenVINO IR"
+    packages: tuple[str, ...] = ("openvino", "onnx", "onnxscript")
+    extra = "openvino"
+
+    def write(self, job: Job, file: Path) -> None:
+        """Write ONNX beside, convert it without narrowing anything, and remove it again."""
+        import openvino
+
+        between = file.with_suffix(".onnx")
+        OnnxFormat().write(job, between)
+        try:
+            model = openvino.Core().read_model(between)
+            openvino.save_model(model, file, compress_to_fp16=False)
+        except Exception as error:
+            raise ExportFailed(
+                f"OpenVINO cannot convert {job.subnet!r} of {type(job.model).__name__} ({first_line(error)})"
+            ) from error
+        finally:
+            for made in between.parent.glob(f"{between.name}*"):
+                made.unlink()
+
+    def runner(self, file: Path, job: Job, threads: int | None = None) -> Run:
+        """A compiled model on the CPU, in the precision in which it was written."""
+        return compiled(file, threads)
+
+    def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
+        """All constants that have an axis."""
+        import openvino
+
+        for op in openvino.Core().read_model(file).get_ops():
+            if op.get_type_name() == "Constant" and len(op.get_output_shape(0)):
+                yield op.get_friendly_name(), torch.from_numpy(op.data.copy())
+
+    def runtime(self) -> str:
+        """OpenVINO."""
+        import openvino
+
+        return f"openvino {openvino.__version__}"
+
+
+def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") -> Run:
+    """A network in OpenVINO, on the CPU.
+
+    Args:
+        file: ``.xml`` or ``.onnx``.
+        threads: Processor threads.
+        precision: ``"f32"``; by itself OpenVINO narrows to bfloat16 on processors that have it.
+    """
+    import openvino
+
+    options: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    model = openvino.Core().compile_model(file, "CPU", options)
+    takes = [i.get_any_name() for i in model.inputs]
+    gives = [o.get_any_name() for o in model.outputs]
+
+    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = model([given[n].contiguous().numpy() for n in takes])
+        return {n: torch.from_numpy(values[i].copy()) for i, n in enumerate(gives)}
+
+    return run
