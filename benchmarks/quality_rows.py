@@ -77,11 +77,17 @@ RIVALS: Mapping[str, Mapping[str, float]] = {
 }
 
 
+LABELS = ("us-net", "us-net with labels")
+"""A rival, and the name of its variant whose narrow networks learn from the labels alone, not from the widest."""
+
+
 def methods() -> dict[str, Method]:
     """All that there are recipes for, the most important first."""
     known = recipes()
     out = [Method("cocktail", recipe_named("cocktail"), ALL), Method("paper", PAPER, ALL)]
     out += [Method(n, known[n], runs) for n, runs in RIVALS.items() if n in known]
+    published, variant = LABELS
+    out += [Method(variant, replace(known[published], name=variant, distill=0.0), RIVALS[published])]
     out += [Method(n, known[n], ALL) for n in known if n.startswith("paper-")]
     for name, changes in OPTIONS.items():
         try:
