@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -26,11 +27,14 @@ __all__ = [
     "GROUP",
     "Adapter",
     "Inputs",
+    "RecordAdapter",
     "SlimAdapter",
     "adapters",
     "after_slim",
     "build_model",
     "example_inputs_for",
+    "rebuilt",
+    "record_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -92,6 +96,27 @@ class SlimAdapter(Protocol):
             model: The slim model, which nobody else has yet.
             args: Positional arguments of one forward pass, on the model's device.
             kwargs: Keyword arguments of that pass.
+        """
+        ...
+
+
+@runtime_checkable
+class RecordAdapter(Protocol):
+    """What an adapter may offer besides: to say in JSON values how a model of its library is built again.
+
+    Bundles keep that, so that they load without a model given. Records come from files that anybody may have written:
+    ``rebuild`` runs no code but the library's, and fetches nothing.
+    """
+
+    def records(self, model: nn.Module) -> Iterable[Mapping[str, Any]]:
+        """Records that may build an equal model, the likeliest first; none for a model that is not of this library."""
+        ...
+
+    def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
+        """The model of a record, with random weights.
+
+        Raises:
+            Exception: Any, where the record makes no sense.
         """
         ...
 
@@ -172,6 +197,80 @@ def after_slim(model: nn.Module, example: Inputs) -> nn.Module:
             except Exception:  # someone else's package must not break ours
                 log.warning("adapter %r failed on a slim %s", name, type(model).__name__, exc_info=True)
     return model
+
+
+def record_of(model: nn.Module) -> dict[str, Any] | None:
+    """How a model is built again, as JSON values; ``None`` where no adapter knows, or what it knows builds another.
+
+    A record counts only if the model that it builds has the same modules, settings and tensors.
+    """
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    for name, adapter in adapters().items():
+        if not isinstance(adapter, RecordAdapter) or len(dtypes) > 1:
+            continue
+        try:
+            for record in adapter.records(model):
+                said = {"adapter": name, "record": dict(record), "dtype": next(iter(dtypes), "float32")}
+                if _same_build(model, rebuilt(said, device="meta")):
+                    return said
+        except Exception:  # someone else's package must not break ours
+            log.info("adapter %r cannot say how a %s is built", name, type(model).__name__, exc_info=True)
+    return None
+
+
+def rebuilt(said: Mapping[str, Any], device: str = "cpu", most_modules: int | None = None) -> nn.Module:
+    """The model that :func:`record_of` speaks of, with random weights; global generators stay as they were.
+
+    Args:
+        said: What it returned.
+        device: Where; on ``"meta"`` it takes no memory.
+        most_modules: Give up beyond so many modules: a record from a file may ask for any number of layers.
+
+    Raises:
+        AdapterError: There is no such adapter, or it cannot build that.
+    """
+    import torch
+
+    adapter = adapters().get(said["adapter"])
+    dtype = getattr(torch, str(said["dtype"]), None)
+    if not isinstance(adapter, RecordAdapter) or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise AdapterError(f"no adapter {said['adapter']!r} is installed that could build the model; give the model")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device), _at_most(most_modules):
+            return adapter.rebuild(said["record"]).to(dtype)
+    except Exception as error:
+        raise AdapterError(
+            f"adapter {said['adapter']!r} could not build the model again ({type(error).__name__}: {error}); give the "
+            "model"
+        ) from error
+
+
+@contextmanager
+def _at_most(count: int | None) -> Iterator[None]:
+    """Inside, this thread may put so many modules into others."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    mine, made = threading.get_ident(), 0
+
+    def counted(*_: Any) -> None:
+        nonlocal made
+        made += threading.get_ident() == mine
+        if count is not None and made > count:
+            raise AdapterError(f"the record asks for more than {count} modules")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _same_build(a: nn.Module, b: nn.Module) -> bool:
+    def tensors(m: nn.Module) -> list[Any]:
+        named = [*m.named_parameters(), *m.named_buffers()]
+        return [(n, t.shape, t.dtype) for n, t in named]
+
+    return tensors(a) == tensors(b) and type(a) is type(b) and repr(a) == repr(b)
 
 
 def suggestions(reference: str, among: Iterable[str] | None = None) -> str:

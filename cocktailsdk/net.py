@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from .counts import SubnetReport, flops_left, nonzero_macs, params_kept
 from .deploying import Deployable
 from .errors import PatternError
 from .graph import Coupling, Weight
+from .hub import HubMixin
 from .masks import Mask
 from .patterns import DENSE, UMG, Pattern, Subnet, make_all_masks, resolve_patterns
 from .patterns.sharded import ShardedValues, sharded_mask
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class CocktailNet(Deployable, SwitchableNet):
+class CocktailNet(Deployable, SwitchableNet, HubMixin):
     """A dense network and its sparse subnetworks, which share its weights.
 
     Made by :func:`sparsify` and :func:`from_pretrained`. It behaves as the model does: calls and unknown attributes go
@@ -48,8 +48,8 @@ class CocktailNet(Deployable, SwitchableNet):
         statistics: Batch-norm means and variances by subnet name, each by the buffers' full names. Where a subnet has
             none, the dense network's are used. Those of ``"dense"`` are the model's own buffers; its entry here, if
             there is one, is a copy for reading.
-        provenance: Where the networks come from, as JSON values, saved in bundles: ``"versions"`` of what made them, and
-            what training or the user adds (``"training"``, ``"data"``, ``"seed"``, ``"command"``).
+        provenance: Where the networks come from, as JSON values, saved in bundles: ``"versions"`` of what made them,
+            and what training or the user adds (``"training"``, ``"data"``, ``"seed"``, ``"command"``).
     """
 
     def __init__(
@@ -201,16 +201,6 @@ class CocktailNet(Deployable, SwitchableNet):
         from .slimming import slim_subnet
 
         return slim_subnet(self, self._ready(name))
-
-    def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Write the bundle: the dense weights once, packed masks, statistics, metrics. See :mod:`cocktailsdk.bundle`.
-
-        Raises:
-            BundleError: The folder holds something else, or a subnetwork has no mask yet.
-        """
-        from .bundle import save_pretrained
-
-        save_pretrained(self, path)
 
 
 def sparsify(

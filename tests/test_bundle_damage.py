@@ -150,9 +150,11 @@ def test_a_model_without_memory_is_refused(bundle):
 
 def test_what_is_no_model_is_refused(bundle):
     net = cocktail.from_pretrained(bundle, TinyNet())
-    for bad in (net, "resnet18", None):
+    for bad in (net, "resnet18", 3):
         with pytest.raises(BundleError, match=r"plain nn\.Module"):
             cocktail.from_pretrained(bundle, bad)
+    with pytest.raises(BundleError, match="does not say how its TinyNet is built"):
+        cocktail.from_pretrained(bundle)
 
 
 def test_an_unregistered_pattern_is_named(bundle, monkeypatch):

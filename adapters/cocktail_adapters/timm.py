@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cocktailsdk.adapters import suggestions
@@ -58,6 +58,32 @@ class TimmAdapter:
         if not isinstance(size, tuple | list):
             return None
         return (example_images((1, *size)),), {}
+
+    def records(self, model: nn.Module) -> Iterable[dict[str, Any]]:
+        """The architecture's name, and where they differ from its own the numbers of classes and input channels."""
+        config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+        if not name or not type(model).__module__.startswith("timm."):
+            return
+        options: dict[str, Any] = {}
+        yield {"name": name, "options": dict(options)}
+        for argument, value in (
+            ("num_classes", getattr(model, "num_classes", None)),
+            ("in_chans", next((p.shape[1] for p in model.parameters() if p.ndim == 4), None)),
+        ):
+            if value is not None:
+                options[argument] = int(value)
+                yield {"name": name, "options": dict(options)}
+
+    def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
+        """The architecture with random weights."""
+        import timm
+
+        options = {k: int(record["options"][k]) for k in record["options"] if k in ("num_classes", "in_chans")}
+        if not timm.is_model(record["name"]) or len(options) != len(record["options"]):
+            raise AdapterError(f"timm has no model {record['name']!r} with {dict(record['options'])}")
+        model: nn.Module = timm.create_model(record["name"], pretrained=False, **options)
+        return model
 
     def references(self) -> Iterable[str]:
         """All of timm's architectures."""

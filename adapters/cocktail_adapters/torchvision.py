@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cocktailsdk.adapters import suggestions
@@ -34,17 +34,26 @@ class TorchvisionAdapter:
         name = reference.removeprefix(PREFIX)
         if name not in models.list_models():
             raise AdapterError(f"torchvision has no model {name!r}{suggestions(PREFIX + name, self.references())}")
-        # A backbone of its own would be fetched even where the model's weights are random.
-        options = {} if pretrained or "weights_backbone" not in _arguments(name) else {"weights_backbone": None}
+        if not pretrained:
+            return self._built(name)
         try:
-            model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+            model: nn.Module = models.get_model(name, weights="DEFAULT")
         except Exception as error:
-            if not pretrained:
-                raise AdapterError(f"torchvision could not build {name!r}: {type(error).__name__}: {error}") from error
             raise AdapterError(
                 f"the trained weights of {reference!r} could not be had ({type(error).__name__}: {error}). "
                 "Is there a network? Without pretrained weights they are random."
             ) from error
+        return model
+
+    def _built(self, name: str, **options: Any) -> nn.Module:
+        from torchvision import models
+
+        # A backbone of its own would be fetched even where the model's weights are random.
+        options |= {"weights_backbone": None} if "weights_backbone" in _arguments(name) else {}
+        try:
+            model: nn.Module = models.get_model(name, weights=None, **options)
+        except Exception as error:
+            raise AdapterError(f"torchvision could not build {name!r}: {type(error).__name__}: {error}") from error
         return model
 
     def example_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -61,11 +70,41 @@ class TorchvisionAdapter:
         size = 299 if type(model).__name__ == "Inception3" else getattr(model, "image_size", 224)
         return (example_images((1, 3, size, size)),), {}
 
+    def records(self, model: nn.Module) -> Iterable[dict[str, Any]]:
+        """The builders beside the model's class, with as many classes as its last layer has."""
+        home = type(model).__module__
+        if not home.startswith("torchvision.models."):
+            return
+        from torch import nn
+        from torchvision import models
+
+        count = sum(1 for _ in model.parameters())
+        names = [n for n in models.list_models() if models.get_model_builder(n).__module__ == home]
+        last = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+        for name in names:
+            record: dict[str, Any] = {"name": name, "options": {"num_classes": last[-1]} if last else {}}
+            if sum(1 for _ in _on_meta(self.rebuild, record).parameters()) == count:
+                yield record
+
+    def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
+        """The builder's model with random weights."""
+        options = {k: int(record["options"][k]) for k in record["options"] if k == "num_classes"}
+        if len(options) != len(record["options"]):
+            raise AdapterError(f"torchvision's models are built again with num_classes alone, not {record['options']}")
+        return self._built(str(record["name"]), **options)
+
     def references(self) -> Iterable[str]:
         """All of torchvision's models, quantised ones left out."""
         from torchvision import models
 
         return [PREFIX + n for n in models.list_models() if not n.startswith("quantized_")]
+
+
+def _on_meta(build: Callable[[Mapping[str, Any]], nn.Module], record: Mapping[str, Any]) -> nn.Module:
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build(record)
 
 
 def _arguments(name: str) -> Iterable[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["TransformersAdapter"]
 
 PREFIX = "hf:"
+
+_NOT_THE_MODELS = frozenset({"_name_or_path", "auto_map", "quantization_config", "transformers_version"})
+"""Of a configuration, what says nothing of the architecture: paths, other people's code, versions."""
 
 
 class TransformersAdapter:
@@ -106,6 +110,30 @@ class TransformersAdapter:
         if "use_cache" in accepted:
             kwargs["use_cache"] = False  # a cache is not part of what one forward pass computes
         return (), kwargs
+
+    def records(self, model: nn.Module) -> Iterable[dict[str, Any]]:
+        """The class and its configuration."""
+        transformers = sys.modules.get("transformers")  # nobody has such a model who has not imported it
+        name = type(model).__name__
+        if transformers is None or not type(model).__module__.startswith("transformers."):
+            return
+        if getattr(transformers, name, None) is not type(model):
+            return
+        own: Any = model.config
+        config = json.loads(own.to_json_string(use_diff=False))
+        yield {"class": name, "config": {k: v for k, v in config.items() if k not in _NOT_THE_MODELS}}
+
+    def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
+        """The class, made from the configuration; only classes of transformers itself."""
+        import transformers
+
+        cls: Any = getattr(transformers, str(record["class"]), None)
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            raise AdapterError(f"transformers has no model class {record['class']!r}")
+        config = {k: v for k, v in record["config"].items() if k not in _NOT_THE_MODELS}
+        made: Any = cls
+        model: nn.Module = made(made.config_class.from_dict(config))
+        return model
 
     def after_slim(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lets ``save_pretrained`` write a slim model that a configuration describes, and refuse any other."""

@@ -27,6 +27,15 @@ MAX_EXAMPLE_ELEMENTS = 1 << 25
 """Of all example inputs together; they are made when the bundle is read."""
 
 
+MAX_FLEETING_BYTES = 1 << 30
+"""Of buffers that are not stored, in a model that is built as the bundle says."""
+
+
+def max_modules(tensors: int) -> int:
+    """In a model of so many tensors, where it is built as the bundle says."""
+    return 10_000 + 20 * tensors
+
+
 def max_unit_entries(elements: int) -> int:
     """Of all vectors of unit numbers together, for a model of so many elements."""
     return (1 << 22) + 4 * elements

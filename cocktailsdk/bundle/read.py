@@ -17,15 +17,18 @@ from ..net import CocktailNet
 from ..patterns import DENSE, Pattern, Subnet, make_pattern
 from ..selection import Selection
 from ..statistics import statistics_of
+from .building import built, check_model
 from .couplings import read_coupling
 from .examples import remake
 from .files import SUBNETS_FILE, WEIGHTS_FILE, open_tensors, read_meta
+from .hub import folder_of
 from .limits import MAX_SUBNETS
+from .model import all_tensors, fingerprint, stored_as, stored_names
 from .statistics import read_statistics
 from .subnets import read_masks
 from .tensors import TensorFile
-from .values import flag, items, keyed, more, quoted, text, texts, whole
-from .write import all_tensors, fingerprint, row, stored_as, stored_names
+from .values import flag, items, keyed, more, quoted, shortened, text, texts, whole
+from .write import row
 
 _KEYS = {
     "checksum",
@@ -46,7 +49,15 @@ _SINCE_2 = {"build", "stored", "provenance"}
 
 
 def from_pretrained(
-    path: str | PathLike[str], model: nn.Module, *, subnets: Iterable[str] | None = None
+    path: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    subnets: Iterable[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
 ) -> CocktailNet:
     """Load a bundle into a freshly built model.
 
@@ -54,34 +65,49 @@ def from_pretrained(
     it was.
 
     Args:
-        path: The bundle's folder.
+        path: The bundle's folder, or its name on the Hugging Face hub (``"user/name"``, where no such folder exists).
         model: Of the class and configuration that the bundle was made from; its weights are replaced in place, on the
-            device where they lie.
+            device where they lie. It may be left out where an adapter recorded how to build it (models of timm,
+            torchvision and transformers).
         subnets: Names of the subnetworks to read; by default all. The others' masks and statistics are not read from
             the disk, and cannot be switched to.
+        revision: Of the hub's repository a branch, tag or commit.
+        token: The hub's access token; by default the one that its client has stored.
+        cache_dir: Where the hub's client keeps what it fetched.
+        force_download: Whether it fetches again what it has.
+        local_files_only: Whether it fetches nothing.
 
     Returns:
         A net with the dense network active.
 
     Raises:
-        BundleError: The bundle is damaged, of an unknown version, of an unregistered pattern, or of another model.
+        BundleError: The bundle is damaged, of an unknown version, of an unregistered pattern, or of another model; or
+            it is not here, and the hub cannot be reached or has none of that name.
         SubnetError: It has no subnetwork of a name in ``subnets``.
     """
-    if isinstance(model, CocktailNet) or not isinstance(model, nn.Module):
+    if isinstance(model, CocktailNet) or not isinstance(model, nn.Module | None):
         raise BundleError(f"from_pretrained loads into a plain nn.Module, not into a {type(model).__name__}")
+    folder = folder_of(
+        path,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+    )
     try:
-        folder, meta = read_meta(path)
-        bundle = _Bundle(
-            meta, model, open_tensors(folder, meta, WEIGHTS_FILE), open_tensors(folder, meta, SUBNETS_FILE)
-        )
-        net, weights = bundle.net(subnets)
+        folder, meta = read_meta(folder)
+        weights_file, subnets_file = (open_tensors(folder, meta, n) for n in (WEIGHTS_FILE, SUBNETS_FILE))
+        if model is None:
+            model = built(meta, weights_file)
+        net, weights = _Bundle(meta, model, weights_file, subnets_file).net(subnets)
     except PatternError as e:
-        raise BundleError(f"the bundle in {path} does not fit this {type(model).__name__}: {e}") from e
+        raise BundleError(f"the bundle in {folder} does not fit this {type(model).__name__}: {shortened(e)}") from e
     except CocktailError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, OSError) as e:
         # The bytes are as they were written, so whoever wrote them broke the format.
-        raise BundleError(f"the bundle in {path} is malformed: {type(e).__name__}: {e}".splitlines()[0]) from e
+        raise BundleError(f"the bundle in {folder} is malformed: {type(e).__name__}: {shortened(e)}") from e
     tensors = all_tensors(model)
     with torch.no_grad():
         for name, value in weights.items():
@@ -135,7 +161,7 @@ class _Bundle:
     def weights(self) -> dict[str, Tensor]:
         """The dense tensors, checked against the model's; views of the file."""
         keyed(self.meta["model"], "what it says of the model", ("class", "fingerprint", "tensors"))
-        _check_model(text(self.meta["model"]["class"], "the model's class"), self.model, self.weights_file.shapes)
+        check_model(text(self.meta["model"]["class"], "the model's class"), self.model, self.weights_file.shapes)
         tensors, parameters = all_tensors(self.model), dict(self.model.named_parameters())
         stored = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
         if self.meta.get("stored") not in stored:
@@ -230,7 +256,7 @@ def _pattern(entry: Any) -> Pattern:
     try:
         pattern = make_pattern(text(entry["name"], "a pattern"), config)
     except PatternError as e:
-        raise BundleError(f"the bundle uses a pattern that cannot be made here: {e}") from e
+        raise BundleError(f"the bundle uses a pattern that cannot be made here: {shortened(e)}") from e
     if _as_json(pattern.config()) != config:
         raise BundleError(f"the bundle gives the pattern {pattern.name!r} a configuration that it does not have")
     return pattern
@@ -257,23 +283,3 @@ def _checked_example(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not (type(value) is tuple and len(value) == 2 and type(value[0]) is tuple and type(value[1]) is dict):
         raise BundleError("the bundle's example inputs are no pair of positional and keyword arguments")
     return value
-
-
-def _check_model(made_from: str, model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
-    tensors = all_tensors(model)
-    want = {n: tuple(tensors[n].shape) for n in stored_names(model)}
-    missing = [n for n in found if n not in want]
-    extra = [n for n in want if n not in found]
-    other = [n for n in want if n in found and want[n] != found[n]]
-    said = []
-    if other:
-        said.append(f"{other[0]!r} has shape {want[other[0]]}, in the bundle {found[other[0]]}" + more(other))
-    if missing:
-        said.append(f"the bundle has {missing[0]!r}, which the model lacks" + more(missing))
-    if extra:
-        said.append(f"the model has {extra[0]!r}, which the bundle lacks" + more(extra))
-    if said:
-        raise BundleError(
-            f"the bundle was made from another model ({made_from}) than this {type(model).__name__}: "
-            f"{'; '.join(said)}; build the model with the same arguments"
-        )

@@ -8,7 +8,7 @@ from typing import Any, Never
 
 from ..errors import BundleError
 
-__all__ = ["distinct", "flag", "items", "keyed", "more", "parse", "quoted", "text", "texts", "whole"]
+__all__ = ["distinct", "flag", "items", "keyed", "more", "parse", "quoted", "shortened", "text", "texts", "whole"]
 
 _LARGEST = 2**63 - 1
 
@@ -84,6 +84,12 @@ def quoted(value: Any) -> str:
 def more(names: Sequence[str]) -> str:
     """How many names there are besides the first."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def shortened(error: Exception) -> str:
+    """What an error says, on one line and not at any length."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= 500 else f"{said[:497]}..."
 
 
 def _no_constant(name: str) -> Never:

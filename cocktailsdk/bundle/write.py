@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..adapters import record_of
 from ..errors import BundleError
 from ..masks import Mask
 from ..net import CocktailNet
@@ -20,6 +19,7 @@ from .couplings import write_coupling
 from .examples import describe, elements
 from .files import write_folder
 from .limits import MAX_EXAMPLE_ELEMENTS
+from .model import all_tensors, fingerprint, stored_as, stored_names
 from .provenance import completed
 from .statistics import write_statistics
 from .subnets import read_masks, write_masks
@@ -65,7 +65,7 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch
             "fingerprint": fingerprint(net.model),
             "tensors": table,
         },
-        "build": None,
+        "build": record_of(net.model),
         "stored": None if stored is None else str(stored).removeprefix("torch."),
         "provenance": completed(net.provenance),
         "patterns": [{"name": p.name, "config": p.config()} for p in net.patterns],
@@ -96,31 +96,6 @@ def row(subnet: Subnet) -> dict[str, Any]:
     if subnet.options:
         entry["options"] = dict(subnet.options)
     return entry
-
-
-def stored_as(dtype: torch.dtype, stored: torch.dtype | None) -> torch.dtype:
-    """What a parameter of some dtype is stored in."""
-    smaller = stored is not None and dtype.is_floating_point and dtype.itemsize > stored.itemsize
-    return stored if stored is not None and smaller else dtype
-
-
-def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, each tensor once, by the first of its names."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def stored_names(model: nn.Module) -> list[str]:
-    """Those of :func:`all_tensors` that a checkpoint holds."""
-    fleeting = {
-        f"{path}.{name}".lstrip(".") for path, m in model.named_modules() for name in m._non_persistent_buffers_set
-    }
-    return [n for n in all_tensors(model) if n not in fleeting]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes and dtypes of a model's tensors."""
-    rows = [[n, list(t.shape), str(t.dtype)] for n, t in sorted(all_tensors(model).items())]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
 def same_mask(a: Mask, b: Mask) -> bool:

@@ -20,6 +20,9 @@ from ..masks import Mask
 
 DENSE = "dense"
 
+MOST_LEVELS = 1000
+"""Of one pattern, where it chooses their sparsities: more would share their names."""
+
 
 @dataclass(frozen=True)
 class Subnet:
@@ -202,8 +205,8 @@ def checked_sparsities(
         PatternError: Not numbers in [0, 1], none, not ascending, or two that would have one name.
     """
     if sparsities is None:
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-            raise PatternError(f"{pattern}: rounds must be a whole number of at least 1, not {rounds!r}")
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= MOST_LEVELS:
+            raise PatternError(f"{pattern}: rounds must be a whole number in 1 … {MOST_LEVELS}, not {rounds!r}")
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 < rate < 1.0:
             raise PatternError(f"{pattern}: rate must be a number between 0 and 1, not {rate!r}")
         values = geometric_sparsities(rounds, rate)

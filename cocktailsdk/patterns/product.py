@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from ..errors import PatternError
 from ..masks import Mask
-from .base import UMG, Pattern, Subnet
+from .base import MOST_LEVELS, UMG, Pattern, Subnet
 from .registry import make_pattern, parse_pattern, register_pattern, resolve_patterns
 from .remaining import Remaining
 
@@ -43,8 +43,10 @@ class Product(Pattern):
             raise PatternError(f"product takes pairs of patterns, as in [('channel@0.5', '2:4')], not {pairs!r}")
         self.pairs = tuple(_checked(pair) for pair in pairs)
         self._parts: dict[str, tuple[Pattern, Subnet, Pattern, Subnet]] = {}
-        levels = []
+        levels: list[Subnet] = []
         for first, second in self.pairs:
+            if len(levels) + len(first.subnets()) * len(second.subnets()) > MOST_LEVELS:
+                raise PatternError(f"product: more than {MOST_LEVELS} pairs of levels; give fewer of each pattern")
             for a in first.subnets():
                 for b in second.subnets():
                     sparsity = 1.0 - (1.0 - a.sparsity) * (1.0 - b.sparsity)

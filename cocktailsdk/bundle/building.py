@@ -1,0 +1,71 @@
+"""The model that a bundle was made from: built as an adapter recorded, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..adapters import rebuilt
+from ..errors import AdapterError, BundleError
+from .limits import MAX_FLEETING_BYTES, max_modules
+from .model import all_tensors, fingerprint, stored_names
+from .tensors import TensorFile
+from .values import items, keyed, more, shortened
+
+__all__ = ["built", "check_model"]
+
+
+def built(meta: Mapping[str, Any], weights: TensorFile) -> nn.Module:
+    """The model, with random weights.
+
+    It is built without memory first: what does not have the bundle's tensors is never given any.
+
+    Raises:
+        BundleError: No adapter recorded how it is built, or what is built here is another.
+    """
+    said = meta.get("build")
+    if said is None:
+        raise BundleError(
+            f"the bundle does not say how its {meta['model']['class']} is built, since no adapter knew: give the "
+            "model, as in from_pretrained(path, model)"
+        )
+    keyed(said, "how its model is built", ("adapter", "record", "dtype"))
+    keyed(said["record"], "how its model is built", (), said["record"] if type(said["record"]) is dict else ())
+    most = max_modules(len(items(meta["model"]["tensors"], "the model's tensors")))
+    try:
+        outline = rebuilt(said, "meta", most)
+        check_model(str(meta["model"]["class"]), outline, weights.shapes)
+        stored = set(stored_names(outline))
+        fleeting = sum(t.numel() * t.element_size() for n, t in all_tensors(outline).items() if n not in stored)
+        if fingerprint(outline) != meta["model"]["fingerprint"] or fleeting > MAX_FLEETING_BYTES:
+            raise AdapterError("what is built has other tensors; give the model, or use the versions in its provenance")
+        return rebuilt(said, most_modules=most)
+    except AdapterError as e:
+        raise BundleError(f"the bundle's model cannot be built here: {shortened(e)}") from e
+
+
+def check_model(made_from: str, model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a model's stored tensors with those of a file.
+
+    Raises:
+        BundleError: They have other names or shapes.
+    """
+    tensors = all_tensors(model)
+    want = {n: tuple(tensors[n].shape) for n in stored_names(model)}
+    missing = [n for n in found if n not in want]
+    extra = [n for n in want if n not in found]
+    other = [n for n in want if n in found and want[n] != found[n]]
+    said = []
+    if other:
+        said.append(f"{other[0]!r} has shape {want[other[0]]}, in the bundle {found[other[0]]}" + more(other))
+    if missing:
+        said.append(f"the bundle has {missing[0]!r}, which the model lacks" + more(missing))
+    if extra:
+        said.append(f"the model has {extra[0]!r}, which the bundle lacks" + more(extra))
+    if said:
+        raise BundleError(
+            f"the bundle was made from another model ({made_from}) than this {type(model).__name__}: "
+            f"{'; '.join(said)}; build the model with the same arguments"
+        )
