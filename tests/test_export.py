@@ -209,9 +209,7 @@ def test_without_example_inputs_there_is_nothing_to_run(tmp_path: Path) -> None:
 def test_missing_packages_are_named_with_their_extra() -> None:
     from cocktailsdk.exporting.formats import needs
 
-    with pytest.raises(
-        cocktail.ExportFailed, match=r'nowhere_to_be_found, which is.*pip install "cocktailsdk\[onnx\]"'
-    ):
+    with pytest.raises(cocktail.ExportFailed, match=r'nowhere_to_be, which is.*pip install "cocktailsdk\[onnx\]"'):
         needs(("torch", "nowhere_to_be"), "onnx", "exporting")
 
 

@@ -104,10 +104,9 @@ def format_of(path: Path) -> Format:
     if kind is None:
         near = difflib.get_close_matches(suffix, FORMATS, n=1, cutoff=0.5)
         listed = ", ".join(f"{k.suffix} ({k.title})" for k in FORMATS.values())
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ExportFailed(
-            f"{path.name!r} has the suffix {suffix or 'none'!r}, which no format has{hint} There are {listed}"
-        )
+        hint = f" Did you mean {near[0]}?" if near else ""
+        found = f"the suffix {suffix!r}, which no format has" if suffix else "no suffix, which would name the format"
+        raise ExportFailed(f"{path.name!r} has {found}.{hint} There are {listed}")
     needs(kind.packages, kind.extra, f"exporting to {kind.suffix}")
     return kind
 
