@@ -144,7 +144,7 @@ class _Bundle:
         eligible = selection.eligible(coupling)
         # The first version did not say where a subnet's statistics begin: all must be read to know.
         masks = read_masks(meta["masks"], file.__getitem__, names, coupling, eligible, names if first else set(wanted))
-        statistics = read_statistics(meta["statistics"], file, masks, coupling, buffers, names)
+        statistics = read_statistics(meta["statistics"], file, masks, coupling, buffers, names, places=not first)
         if len(masks) == len(names) and file.unread:
             raise BundleError(f"the bundle has {quoted(file.unread[0])}, which belongs to no subnet{more(file.unread)}")
         example = None if meta["example"] is None else _checked_example(remake(meta["example"]))

@@ -61,6 +61,7 @@ def read_statistics(
     coupling: Coupling,
     shapes: Mapping[str, tuple[int, ...]],
     names: Collection[str],
+    places: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """The inverse of :func:`write_statistics`.
 
@@ -72,6 +73,7 @@ def read_statistics(
         coupling: The model's coupling.
         shapes: Shapes of the model's buffers.
         names: All subnetworks but the dense one.
+        places: Whether each entry says where its values begin.
 
     Raises:
         BundleError: Something does not fit.
@@ -82,7 +84,7 @@ def read_statistics(
     seen: set[str] = set()
     for entry in items(entries, "its statistics"):
         what = "an entry of its statistics"
-        e = keyed(entry, what, ("subnet", "dtype"), ("start", "buffers", "trimmed"))
+        e = keyed(entry, what, ("subnet", "dtype", "start") if places else ("subnet", "dtype"), ("buffers", "trimmed"))
         subnet, dtype = text(e["subnet"], what), text(e["dtype"], what)
         if "buffers" in e:
             buffers = texts(e["buffers"], "the buffers that have statistics")
