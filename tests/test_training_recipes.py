@@ -366,6 +366,23 @@ def test_resolutions_are_of_the_inputs_alone() -> None:
         resized((torch.zeros(2, 3), labels), 0.5)
 
 
+def test_a_batch_may_scale_itself() -> None:
+    """Boxes are in their images' pixels, so a batch of them is more than its images."""
+
+    class Batch:
+        def __init__(self, images: list[torch.Tensor], boxes: torch.Tensor) -> None:
+            self.images, self.boxes = images, boxes
+
+        def resized(self, share: float) -> Batch:
+            return Batch([resized(image[None], share)[0] for image in self.images], self.boxes * share)
+
+    batch = Batch([torch.zeros(3, 8, 8), torch.zeros(3, 4, 6)], torch.tensor([[2.0, 2.0, 6.0, 8.0]]))
+    half = resized(batch, 0.5)
+    assert [tuple(image.shape) for image in half.images] == [(3, 4, 4), (3, 2, 3)]
+    assert half.boxes.tolist() == [[1, 1, 3, 4]]
+    assert resized(batch, 1.0) is batch
+
+
 def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
     masks: dict[str, cocktail.Mask] = {}
 

@@ -18,7 +18,8 @@ def resized(batch: Any, share: float) -> Any:
 
     Args:
         batch: A tensor, ``(inputs, target)`` or a mapping; images are floating tensors ``(batch, channels, height,
-            width)``, in a mapping those whose name does not begin with ``label`` or ``target``.
+            width)``, in a mapping those whose name does not begin with ``label`` or ``target``. Anything with a method
+            ``resized(share)`` scales itself, so that boxes and masks go with their images.
         share: Of the batch's own sides.
 
     Raises:
@@ -26,11 +27,14 @@ def resized(batch: Any, share: float) -> Any:
     """
     if share == 1.0:
         return batch
+    if callable(own := getattr(batch, "resized", None)):
+        return own(share)
     out = _resized(batch, share)
     if out is batch:
         raise TrainingError(
             f"this recipe draws resolutions, and a batch of type {type(batch).__name__} has no input of floating "
-            "images (batch, channels, height, width): choose a recipe without resolutions"
+            "images (batch, channels, height, width): choose a recipe without resolutions, or give batches a method "
+            "resized(share)"
         )
     return out
 
