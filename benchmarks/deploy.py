@@ -34,9 +34,13 @@ from cocktailsdk.training.writing import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deploy.json"
 MODEL, SIDE = "resnet50", 224
+PATTERNS = ("unstructured", "n:m", "channel")
 
 Call = Callable[[], object]
 """One forward pass."""
+
+Work = tuple[str, list[str]]
+"""A runtime, and networks to measure in it."""
 
 
 def build() -> cocktail.CocktailNet:
@@ -44,7 +48,7 @@ def build() -> cocktail.CocktailNet:
     import timm
 
     torch.manual_seed(0)
-    return cocktail.sparsify(timm.create_model(MODEL).eval(), example_inputs=(torch.randn(1, 3, SIDE, SIDE),))
+    return cocktail.sparsify(timm.create_model(MODEL).eval(), PATTERNS, (torch.randn(1, 3, SIDE, SIDE),))
 
 
 def eager(net: cocktail.CocktailNet, name: str, _files: Path, batch: torch.Tensor, _threads: int) -> Call:
@@ -96,10 +100,26 @@ def exported(net: cocktail.CocktailNet, name: str, files: Path) -> Path:
     return file
 
 
-def rows_of(runtime: str, names: list[str], files: Path, batch_size: int, threads: int, turns: int) -> Iterator[dict]:
-    """Measure networks in one runtime, each by turns with the dense one."""
+def all_rows(
+    work: list[tuple[str, list[str]]], files: Path, batch_size: int, threads: int, turns: int
+) -> Iterator[dict]:
+    """Measure networks, runtime by runtime."""
     torch.set_num_threads(threads)
     net, batch = build(), torch.randn(batch_size, 3, SIDE, SIDE)
+    for runtime, names in work:
+        yield from rows_of(net, runtime, names, files, batch, threads, turns)
+
+
+def rows_of(
+    net: cocktail.CocktailNet,
+    runtime: str,
+    names: list[str],
+    files: Path,
+    batch: torch.Tensor,
+    threads: int,
+    turns: int,
+) -> Iterator[dict]:
+    """Measure networks in one runtime, each by turns with the dense one."""
     reports = {s.name: s for s in net.subnets()}
     dense = RUNTIMES[runtime](net, "dense", files, batch, threads)
     for name in names:
@@ -123,7 +143,7 @@ def rows_of(runtime: str, names: list[str], files: Path, batch_size: int, thread
             "ms": round(1e3 * median(b for _, _, b, _ in seen), 2),
             "dense_ms": round(1e3 * median(a for a, _, _, _ in seen), 2),
             "turns": turns,
-            "batch": batch_size,
+            "batch": len(batch),
             "threads": threads,
         }
 
@@ -201,45 +221,50 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
-        for row in rows_of(**json.loads(options.one) | {"files": options.files}):
+        for row in all_rows(**json.loads(options.one), files=options.files):
             print("ROW", json.dumps(row), flush=True)
         return
     if not options.table:
-        names = [GOAL, *(n for n in build().names if n not in ("dense", GOAL))]
+        work = []
         for runtime in options.runtimes:
             done = [
                 row["network"]
                 for row in read()
                 if row["runtime"] == runtime and row["batch"] == options.batch and row["threads"] == options.threads
             ]
-            wanted = [n for n in options.networks or names if options.again or n not in done]
+            wanted = [n for n in options.networks or network_names() if options.again or n not in done]
             if wanted:
-                measure(runtime, wanted, options)
+                work.append((runtime, wanted))
+        if work:
+            measure(work, options)
     show()
 
 
-def measure(runtime: str, names: list[str], options: argparse.Namespace) -> None:
-    """One runtime in a process of its own; every row is kept as soon as it is there."""
-    given = {
-        "runtime": runtime,
-        "names": names,
-        "batch_size": options.batch,
-        "threads": options.threads,
-        "turns": options.turns,
-    }
+def network_names() -> list[str]:
+    """The networks, that of the goal first."""
+    from cocktailsdk.patterns import resolve_patterns
+
+    names = [s.name for p in resolve_patterns(PATTERNS) for s in p.subnets()]
+    return sorted(names, key=lambda name: name != GOAL)
+
+
+def measure(work: list[Work], options: argparse.Namespace) -> None:
+    """All in a process of its own; every row is kept as soon as it is there."""
+    given = {"work": work, "batch_size": options.batch, "threads": options.threads, "turns": options.turns}
     command = [sys.executable, __file__, "--files", str(options.files), "--one", json.dumps(given)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    about = environment_of()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if not line.startswith("ROW "):
                 continue
             load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
-            row = {**json.loads(line[4:]), "environment": {**environment_of(), "load": round(load, 1)}}
+            row = {**json.loads(line[4:]), "environment": {**about, "load": round(load, 1)}}
             keep(row)
-            print(f"{runtime}: {row['network']} {row['ratio']:.2f} times as fast", flush=True)
+            print(f"{row['runtime']}: {row['network']} {row['ratio']:.2f} times as fast", flush=True)
     if process.returncode:
-        raise SystemExit(f"measuring in {runtime} failed with exit code {process.returncode}")
+        raise SystemExit(f"measuring failed with exit code {process.returncode}")
 
 
 if __name__ == "__main__":

@@ -168,3 +168,20 @@ def test_failures_say_one_thing_and_leave_nothing(arguments: tuple[str, ...], sa
     assert done.exit_code == 1 and done.stdout == ""
     assert said in done.stderr and "Traceback" not in done.stderr
     assert left() == before
+
+
+def test_a_bundle_that_says_how_its_model_is_built_needs_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    cocktail.sparsify(model, ["2:4"], example_inputs=(torch.randn(1, 3, 32, 32),)).save_pretrained("timm")
+    done = run("export", "timm", "2:4", "net.safetensors")
+    assert done.exit_code == 0, done.output
+    cocktail.sparsify(TinyNet().eval(), ["2:4"], example_inputs=(torch.randn(1, 3, IMAGE, IMAGE),)).save_pretrained(
+        "own"
+    )
+    done = run("export", "own", "2:4", "own.safetensors")
+    assert done.exit_code == 1 and "--model" in done.stderr

@@ -60,7 +60,7 @@ def layers_used(net: CocktailNet, name: str, model: nn.Module | None = None) -> 
             out.append(LayerUse(w.name, GONE, tuple(w.shape), (), 0.0, w.macs, 0))
             continue
         shape = tuple(parameter.shape)
-        kernel = type(parameter.data).__name__.startswith("SparseSemiStructured")
+        kernel = type(parameter).__name__.startswith("SparseSemiStructured")
         zeros = 0.5 if kernel else float((parameter.detach() == 0).float().mean()) if parameter.numel() else 0.0
         used = KERNEL if kernel else SLIM if shape != tuple(w.shape) else NOTHING if zeros else WHOLE
         macs = w.macs * parameter.numel() // max(w.numel, 1) // (2 if kernel else 1)

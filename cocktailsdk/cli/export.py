@@ -28,7 +28,7 @@ def export_subnet(
         str | None,
         typer.Option(
             help="How the model is built: a timm name, hf:TYPE_OR_PATH, torchvision:NAME or package.module:factory.",
-            show_default="as the run had it",
+            show_default="as the run or the bundle says",
         ),
     ] = None,
     int8: Annotated[

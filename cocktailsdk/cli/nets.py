@@ -22,7 +22,7 @@ def load_net(path: Path, model: str | None) -> CocktailNet:
 
     Args:
         path: The bundle's folder, or a finished run's.
-        model: How its model is built; if ``None``, as the run's report says.
+        model: How its model is built; if ``None``, as the run's report or the bundle says.
 
     Raises:
         BundleError: There is no bundle, it cannot be read or is of another model, or nobody says how to build that.
@@ -35,10 +35,13 @@ def load_net(path: Path, model: str | None) -> CocktailNet:
         return from_pretrained(folder, build(model, meta=False))
     report = read_report(run_folder(folder))
     if report is None or report.preset not in PRESETS:
-        raise BundleError(
-            f"nothing beside {folder} says how its model is built: name it with --model (a timm name, hf:TYPE_OR_PATH, "
-            "torchvision:NAME or package.module:factory)"
-        )
+        try:
+            return from_pretrained(folder)
+        except BundleError as error:
+            raise BundleError(
+                f"{error}; on the command line name it with --model (a timm name, hf:TYPE_OR_PATH, torchvision:NAME or "
+                "package.module:factory)"
+            ) from error
     chosen = get_preset(report.preset, model=report.model if takes_model(report.preset) else None)
     return from_pretrained(folder, chosen.build_model())
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def _openvino(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
         raise ExportFailed("int8 for OpenVINO needs calibration data: give calibration=, some batches of inputs")
     made = file.with_suffix(".int8.xml")
     try:
-        with quiet():
+        with quiet(), redirect_stdout(io.StringIO()):  # it draws bars
             model = openvino.Core().read_model(file)
             dataset = nncf.Dataset([{n: t.numpy() for n, t in feed.items()} for feed in feeds])
             openvino.save_model(nncf.quantize(model, dataset), made, compress_to_fp16=False)
