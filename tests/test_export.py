@@ -223,32 +223,13 @@ def test_runtimes_are_not_imported_before_they_are_used() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_a_transformer_that_takes_and_returns_mappings(suffix: str, tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
+def test_weights_too_large_for_one_file_lie_beside_it(
+    net: cocktail.CocktailNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
-        )
-        model = BertForSequenceClassification(config).eval()
-        kwargs = {
-            "input_ids": torch.randint(1, 40, (2, 6)),
-            "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]),
-        }
-    net = cocktail.sparsify(model, ["channel@0.5+2:4"], example_kwargs=kwargs)
-    report = net.export("channel@0.5+2:4", tmp_path / f"bert{suffix}")
-    assert report.inputs == ("input_ids", "attention_mask") and report.outputs == ("logits",)
-    assert report.zeros.found == report.zeros.wanted > 0 and not report.zeros.missing
-    given = {k: v[:1].repeat(3, 1) for k, v in kwargs.items()}
-    with net.using("channel@0.5+2:4"), torch.no_grad():
-        wanted = model(**given).logits
-    if suffix == ".onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(tmp_path / "bert.onnx"), providers=["CPUExecutionProvider"])
-        got = torch.from_numpy(session.run(["logits"], {k: v.numpy() for k, v in given.items()})[0])
-    else:
-        got = torch.export.load(tmp_path / "bert.pt2").module()(**given)["logits"]
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("cocktailsdk.exporting.onnx_file.LARGEST", 0)  # a protocol buffer's limit is 2 GiB
+    report = net.export("channel@0.5", tmp_path / "net.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
