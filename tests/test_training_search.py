@@ -48,7 +48,11 @@ def test_the_choice_is_that_of_the_full_search(table: list[list[int]], bounded: 
     assert choice.alpha == max(a for a in ALPHAS if means[a] == best)
     assert {n: s.value for n, s in choice.scores.items()} == {n: scores[choice.alpha, n] for n in NAMES}
     assert len(set(calls)) == len(calls)
+    assert [t.alpha for t in choice.tried] == sorted(ALPHAS, reverse=True)
+    for t in choice.tried:  # what is kept of the shares for people's curves
+        assert means[t.alpha] == t.value if t.whole else means[t.alpha] <= t.value <= best
     if not bounded:
+        assert all(t.whole for t in choice.tried)
         assert len(calls) == len(ALPHAS) * len(NAMES)
 
 
@@ -101,6 +105,9 @@ def test_a_whole_search_by_parts_chooses_what_a_full_one_does_and_judges_less() 
         for batch_size in (160, 16):
             quick = searched(batch_size, False, monkeypatch).history
             assert (quick.alphas, quick.merged) == (whole.history.alphas, whole.history.merged)
+            for curve, alpha, value in zip(quick.curves, quick.alphas, quick.merged, strict=True):
+                found = {p["alpha"]: p.get("metric") for p in curve["points"]}
+                assert (list(found), found[alpha]) == (list(ALPHAS), value)
             assert quick.to_judge == whole.history.to_judge > quick.judged
             assert quick.reused == 5
             assert quick.reused + quick.judged <= quick.to_judge

@@ -17,6 +17,7 @@ from ..bundle import bundle_bytes
 from ..presets import Prepared, Preset, get_preset
 from ..report.figure import write_figure
 from ..report.live import RunView, run_view_for
+from ..report.recorded import recorded
 from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
 from ..training.events import Event
 from ..training.writing import clean
@@ -134,6 +135,7 @@ def _report(prepared: Prepared, test: Mapping[str, float], preset: Preset, folde
         alphas=tuple(trainer.history.alphas),
         fingerprint=trainer.fingerprint,
         environment=versions(),
+        **recorded(net, trainer),
     )
     write_figure(report, folder / PICTURE)
     return report

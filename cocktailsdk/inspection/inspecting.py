@@ -21,7 +21,7 @@ from ..statistics import device_of, to_device
 from .found import Eligibility, Inspection, Layer, Saving
 from .groups import channel_groups
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "kept_whole"]
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
 
 def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, selection: Selection) -> Inspection:
     stays = _stays(coupling)
-    kept = _kept(coupling, stays)
+    kept = kept_whole(coupling)
     reasons = {k.where: k.reason for k in kept}
     made: dict[str, list[str]] = {}
     read: dict[str, list[str]] = {}
@@ -120,8 +120,9 @@ def _stays(coupling: Coupling) -> tuple[Stay, ...]:
     return tuple(s for s in coupling.trace.stays if s.axis in axes.get(s.tensor, (s.axis,)))
 
 
-def _kept(coupling: Coupling, stays: Iterable[Stay]) -> tuple[Kept, ...]:
+def kept_whole(coupling: Coupling) -> tuple[Kept, ...]:
     """What is kept whole; of weights with the nearest cause."""
+    stays = _stays(coupling)
     made = {k.where for k in coupling.kept}
     axes = {w.name: w.out_axis for w in coupling.weights}
     nearest = {s.tensor: s for s in stays if s.tensor in made and s.axis == axes.get(s.tensor, 1)}

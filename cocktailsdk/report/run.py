@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,12 @@ class RunReport:
         alphas: The shares that merging chose for rounds 2, 3, …
         fingerprint: SHA-256 of the run's configuration.
         environment: Versions and processor.
+        metric_mode: ``"max"`` where more of the metric is better, ``"min"`` where less is.
+        configuration: What the run was asked to do; empty in reports of older releases, as are the next three.
+        history: Losses by epoch and round, held-out metrics by round, and what merging chose, as
+            :class:`~cocktailsdk.training.history.History` has it.
+        masks: What the masks look like, as :func:`~cocktailsdk.report.recorded.mask_record` says.
+        kept: What is kept whole and why: ``what``, ``where``, ``reason``.
         format: Version of this layout.
     """
 
@@ -80,6 +86,11 @@ class RunReport:
     alphas: tuple[float, ...] = ()
     fingerprint: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    metric_mode: str = "max"
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    kept: Sequence[Mapping[str, str]] = ()
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +121,8 @@ def read_report(path: Path) -> RunReport | None:
         if data["format"] != FORMAT:
             raise TrainingError(f"{path} has format {data['format']!r}; this release of cocktailsdk reads {FORMAT}")
         rows = tuple(NetworkRow(**row) for row in data.pop("networks"))
-        return RunReport(networks=rows, **{**data, "alphas": tuple(data["alphas"])})
+        alphas, kept = tuple(data.pop("alphas")), tuple(data.pop("kept", ()))
+        return RunReport(networks=rows, alphas=alphas, kept=kept, **data)
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is no report of a run ({type(error).__name__}: {error}); remove it") from error
 

@@ -36,6 +36,9 @@ class History:
         alphas: The share chosen when rounds 2, 3, … were merged in.
         shares: Where layers have shares of their own, these by layer; empty where ``alphas`` holds for all.
         merged: The mean held-out metric at each of these shares.
+        curves: By round what merging found at every share: ``{"round": 2, "points": [{"alpha": 0.9, "metric": 0.91},
+            {"alpha": 0.8, "bound": 0.9}, …]}``; where a share was given up, ``"bound"`` is how good the mean metric
+            could still have been.
         judged: Recalibrated networks that merging evaluated, on all held-out batches or some.
         judged_batches: Held-out batches that they were evaluated on, where some could suffice.
         reused: Networks not judged because the round before had judged them, at share 1.
@@ -53,6 +56,7 @@ class History:
     alphas: list[float] = field(default_factory=list)
     shares: list[dict[str, float]] = field(default_factory=list)
     merged: list[float] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
     judged: int = 0
     judged_batches: int = 0
     reused: int = 0

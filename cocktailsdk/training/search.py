@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -12,13 +12,28 @@ from torch import Tensor
 
 from .metrics import Score
 
-__all__ = ["ALPHAS", "Choice", "choose_alpha", "interpolate", "lacking", "layer_of"]
+__all__ = ["ALPHAS", "Choice", "Tried", "choose_alpha", "interpolate", "lacking", "layer_of"]
 
 ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Shares of the merged weights that are tried, from the largest down; 1 rejects a round's weights."""
 
 
 Cell = TypeVar("Cell", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A share that a search looked at.
+
+    Attributes:
+        alpha: The share.
+        value: Mean metric over the networks; where it was given up, the most that it could still have been.
+        whole: Whether everything was judged.
+    """
+
+    alpha: float
+    value: Fraction
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -29,11 +44,13 @@ class Choice:
         alpha: The chosen share.
         value: Mean metric over the networks at that share.
         scores: The score of every cell at that share.
+        tried: All shares, from the largest down.
     """
 
     alpha: float
     value: Fraction
     scores: Mapping[Any, Score]
+    tried: tuple[Tried, ...] = field(default=(), compare=False)
 
 
 def choose_alpha(
@@ -67,6 +84,7 @@ def choose_alpha(
     known = {} if known is None else known
     queue, latest = list(cells), dict[Cell, Score]()
     best: Choice | None = None
+    tried: list[Tried] = []
     count = networks or len(cells)
 
     for i, alpha in enumerate(sorted(set(alphas), reverse=True)):
@@ -86,14 +104,16 @@ def choose_alpha(
             total += score.value
             left -= limits[j] or 0
             if bounded and best is not None and total + left <= best.value * count:
+                tried.append(Tried(alpha, (total + left) / count, j + 1 == len(cells)))
                 break
         else:
             value = total / count
+            tried.append(Tried(alpha, value, True))
             if best is None or value > best.value:
                 best = Choice(alpha, value, {cell: scores[cell] for cell in cells})
         queue = sorted(cells, key=lambda cell: -lacking(latest[cell])) if order is None else list(order(latest))
     assert best is not None
-    return best
+    return replace(best, tried=tuple(tried))
 
 
 def lacking(score: Score) -> float:

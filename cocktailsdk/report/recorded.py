@@ -1,0 +1,173 @@
+"""What of a finished run is kept in its report besides the table: its history, and what its masks look like.
+
+Made once, when the run is over, from the net itself; reading it needs neither the model nor torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..masks import Mask
+    from ..net import CocktailNet
+    from ..training.trainer import CoTrainer
+
+__all__ = ["mask_record", "recorded"]
+
+OVERLAP_ELEMENTS = 1 << 22
+"""Of a larger weight so many elements, of rows evenly spaced, are compared."""
+PIECE = 1 << 18  # elements compared at a time; counts of so many are exact in float32
+DIGITS = 6
+
+
+def recorded(net: CocktailNet, trainer: CoTrainer) -> dict[str, Any]:
+    """What a :class:`~cocktailsdk.report.run.RunReport` takes besides its table, as keyword arguments.
+
+    Args:
+        net: The networks, trained.
+        trainer: What trained them; its run is over.
+
+    Example:
+        ```py
+        report = RunReport(networks=…, bundle_bytes=…, dense_bytes=…, seconds=…, **recorded(net, trainer))
+        report.write(folder)
+        ```
+    """
+    history = trainer.history.to_dict()
+    for key in ("weights", "seconds"):  # names of files, and what the report has already
+        del history[key]
+    training = trainer.configuration["training"]
+    return {
+        "metric_mode": training["metric_mode"],
+        "configuration": {k: v for k, v in trainer.configuration.items() if k not in ("tensors", "eligible")},
+        "history": _rounded(history),
+        "masks": mask_record(net),
+        "kept": kept_record(net),
+    }
+
+
+def mask_record(net: CocktailNet) -> dict[str, Any]:
+    """What the networks' masks look like, as JSON values.
+
+    Returns:
+        ``layers`` (every weight in order of execution: name and shape), ``sparsity`` (by network, for each of them the
+        share of zeros, removed channels included), ``bytes`` (by network: its tensors without what is removed or zero,
+        and where single weights are masked one bit for each that is there), ``names``, and for each two of these
+        networks ``overlap``: of the eligible weights that either keeps, the share that both keep; and ``chance``: the
+        same if each had drawn as many in every layer at random.
+    """
+    from ..patterns.base import DENSE
+
+    coupling = net.coupling
+    names = [n for n in net.names if n in net.masks]
+    sparsity: dict[str, list[float]] = {n: [] for n in names}
+    eligible = {w.name for w in net.eligible}
+    shared, chance, held = _zeros(len(names)), _zeros(len(names)), [0.0] * len(names)
+    for weight in coupling.weights:
+        kept = [_kept(net, weight.name, weight.shape, net.masks[n]) for n in names]
+        for name, keep in zip(names, kept, strict=True):
+            share = 0.0 if keep is None else 1 - int(keep.sum()) / keep.numel()
+            sparsity[name].append(round(share, DIGITS))
+        if weight.name in eligible:
+            _compare(kept, weight.shape, shared, chance, held)
+    return {
+        "layers": [{"name": w.name, "shape": list(w.shape)} for w in coupling.weights],
+        "sparsity": sparsity,
+        "bytes": {n: _bytes(net, net.masks.get(n)) for n in (DENSE, *names)},
+        "names": names,
+        "overlap": _jaccard(shared, held),
+        "chance": _jaccard(chance, held),
+    }
+
+
+def kept_record(net: CocktailNet) -> list[dict[str, str]]:
+    """What is kept whole and why: ``what`` (``"weights"`` or ``"channels"``), ``where``, ``reason``."""
+    from ..inspection.inspecting import kept_whole
+
+    why = ((w.module or w.name, net.selection.why_not(w)) for w in net.coupling.weights)
+    out = [{"what": "weights", "where": where, "reason": reason} for where, reason in why if reason]
+    return out + [{"what": "channels", "where": k.where, "reason": k.reason} for k in kept_whole(net.coupling)]
+
+
+def _kept(net: CocktailNet, name: str, shape: Sequence[int], mask: Mask) -> Tensor | None:
+    """A weight's mask, expanded to its shape; ``None`` where nothing of it goes."""
+    keep = mask.elements.get(name)
+    if mask.removed is not None and name in net.coupling.fields:
+        alone = replace(net.coupling, fields={name: net.coupling.fields[name]})
+        units = alone.masks(mask.removed).get(name)
+        if units is not None:
+            keep = units if keep is None else keep & units.to(keep.device)
+    return None if keep is None else keep.cpu().expand(tuple(shape))
+
+
+def _compare(
+    kept: Sequence[Tensor | None],
+    shape: Sequence[int],
+    shared: list[list[float]],
+    chance: list[list[float]],
+    held: list[float],
+) -> None:
+    """Add what each two of the networks keep of one weight, and what they would by chance."""
+    import torch
+
+    count = math.prod(shape)
+    rows = slice(None, None, -(-count // OVERLAP_ELEMENTS)) if shape and count else slice(None)
+    whole = torch.ones((), dtype=torch.bool).expand(tuple(shape))
+    parts = [(whole if k is None else k)[rows].reshape(-1) for k in kept]
+    if not parts or not (n := parts[0].numel()):
+        return
+    both = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    for start in range(0, n, PIECE):
+        piece = torch.stack([p[start : start + PIECE] for p in parts]).float()
+        both += (piece @ piece.T).double()
+    own = both.diagonal().tolist()
+    for i, line in enumerate(both.tolist()):
+        held[i] += own[i]
+        for j, value in enumerate(line):
+            shared[i][j] += value
+            chance[i][j] += own[i] * own[j] / n if i != j else own[i]
+
+
+def _jaccard(shared: Sequence[Sequence[float]], held: Sequence[float]) -> list[list[float]]:
+    def share(i: int, j: int) -> float:
+        either = held[i] + held[j] - shared[i][j]
+        return round(shared[i][j] / either, DIGITS) if either else 1.0
+
+    return [[share(i, j) for j in range(len(held))] for i in range(len(held))]
+
+
+def _bytes(net: CocktailNet, mask: Mask | None) -> int:
+    """Bytes of one network alone: the tensors' values that are left, and a bit for each weight that may be masked."""
+    left = bits = 0
+    for name, size, shape in _tensors(net):
+        keep = None if mask is None else _kept(net, name, shape, mask)
+        left += size * (math.prod(shape) if keep is None else int(keep.sum()))
+        if mask is not None and name in mask.elements:
+            units = _kept(net, name, shape, replace(mask, elements={}))
+            bits += math.prod(shape) if units is None else int(units.sum())
+    return left + -(-bits // 8)
+
+
+def _tensors(net: CocktailNet) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    for name, tensor in (*net.model.named_parameters(), *net.model.named_buffers()):
+        yield name, tensor.element_size(), tuple(tensor.shape)
+
+
+def _zeros(n: int) -> list[list[float]]:
+    return [[0.0] * n for _ in range(n)]
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to as many digits as pictures need; infinite ones and NaN, which JSON lacks, as nothing."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return value
