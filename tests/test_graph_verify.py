@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from graph_cases import half, removal
 from torch import Tensor, nn
 
-from cocktailsdk.errors import SlimError
+import cocktailsdk as cocktail
+from cocktailsdk.errors import PatternError, SlimError
 from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.compare import NARROWED
 from cocktailsdk.graph.cut import Cutter
@@ -265,3 +267,33 @@ def test_a_model_that_cannot_run_in_float64_is_refused_in_words() -> None:
     removed = torch.arange(16) % 2 == 0
     with pytest.raises(SlimError, match="does not run in float64.*single precision only"):
         slim_module(model, coupling, removed, (x,))
+
+
+@dataclass
+class Answer:
+    """A type that ``torch.export`` has not been told of."""
+
+    chosen: Tensor
+    logits: Any
+
+
+class Answers(nn.Module):
+    def __init__(self, hidden: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.hidden = nn.Linear(8, 16), nn.Linear(16, 4), hidden
+
+    def forward(self, x: Tensor) -> Answer:
+        logits = self.last(self.first(x).relu())
+        return Answer(logits.argmax(-1), None if self.hidden else {"all": logits})
+
+
+def test_what_a_dataclass_holds_is_followed_and_compared():
+    model, x = Answers().eval(), torch.randn(3, 8)
+    slim = cocktail.slim(model, (x,), ratio=0.5, round_to=1)
+    assert slim.first.weight.shape == (8, 8)
+    assert slim(x).logits["all"].shape == (3, 4)
+
+
+def test_of_a_model_that_returns_nothing_to_compare_all_stays_whole():
+    with pytest.raises(PatternError, match="no channels of Answers can be removed"):
+        cocktail.slim(Answers(hidden=True).eval(), (torch.randn(3, 8),), ratio=0.5, round_to=1)

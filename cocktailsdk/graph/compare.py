@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from .outputs import tensors_of
 
 __all__ = [
     "EXACT",
@@ -78,9 +80,7 @@ def doubled(inputs: Any, generator: torch.Generator) -> Any:
 
 def leaves_of(output: Any) -> list[Tensor]:
     """The floating-point tensors that a model returned, in order."""
-    if not isinstance(output, (Tensor, list, tuple, dict)) and hasattr(output, "to_tuple"):
-        output = output.to_tuple()
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tensors_of(output) if t.is_floating_point()]
 
 
 def tensors_in(output: Any) -> list[Tensor]:

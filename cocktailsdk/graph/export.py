@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
+from .outputs import tensors_of
 
 __all__ = ["Exported", "evaluating", "export", "module_of", "shape_of", "within"]
 
@@ -119,9 +119,7 @@ def _whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     except Exception as error:
         if "in output, which is not a known type" not in str(error):
             raise
-    hook = model.register_forward_hook(
-        lambda _m, _inputs, output: tuple(t for t in tree_leaves(output) if isinstance(t, Tensor))
-    )
+    hook = model.register_forward_hook(lambda _m, _inputs, output: tuple(tensors_of(output)))
     try:
         return _program(model, inputs)
     finally:

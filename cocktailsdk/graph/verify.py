@@ -102,6 +102,11 @@ def verify_slim(
                 f"({type(error).__name__}: {reason}; in {at!r}). "
                 "Choose an implementation of this module that does."
             ) from error
+        if not want and not scopes:
+            raise SlimError(
+                f"{type(model).__name__} returned no floating-point tensor by which to compare slim with masked; "
+                "give example inputs for which it does, or return a dataclass, a tuple or a mapping that holds them."
+            )
         left = _Left(cutter)
         settling = _Settling(masked, slim, options, outputs, cutter, left)
         try:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..graph import Branch
+from ..graph.outputs import tensors_of
 
 __all__ = ["Skipped", "without_branches"]
 
@@ -75,7 +75,7 @@ def _run(
     ]
     try:
         with torch.no_grad():
-            return _tensors(model(*args, **kwargs)), returned
+            return tensors_of(model(*args, **kwargs)), returned
     finally:
         for hook in hooks:
             hook.remove()
@@ -99,7 +99,7 @@ def _replaced(
                 before[path] = model.get_submodule(path)
                 model.set_submodule(path, stand_in.train(before[path].training))
         with torch.no_grad():
-            got = _tensors(model(*args, **kwargs))
+            got = tensors_of(model(*args, **kwargs))
         same = len(got) == len(want) and all(_close(g, w) for g, w in zip(got, want, strict=True))
     except Exception as error:  # code that wants something else of a module raises anything
         log.info("branches cannot be taken out as modules: %s", error)
@@ -120,10 +120,6 @@ def _stand_in(calls: Sequence[Any]) -> Skipped | None:
     if type(out) is tuple and out and isinstance(out[0], Tensor) and all(v is None for v in out[1:]):
         return Skipped(len(out) - 1)
     return None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
