@@ -376,7 +376,9 @@ def case(number: int, folder: Path) -> str:
 
 
 def examine(net: cocktail.CocktailNet, folder: Path, number: int) -> None:
-    """Whether an accepted bundle holds what its files say, and can be used; of every fourth also whether all of it is counted and kept.
+    """Whether an accepted bundle holds what its files say, and can be used.
+
+    Of every fourth all is counted, saved and loaded again.
 
     Raises:
         Wrong: It does not, or it cannot.

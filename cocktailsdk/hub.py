@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelHubMixin
+from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin
 from torch import nn
 
 from .errors import BundleError
@@ -176,7 +176,7 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
         """
         net = self._net()
         data = type(self)._hub_mixin_info.model_card_data.to_dict()
-        head = ModelCard("---\n---\n").data.__class__(**{**data, **metadata})
+        head = ModelCardData(**{**data, **metadata})
         rows = []
         for name in net.names:
             metric = net.metrics.get(name)
