@@ -34,7 +34,7 @@ from cocktailsdk.training.writing import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deploy.json"
 MODEL, SIDE = "resnet50", 224
-PATTERNS = ("unstructured", "n:m", "channel")
+PATTERNS = ("channel", "n:m", "unstructured")
 
 Call = Callable[[], object]
 """One forward pass."""
@@ -43,12 +43,12 @@ Work = tuple[str, list[str]]
 """A runtime, and networks to measure in it."""
 
 
-def build() -> cocktail.CocktailNet:
-    """ResNet-50 with random weights and 24 networks."""
+def build(patterns: list[str]) -> cocktail.CocktailNet:
+    """ResNet-50 with random weights and these patterns' networks."""
     import timm
 
     torch.manual_seed(0)
-    return cocktail.sparsify(timm.create_model(MODEL).eval(), PATTERNS, (torch.randn(1, 3, SIDE, SIDE),))
+    return cocktail.sparsify(timm.create_model(MODEL).eval(), patterns, (torch.randn(1, 3, SIDE, SIDE),))
 
 
 def eager(net: cocktail.CocktailNet, name: str, _files: Path, batch: torch.Tensor, _threads: int) -> Call:
@@ -105,7 +105,9 @@ def all_rows(
 ) -> Iterator[dict]:
     """Measure networks, runtime by runtime."""
     torch.set_num_threads(threads)
-    net, batch = build(), torch.randn(batch_size, 3, SIDE, SIDE)
+    wanted = {name for _, names in work for name in names}
+    patterns = list(dict.fromkeys(p for name, p in network_names().items() if name in wanted))
+    net, batch = build(patterns), torch.randn(batch_size, 3, SIDE, SIDE)
     for runtime, names in work:
         yield from rows_of(net, runtime, names, files, batch, threads, turns)
 
@@ -225,27 +227,33 @@ def main() -> None:
             print("ROW", json.dumps(row), flush=True)
         return
     if not options.table:
-        work = []
-        for runtime in options.runtimes:
-            done = [
-                row["network"]
-                for row in read()
-                if row["runtime"] == runtime and row["batch"] == options.batch and row["threads"] == options.threads
-            ]
-            wanted = [n for n in options.networks or network_names() if options.again or n not in done]
-            if wanted:
-                work.append((runtime, wanted))
-        if work:
-            measure(work, options)
+        names = network_names()
+        unknown = [n for n in options.networks or () if n not in names]
+        if unknown:
+            parser.error(f"no networks are named {', '.join(unknown)}; there are {', '.join(names)}")
+        for pattern in dict.fromkeys(names.values()):  # a process for each: masks of others need not be made
+            work = []
+            for runtime in options.runtimes:
+                done = {r["network"] for r in read() if is_of(r, runtime, options)} if not options.again else set()
+                wanted = [n for n in options.networks or names if names[n] == pattern and n not in done]
+                if wanted:
+                    work.append((runtime, wanted))
+            if work:
+                measure(work, options)
     show()
 
 
-def network_names() -> list[str]:
-    """The networks, that of the goal first."""
+def is_of(row: dict[str, Any], runtime: str, options: argparse.Namespace) -> bool:
+    """Whether a row was measured in a runtime with these options."""
+    return (row["runtime"], row["batch"], row["threads"]) == (runtime, options.batch, options.threads)
+
+
+def network_names() -> dict[str, str]:
+    """The networks and their patterns, that of the goal first."""
     from cocktailsdk.patterns import resolve_patterns
 
-    names = [s.name for p in resolve_patterns(PATTERNS) for s in p.subnets()]
-    return sorted(names, key=lambda name: name != GOAL)
+    names = {s.name: p.name for p in resolve_patterns(PATTERNS) for s in p.subnets()}
+    return {GOAL: names.pop(GOAL), **names}
 
 
 def measure(work: list[Work], options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def test_the_goal_is_one_of_the_networks_and_comes_first() -> None:
     from deploy import network_names
     from deploy_rows import GOAL
 
-    names = network_names()
+    names = list(network_names())
     assert names[0] == GOAL and len(names) == 23 and "dense" not in names
 
 
