@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from deploy_tables import deploy_block
+from detection_tables import detection_block
 from scaling_tables import scaling_block
 
 from cocktailsdk.report.figure import write_figure
@@ -288,6 +289,7 @@ PAGES = {
     ROOT / "docs" / "zoo.md": zoo_block,
     ROOT / "docs" / "scaling.md": scaling_block,
     ROOT / "docs" / "exporting.md": deploy_block,
+    ROOT / "docs" / "detection.md": detection_block,
     ROOT / "docs" / "quality.md": lambda: quality_block() + "\n" + merging_block(),
 }
 """Every page with marks, and what stands between them."""

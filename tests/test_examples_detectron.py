@@ -114,6 +114,9 @@ def test_names_that_are_not_registered(root: Path) -> None:
     register_from({"mine": {"json": str(root / "none.json"), "images": str(root)}})
     with pytest.raises(DatasetError, match="none.json cannot be read"):
         _ = CATALOG.get("mine").annotations
+    (root / "none.json").write_text("{")
+    with pytest.raises(DatasetError, match="cannot be understood"):
+        _ = CATALOG.get("mine").annotations
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_pascal_voc(tmp_path: Path, cfg: Config) -> None:
     _, target = DetectionDataset(found, cfg, train=True, masks=False)[0]
     assert target["labels"].tolist() == [12]  # the difficult cat is not learned
     register_pascal_voc("voc", tmp_path, "trainval", ("dog",))
-    with pytest.raises(ValueError, match="an object is a 'cat'"):
+    with pytest.raises(DatasetError, match="an object is a 'cat'"):
         _ = CATALOG.get("voc").annotations
 
 
@@ -380,3 +383,31 @@ def test_batches_go_to_a_device() -> None:
     batch = DetectionBatch([torch.zeros(3, 4, 4)], [{"boxes": torch.zeros(1, 4), "image_id": 3}])
     moved = batch.to(torch.device("meta"))
     assert moved.images[0].is_meta and moved.targets[0]["boxes"].is_meta and moved.targets[0]["image_id"] == 3
+
+
+# ------------------------------------------------------------------------------------------ the benchmark
+
+
+def test_lines_have_gaps_beside_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent.parent / "benchmarks"))
+    from detection_rows import lines, paper_gap, read, write
+
+    def row(method: str, seed: int, dense: float, channel: float) -> dict[str, Any]:
+        figures = {"dense": dense, "channel@0.1": channel + 1, "channel@0.19": channel - 1, "2:4": 9.0}
+        networks = {n: {"bbox": {"AP": v, "AP50": 2 * v}} for n, v in figures.items()}
+        found = {"task": "bccd", "method": method, "seed": seed, "budget": 60, "steps": 60, "passes": 240}
+        return {**found, "seconds": 60.0, "networks": networks}
+
+    write([row("mutualnet", 0, 30, 25), row("cocktail", 0, 30, 28), row("cocktail", 1, 32, 28)], tmp_path / "d.json")
+    ours, rival = lines(read(tmp_path / "d.json"))
+    assert (ours.method, ours.seeds, ours.dense, ours.dense50, ours.gap) == ("cocktail", 2, 31, 62, 3)
+    assert ours.spread == pytest.approx(2**0.5) and ours.means == {"unstructured": None, "n:m": 9, "channel": 28}
+    assert (rival.method, rival.gap, rival.spread) == ("mutualnet", 5, None)
+    gaps = {(k, b, m): paper_gap(k, b, m) for k in ("bbox", "segm") for b in ("ResNet-50", "VGG-16") for m in METHODS}
+    assert [gaps[k, b, "cocktail"] for k, b in PLACES] == [1.1, 1.5, 1.6, 1.0]
+    assert [gaps[k, b, "mutualnet"] for k, b in PLACES] == [0.8, 3.1, 2.4, 1.9]
+    assert paper_gap("bbox", "VGG-16", "cocktail, no distillation") is None
+
+
+METHODS = ("cocktail", "mutualnet")
+PLACES = [("bbox", "ResNet-50"), ("bbox", "VGG-16"), ("segm", "ResNet-50"), ("segm", "VGG-16")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ pytest.importorskip("yaml", reason="pip install cocktailsdk[detection]")
 
 import analyze_model
 import train_net
-from cocktail_detection.catalog import CATALOG, register_builtin
+from cocktail_detection.catalog import CATALOG, DatasetError, register_builtin, register_coco_instances
 from cocktail_detection.config import get_cfg
 from cocktail_detection.data import DetectionDataset
-from cocktail_detection.engine import Setup, trainer_of
+from cocktail_detection.engine import Setup, measured, trainer_of
 from cocktail_detection.models import ARCHITECTURES
 from detection_shapes import register_tiny, write_coco, write_tiny
 
@@ -256,6 +257,16 @@ def test_a_run_is_not_written_over_and_goes_on(
     assert "mask AP" in capsys.readouterr().out
 
 
+def test_other_classes_are_refused(mask_rcnn: tuple[Setup, cocktail.CocktailNet], tmp_path: Path) -> None:
+    annotations = json.loads(json.dumps(mask_rcnn[0].test.annotations))
+    annotations["categories"][0]["name"] = "triangle"
+    (tmp_path / "a.json").write_text(json.dumps(annotations))
+    register_coco_instances("triangles", tmp_path / "a.json", tmp_path)
+    setup = changed(mask_rcnn[0], tmp_path, "DATASETS.TEST", "triangles")
+    with pytest.raises(DatasetError, match="'triangles' has triangle, circle"):
+        measured(setup, mask_rcnn[1])
+
+
 def test_networks_are_analysed_and_exported(
     trained: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,7 +276,8 @@ def test_networks_are_analysed_and_exported(
     runtime = pytest.importorskip("onnxruntime", reason="reading ONNX needs onnxruntime")
     assert analyze_model.main([*arguments, "prunable", "cost", "export"]) == 0
     out = capsys.readouterr().out
-    assert "roi_heads.mask_predictor" in out and "rpn.head" in out and "layer_blocks" in out
+    joined = re.sub(r"[\s│]+", "", out)  # cells go over several lines
+    assert "roi_heads.mask_predictor" in joined and "rpn.head" in joined and "fpn.layer_blocks" in joined
     assert f"│ {CHANNEL}" in out and "│ dense" not in out
     path = folder / "run" / "onnx" / f"{CHANNEL}.onnx"
     assert float(out.rpartition("by")[2]) < 1e-4

@@ -20,10 +20,20 @@ from pathlib import Path
 import torch
 from cocktail_detection.catalog import DatasetError, register_builtin, register_from
 from cocktail_detection.config import Config, ConfigError, get_cfg
-from cocktail_detection.engine import Setup, draw_networks, has_state, measured, trainer_of, write_metrics
+from cocktail_detection.engine import (
+    Metrics,
+    Setup,
+    Using,
+    draw_networks,
+    has_state,
+    measured,
+    trainer_of,
+    write_metrics,
+)
 from cocktail_detection.tables import metrics_table, summary
 from rich.console import Console
 
+import cocktailsdk as cocktail
 from cocktailsdk import CocktailError
 from cocktailsdk.report.live import run_view_for
 from cocktailsdk.training.events import Event
@@ -45,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DatasetError, CocktailError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error[/red]: {error}", highlight=False)
         return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped and saved: the same command with --resume goes on")
+        return 130
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -80,7 +93,8 @@ def run(setup: Setup, options: argparse.Namespace) -> int:
         net = setup.saved_net().to(setup.device)
         report(console, setup, net, measured(setup, net, note=console.print), net.using)
         return 0
-    if has_state(setup.out) and not options.resume:
+    first = os.environ.get("RANK", "0") == "0"  # the others may come when this one has begun
+    if first and has_state(setup.out) and not options.resume:
         raise ConfigError(
             f"{setup.out} holds a run already: go on with it (--resume), measure it (--eval-only), or name another "
             "folder (OUTPUT_DIR FOLDER)"
@@ -104,7 +118,7 @@ def run(setup: Setup, options: argparse.Namespace) -> int:
     return 0
 
 
-def report(console: Console, setup: Setup, net: object, metrics: dict, using: Callable) -> None:
+def report(console: Console, setup: Setup, net: cocktail.CocktailNet, metrics: Metrics, using: Using) -> None:
     """Print figures, write them, and draw."""
     console.print(metrics_table(net.subnets(), metrics))
     for line in summary(metrics):

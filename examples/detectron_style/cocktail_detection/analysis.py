@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,26 +21,57 @@ from .models import Architecture
 Slim = Callable[[str], nn.Module]
 
 
-def prunable_table(net: cocktail.CocktailNet) -> Table:
-    """For each part of a detector: its weights, those that masks may touch, channels that may go, and why others stay.
+@dataclass(frozen=True)
+class Part:
+    """A part of a detector: a scope, or a child of a model that was followed as a whole.
 
-    Parts are those that could be followed: the scopes, or the children of a model that was followed as a whole.
+    Attributes:
+        name: Its path.
+        parameters: How many it has.
+        maskable: How many of these masks of single weights may touch.
+        channels: Channel units that can go.
+        groups: In how many groups.
+        kept: What stays whole, by the reason.
     """
-    table = Table("part", "parameters", "maskable", "channels that can go", "stays whole")
-    for part in parts_of(net):
-        eligible = [w for w in net.eligible if inside(w.name, part)]
-        groups = [g for g in net.coupling.groups if inside(g.name, part)]
-        sizes = sum(p.numel() for n, p in net.model.named_parameters() if inside(n, part))
-        masked = sum(math.prod(w.shape) for w in eligible)
-        here = [k for k in net.coupling.kept if inside(k.where, part)]
-        kept, counts = {k.reason: k.where for k in here}, Counter(k.reason for k in here)
-        why = "; ".join(
-            f"{where.removeprefix(part + '.')}{f' and {counts[r] - 1} more' if counts[r] > 1 else ''}: {r}"
-            for r, where in kept.items()
+
+    name: str
+    parameters: int
+    maskable: int
+    channels: int
+    groups: int
+    kept: Mapping[str, Sequence[str]]
+
+
+def parts_found(net: cocktail.CocktailNet) -> list[Part]:
+    """The parts of a detector."""
+    out = []
+    for name in parts_of(net):
+        groups = [g for g in net.coupling.groups if inside(g.name, name)]
+        kept: dict[str, list[str]] = {}
+        for k in net.coupling.kept:
+            if inside(k.where, name):
+                kept.setdefault(k.reason, []).append(k.where.removeprefix(f"{name}.").removesuffix(".weight"))
+        out.append(
+            Part(
+                name,
+                sum(p.numel() for n, p in net.model.named_parameters() if inside(n, name)),
+                sum(math.prod(w.shape) for w in net.eligible if inside(w.name, name)),
+                sum(g.size for g in groups),
+                len(groups),
+                kept,
+            )
         )
-        channels = f"{sum(g.size for g in groups)} in {len(groups)} groups" if groups else "none"
-        share = f"{100 * masked / sizes:.0f} %" if sizes else ""
-        table.add_row(part, count_text(sizes), share, channels, why)
+    return out
+
+
+def prunable_table(net: cocktail.CocktailNet) -> Table:
+    """For each part of a detector what masks may touch, which channels may go, and why others stay."""
+    table = Table("part", "parameters", "maskable", "channels that can go", "stays whole")
+    for part in parts_found(net):
+        why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in part.kept.items())
+        channels = f"{part.channels} in {part.groups} groups" if part.groups else "none"
+        share = f"{100 * part.maskable / max(part.parameters, 1):.0f} %"
+        table.add_row(part.name, count_text(part.parameters), share, channels, why)
     return table
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,8 +51,8 @@ class RegisteredDataset:
             found = self.load()
         except OSError as error:
             raise DatasetError(f"data set {self.name!r}: {error.filename} cannot be read: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"data set {self.name!r}: its annotations are no JSON: {error}") from error
+        except (ValueError, SyntaxError, zipfile.BadZipFile) as error:  # JSON, XML, archives that are none
+            raise DatasetError(f"data set {self.name!r}: its annotations cannot be understood: {error}") from error
         return checked(self.name, found)
 
     @property

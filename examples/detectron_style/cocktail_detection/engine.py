@@ -21,7 +21,7 @@ from cocktailsdk.training.recipes import recipe_named
 from cocktailsdk.training.schedules import cosine
 from cocktailsdk.training.state import write_atomic
 
-from .catalog import CATALOG, RegisteredDataset
+from .catalog import CATALOG, DatasetError, RegisteredDataset
 from .config import Config, ConfigError
 from .data import DetectionDataset, example_images, test_loader, train_loaders
 from .distillation import DenseTeacher
@@ -151,8 +151,17 @@ def measured(
         using: Makes one active; by default ``net.using``.
         ranks: The processes, each of which looks at a part of the images.
         note: Told which network is being measured.
+
+    Raises:
+        DatasetError: The test set has other classes than the training set.
     """
     cfg = setup.cfg
+    learned, there = (list(s.classes.values()) for s in (setup.train, setup.test))
+    if learned != there:
+        raise DatasetError(
+            f"{setup.train.name!r} has the classes {', '.join(learned)}, {setup.test.name!r} has {', '.join(there)}: "
+            "a detector finds those that it has learned"
+        )
     dataset = DetectionDataset(setup.test, cfg, train=False, masks=False)
     mine = Subset(dataset, list(ranks.rows(len(dataset))))
     ids = [image["id"] for image in dataset.images]

@@ -1,0 +1,155 @@
+"""Which runs the comparison of detectors is made of, what the paper has beside them, and how rows are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from cocktailsdk.training.state import write_atomic
+
+RESULTS = Path(__file__).resolve().parent / "results" / "detection.json"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and a detector.
+
+    Attributes:
+        title: For people.
+        config: Of ``examples/detectron_style/configs/``.
+        settings: What differs from it.
+        paper: The backbone with which the paper's Table 4 compares.
+    """
+
+    title: str
+    config: str
+    settings: tuple[str, ...] = ()
+    paper: str = "ResNet-50"
+
+
+VGG = ("MODEL.BACKBONE.NAME", "vgg11_bn", "MODEL.ANCHORS.SIZES", "[8, 16, 32, 64]")
+TASKS: Mapping[str, Task] = {
+    "bccd": Task("Faster R-CNN, ResNet-18-FPN, on blood cells", "bccd_faster_rcnn_R_18_FPN.yaml"),
+    "nuclei": Task("Mask R-CNN, ResNet-18-FPN, on nuclei", "nuclei_mask_rcnn_R_18_FPN.yaml"),
+    "bccd-vgg": Task("Faster R-CNN, VGG-11-FPN, on blood cells", "bccd_faster_rcnn_R_18_FPN.yaml", VGG, "VGG-16"),
+    "nuclei-vgg": Task("Mask R-CNN, VGG-11-FPN, on nuclei", "nuclei_mask_rcnn_R_18_FPN.yaml", VGG, "VGG-16"),
+}
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "cocktail": (),
+    "cocktail, no distillation": ("COCKTAIL.DISTILL", "false"),
+    "cocktail, channels alone": ("COCKTAIL.PATTERNS", "[channel]"),
+    "mutualnet": ("COCKTAIL.RECIPE", "mutualnet", "COCKTAIL.PATTERNS", "[channel]"),
+}
+"""Settings of the example's script, by the name that rows have."""
+
+PAPER: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "bbox": {
+        "ResNet-50": {"dense": 32.1, "cocktail": 31.0, "mutualnet": 31.3},
+        "VGG-16": {"dense": 33.8, "cocktail": 32.3, "mutualnet": 30.7},
+    },
+    "segm": {
+        "ResNet-50": {"dense": 32.5, "cocktail": 30.9, "mutualnet": 30.1},
+        "VGG-16": {"dense": 31.3, "cocktail": 30.3, "mutualnet": 29.4},
+    },
+}
+"""The paper's Table 4: AP on COCO of the dense network, and the mean of ten channel networks by method."""
+
+KINDS = ("unstructured", "n:m", "channel")
+
+
+def kind_of(name: str) -> str:
+    """The pattern of a network, by its name."""
+    return name.partition("@")[0] if "@" in name else "dense" if name == "dense" else "n:m"
+
+
+def paper_gap(kind: str, backbone: str, method: str) -> float | None:
+    """How far the paper's mean channel network is below its dense one, in points; ``None`` of other methods."""
+    figures = PAPER[kind][backbone]
+    name = method.partition(",")[0]
+    return round(figures["dense"] - figures[name], 1) if method in PAPER[kind][backbone] else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method's seeds on a task, in points of AP of boxes or masks.
+
+    Attributes:
+        task: Of its rows.
+        method: Its name.
+        kind: ``"bbox"`` or ``"segm"``.
+        seeds: How many.
+        steps: Optimizer steps of a run.
+        passes: Forward and backward passes of a run.
+        dense: The dense network's AP.
+        dense50: The same at IoU 0.5.
+        means: By pattern the mean over its networks; ``None`` where it trains none.
+        gap: The dense network's less the mean channel network's.
+        spread: Standard deviation of the gap over seeds; ``None`` of one.
+        seconds: Of training a run.
+    """
+
+    task: str
+    method: str
+    kind: str
+    seeds: int
+    steps: int
+    passes: int
+    dense: float
+    dense50: float
+    means: Mapping[str, float | None]
+    gap: float
+    spread: float | None
+    seconds: float
+
+
+def lines(rows: Iterable[Row]) -> list[Line]:
+    """A line for every task, method, budget and kind, in the order of tasks and methods."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["method"], row["budget"]), []).append(row)
+    out = []
+    for (task, method, _), mine in groups.items():
+        for kind in next(iter(mine[0]["networks"].values())):
+            values = [{name: found[kind]["AP"] for name, found in row["networks"].items()} for row in mine]
+            by_kind = [{k: [v for n, v in found.items() if kind_of(n) == k] for k in KINDS} for found in values]
+            means = {k: [mean(found[k]) for found in by_kind if found[k]] for k in KINDS}
+            gaps = [found["dense"] - mean(by["channel"]) for found, by in zip(values, by_kind, strict=True)]
+            out.append(
+                Line(
+                    task=task,
+                    method=method,
+                    kind=kind,
+                    seeds=len(mine),
+                    steps=mine[0]["steps"],
+                    passes=mine[0]["passes"],
+                    dense=mean(found["dense"] for found in values),
+                    dense50=mean(row["networks"]["dense"][kind]["AP50"] for row in mine),
+                    means={k: mean(found) if found else None for k, found in means.items()},
+                    gap=mean(gaps),
+                    spread=stdev(gaps) if len(gaps) > 1 else None,
+                    seconds=mean(row["seconds"] for row in mine),
+                )
+            )
+    order = [*METHODS]
+    known = {task: i for i, task in enumerate(TASKS)}
+    return sorted(out, key=lambda x: (known[x.task], x.kind, -x.steps, order.index(x.method)))
+
+
+def read(path: Path = RESULTS) -> list[Row]:
+    """All rows."""
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
+def write(rows: Iterable[Row], path: Path = RESULTS) -> None:
+    """Replaces the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(rows, key=lambda r: (r["task"], r["method"], r["seed"], r["budget"]))
+    write_atomic(path, (json.dumps({"rows": ordered}, indent=1) + "\n").encode())
