@@ -104,7 +104,7 @@ def all_rows(
     work: list[tuple[str, list[str]]], files: Path, batch_size: int, threads: int, turns: int
 ) -> Iterator[dict]:
     """Measure networks, runtime by runtime."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # what is not timed; on a busy machine threads wait for each other
     wanted = {name for _, names in work for name in names}
     patterns = list(dict.fromkeys(p for name, p in network_names().items() if name in wanted))
     net, batch = build(patterns), torch.randn(batch_size, 3, SIDE, SIDE)
@@ -127,6 +127,7 @@ def rows_of(
     for name in names:
         call = RUNTIMES[runtime](net, name, files, batch, threads)
         seen: list[tuple[float, float, float, float]] = []
+        torch.set_num_threads(threads)
         with torch.inference_mode(mode=runtime == "torch eager"), torch.no_grad():
             for turn in range(turns + 2):
                 a = timed(dense, net, "dense" if runtime == "torch.compile" else None)
@@ -134,6 +135,7 @@ def rows_of(
                 if turn >= 2:  # the first ones compile and allocate
                     seen.append((*a, *b))
         del call
+        torch.set_num_threads(1)
         net.switch("dense")
         yield {
             "runtime": runtime,
