@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .selection import Modules, Selection
 from .sharding import is_sharded, rows_of, total
 from .statistics import Forward, device_of, measure, statistics_of, to_device
 from .switchable import SwitchableNet
+
+if TYPE_CHECKING:
+    from .slimming import Views
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +204,26 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
         from .slimming import slim_subnet
 
         return slim_subnet(self, self._ready(name))
+
+    def views(self, subnets: str | Iterable[str] = "channel") -> Views:
+        """Channel subnetworks as slim models that all share one copy of the weights; checked as :meth:`slim` checks.
+
+        Going from one width to another is then a matter of calling another model, which runs at its true cost.
+
+        Args:
+            subnets: A pattern's name, for all of its subnetworks, or names of some (``"dense"`` may be among them).
+                Each must remove whole channels alone, and of any two one must remove all that the other does.
+
+        Returns:
+            By name, the models, of the class of the user's own. See :class:`cocktailsdk.slimming.Views`.
+
+        Raises:
+            SubnetError: There are no such subnetworks, or they are not nested.
+            SlimError: They cannot be made, or compute something else.
+        """
+        from .slimming import channel_views
+
+        return channel_views(self, subnets)
 
 
 def sparsify(

@@ -36,9 +36,7 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
         self._table = _table().to(self._packed.device)
 
     def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
-        shape, begin = self._shapes[name], self._begin[name]
-        n = shape.numel()
-        return _unpack(self._packed[begin : begin + -(-n // 8)], self._table)[:n].view(shape)
+        return self.unpacked(name, self._packed[self.place(name)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -48,6 +46,36 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
+
+    @property
+    def bits(self) -> UInt8[Tensor, " bytes"]:
+        """All masks, packed, one after another; each begins with a byte of its own. Do not change them."""
+        return self._packed
+
+    def place(self, name: str) -> slice:
+        """Which of the packed bytes are a mask's."""
+        begin = self._begin[name]
+        return slice(begin, begin - (-self._shapes[name].numel() // 8))
+
+    def unpacked(self, name: str, packed: UInt8[Tensor, " bytes"]) -> Bool[Tensor, "..."]:
+        """What bytes say that take the place of a mask's."""
+        shape = self._shapes[name]
+        return _unpack(packed, self._table)[: shape.numel()].view(shape)
+
+    def alike(self, other: PackedMasks) -> bool:
+        """Whether others are of the same names and shapes, in the same order, on the same device."""
+        return self.device == other.device and list(self._shapes.items()) == list(other._shapes.items())
+
+    def filled(self, packed: UInt8[Tensor, " bytes"]) -> PackedMasks:
+        """Masks of the same names and shapes with other bits."""
+        new = object.__new__(PackedMasks)
+        new._shapes, new._begin = self._shapes, self._begin
+        new._packed, new._table = packed, self._table.to(packed.device)
+        return new
+
+    def emptied(self) -> PackedMasks:
+        """The names and shapes alone."""
+        return self.filled(self._packed[:0].clone())
 
     @property
     def nbytes(self) -> int:
@@ -68,42 +96,38 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
         """The same on another device; these themselves where they are there already."""
         if device == self.device:
             return self
-        new = object.__new__(PackedMasks)
-        new._shapes, new._begin = self._shapes, self._begin
-        new._packed, new._table = self._packed.to(device), self._table.to(device)
-        return new
+        return self.filled(self._packed.to(device))
 
-    def zero_masked(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set to zero, in place, what is masked in those of the tensors that have a mask here.
+    def zero_masked(self, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None) -> None:
+        """Set to zero what is masked in those of the tensors that have a mask here.
 
         Args:
             tensors: By name, on the masks' device, of shapes to which the masks broadcast.
+            into: Where the results go, tensors of the same shapes, strides and dtypes; ``None`` for in place.
         """
         names = [n for n in self._shapes if n in tensors]
         with torch.inference_mode(False), torch.no_grad():
             if self.device.type == "cpu":
+                scratch = _Scratch()
                 for name in names:
                     tensor = tensors[name].detach()
-                    if tensor.is_contiguous() and tensor.shape == self._shapes[name]:
-                        self._zero_flat(name, tensor.view(-1))
+                    out = tensor if into is None else into[name].detach()
+                    if tensor.is_contiguous() and out.is_contiguous() and tensor.shape == self._shapes[name]:
+                        scratch.mask(tensor.view(-1), self._packed[self.place(name)], out.view(-1))
                     else:
-                        _zero_in_pieces(tensor, self[name])
+                        if out is not tensor:
+                            out.copy_(tensor)
+                        _zero_in_pieces(out, self[name])
                 return
+            if into is not None:
+                torch._foreach_copy_([into[n] for n in names], [tensors[n] for n in names])
+                tensors = into
             for group in self._groups(names):
                 masks = self._unpacked(group)
                 own = [tensors[n].detach() for n in group]
                 for dtype in {t.dtype for t in own}:
                     mine = [(t, m) for t, m in zip(own, masks, strict=True) if t.dtype == dtype]
                     torch._foreach_mul_([t for t, _ in mine], [m.to(dtype) for _, m in mine])
-
-    def _zero_flat(self, name: str, tensor: Tensor) -> None:
-        """Unpacked and applied a piece at a time, so that nothing large is held beside."""
-        bits, begin = tensor.view(_BITS[tensor.element_size()]), self._begin[name]
-        scratch = torch.empty(min(_PIECE, tensor.numel()), dtype=bits.dtype)
-        packed = self._packed[begin : begin + -(-tensor.numel() // 8)]
-        for part, bytes_ in zip(bits.split(_PIECE), packed.split(_PIECE // 8), strict=True):
-            keep = _unpack(bytes_, self._table)[: part.numel()]
-            part.bitwise_and_(scratch[: part.numel()].copy_(keep).neg_())
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         group: list[str] = []
@@ -122,7 +146,7 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
         """Masks that lie one after another, unpacked together."""
         begin = self._begin[names[0]]
         last = names[-1]
-        end = self._begin[last] + -(-self._shapes[last].numel() // 8)
+        end = self.place(last).stop
         bits = _unpack(self._packed[begin:end], self._table)
         at = [8 * (self._begin[n] - begin) for n in names]
         return [bits[a : a + self._shapes[n].numel()].view(self._shapes[n]) for a, n in zip(at, names, strict=True)]
@@ -157,6 +181,29 @@ def _unpack(packed: UInt8[Tensor, " bytes"], table: Tensor) -> Bool[Tensor, " el
     for part, into in zip(packed.split(_PIECE // 8), out.split(_PIECE // 8), strict=True):
         torch.index_select(table, 0, part.to(torch.int32), out=into)
     return out.view(torch.bool)
+
+
+class _Scratch:
+    """Masks flat tensors piece by piece in the same memory, so that nothing large is held beside."""
+
+    def __init__(self) -> None:
+        self._index = torch.empty(_PIECE // 8, dtype=torch.int32)
+        self._bytes = torch.empty(_PIECE // 8, dtype=torch.int64)
+        self._wide: dict[torch.dtype, Tensor] = {}
+        # every element as a byte of ones or zeros, which widened to an element's size keeps it or makes it zero
+        self._table = _table().view(torch.int8).neg().view(torch.int64)
+
+    def mask(self, tensor: Tensor, packed: UInt8[Tensor, " bytes"], out: Tensor) -> None:
+        """By the bits of numbers, which leaves no NaN behind and is quicker than multiplying with a bool."""
+        bits = _BITS[tensor.element_size()]
+        if bits not in self._wide:
+            self._wide[bits] = torch.empty(_PIECE, dtype=bits)
+        wide = self._wide[bits]
+        pieces = (t.view(bits).split(_PIECE) for t in (tensor, out))
+        for value, result, part in zip(*pieces, packed.split(_PIECE // 8), strict=True):
+            index, keep = self._index[: part.numel()].copy_(part), self._bytes[: part.numel()]
+            torch.index_select(self._table, 0, index, out=keep)
+            torch.bitwise_and(value, wide[: value.numel()].copy_(keep.view(torch.int8)[: value.numel()]), out=result)
 
 
 def _zero_in_pieces(tensor: Tensor, mask: Bool[Tensor, "..."]) -> None:

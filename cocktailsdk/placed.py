@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .levels import Level
 from .masks import Mask
 from .packed import PackedMasks
+from .unit_masks import UnitMasks
 
 if TYPE_CHECKING:
     from .graph import Coupling
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Placed", "PlacedMasks", "zero_masked"]
 
-Placed = PackedMasks | Mapping[str, Tensor]
-"""Masks of parameters and buffers by name: packed, or as numbers in the tensors' dtypes."""
+Placed = PackedMasks | UnitMasks | Mapping[str, Tensor]
+"""Masks of parameters and buffers by name: packed, by what removed units mask, or as numbers in the tensors' dtypes."""
 
 _CACHE_BYTES = 1 << 30
 _PLAIN_BYTES = 1 << 22  # masks that are no larger as numbers are kept so: for small models speed is what counts
@@ -50,6 +52,10 @@ class PlacedMasks:
             del self._held[oldest], sizes[oldest]
         return masks
 
+    def release(self) -> None:
+        """Drop what can be had again quickly: what lies on the CPU."""
+        self._held = {name: masks for name, masks in self._held.items() if not _on_cpu(masks)}
+
     def forget(self, name: str) -> None:
         """Drop what is held of a subnetwork, whose mask has changed."""
         self._held.pop(name, None)
@@ -60,14 +66,19 @@ class PlacedMasks:
     def _at_home(self, masks: Placed) -> bool:
         """Whether the model has neither moved nor changed its dtype since."""
         tensors = self._tensors
-        if isinstance(masks, PackedMasks):
+        if isinstance(masks, PackedMasks | UnitMasks):
             return all(tensors[n].device == masks.device for n in masks)
         return all(tensors[n].device == m.device and tensors[n].dtype == m.dtype for n, m in masks.items())
 
     def _place(self, mask: Mask) -> Placed:
         tensors = self._tensors
+        units = None if mask.elements or mask.removed is None else self._units(mask.removed)
+        if units is not None:
+            return units
         if tensors.sharded:
             packed = PackedMasks((n, tensors.part(n, m)) for n, m in mask.tensors(self._coupling).items())
+        elif mask.removed is None and isinstance(mask.elements, Level):
+            packed = mask.elements.packed()
         elif mask.removed is None and isinstance(mask.elements, PackedMasks):
             packed = mask.elements
         else:
@@ -77,22 +88,40 @@ class PlacedMasks:
             return {n: m.to(device=tensors[n].device, dtype=tensors[n].dtype) for n, m in packed.items()}
         return packed.to(devices.pop())
 
+    def _units(self, removed: Tensor) -> UnitMasks | None:
+        """Removed units by the positions that go, where that is of use: for what is large and on the CPU."""
+        tensors, fields = self._tensors, self._coupling.fields
+        size = sum(tensors[n].nbytes for n in fields)
+        if size <= _PLAIN_BYTES or tensors.sharded or any(tensors[n].device.type != "cpu" for n in fields):
+            return None
+        return UnitMasks(self._coupling, removed) if UnitMasks.fits(self._coupling) else None
+
+
+def _on_cpu(masks: Placed) -> bool:
+    if isinstance(masks, PackedMasks | UnitMasks):
+        return masks.device.type == "cpu"
+    return all(m.device.type == "cpu" for m in masks.values())
+
 
 def placed_bytes(masks: Placed) -> int:
     """Bytes that they take."""
-    return masks.nbytes if isinstance(masks, PackedMasks) else sum(m.nbytes for m in masks.values())
+    return masks.nbytes if isinstance(masks, PackedMasks | UnitMasks) else sum(m.nbytes for m in masks.values())
 
 
-def zero_masked(masks: Placed, tensors: Mapping[str, Tensor]) -> None:
-    """Set to zero, in place, what is masked in tensors.
+def zero_masked(masks: Placed, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None) -> None:
+    """Set to zero what is masked in tensors.
 
     Args:
         masks: On the tensors' device.
         tensors: By name; each has a mask that broadcasts to it.
+        into: Where the results go, tensors of the same shapes, strides and dtypes; ``None`` for in place.
     """
-    if isinstance(masks, PackedMasks):
-        masks.zero_masked(tensors)
+    if isinstance(masks, PackedMasks | UnitMasks):
+        masks.zero_masked(tensors, into)
     elif tensors:
         # not inference mode even where the caller is in it: tensors made there could not be changed outside later
         with torch.inference_mode(False), torch.no_grad():
+            if into is not None:
+                torch._foreach_copy_([into[n] for n in tensors], list(tensors.values()))
+                tensors = {n: into[n] for n in tensors}
             torch._foreach_mul_(list(tensors.values()), [masks[n] for n in tensors])

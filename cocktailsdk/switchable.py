@@ -12,17 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PatternError, SubnetError
+from .gate import Gate
 from .graph import Coupling
+from .levels import Level, nested_levels
 from .masks import Mask
 from .packed import PackedMasks
 from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
 from .sharding import local
-from .switching import Switcher
+from .switching import Ready, Switcher
 
 
 class SwitchableNet(nn.Module):
     """A model, the masks and statistics of its subnetworks, and which of them is active.
+
+    Threads may use one net together: a forward pass sees one subnetwork from start to end, since :meth:`switch` and
+    :meth:`using` wait until those that run are done, and those that come meanwhile wait for them. That holds for calls
+    of the net itself; whoever calls :attr:`model` or its other methods (``net.generate``) does so within
+    ``with net.hold():`` or ``with net.using(name):``.
 
     Attributes:
         model: The user's own model.
@@ -43,12 +50,20 @@ class SwitchableNet(nn.Module):
         self._masks: dict[str, Mask] = {}
         self._switcher = Switcher(model)
         self._placed = PlacedMasks(coupling, self._switcher.tensors)
+        self._gate = Gate()
         self._active = self._statistics_active = DENSE
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active subnetwork."""
-        return self.model(*args, **kwargs)
+        if _without_waiting(self):
+            return self.model(*args, **kwargs)
+        with self._gate.reading():
+            return self.model(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of any module: compiles :attr:`model`, in place. Switching does not compile it again."""
+        self.model.compile(*args, **kwargs)
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +102,32 @@ class SwitchableNet(nn.Module):
 
         The model's own tensors are changed; their dense values are kept beside and restored bit for bit by
         ``switch("dense")``. Changes made meanwhile to tensors that the subnetwork masks, and to batch-norm buffers,
-        are lost.
+        are lost. Waits for forward passes that other threads run; see :meth:`prepare` for a switch that takes no time.
+
+        Returns:
+            The net itself.
+
+        Raises:
+            SubnetError: There is no such subnetwork, it has no mask yet, or this thread is in a forward pass or holds
+                the active one.
+        """
+        name = self._ready(name)
+        with self._gate.alone():
+            self._go(name, statistics=True)
+            self._placed.release()
+            if self._active == DENSE:
+                self._switcher.release()
+        return self
+
+    def prepare(self, *names: str) -> Self:
+        """Make subnetworks' weights now, so that switching to these is a matter of microseconds.
+
+        Each takes as much memory as the tensors that it masks, one copy of the model at most, until others are prepared
+        in its place; ``prepare()`` forgets all. Forward passes of other threads go on meanwhile. Once the dense weights
+        change, the copies are not used any more (a change through ``.data`` is not noticed: prepare anew).
+
+        It is of use for models on the CPU, where making a subnetwork's weights takes about as long as loading them.
+        Elsewhere only the masks are brought to the model.
 
         Returns:
             The net itself.
@@ -95,17 +135,38 @@ class SwitchableNet(nn.Module):
         Raises:
             SubnetError: There is no such subnetwork, or it has no mask yet.
         """
-        self._go(self._ready(name), statistics=True)
-        if self._active == DENSE:
-            self._switcher.release()
+        wanted = dict.fromkeys(self._ready(name) for name in names)
+        with self._gate.changing():
+            self._switcher.forget(self._switcher.prepared.keys() - wanted.keys())
+            for name in wanted:
+                if name != DENSE and self._switcher.ready(name) is None:
+                    self._switcher.prepare(name, self._device_masks(name))
         return self
+
+    @property
+    def prepared(self) -> list[str]:
+        """Names of the subnetworks that are ready; see :meth:`prepare`."""
+        return [name for name in self._subnets if self._switcher.ready(name) is not None]
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[str]:
+        """For a while, let no other thread switch: for requests that are more than one call of the net.
+
+        Any number of threads may hold the active subnetwork at once; a switch waits for all of them.
+
+        Yields:
+            Its name.
+        """
+        with self._gate.reading():
+            yield self._active
 
     @contextlib.contextmanager
     def using(self, name: str, *, statistics: bool = True) -> Iterator[Self]:
         """Make a subnetwork active for a while; may be nested.
 
         Whatever happens inside, on leaving the network that was active before is active again. Updates made inside to
-        parameters that the subnetwork masks are discarded on leaving, so training steps its optimizer outside.
+        parameters that the subnetwork masks are discarded on leaving, so training steps its optimizer outside. Other
+        threads' forward passes wait until then.
 
         Args:
             name: The subnetwork.
@@ -113,17 +174,19 @@ class SwitchableNet(nn.Module):
                 shares them.
 
         Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
+            SubnetError: There is no such subnetwork, it has no mask yet, or this thread is in a forward pass or holds
+                the active one.
         """
         target = self._ready(name)
-        before, statistics_before = self._active, self._statistics_active
-        try:
-            self._go(target, statistics=statistics)
-            yield self
-        finally:
-            self._go(before, statistics=False)
-            if statistics:
-                self._go_statistics(statistics_before)
+        with self._gate.alone():
+            before, statistics_before = self._active, self._statistics_active
+            try:
+                self._go(target, statistics=statistics)
+                yield self
+            finally:
+                self._go(before, statistics=False)
+                if statistics:
+                    self._go_statistics(statistics_before)
 
     def _ready(self, name: str) -> str:
         name = self.subnet(name).name
@@ -132,25 +195,35 @@ class SwitchableNet(nn.Module):
         return name
 
     def _go(self, name: str, *, statistics: bool) -> None:
+        ready = self._switcher.ready(name)
         if name != self._active:
-            masks = {} if name == DENSE else self._device_masks(name)
+            masks = {} if name == DENSE or ready else self._device_masks(name)
             self._switcher.to_dense(statistics=False)
             self._active = DENSE  # true if what follows fails
-            if masks:
+            if ready:
+                self._switcher.swap(ready)
+            elif masks:
                 self._switcher.mask(masks)
             self._active = name
         if statistics:
-            self._go_statistics(name)
+            self._go_statistics(name, ready)
 
-    def _go_statistics(self, name: str) -> None:
+    def _go_statistics(self, name: str, ready: Ready | None = None) -> None:
         if name == self._statistics_active:
             return
-        masks = {} if name == DENSE else self._device_masks(name)
+        masks = {} if name == DENSE else self._norm_masks(name) if ready is None else ready.norms
         self._switcher.norms.restore(self._switcher.tensors)
         self._statistics_active = DENSE
         if name != DENSE:
             self._switcher.load_statistics(self.statistics.get(name, {}), masks)
         self._statistics_active = name
+
+    def _norm_masks(self, name: str) -> Placed:
+        """Masks among which are those of the batch-norm buffers."""
+        mask = self._masks[name]
+        if mask.removed is None and self._switcher.norm_buffers.isdisjoint(mask.elements):
+            return {}
+        return self._device_masks(name)
 
     def set_mask(self, name: str, mask: Mask) -> None:
         """Give a subnetwork its mask. Statistics and metric that belonged to another mask are dropped.
@@ -185,8 +258,21 @@ class SwitchableNet(nn.Module):
         removed = None if mask.removed is None else mask.removed.detach().cpu()
         self._masks[name] = Mask(PackedMasks((n, k.cpu()) for n, k in mask.elements.items()), removed)
         self._placed.forget(name)
+        self._switcher.forget([name])
         self.statistics.pop(name, None)
         self.metrics.pop(name, None)
+        self._hold_together(self._subnets[name].pattern)
+
+    def _hold_together(self, pattern: str) -> None:
+        """Once a pattern has all its masks of single weights, keep nested ones in fewer bits."""
+        names = [n for n, s in self._subnets.items() if s.pattern == pattern]
+        masks = [self._masks.get(n) for n in names]
+        elements = [m.elements for m in masks if m is not None and m.elements]
+        if len(elements) == len(names) > 2:
+            packed = [e.packed() if isinstance(e, Level) else e for e in elements]
+            levels = nested_levels([e for e in packed if isinstance(e, PackedMasks)])
+            for name, level in zip(names, levels or (), strict=False):
+                self._masks[name] = Mask(level, self._masks[name].removed)
 
     def mask_tensors(self, name: str) -> dict[str, Tensor]:
         """Masks of a subnetwork's parameters as numbers: 1 kept, 0 masked. They are as large as the parameters.
@@ -249,19 +335,18 @@ class SwitchableNet(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module, with the dense values, whatever is active."""
-        state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for stash in (self._switcher.weights, self._switcher.norms):
-            for name, value in stash.saved.items():
-                key = f"{prefix}model.{name}"
-                if key in state:
-                    state[key] = value.clone()
+        with self._gate.reading():
+            state = super().state_dict(*args, **kwargs)
+            for stash in (self._switcher.weights, self._switcher.norms):
+                for name, value in stash.saved.items():
+                    key = f"{prefix}model.{name}"
+                    if key in state:
+                        state[key] = value.clone()
         return state
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module; the values are the dense ones, whatever is active."""
-        if self._active == DENSE and self._statistics_active == DENSE:
-            return super().load_state_dict(*args, **kwargs)
         with self.using(DENSE):
             return super().load_state_dict(*args, **kwargs)
 
@@ -284,6 +369,16 @@ class SwitchableNet(nn.Module):
     def extra_repr(self) -> str:
         """The subnetworks, for ``repr``."""
         return f"{len(self._subnets)} networks, {self._active} active"
+
+
+def _without_waiting(net: SwitchableNet) -> bool:
+    """Whether a forward pass belongs to something that has the net to itself: tracing, or another call's backward pass.
+
+    Checkpointed code runs again in the threads of the backward pass, while whoever asked for that waits.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._current_graph_task_id() != -1 or getattr(net, "_is_replica", False)
 
 
 def _loose(name: str) -> tuple[str, float] | None:

@@ -19,6 +19,7 @@ from statistics import mean
 from deploy_tables import deploy_block
 from detection_tables import detection_block
 from scaling_tables import scaling_block
+from switching_tables import switching_block
 from serving_tables import serving_block
 
 from cocktailsdk.report.figure import write_figure
@@ -289,6 +290,7 @@ PAGES = {
     ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "zoo.md": zoo_block,
     ROOT / "docs" / "scaling.md": scaling_block,
+    ROOT / "docs" / "switching.md": switching_block,
     ROOT / "docs" / "serving.md": serving_block,
     ROOT / "docs" / "exporting.md": deploy_block,
     ROOT / "docs" / "detection.md": detection_block,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +53,16 @@ class Cutter:
         """What stays; the last entry, True, is for what belongs to no unit (``STAYS`` indexes it)."""
         return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
 
-    def cut(self, model: nn.Module, mends: Mends | None = None) -> tuple[nn.Module, Options]:
+    def cut(
+        self, model: nn.Module, mends: Mends | None = None, *, share: Container[str] = ()
+    ) -> tuple[nn.Module, Options]:
         """Copies a model without the removed units and mends the copy; nothing is checked.
 
         Args:
             model: The model.
             mends: Values of attributes that are known.
+            share: Names of parameters and buffers of which the copy gets no copy: it has them as the model has them, or
+                the part that stays where that is the first run along each axis.
 
         Returns:
             The copy, and the attributes that may need other values.
@@ -69,6 +74,7 @@ class Cutter:
         for name, fields in self.coupling.fields.items():
             tensor = tensors[name]
             smaller = tensor.detach()
+            copied = name not in share
             for units in fields:
                 left = keep[units]
                 if bool(left.all()):
@@ -76,11 +82,21 @@ class Cutter:
                 axes = [d for d in range(left.dim()) if left.shape[d] > 1]
                 if len(axes) != 1:
                     raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
-                smaller = smaller.index_select(axes[0], left.flatten().nonzero().flatten().to(tensor.device))
+                stays = left.flatten().nonzero().flatten()
+                if not copied and 0 < stays.numel() == int(stays[-1]) + 1:
+                    smaller = smaller.narrow(axes[0], 0, stays.numel())
+                else:
+                    smaller, copied = smaller.index_select(axes[0], stays.to(tensor.device)), True
             if smaller.shape != tensor.shape:
-                smaller = smaller.clone()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+                memo[id(tensor)] = _like(tensor, smaller.clone() if copied else smaller)
+        for name, tensor in tensors.items():
+            if name in share and id(tensor) not in memo:
+                memo[id(tensor)] = _like(tensor, tensor.detach())
         slim = duplicate(model, memo)
         with evaluating(model), evaluating(slim):  # in training, merely reading a spectral norm's weight changes it
             return slim, mend(slim, model, self.trace, keep, mends)
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A value as the kind of tensor that another is."""
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -2,5 +2,6 @@
 
 from .one_line import slim
 from .subnets import coupling_difference, slim_subnet
+from .views import Views, channel_views
 
-__all__ = ["coupling_difference", "slim", "slim_subnet"]
+__all__ = ["Views", "channel_views", "coupling_difference", "slim", "slim_subnet"]

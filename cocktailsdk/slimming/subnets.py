@@ -41,9 +41,22 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
             "net.example = (args, kwargs)"
         )
     args, kwargs = to_device(net.example, device_of(net.model))
-    if net.coupling.trace is None:  # read from a file: the graph is found again, and must say the same
+    coupling = traced_coupling(net)
+    with net.using(name):
+        made = slim_module(net.model, coupling, removed, args, kwargs)
+    return after_slim(made, (args, kwargs))
+
+
+def traced_coupling(net: CocktailNet) -> Coupling:
+    """A net's coupling with its trace, which is found again where the coupling was read from a file.
+
+    Raises:
+        SlimError: The model is coupled otherwise than its bundle says.
+    """
+    if net.coupling.trace is None:
+        assert net.example is not None
         with net.using("dense"):
-            fresh = couple_model(net.model, (args, kwargs), net.selection)
+            fresh = couple_model(net.model, net.example, net.selection)
         difference = coupling_difference(net.coupling, fresh)
         if difference:
             raise SlimError(
@@ -51,9 +64,7 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
                 "versions of the model's library and of PyTorch that made it"
             )
         net.coupling = replace(net.coupling, trace=fresh.trace)
-    with net.using(name):
-        made = slim_module(net.model, net.coupling, removed, args, kwargs)
-    return after_slim(made, (args, kwargs))
+    return net.coupling
 
 
 def coupling_difference(a: Coupling, b: Coupling) -> str | None:

@@ -1,0 +1,237 @@
+"""Subnetworks made ready, what a net takes in memory, and switching under ``torch.compile``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_net
+from torch import nn
+
+import cocktailsdk as cocktail
+from cocktailsdk import SubnetError
+
+NAMES = ("unstructured@0.488", "2:4", "channel@0.469")
+
+
+def values(model):
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def addresses(model):
+    return {n: t.data_ptr() for n, t in model.state_dict(keep_vars=True).items()}
+
+
+def wide_net():
+    """Large enough that its weights outweigh everything else, with all 24 networks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 1200), nn.ReLU(), nn.Linear(1200, 1200), nn.BatchNorm1d(1200), nn.ReLU(), nn.Linear(1200, 4)
+    )
+    return cocktail.sparsify(model.eval(), example_inputs=(torch.zeros(2, 64),))
+
+
+def test_a_prepared_subnetwork_is_the_one_that_would_have_been_made():
+    net = tiny_net()
+    net.recalibrate("channel@0.469", [net.example[0][0]])
+    expected = {}
+    for name in NAMES:
+        with net.using(name):
+            expected[name] = values(net.model)
+    dense, where = values(net.model), addresses(net.model)
+    identities = [id(p) for p in net.model.parameters()]
+    assert net.prepare(*NAMES).prepared == list(NAMES)
+    for name in (*NAMES, "dense", *reversed(NAMES), "1:2", NAMES[0]):
+        net.switch(name)
+        if name in expected:
+            assert same(values(net.model), expected[name])
+    assert net.prepared == list(NAMES)
+    net.switch("dense")
+    assert same(values(net.model), dense)
+    assert addresses(net.model) == where  # the dense weights' own memory
+    assert identities == [id(p) for p in net.model.parameters()]
+
+
+def test_the_dense_weights_are_not_written_at_all():
+    net = tiny_net()
+    weight = net.model.widen.weight
+    alias = weight.detach()
+    before = alias.clone()
+    for name in NAMES:
+        with net.using(name):
+            assert not torch.equal(weight, before)
+            assert torch.equal(alias, before)
+
+
+def test_what_is_prepared_replaces_what_was():
+    net = tiny_net()
+    assert net.prepare("2:4", "channel@0.10").prepared == ["2:4", "channel@0.1"]
+    assert net.prepare("1:2", "2:4").prepared == ["1:2", "2:4"]
+    net.switch("2:4")
+    assert net.prepare().prepared == []
+    active = values(net.model)
+    net.switch("2:4").switch("1:2").switch("2:4")
+    assert same(values(net.model), active)
+    with pytest.raises(SubnetError, match="nearest"):
+        net.prepare("nothing")
+    assert net.prepare("dense").prepared == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.load_state_dict(net.state_dict()),
+        lambda net: torch._foreach_add_([p.detach() for p in net.parameters()], 0.1),  # as optimizers do
+        lambda net: net.double(),
+        lambda net: net.set_mask("2:4", net.masks["2:4"]),
+    ],
+    ids=["load", "step", "dtype", "mask"],
+)
+def test_a_copy_is_not_used_once_the_dense_weights_have_changed(change):
+    net = tiny_net()
+    net.prepare("2:4")
+    change(net)
+    assert net.prepared == []
+    kept = net.masks["2:4"].tensors(net.coupling)["widen.weight"]
+    expected = net.model.widen.weight.detach() * kept
+    net.switch("2:4")
+    assert torch.equal(net.model.widen.weight, expected)
+
+
+def test_a_subnetwork_is_prepared_while_another_is_active_and_kept_by_switching():
+    net = tiny_net()
+    with net.using("2:4"):
+        expected = values(net.model)
+    for before in ("dense", "1:2", "channel@0.469"):
+        net.switch(before)
+        net.prepare("2:4")
+        for name in (before, "unstructured@0.2", "2:4", "dense", "2:4"):
+            net.switch(name)
+            assert net.prepared == ["2:4"]
+        assert same(values(net.model), expected)
+
+
+def test_an_update_of_an_active_copy_is_lost_and_so_is_the_copy():
+    net = tiny_net()
+    net.prepare("2:4").switch("2:4")
+    expected = values(net.model)
+    with torch.no_grad():
+        net.model.widen.weight.add_(1.0)
+    net.switch("dense")
+    assert net.prepared == []
+    net.switch("2:4")
+    assert same(values(net.model), expected)
+
+
+def test_a_backward_pass_that_would_see_other_weights_is_refused():
+    net = tiny_net()
+    with net.using("2:4"):
+        loss = net(net.example[0][0]).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_that_share_memory_are_written_in_place():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.inner, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+            self.register_buffer("seen", self.inner.weight.detach(), persistent=False)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.inner(torch.relu(self.up(x)))))
+
+    net = cocktail.sparsify(Shared(), ["2:4"], example_inputs=torch.randn(3, 8))
+    dense = values(net.model)
+    net.prepare("2:4").switch("2:4")
+    assert net.prepared == []
+    assert (net.model.seen == 0).sum() == 128
+    assert net.model.seen.data_ptr() == net.model.inner.weight.data_ptr()
+    net.switch("dense")
+    assert same(values(net.model), dense)
+
+
+def test_a_copy_of_a_net_has_prepared_subnetworks_of_its_own():
+    net = tiny_net()
+    dense = values(net.model)
+    net.prepare("2:4").switch("2:4")
+    twin = copy.deepcopy(net)
+    twin.switch("dense")
+    assert same(values(twin.model), dense)
+    assert (net.model.widen.weight == 0).any()
+    twin.switch("2:4")
+    assert same(values(twin.model), values(net.model))
+    assert twin.model.widen.weight.data_ptr() != net.model.widen.weight.data_ptr()
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_a_compiled_net_is_not_compiled_again_when_it_switches(prepare):
+    net, x = tiny_net(), tiny_net().example[0][0]
+    expected = {}
+    with torch.no_grad():
+        for name in net.names:
+            with net.using(name):
+                expected[name] = net(x)
+    compiled = []
+
+    def backend(module, inputs):
+        compiled.append(len(inputs))
+        return module.forward
+
+    torch.compiler.reset()
+    net.compile(backend=backend, fullgraph=True)
+    if prepare:
+        net.prepare(*NAMES)
+    with torch.no_grad():
+        for _ in range(2):
+            for name in net.names:
+                net.switch(name)
+                torch.testing.assert_close(net(x), expected[name])
+    assert len(compiled) == 1
+
+
+def test_a_net_that_is_compiled_as_a_whole_is_not_compiled_again_either():
+    net, x = tiny_net(), tiny_net().example[0][0]
+    compiled = []
+
+    def backend(module, inputs):
+        compiled.append(len(inputs))
+        return module.forward
+
+    torch.compiler.reset()
+    whole = torch.compile(net, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for name in net.names:
+            net.switch(name)
+            torch.testing.assert_close(whole(x), net.model(x))
+    assert len(compiled) == 1
+
+
+def test_memory_at_rest_is_little_more_than_one_network_and_active_one_copy_more(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    sys.modules.pop("switch", None)
+    from switch import storage_bytes
+
+    net = wide_net()
+    for name in net.names[1:]:
+        net.recalibrate(name, [torch.randn(4, 64)])
+    net.switch("dense")  # gives back what the last use of a subnetwork took
+    one = sum(t.nbytes for t in net.model.state_dict().values())
+    assert storage_bytes(net.model) == one
+    assert storage_bytes(net) <= 1.3 * one
+    for name in net.names:
+        net.switch(name)
+        assert storage_bytes(net) <= 2.3 * one
+    net.switch("dense")
+    assert storage_bytes(net) <= 1.3 * one
+    net.prepare("unstructured@0.488").switch("unstructured@0.488")
+    assert storage_bytes(net) <= 2.3 * one
+    net.switch("dense").prepare()
+    assert storage_bytes(net) <= 1.3 * one
