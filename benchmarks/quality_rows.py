@@ -62,6 +62,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "half, same batch": {"finishing": 0.5, "same_batch": True},
     "half, three on the same batch": {"finishing": 0.5, "same_batch": True, "finishing_schedule": Pivot(sparse=3)},
     "half, no rewinding, same batch": {"finishing": 0.5, **GOES_ON, "same_batch": True},
+    "half, no rewinding, no distillation": {"finishing": 0.5, **GOES_ON, "distill": False},
     "quarter, no rewinding": {"finishing": 0.25, **GOES_ON},
     "three quarters, no rewinding": {"finishing": 0.75, **GOES_ON},
 }
