@@ -12,7 +12,7 @@ from ..errors import AdapterError, BundleError
 from .limits import MAX_FLEETING_BYTES, max_modules
 from .model import all_tensors, fingerprint, stored_names
 from .tensors import TensorFile
-from .values import items, keyed, more, shortened
+from .values import items, keyed, more, quoted, shortened
 
 __all__ = ["built", "check_model"]
 
@@ -27,9 +27,10 @@ def built(meta: Mapping[str, Any], weights: TensorFile) -> nn.Module:
     """
     said = meta.get("build")
     if said is None:
+        made_from = quoted(meta["model"]["class"]).strip("'")
         raise BundleError(
-            f"the bundle does not say how its {meta['model']['class']} is built, since no adapter knew: give the "
-            "model, as in from_pretrained(path, model)"
+            f"the bundle does not say how its {made_from} is built, since no adapter knew: give the model, as in "
+            "from_pretrained(path, model)"
         )
     keyed(said, "how its model is built", ("adapter", "record", "dtype"))
     keyed(said["record"], "how its model is built", (), said["record"] if type(said["record"]) is dict else ())
@@ -58,10 +59,11 @@ def check_model(made_from: str, model: nn.Module, found: Mapping[str, tuple[int,
     extra = [n for n in want if n not in found]
     other = [n for n in want if n in found and want[n] != found[n]]
     said = []
+    made_from = quoted(made_from).strip("'")
     if other:
         said.append(f"{other[0]!r} has shape {want[other[0]]}, in the bundle {found[other[0]]}" + more(other))
     if missing:
-        said.append(f"the bundle has {missing[0]!r}, which the model lacks" + more(missing))
+        said.append(f"the bundle has {quoted(missing[0])}, which the model lacks" + more(missing))
     if extra:
         said.append(f"the model has {extra[0]!r}, which the bundle lacks" + more(extra))
     if said:

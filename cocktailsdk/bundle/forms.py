@@ -16,6 +16,7 @@ from ..graph import Weight
 from ..patterns.layout import covered_by_tiles, tiles, untiles
 from ..patterns.nm import covered, runs, unruns
 from .packing import MAX_RUN
+from .values import quoted
 
 __all__ = ["Form"]
 
@@ -50,13 +51,13 @@ class Form:
                 or len(block) != 2
                 or any(type(n) is not int or n < 1 for n in block)
             ):
-                raise BundleError(f"the bundle has a mask of blocks of {block}")
+                raise BundleError(f"the bundle has a mask of blocks of {quoted(block)}")
             return cls(block=(block[0], block[1]))
         n, m = options.get("n"), options.get("m")
         if n is None and m is None:
             return cls()
         if type(n) is not int or type(m) is not int or not 0 < n < m <= MAX_RUN:
-            raise BundleError(f"the bundle has a mask of {n}:{m}")
+            raise BundleError(f"the bundle has a mask of {quoted(n)}:{quoted(m)}")
         return cls(nm=(n, m), square=bool(options.get("square", False)))
 
     def entry(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .subnets import read_masks
 from .tensors import TensorFile
 from .values import flag, items, keyed, more, quoted, shortened, text, texts, whole
 from .write import row
+
+log = logging.getLogger(__name__)
 
 _KEYS = {
     "checksum",
@@ -108,6 +111,8 @@ def from_pretrained(
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, OSError) as e:
         # The bytes are as they were written, so whoever wrote them broke the format.
         raise BundleError(f"the bundle in {folder} is malformed: {type(e).__name__}: {shortened(e)}") from e
+    for file in (weights_file, subnets_file):
+        log.debug("read %d of %d bytes of %s", file.bytes_read, file.size, file.file)
     tensors = all_tensors(model)
     with torch.no_grad():
         for name, value in weights.items():
@@ -205,7 +210,7 @@ class _Bundle:
             odd = sorted({s["name"] for s in stored} ^ {s.name for s in rows})
             raise BundleError(
                 "the bundle's patterns now have other subnets than when it was saved: "
-                f"{', '.join(odd) or 'another order'}"
+                f"{', '.join(map(quoted, odd[:5])) or 'another order'}{more(odd[4:])}"
             )
         wrong = [s.name for s, entry in zip(rows, stored, strict=True) if _as_json(row(s)) != entry]
         if wrong:

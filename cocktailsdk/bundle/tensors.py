@@ -59,6 +59,10 @@ class TensorFile:
         piece: Bytes of each of its pieces but the last.
         sums: SHA-256 of each piece, in hexadecimal.
 
+    Attributes:
+        file: The file.
+        size: Its bytes.
+
     Raises:
         BundleError: The file is damaged, or is no safetensors file within the limits.
     """
@@ -67,11 +71,11 @@ class TensorFile:
         self.file = file
         self._piece, self._sums = piece, sums
         self._checked = [False] * len(sums)
-        self._size = file.stat().st_size
-        if self._size < 8:
-            raise BundleError(f"{file} is no safetensors file: it has {self._size} bytes")
+        self.size = file.stat().st_size
+        if self.size < 8:
+            raise BundleError(f"{file} is no safetensors file: it has {self.size} bytes")
         try:
-            storage: Any = torch.UntypedStorage.from_file(str(file), False, self._size)
+            storage: Any = torch.UntypedStorage.from_file(str(file), False, self.size)
         except (RuntimeError, OSError) as e:
             raise BundleError(f"{file} cannot be read: {e}") from None
         self._data = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -91,7 +95,7 @@ class TensorFile:
     @property
     def bytes_read(self) -> int:
         """Bytes of the pieces that were read."""
-        ends = [min((i + 1) * self._piece, self._size) for i in range(len(self._sums))]
+        ends = [min((i + 1) * self._piece, self.size) for i in range(len(self._sums))]
         return sum(end - i * self._piece for i, end in enumerate(ends) if self._checked[i])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -132,7 +136,7 @@ class TensorFile:
     def _bytes(self, start: int, stop: int) -> UInt8[Tensor, " bytes"]:
         for i in range(start // self._piece, -(-stop // self._piece) if stop > start else 0):
             if not self._checked[i]:
-                begin, end = i * self._piece, min((i + 1) * self._piece, self._size)
+                begin, end = i * self._piece, min((i + 1) * self._piece, self.size)
                 raw: Any = self._data[begin:end].numpy()
                 if hashlib.sha256(raw).hexdigest() != self._sums[i]:
                     raise BundleError(
@@ -145,9 +149,9 @@ class TensorFile:
     def _header(self) -> dict[str, _Entry]:
         length = int.from_bytes(self._bytes(0, 8).numpy().tobytes(), "little")
         begin = 8 + length
-        if length > MAX_HEADER_BYTES or begin > self._size:
+        if length > MAX_HEADER_BYTES or begin > self.size:
             raise BundleError(
-                f"{self.file} says that its header has {length} bytes; the file has {self._size}, and at most "
+                f"{self.file} says that its header has {length} bytes; the file has {self.size}, and at most "
                 f"{MAX_HEADER_BYTES} are read"
             )
         try:
@@ -165,8 +169,8 @@ class TensorFile:
             if entry.start != at:
                 raise BundleError(f"{self.file}: {quoted(name)} does not begin where the tensor before it ends")
             at = entry.stop
-        if at != self._size:
-            raise BundleError(f"{self.file} has {self._size - at} bytes that belong to no tensor")
+        if at != self.size:
+            raise BundleError(f"{self.file} has {self.size - at} bytes that belong to no tensor")
         return out
 
     def _placed(self, name: str, said: Any, begin: int) -> _Entry:
@@ -183,7 +187,7 @@ class TensorFile:
         )
         if stop - start != prod(shape) * dtype.itemsize:
             raise BundleError(f"{self.file}: {what} of shape {list(shape)} does not take {stop - start} bytes")
-        if begin + stop > self._size:
+        if begin + stop > self.size:
             raise BundleError(f"{self.file} is truncated: {what} ends past its end")
         if (begin + start) % dtype.itemsize:
             raise BundleError(f"{self.file}: {what} does not lie at a multiple of its elements' size")
