@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from cocktailsdk import __version__
 from cocktailsdk.cli.main import app
 
-COMMANDS = ("train", "inspect", "subnets", "eval", "bench", "export")
+COMMANDS = ("train", "inspect", "subnets", "eval", "bench", "export", "report")
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> Result:

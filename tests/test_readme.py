@@ -60,7 +60,7 @@ def test_commands_that_are_shown_exist() -> None:
     from cocktailsdk.cli.main import app
 
     shown = {c for p in PAGES for block in blocks(p, "bash") for c in re.findall(r"^cocktail-cli (\w+)", block, re.M)}
-    assert shown == {"train", "inspect", "subnets", "eval", "bench", "export"}
+    assert shown == {"train", "inspect", "subnets", "eval", "bench", "export", "report"}
     for name in shown:
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 

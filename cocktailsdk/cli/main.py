@@ -11,6 +11,7 @@ from .bench import bench_bundle
 from .evaluate import evaluate
 from .export import export_subnet
 from .inspect import inspect_model
+from .report import report_run
 from .subnets import list_subnets
 from .train import train
 
@@ -51,6 +52,7 @@ app.command("subnets", epilog=_example("cocktail-cli subnets runs/digits"))(list
 app.command("eval", epilog=_example("cocktail-cli eval runs/digits channel@0.271 2:4"))(evaluate)
 app.command("bench", epilog=_example("cocktail-cli bench runs/digits --batch 1 --batch 32"))(bench_bundle)
 app.command("export", epilog=_example("cocktail-cli export runs/digits channel@0.271 digits.onnx"))(export_subnet)
+app.command("report", epilog=_example("cocktail-cli report runs/digits --html digits.html"))(report_run)
 
 
 def main() -> None:

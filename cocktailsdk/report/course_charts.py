@@ -1,0 +1,203 @@
+"""Charts of how a run went: losses, held-out metrics, and how its rounds were merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .chart import Chart, Mark, Series, Table
+from .costs_charts import metric_text, scale_of
+from .run import RunReport
+
+__all__ = ["course_charts", "merge_charts", "rounds_of"]
+
+LOG_FROM = 20.0
+"""Losses whose largest is so many times the smallest are drawn on a logarithmic axis."""
+
+
+def rounds_of(report: RunReport) -> dict[str, int]:
+    """The round in which each network first trained."""
+    found: dict[str, int] = {}
+    for record in report.history.get("rounds", ()):
+        for name in record["networks"]:
+            found.setdefault(name, record["round"])
+    return found
+
+
+def course_charts(report: RunReport) -> list[Chart]:
+    """Training loss by epoch and held-out metric by round, of every network; none where the run recorded neither."""
+    rounds: Sequence[Mapping[str, Any]] = report.history.get("rounds", ())
+    patterns = {r.name: r.pattern for r in report.networks}
+    charts = []
+    if any(epoch for record in rounds for epoch in record["losses"]):
+        charts.append(_losses(rounds, patterns))
+    if any(record["metrics"] for record in rounds) or any(r.held_out is not None for r in report.networks):
+        charts.append(_held_out(report, rounds, patterns))
+    return charts
+
+
+def _losses(rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) -> Chart:
+    lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    last: dict[tuple[str, int], float] = {}
+    at, splits = 0, []
+    for record in rounds:
+        for epoch in record["losses"]:
+            at += 1
+            for name, loss in epoch.items():
+                if loss is not None:
+                    lines.setdefault((name, record["round"]), []).append((at, loss))
+                    last[name, record["round"]] = loss
+        splits.append(at + 0.5)
+    names = [n for n in patterns if any(n == name for name, _ in lines)]
+    series = tuple(
+        Series(
+            name,
+            patterns.get(name, ""),
+            (Mark(*points[-1], f"{name}, round {k}\ntraining loss {points[-1][1]:.4g} at its end"),),
+            tuple(points),
+            network=name,
+        )
+        for (name, k), points in lines.items()
+    )
+    numbers = [record["round"] for record in rounds]
+    table = Table(
+        ("network", *(f"round {k}" for k in numbers)),
+        tuple((n, *(f"{last[n, k]:.4g}" if (n, k) in last else "" for k in numbers)) for n in names),
+        tuple(names),
+        tuple(patterns[n] for n in names),
+    )
+    values = [y for points in lines.values() for _, y in points]
+    return Chart(
+        name="losses",
+        title="Training loss by epoch",
+        summary=f"Mean training loss of {len(names)} networks over {at} epochs in {len(rounds)} rounds.",
+        x="epoch (lines between rounds)",
+        y="training loss",
+        series=series,
+        table=table,
+        log_y=min(values) > 0 and max(values) > LOG_FROM * min(values),
+        whole_x=True,
+        splits=tuple(splits[:-1]),
+    )
+
+
+def _held_out(report: RunReport, rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) -> Chart:
+    scale, label = scale_of(report)
+    points: dict[str, list[tuple[int, float]]] = {}
+    for record in rounds:
+        for name, value in record["metrics"].items():
+            if value is not None:
+                points.setdefault(name, []).append((record["round"], value))
+    end = max((record["round"] for record in rounds), default=0) + 1
+    ended = any(r.held_out is not None for r in report.networks)
+    for row in report.networks:
+        if row.held_out is not None:
+            points.setdefault(row.name, []).append((end, row.held_out))
+    names = [n for n in patterns if n in points]
+
+    def when(k: int) -> str:
+        return "at the end" if k == end and ended else f"round {k}"
+
+    series = tuple(
+        Series(
+            name,
+            patterns[name],
+            tuple(Mark(k, scale * v, f"{name}, {when(k)}\nheld out {metric_text(report, v)}") for k, v in points[name]),
+            tuple((k, scale * v) for k, v in points[name]) if len(points[name]) > 1 else (),
+            network=name,
+        )
+        for name in names
+    )
+    known = sorted({k for of in points.values() for k, _ in of})
+    table = Table(
+        ("network", *map(when, known)),
+        tuple(
+            (n, *(metric_text(report, v) if (v := dict(points[n]).get(k)) is not None else "" for k in known))
+            for n in names
+        ),
+        tuple(names),
+        tuple(patterns[n] for n in names),
+    )
+    return Chart(
+        name="held-out",
+        title="Held-out metric by round",
+        summary=f"Held-out {report.metric_name} of {len(names)} networks at the end of each round, and of the run.",
+        x=f"round ({end}: the finished bundle)" if ended else "round",
+        y=f"held-out {label}",
+        series=series,
+        table=table,
+        whole_x=True,
+    )
+
+
+def merge_charts(report: RunReport) -> list[Chart]:
+    """The chosen share by round, and the metric along the line between merged and new weights."""
+    if not report.alphas:
+        return []
+    merged = report.history.get("merged", ())
+    values = {k: value for k, value in enumerate(merged, 2) if value is not None}
+    scale, label = scale_of(report)
+    chosen = Chart(
+        name="alphas",
+        title="Chosen share α by round",
+        summary="The share kept of what was merged before, chosen when each round was merged in: "
+        + ", ".join(f"round {k} {a:g}" for k, a in enumerate(report.alphas, 2))
+        + ". At 1 the round's own weights were rejected.",
+        x="round",
+        y="α kept of what was merged before",
+        series=(
+            Series(
+                "α",
+                "",
+                tuple(
+                    Mark(
+                        k,
+                        a,
+                        f"round {k}: α {a:g}"
+                        + (f"\nheld-out mean {metric_text(report, values[k])}" if k in values else ""),
+                    )
+                    for k, a in enumerate(report.alphas, 2)
+                ),
+                tuple((float(k), a) for k, a in enumerate(report.alphas, 2)),
+            ),
+        ),
+        table=Table(
+            ("round", "α", f"mean held-out {report.metric_name}"),
+            tuple((f"{k}", f"{a:g}", metric_text(report, values.get(k))) for k, a in enumerate(report.alphas, 2)),
+        ),
+        whole_x=True,
+        y_range=(0.0, 1.08),
+    )
+    curves = [c for c in report.history.get("curves", ()) if c["points"]]
+    return [chosen, _interpolation(report, curves, scale, label)] if curves else [chosen]
+
+
+def _interpolation(report: RunReport, curves: Sequence[Mapping[str, Any]], scale: float, label: str) -> Chart:
+    series, rows = [], []
+    for curve in curves:
+        k = int(curve["round"])
+        alpha = report.alphas[k - 2] if k - 2 < len(report.alphas) else None
+        marks = []
+        for p in curve["points"]:
+            bound = "metric" not in p
+            value = p["bound"] if bound else p["metric"]
+            if value is None:
+                continue
+            limit = "at most" if report.metric_mode == "max" else "at least"
+            said = f"{limit} {metric_text(report, value)}, given up" if bound else metric_text(report, value)
+            here = p["alpha"] == alpha
+            told = f"round {k}, α {p['alpha']:g}{', chosen' if here else ''}\nmean held out {said}"
+            marks.append(Mark(p["alpha"], scale * value, told, bound, here, f"{k}" if here else ""))
+            rows.append((f"{k}", f"{p['alpha']:g}", said, "yes" if here else ""))
+        line = tuple((m.x, m.y) for m in marks if not m.hollow)
+        series.append(Series(f"round {k}", "", tuple(marks), line))
+    return Chart(
+        name="interpolation",
+        title="Between merged and new weights",
+        summary="Mean held-out metric at each share α of the merged weights, a line for each round; the chosen shares "
+        "are large, and outlines are shares that were given up, at the most they could still have reached.",
+        x="α kept of what was merged before",
+        y=f"mean held-out {label}",
+        series=tuple(series),
+        table=Table(("round", "α", f"mean held-out {report.metric_name}", "chosen"), tuple(rows)),
+    )
