@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .bundles import bundle_folder
+from .completing import networks
 from .console import command, log_to, messages, print_json, results
 
 __all__ = ["bench_bundle"]
@@ -31,7 +32,12 @@ def bench_bundle(
     ],
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME…", help="Which networks besides the dense one; all if none.", show_default=False),
+        typer.Argument(
+            metavar="NAME…",
+            help="Which networks besides the dense one; all if none.",
+            show_default=False,
+            autocompletion=networks,
+        ),
     ] = None,
     model: Annotated[
         str | None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .bundles import bundle_folder, run_folder
+from .completing import networks
 from .console import command, log_to, messages, print_json, results
 
 __all__ = ["evaluate"]
@@ -20,7 +21,10 @@ def evaluate(
         Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
     ],
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME…", help="Which networks; all if none.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME…", help="Which networks; all if none.", show_default=False, autocompletion=networks
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Whose model and test data to use.", show_default="as the run had it")

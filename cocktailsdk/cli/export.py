@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .completing import networks
 from .console import command, log_to, messages, print_json, results
 
 __all__ = ["export_subnet"]
@@ -17,7 +18,12 @@ def export_subnet(
     bundle: Annotated[
         Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
     ],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The network, like channel@0.613.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="The network, like channel@0.613.", show_default=False, autocompletion=networks
+        ),
+    ],
     path: Annotated[
         Path,
         typer.Argument(

@@ -39,6 +39,9 @@ def inspect_model(
             show_default=False,
         ),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Show every layer and group of large models, repeated blocks too.")
+    ] = False,
     groups: Annotated[
         bool, typer.Option("--groups", help="Explain every channel group: what one unit of it removes, and saves.")
     ] = False,
@@ -107,7 +110,7 @@ def inspect_model(
     if answers:
         results().print(why_view(answers))
     if not (groups or group or answers or svg is not None):
-        results().print(inspection_view(found, model))
+        results().print(inspection_view(found, model, full=full))
 
 
 def _chosen(found: Inspection, names: list[str]) -> list[ChannelGroup]:

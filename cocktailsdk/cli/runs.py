@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..report.figure import write_figure
 from ..report.live import RunView, run_view_for
 from ..report.recorded import recorded
 from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
-from ..training.events import Event
+from ..training.events import Callback, Event
 from ..training.writing import clean
 
 __all__ = ["BUNDLE", "PICTURE", "train_preset"]
@@ -39,6 +39,7 @@ def train_preset(
     weights: Path | None = None,
     start: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunReport | None:
     """Train a preset in a folder, or go on there; a run that is finished is only read.
 
@@ -54,6 +55,7 @@ def train_preset(
         weights: Trained weights to start from.
         start: ``"scratch"`` or ``"pretrained"``; by default as the preset has it.
         settings: Further settings of the preset; ``None`` stands for its default.
+        callbacks: What watches the run besides the view.
 
     Raises:
         TrainingError: The preset or a setting is unknown, data or weights are missing, or the folder holds a run of
@@ -67,7 +69,7 @@ def train_preset(
         for view in views:
             view(event)
 
-    options: dict[str, Any] = {"out_dir": folder, "callbacks": (watch,), "device": device}
+    options: dict[str, Any] = {"out_dir": folder, "callbacks": (watch, *callbacks), "device": device}
     if start is not None:
         options["start"] = start
     if weights is not None and preset.weights is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .completing import presets
 from .console import INTERRUPTED, TERMINATED, command, log_to, messages, print_json, results
 
 __all__ = ["train"]
@@ -22,7 +24,9 @@ class Start(StrEnum):
 
 @command
 def train(
-    preset: Annotated[str, typer.Option(help="digits, cifar10 or fashion-mnist.", show_default=False)],
+    preset: Annotated[
+        str, typer.Option(help="digits, cifar10 or fashion-mnist.", show_default=False, autocompletion=presets)
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; the same command goes on in it.", show_default="runs/PRESET")
     ] = None,
@@ -45,6 +49,10 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of all randomness.", show_default="the preset's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write TensorBoard scalars there, as the run goes.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
 ) -> None:
     """Train one bundle of sparse networks, and measure every one of them.
@@ -61,17 +69,24 @@ def train(
     from .runs import train_preset
 
     try:
-        report = train_preset(
-            preset,
-            folder,
-            console,
-            data=data,
-            seed=seed,
-            device=device,
-            weights=weights,
-            start=None if start is None else start.value,
-            settings={"model": model, "epochs_scale": epochs_scale},
-        )
+        with ExitStack() as stack:
+            boards = []
+            if tensorboard is not None:
+                from ..report.tensorboard import TensorBoard
+
+                boards.append(stack.enter_context(TensorBoard(tensorboard)))
+            report = train_preset(
+                preset,
+                folder,
+                console,
+                data=data,
+                seed=seed,
+                device=device,
+                weights=weights,
+                start=None if start is None else start.value,
+                settings={"model": model, "epochs_scale": epochs_scale},
+                callbacks=boards,
+            )
     except (KeyboardInterrupt, SystemExit) as stop:
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         if code not in (INTERRUPTED, TERMINATED):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -10,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..inspection import Inspection, Layer, Saving
+from ..inspection import ChannelGroup, Inspection, Layer, Saving
 from ..inspection.names import folded, pattern_of
 from .numbers import count_text, flops_text, percent_text, shape_text
 from .tables import STYLES, plain_table
@@ -18,6 +19,9 @@ from .tables import STYLES, plain_table
 __all__ = ["UNPROVEN", "inspection_view"]
 
 T = TypeVar("T")
+
+RANGE = re.compile(r"\{([^}]*)\}")
+NUMBERS = re.compile(r"\d[\d,-]*")
 
 LAYERS = "Layers (N:M: which M divide the input channels; in brackets: not all of them)"
 GROUPS = "Channel groups (units go or stay as one, wherever they occur)"
@@ -34,19 +38,36 @@ NAMES_SHOWN = 3
 """Of a long list of names so many are printed; ``--json`` has all."""
 
 
-def inspection_view(found: Inspection, reference: str) -> RenderableType:
-    """Layers, channel groups, what is kept whole and why, and what each pattern could save."""
+MOST_LAYERS = 60
+"""Of models with more layers, those of repeated blocks are shown once."""
+
+REPEATED = "Layers and groups of repeated blocks are shown once, with what one of them has; --full shows all"
+
+
+def inspection_view(found: Inspection, reference: str, *, full: bool = False) -> RenderableType:
+    """Layers, channel groups, what is kept whole and why, and what each pattern could save.
+
+    Args:
+        found: The inspection.
+        reference: What the model was called.
+        full: Whether every layer of a large model is shown, instead of repeated blocks once.
+    """
     title = Text.assemble(
         (reference, "bold"), f" ({found.model}), {count_text(found.params)} parameters, {flops_text(found.flops)}"
     )
     parts: list[RenderableType] = [title, Text(f"on {', '.join(found.inputs) or 'no inputs'}", style="dim")]
     if found.followed and not found.proven:
         parts.append(Text(UNPROVEN, style="dim"))
+    once = len(found.layers) > MOST_LAYERS and not full
+    if once:
+        parts.append(Text(REPEATED, style="dim"))
     parts.append(Text())
-    numbers = {g.name: i for i, g in enumerate(found.groups, 1)}
-    parts += [_layers(found.layers, numbers), Text()]
-    if found.groups:
-        parts += [_groups(found, numbers), Text()]
+    groups = _alike_groups(found.groups) if once else [[g] for g in found.groups]
+    numbers = {g.name: i for i, alike in enumerate(groups, 1) for g in alike}
+    layers = _alike_layers(found.layers, numbers) if once else [[layer] for layer in found.layers]
+    parts += [_layers(layers, numbers), Text()]
+    if groups:
+        parts += [_groups(groups, numbers), Text()]
     parts += [*_kept(found), Text()]
     if found.savings:
         parts += [_savings(found), Text()]
@@ -54,10 +75,35 @@ def inspection_view(found: Inspection, reference: str) -> RenderableType:
     return Group(*parts)
 
 
-def _layers(layers: Iterable[Layer], numbers: dict[str, int]) -> RenderableType:
+def _alike_groups(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups of repeated blocks, together."""
+    out: dict[object, list[ChannelGroup]] = {}
+    for g in groups:
+        sizes = (len(g.rows), len(g.entries), len(g.columns))
+        out.setdefault((pattern_of(g.name), g.units, g.channels, g.kind, sizes), []).append(g)
+    return list(out.values())
+
+
+def _alike_layers(layers: Iterable[Layer], numbers: dict[str, int]) -> list[list[Layer]]:
+    """Layers of repeated blocks of which the same is to be said, together."""
+    out: dict[object, list[Layer]] = {}
+    for layer in layers:
+        may = (layer.unstructured.eligible, layer.nm.eligible, tuple(layer.coverage.items()))
+        said = (layer.shape, layer.params, layer.flops, may, tuple(numbers[g] for g in layer.groups))
+        out.setdefault((pattern_of(layer.module or layer.name), said), []).append(layer)
+    return list(out.values())
+
+
+def _together(names: Iterable[str]) -> str:
+    """Names of repeated blocks as one: ``blocks.0-11.attn.qkv``."""
+    return ", ".join(RANGE.sub(lambda m: m[1].replace("..", "-"), name) for name in folded(names))
+
+
+def _layers(layers: Iterable[list[Layer]], numbers: dict[str, int]) -> RenderableType:
     table = plain_table("layer", "weight", "params", "FLOPs", "unstr.", "N:M", "group", right=(2, 3, 6), title=LAYERS)
     rows = list(layers)
-    for label, layer in _indented([layer.module or layer.name for layer in rows], rows, table):
+    names = [_together(layer.module or layer.name for layer in alike) for alike in rows]
+    for label, (layer, *_) in _indented(names, rows, table):
         runs = " ".join(str(m) for m, share in layer.coverage.items() if share == 1.0)
         partly = " ".join(f"({m})" for m, share in layer.coverage.items() if 0.0 < share < 1.0)
         table.add_row(
@@ -72,9 +118,10 @@ def _layers(layers: Iterable[Layer], numbers: dict[str, int]) -> RenderableType:
     return table
 
 
-def _groups(found: Inspection, numbers: dict[str, int]) -> RenderableType:
+def _groups(groups: Sequence[list[ChannelGroup]], numbers: dict[str, int]) -> RenderableType:
     table = plain_table("#", "channel group", "units", "made by", "entries", "read by", right=(0, 2, 4), title=GROUPS)
-    for label, g in _indented([g.name for g in found.groups], found.groups, table, column=1):
+    names = [_together(g.name for g in alike) for alike in groups]
+    for label, (g, *_) in _indented(names, groups, table, column=1):
         units = f"{g.units}" if g.channels == 1 else f"{g.units}x{g.channels}"
         makers = f"{len(g.rows)} layers" if len(g.rows) > 1 else _few(map(_module, g.rows)).replace(g.name, "itself")
         block = g.name.removesuffix(label.strip()) if label != g.name else ""
@@ -175,5 +222,5 @@ def _indented(names: Sequence[str], items: Iterable[T], table: Table, column: in
 
 def _block(name: str) -> str:
     parts = name.split(".")
-    at = next((i for i, p in enumerate(parts) if p.isdecimal()), None)
+    at = next((i for i, p in enumerate(parts) if NUMBERS.fullmatch(p)), None)
     return "" if at is None or at + 1 == len(parts) else ".".join(parts[: at + 1])
