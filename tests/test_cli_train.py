@@ -115,6 +115,18 @@ def test_a_lost_bundle_is_made_again_from_the_state(finished: tuple[Path, Result
     assert read_report(folder) == report
 
 
+def test_a_bundle_says_how_it_was_made_and_names_no_path(finished: tuple[Path, Result]) -> None:
+    folder, _ = finished
+    text = (folder / "bundle" / "bundle.json").read_text()
+    provenance = json.loads(text)["provenance"]
+    assert provenance["command"] == "cocktail-cli train --preset digits"
+    assert provenance["data"] == "digits"
+    assert provenance["training"]["training"]["seed"] == 0
+    assert provenance["training"]["fingerprint"] == json.loads((folder / "report.json").read_text())["fingerprint"]
+    assert set(provenance["versions"]) == {"cocktailsdk", "python", "torch"}
+    assert str(folder) not in text
+
+
 def test_subnets_lists_a_bundle_without_building_a_model(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     for path in (folder, folder / "bundle"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,7 +97,9 @@ def train_preset(
         test = prepared.trainer.evaluate(prepared.loaders.test)
         if not ranks.is_main:
             return None
-        report = _report(prepared, test, preset, folder, seed)
+        file = None if weights is None else weights.name
+        command = _command(name, **(settings or {}), weights=file, start=start, seed=seed)
+        report = _report(prepared, test, preset, folder, seed, command)
     report.write(folder)
     return report
 
@@ -122,9 +125,18 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _report(prepared: Prepared, test: Mapping[str, float], preset: Preset, folder: Path, seed: int | None) -> RunReport:
+def _command(name: str, **options: Any) -> str:
+    """The command line that trains the same, without the paths of this machine."""
+    given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value is not None]
+    return shlex.join(["cocktail-cli", "train", "--preset", name, *(part for pair in given for part in pair)])
+
+
+def _report(
+    prepared: Prepared, test: Mapping[str, float], preset: Preset, folder: Path, seed: int | None, command: str
+) -> RunReport:
     """Write all but the report itself."""
     net, trainer, _ = prepared
+    net.provenance |= {"command": command, "data": preset.name}
     net.save_pretrained(folder / BUNDLE)
     report = RunReport(
         networks=network_rows(net.subnets(), test, net.metrics),

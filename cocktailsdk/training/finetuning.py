@@ -58,6 +58,8 @@ def finetune(
     mask = net.masks[subnet.name]
     pattern = _alone(net.pattern(subnet.pattern), subnet.name)
     tuned = CocktailNet(model, (pattern,), net.coupling, net.selection, net.example, {subnet.name: mask})
+    if net.provenance:
+        tuned.provenance["from"] = copy.deepcopy(net.provenance)
     recipe = Recipe(
         name="finetune",
         schedule="single",

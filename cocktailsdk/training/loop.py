@@ -27,6 +27,7 @@ from .kept import pack_masks, unpack_masks
 from .loop_step import LoopStep, beyond, lengths, needs_trainer
 from .metrics import MetricFn, accuracy, mean_score
 from .precision import without_autocast
+from .provenance import note_training
 from .randomness import forked
 from .recipes import Recipe, Step, recipe_named
 
@@ -275,6 +276,7 @@ class CoLoop:
                 if held is not None and metric is not None:
                     with net.using(name):
                         net.metrics[name] = float(mean_score(net.model, held, self._forward, metric).value)
+        note_training(net, self._configuration, train_loader)
         return net
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from .metrics import MetricFn, mean_score
 from .options import OptimizerFactory, Options, default_optimizer, finishing_epochs
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .precision import MixedPrecision, without_autocast
+from .provenance import note_training
 from .randomness import forked
 from .recipes import Recipe, recipe_named
 from .rounds import train_rounds
@@ -315,6 +316,7 @@ class CoTrainer:
                         merge_rounds(session)
                         train_rounds(session, "finishing")
                         finish(session)
+                    note_training(net, self._provenance(), self._train_loader)
                     session.execution = None
                     self._done = session
                     session.emit(Finished(dict(net.metrics), session.history.seconds))
@@ -322,6 +324,10 @@ class CoTrainer:
             for module, mode in modes:
                 module.training = mode
         return net
+
+    def _provenance(self) -> dict[str, Any]:
+        shown = ("training", "optimizer", "schedule", "config")
+        return {"fingerprint": self.fingerprint, **{key: self.configuration[key] for key in shown}}
 
     def evaluate(self, loader: Iterable[Any], names: Iterable[str] | None = None) -> dict[str, float]:
         """Measure networks on any data, as they stand and with their own statistics.
