@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 pytest.importorskip("pycocotools", reason="pip install cocktailsdk[detection]")
@@ -20,6 +22,7 @@ pytest.importorskip("yaml", reason="pip install cocktailsdk[detection]")
 
 import analyze_model
 import train_net
+from cocktail_detection.analysis import left_whole, parts_found, prunable_table
 from cocktail_detection.catalog import CATALOG, DatasetError, register_builtin, register_coco_instances
 from cocktail_detection.config import get_cfg
 from cocktail_detection.data import DetectionDataset
@@ -257,6 +260,21 @@ def test_a_run_is_not_written_over_and_goes_on(
     assert "mask AP" in capsys.readouterr().out
 
 
+def test_parts_are_listed_with_what_stays_whole(mask_rcnn: tuple[Setup, cocktail.CocktailNet]) -> None:
+    parts = {part.name: part for part in parts_found(mask_rcnn[1])}
+    assert tuple(parts) == mask_rcnn[1].coupling.trace.scopes
+    assert parts["roi_heads.mask_head"].groups == 3 and parts["roi_heads.mask_head"].channels == 24
+    assert 0 < parts["backbone"].maskable < parts["backbone"].parameters
+    (reason,) = {why for part in parts.values() for why in part.kept}
+    assert "exported alone" in reason
+    assert [n for n in parts["backbone"].kept[reason] if n.startswith("fpn.layer_blocks")]
+    console = Console(width=160, file=io.StringIO())
+    console.print(prunable_table(mask_rcnn[1]))
+    text = re.sub(r"[\s│]+", "", console.file.getvalue())  # cells go over several lines
+    assert "roi_heads.mask_predictor" in text and "fpn.layer_blocks" in text
+    assert any(line.startswith("the model: ") for line in left_whole(mask_rcnn[1]))
+
+
 def test_other_classes_are_refused(mask_rcnn: tuple[Setup, cocktail.CocktailNet], tmp_path: Path) -> None:
     annotations = json.loads(json.dumps(mask_rcnn[0].test.annotations))
     annotations["categories"][0]["name"] = "triangle"
@@ -274,10 +292,8 @@ def test_networks_are_analysed_and_exported(
     arguments = [*command[:2], "--networks", CHANNEL, "--repeats", "1", "--tasks"]
     pytest.importorskip("onnxscript", reason="writing ONNX needs onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="reading ONNX needs onnxruntime")
-    assert analyze_model.main([*arguments, "prunable", "cost", "export"]) == 0
+    assert analyze_model.main([*arguments, "cost", "export"]) == 0
     out = capsys.readouterr().out
-    joined = re.sub(r"[\s│]+", "", out)  # cells go over several lines
-    assert "roi_heads.mask_predictor" in joined and "rpn.head" in joined and "fpn.layer_blocks" in joined
     assert f"│ {CHANNEL}" in out and "│ dense" not in out
     path = folder / "run" / "onnx" / f"{CHANNEL}.onnx"
     assert float(out.rpartition("by")[2]) < 1e-4

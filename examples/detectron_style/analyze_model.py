@@ -43,13 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
         register_builtin(cfg.DATASETS.ROOT)
         register_from(cfg.DATASETS.REGISTER)
         setup = Setup.of(cfg, options.classes)
-        net = setup.saved_net() if (setup.out / "bundle").exists() else setup.net()
+        saved = (setup.out / "bundle").exists()
+        net = setup.saved_net() if saved else setup.net()
         net.to(setup.device)
         image = example_images(cfg)[0].to(setup.device)
         slim = cache(net.slim)
         if "prunable" in options.tasks:
-            console.print(prunable_table(net))
-            for line in left_whole(net):
+            fresh = setup.net() if saved else net  # a bundle does not hold the reasons
+            console.print(prunable_table(fresh))
+            for line in left_whole(fresh):
                 console.print(line, highlight=False)
         if "cost" in options.tasks:
             console.print(cost_table(net, setup.architecture, [image], options.repeats, options.networks, slim))
