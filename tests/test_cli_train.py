@@ -73,6 +73,19 @@ def test_a_run_ends_with_its_table_and_files(finished: tuple[Path, Result]) -> N
     assert report["seconds"] > 0
 
 
+def test_its_report_has_all_that_there_is_to_show(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, _ = finished
+    done = run("report", str(folder), "--html", str(tmp_path / "page.html"), "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)["runs"][0]["report"]
+    assert set(told["masks"]["bytes"]) == set(NAMES)
+    assert [c["round"] for c in told["history"]["curves"]] == [2]
+    assert told["environment"]["command"] == "cocktail-cli train --preset digits"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "made by an earlier release" not in page
+    assert all(f"{folder} {name} " in page for name in NAMES)
+
+
 def test_progress_goes_to_stderr_in_lines(finished: tuple[Path, Result]) -> None:
     _, done = finished
     assert "round 0: dense" in done.stderr

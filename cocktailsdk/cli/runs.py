@@ -148,7 +148,7 @@ def _report(
         seed=preset.seed if seed is None else seed,
         alphas=tuple(trainer.history.alphas),
         fingerprint=trainer.fingerprint,
-        environment=versions(),
+        environment={**versions(), "command": command},
         **recorded(net, trainer),
     )
     write_figure(report, folder / PICTURE)

@@ -123,5 +123,5 @@ def _scrolled(inner_html: str, caption: str, kind: str = "") -> str:
     of = f' class="{kind}"' if kind else ""
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">'
-        f"<table{of}><caption>{escape(caption)}</caption>{inner_html}</table></div>"
+        f"<table{of}><caption><span>{escape(caption)}</span></caption>{inner_html}</table></div>"
     )

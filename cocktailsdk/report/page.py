@@ -225,7 +225,8 @@ def _provenance(run: ReportedRun) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(k)}</th><td class="long">{escape(v)}</td></tr>' for k, v in told.items()
     )
-    out = f'<div class="scroll"><table><caption>Where the figures are from</caption><tbody>{rows}</tbody></table></div>'
+    inner = f"<caption>Where the figures are from</caption><tbody>{rows}</tbody>"
+    out = f'<div class="scroll"><table class="words">{inner}</table></div>'
     if r.configuration:
         asked = escape(json.dumps(r.configuration, indent=1))
         out += f'<details><summary>Configuration</summary><pre tabindex="0">{asked}</pre></details>'

@@ -133,7 +133,7 @@ def kept_section(report: RunReport) -> str:
         for (what, reason), where in reasons.items()
     )
     return (
-        '<div class="scroll" role="region" tabindex="0" aria-label="What is kept whole"><table>'
+        '<div class="scroll" role="region" tabindex="0" aria-label="What is kept whole"><table class="words">'
         "<caption>What no pattern may touch</caption>"
         '<thead><tr><th scope="col">what stays</th><th scope="col" class="text">of which layers</th>'
         f'<th scope="col" class="text">why</th></tr></thead><tbody>{rows}</tbody></table></div>'
