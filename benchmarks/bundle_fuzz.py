@@ -392,8 +392,8 @@ def examine(net: cocktail.CocktailNet, folder: Path, number: int) -> None:
         (r["pattern"], r["sparsity"]) != (net.subnet(n).pattern, net.subnet(n).sparsity) for n, r in rows.items()
     ):
         raise Wrong("accepted with other subnets than its files list")
-    metrics = {n: float(r["metric"]) for n, r in rows.items() if "metric" in r}
-    if repr(metrics) != repr(net.metrics) or net.provenance != found.meta["provenance"]:
+    metrics = {n: repr(float(r["metric"])) for n, r in rows.items() if "metric" in r}
+    if metrics != {n: repr(v) for n, v in net.metrics.items()} or net.provenance != found.meta["provenance"]:
         raise Wrong("accepted with other metrics or provenance than its files have")
     dense = found.dense()
     for name in random.Random(number).sample(net.names, 2):
