@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from bundle_tables import bundle_block
 from deploy_tables import deploy_block
 from detection_tables import detection_block
 from scaling_tables import scaling_block
@@ -292,6 +293,7 @@ PAGES = {
     ROOT / "docs" / "scaling.md": scaling_block,
     ROOT / "docs" / "switching.md": switching_block,
     ROOT / "docs" / "serving.md": serving_block,
+    ROOT / "docs" / "bundle-format.md": bundle_block,
     ROOT / "docs" / "exporting.md": deploy_block,
     ROOT / "docs" / "detection.md": detection_block,
     ROOT / "docs" / "quality.md": lambda: quality_block() + "\n" + merging_block(),
