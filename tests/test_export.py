@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny import IMAGE, TinyNet
 from torch import Tensor, nn
 
 import cocktailsdk as cocktail
+from cocktailsdk.exporting.openvino_file import compiled
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors", ".xml")
 pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
@@ -233,3 +235,27 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def stack_for_signals() -> tuple[int | None, int]:
+    """Where this thread's signal handlers run, and in how many bytes."""
+    stack = _Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.at, stack.size
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux's C library")
+def test_openvino_leaves_this_threads_signals_alone(net: cocktail.CocktailNet, tmp_path: Path) -> None:
+    # It gives the thread that compiles a stack for signals and frees it later: a SIGTERM then ends in a segmentation
+    # fault where it should save a training run.
+    packages_for(".xml")
+    before = stack_for_signals()
+    net.export("2:4", tmp_path / "net.xml")
+    run = compiled(tmp_path / "net.xml")
+    assert stack_for_signals() == before
+    assert next(iter(run({"x": torch.randn(2, 3, IMAGE, IMAGE)}).values())).shape[0] == 2
+    assert stack_for_signals() == before

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ExportFailed
 from .compare import deviation
 from .formats import Format, Job, Run, needs
+from .openvino_file import in_a_thread_of_its_own
 from .program import first_line, quiet
 from .report import Int8Report
 
@@ -142,8 +143,9 @@ def _openvino(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
         with quiet(), redirect_stdout(io.StringIO()):  # it draws bars
             model = openvino.Core().read_model(file)
             dataset = nncf.Dataset([{n: t.numpy() for n, t in feed.items()} for feed in feeds])
-            openvino.save_model(nncf.quantize(model, dataset), made, compress_to_fp16=False)
-            del model
+            quantized = in_a_thread_of_its_own(lambda: nncf.quantize(model, dataset))
+            openvino.save_model(quantized, made, compress_to_fp16=False)
+            del model, quantized
     except Exception as error:
         raise ExportFailed(f"nncf failed on {job.subnet!r} ({first_line(error)})") from error
     made.rename(file)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from .formats import Job, Run
 from .onnx_file import OnnxFormat
 from .program import first_line
 
-__all__ = ["OpenVinoFormat", "compiled"]
+__all__ = ["OpenVinoFormat", "compiled", "in_a_thread_of_its_own"]
+
+Result = TypeVar("Result")
 
 
 class OpenVinoFormat:
@@ -60,6 +64,16 @@ class OpenVinoFormat:
         return f"openvino {openvino.__version__}"
 
 
+def in_a_thread_of_its_own(work: Callable[[], Result]) -> Result:
+    """What compiling returns, made where it harms nobody.
+
+    OpenVINO's CPU plugin gives the thread that compiles a stack for signals, and frees it when it likes: Ctrl-C or
+    SIGTERM that reaches that thread later, in the middle of training, ends the process with a segmentation fault.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
 def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") -> Run:
     """A network in OpenVINO, on the CPU.
 
@@ -73,7 +87,7 @@ def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") 
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    model = openvino.Core().compile_model(file, "CPU", options)
+    model = in_a_thread_of_its_own(lambda: openvino.Core().compile_model(file, "CPU", options))
     takes = [i.get_any_name() for i in model.inputs]
     gives = [o.get_any_name() for o in model.outputs]
 
