@@ -5,7 +5,7 @@
 
 Trains the bundle of ``examples/serving`` unless it is in runs/serving (training resumes): a ResNet-8 four times as wide
 as the digits preset's, dense and at five widths. The preset's own network takes less time than the web server around
-it, which no choice of a network could make faster; for the same reason a request carries 32 images.
+it, which no choice of a network could make faster; for the same reason a request carries 64 images.
 
 Starts ``examples/serving/serve.py`` on a free port of this machine, and measures what it holds with the dense network
 alone, and with the narrowest alone: the requests a second that are answered when there is always one more (closed
@@ -50,7 +50,7 @@ FIGURE = ROOT / "docs" / "assets" / "serving.png"
 EXAMPLE = ROOT / "examples" / "serving"
 MODEL = "cocktail_serving.digits:model"
 
-IMAGES = 32
+IMAGES = 64
 """In a request."""
 SHAPE = (0.4, 0.7, 1.2, 1.8, 2.5, 1.8, 1.2, 0.7, 0.4)
 """Rates, as multiples of what dense holds."""
@@ -59,6 +59,8 @@ ROOM = 0.7
 GOAL = 8
 """The goal is so many times the latency of dense when nothing else goes on."""
 WINDOW = 2.0
+CLIENTS = 8
+"""That ask as fast as they are answered, to find what is held."""
 
 
 def main() -> int:
@@ -71,7 +73,8 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="measure nothing")
     asked = parser.parse_args()
     if not asked.show:
-        subprocess.run([sys.executable, str(EXAMPLE / "train.py"), str(asked.run)], check=True)
+        if not (asked.run / "bundle").is_dir():
+            subprocess.run([sys.executable, str(EXAMPLE / "train.py"), str(asked.run)], check=True)
         found = measured(asked.run / "bundle", asked)
         write_atomic(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
         write_figure(found, FIGURE)
@@ -82,31 +85,31 @@ def main() -> int:
 def measured(bundle: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Both runs."""
     batches, load = requests(), os.getloadavg()[0]
-    with service(bundle) as url:
-        ladder = httpx.get(f"{url}/history", trust_env=False).json()["networks"]
-    narrowest = ladder[-1]["name"]
     held: dict[str, float] = {}
-    with service(bundle, "dense") as url:
-        _, latency = asyncio.run(capacity(f"{url}/predict", batches, asked.calibration, 1))
-        held["dense"] = asyncio.run(capacity(f"{url}/predict", batches, asked.calibration, 4))[0]
-    with service(bundle, narrowest) as url:
-        held[narrowest] = asyncio.run(capacity(f"{url}/predict", batches, asked.calibration, 4))[0]
-    goal = GOAL * latency
-    most = min(max(SHAPE), ROOM * held[narrowest] / held["dense"])
-    steps = [(min(k, most) * held["dense"], asked.step) for k in SHAPE]
-    due = schedule(steps, asked.seed)
-    print(
-        f"dense holds {held['dense']:.0f} requests/s, {narrowest} {held[narrowest]:.0f}; goal {1e3 * goal:.0f} ms",
-        flush=True,
-    )
-    runs = {}
-    for name, only in (("dense", ("dense",)), ("switching", ())):
-        with service(bundle, *only, goal_ms=1e3 * goal) as url:
+    with contextlib.ExitStack() as stack:
+        urls = {"dense": stack.enter_context(service(bundle, "dense"))}
+        latency = asyncio.run(capacity(f"{urls['dense']}/predict", batches, asked.calibration, 1))[1]
+        held["dense"] = asyncio.run(capacity(f"{urls['dense']}/predict", batches, asked.calibration, CLIENTS))[0]
+        goal = GOAL * latency
+        urls["switching"] = stack.enter_context(service(bundle, goal_ms=1e3 * goal))
+        ladder = httpx.get(f"{urls['switching']}/history", trust_env=False).json()["networks"]
+        narrowest = ladder[-1]["name"]
+        with service(bundle, narrowest) as url:
+            held[narrowest] = asyncio.run(capacity(f"{url}/predict", batches, asked.calibration, CLIENTS))[0]
+        most = min(max(SHAPE), ROOM * held[narrowest] / held["dense"])
+        steps = [(min(k, most) * held["dense"], asked.step) for k in SHAPE]
+        due = schedule(steps, asked.seed)
+        print(
+            f"dense holds {held['dense']:.0f}/s, {narrowest} {held[narrowest]:.0f}/s; goal {1e3 * goal:.0f} ms",
+            flush=True,
+        )
+        runs = {}
+        for name, url in urls.items():
             sent = asyncio.run(offer(f"{url}/predict", due, batches))
             text = httpx.get(f"{url}/metrics", trust_env=False).text
-        switches = sum(float(n) for n in re.findall(r"^cocktail_switches_total\{.*\} (\S+)", text, re.M))
-        runs[name] = {"windows": windows(sent, WINDOW, goal), "switches": int(switches)}
-        print(f"{name}: {len(sent)} requests, {sum(s.status != 200 for s in sent)} failed", flush=True)
+            switches = sum(float(n) for n in re.findall(r"^cocktail_switches_total\{.*\} (\S+)", text, re.M))
+            runs[name] = {"windows": windows(sent, WINDOW, goal), "switches": int(switches)}
+            print(f"{name}: {len(sent)} requests, {sum(s.status != 200 for s in sent)} failed", flush=True)
     return {
         "command": "python benchmarks/serving.py",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
@@ -141,7 +144,8 @@ def service(bundle: Path, *only: str, goal_ms: float = 1e3) -> Iterator[str]:
     command = [sys.executable, str(EXAMPLE / "serve.py"), str(bundle), "--model", MODEL, "--port", str(port)]
     command += ["--goal-ms", str(goal_ms), "--typical-batch", str(IMAGES)]
     command += [part for name in only for part in ("--only", name)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # A session of its own: Ctrl-C here ends the run, which then ends the service in order.
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     url, began = f"http://127.0.0.1:{port}", time.monotonic()
     try:
         while True:

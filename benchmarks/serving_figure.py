@@ -31,7 +31,7 @@ def write_figure(found: Mapping[str, Any], path: Path) -> None:
         latency.plot(lost, [1.3 * most] * len(lost), "x", color=COLOURS[name], label=f"{name}: over 5 % failed")
     latency.axhline(found["goal_ms"], color="black", linestyle="--", linewidth=1, label="goal")
     latency.set(yscale="log", ylabel="95 % latency, ms")
-    latency.legend(fontsize=7, loc="upper left", ncols=2)
+    latency.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     names = [n["name"] for n in found["networks"]]
     rows = found["runs"]["switching"]["windows"]
     bottom = [0.0] * len(rows)
@@ -39,7 +39,14 @@ def write_figure(found: Mapping[str, Any], path: Path) -> None:
         share = [r["networks"].get(name, 0) / max(1, sum(r["networks"].values())) for r in rows]
         shade = 0.15 + 0.75 * k / max(1, len(names) - 1)
         at = [r["at"] + found["window_s"] / 2 for r in rows]
-        networks.bar(at, share, found["window_s"], bottom=bottom, color=(0, 0.45 * (1 - shade), 1 - shade), label=name)
+        networks.bar(
+            at,
+            share,
+            found["window_s"],
+            bottom=bottom,
+            color=(0.7 * (1 - shade), 0.3 + 0.6 * (1 - shade), 0.5 + 0.45 * (1 - shade)),
+            label=name,
+        )
         bottom = [b + s for b, s in zip(bottom, share, strict=True)]
     networks.set(ylabel="switching:\nanswered by", ylim=(0, 1))
     networks.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -48,7 +55,7 @@ def write_figure(found: Mapping[str, Any], path: Path) -> None:
         right = [100 * r["right"] / r["examples"] for r in rows]
         accuracy.plot([r["at"] for r in rows], right, color=COLOURS[name], label=name)
     accuracy.set(ylabel="accuracy of\nwhat was answered, %", xlabel="seconds")
-    accuracy.legend(fontsize=7, loc="lower left")
+    accuracy.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for one in (rates, latency, networks, accuracy):
         one.grid(alpha=0.25)
         for side in ("top", "right"):
@@ -66,7 +73,7 @@ def _rates(axis: Any, found: Mapping[str, Any]) -> None:
     axis.plot(times, values, color="black", label="offered")
     axis.axhline(found["held"]["dense"], color=COLOURS["dense"], linestyle="--", linewidth=1, label="what dense holds")
     axis.set(ylabel="requests a second", ylim=(0, None))
-    axis.legend(fontsize=7, loc="upper left")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":

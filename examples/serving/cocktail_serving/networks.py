@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from jaxtyping import Float, Shaped
@@ -26,7 +25,7 @@ class Network:
     Attributes:
         name: Its name in the bundle.
         model: What runs.
-        seconds: That it takes for one example, in batches of the usual size, on a machine that does nothing else.
+        seconds: That it takes for one example, in batches of the usual size, when nothing else goes on.
         accuracy: Its metric in the bundle, if there is one.
     """
 
@@ -47,7 +46,7 @@ def networks_of(
     only: Iterable[str] = (),
     *,
     batch: int = 1,
-    repeats: int = 9,
+    repeats: int = 15,
 ) -> list[Network]:
     """Networks of a bundle from the widest to the narrowest, measured here.
 
@@ -92,20 +91,23 @@ def example_of(net: cocktail.CocktailNet) -> Tensor:
 
 
 def ladder(networks: Iterable[Network]) -> list[Network]:
-    """Those worth serving: the first, then each that is clearly faster than all before and no worse than all after."""
-    rungs: list[Network] = []
-    for n in networks:
-        if not rungs or n.seconds <= (1 - GAIN) * rungs[-1].seconds:
+    """Those worth serving: the first, then each that is clearly faster than all before and better than all after."""
+    rows = list(networks)
+    rungs = rows[:1]
+    for i, n in enumerate(rows[1:], 1):
+        if n.seconds <= (1 - GAIN) * rungs[-1].seconds and not any(_beats(m, n) for m in rows[i + 1 :]):
             rungs.append(n)
-    return [n for i, n in enumerate(rungs) if i == 0 or not any(_better(m, n) for m in rungs[i + 1 :])]
+    return rungs
 
 
-def _better(faster: Network, n: Network) -> bool:
-    return faster.accuracy is not None and n.accuracy is not None and faster.accuracy >= n.accuracy
+def _beats(narrower: Network, n: Network) -> bool:
+    if narrower.accuracy is None or n.accuracy is None:
+        return False
+    return narrower.accuracy >= n.accuracy and narrower.seconds < n.seconds
 
 
 def _measured(models: Mapping[str, nn.Module], inputs: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds an example, the models run by turns so that what else the machine does hits all alike."""
+    """The fewest seconds an example, the models run by turns so that what else the machine does hits all alike."""
     seen: dict[str, list[float]] = {n: [] for n in models}
     with torch.inference_mode():
         for turn in range(repeats + 2):
@@ -114,4 +116,4 @@ def _measured(models: Mapping[str, nn.Module], inputs: Tensor, repeats: int) -> 
                 model.eval()(inputs)
                 if turn > 1:
                     seen[name].append(time.perf_counter() - began)
-    return {n: median(found) / len(inputs) for n, found in seen.items()}
+    return {n: min(found) / len(inputs) for n, found in seen.items()}
