@@ -116,7 +116,7 @@ def measured(bundle: Path, asked: argparse.Namespace) -> dict[str, Any]:
         "load before": round(load, 2),
         "torch": str(torch.__version__),
         "images in a request": IMAGES,
-        "networks": [{**n, "ms": round(IMAGES * n["ms"], 3)} for n in ladder],
+        "ladder": [{**n, "ms": round(IMAGES * n["ms"], 3)} for n in ladder],
         "held": {name: round(rate, 2) for name, rate in held.items()},
         "dense alone, one client, ms": round(1e3 * latency, 2),
         "goal_ms": round(1e3 * goal, 2),

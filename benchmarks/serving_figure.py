@@ -32,7 +32,7 @@ def write_figure(found: Mapping[str, Any], path: Path) -> None:
     latency.axhline(found["goal_ms"], color="black", linestyle="--", linewidth=1, label="goal")
     latency.set(yscale="log", ylabel="95 % latency, ms")
     latency.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    names = [n["name"] for n in found["networks"]]
+    names = [n["name"] for n in found["ladder"]]
     rows = found["runs"]["switching"]["windows"]
     bottom = [0.0] * len(rows)
     for k, name in enumerate(names):

@@ -26,7 +26,7 @@ def serving_block() -> str:
     images, (head, *rows) = found["images in a request"], lines(found)
     rates = [rate for rate, _ in found["steps"]]
     dense = found["held"]["dense"]
-    narrowest = found["networks"][-1]["name"]
+    narrowest = found["ladder"][-1]["name"]
     out = [
         f"`{found['command']}` on {found['machine']} (torch {found['torch']}; load of the machine before: "
         f"{found['load before']}). With dense alone the service holds {dense:.0f} requests a second of {images} images "
@@ -44,6 +44,6 @@ def serving_block() -> str:
         "",
         f"| network served | ms for {images} images, at the start | accuracy |",
         "| --- | --: | --: |",
-        *(f"| `{n['name']}` | {n['ms']:.2f} | {100 * n['accuracy']:.2f} % |" for n in found["networks"]),
+        *(f"| `{n['name']}` | {n['ms']:.2f} | {100 * n['accuracy']:.2f} % |" for n in found["ladder"]),
     ]
     return "\n".join(out) + "\n"
