@@ -20,8 +20,8 @@ from bundle_tables import bundle_block
 from deploy_tables import deploy_block
 from detection_tables import detection_block
 from scaling_tables import scaling_block
-from switching_tables import switching_block
 from serving_tables import serving_block
+from switching_tables import switching_block
 
 from cocktailsdk.report.figure import write_figure
 from cocktailsdk.report.numbers import bytes_text, count_text, duration_text, flops_text
@@ -291,8 +291,8 @@ PAGES = {
     ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "zoo.md": zoo_block,
     ROOT / "docs" / "scaling.md": scaling_block,
-    ROOT / "docs" / "switching.md": switching_block,
     ROOT / "docs" / "serving.md": serving_block,
+    ROOT / "docs" / "switching.md": switching_block,
     ROOT / "docs" / "bundle-format.md": bundle_block,
     ROOT / "docs" / "exporting.md": deploy_block,
     ROOT / "docs" / "detection.md": detection_block,
