@@ -58,7 +58,7 @@ class UnitVectors:
         if sum(r[-1] for r in rows) > most:
             raise BundleError(f"the bundle's vectors of units have {sum(r[-1] for r in rows)} entries; {most} are read")
         out, at = [], 0
-        flat = data.to(torch.int64)
+        flat = data.to(torch.int64, copy=True)  # not a view of the file, which may go
         if data.is_floating_point() or flat.ndim != 1 or sum(r[0] for r in rows if len(r) == 1) != flat.numel():
             raise BundleError("the unit vectors of the bundle do not add up")
         if flat.numel() and (int(flat.min()) < -1 or int(flat.max()) >= n_units):
