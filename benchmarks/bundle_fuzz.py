@@ -395,7 +395,6 @@ def examine(net: cocktail.CocktailNet, folder: Path, number: int) -> None:
     metrics = {n: repr(float(r["metric"])) for n, r in rows.items() if "metric" in r}
     if metrics != {n: repr(v) for n, v in net.metrics.items()} or net.provenance != found.meta["provenance"]:
         raise Wrong("accepted with other metrics or provenance than its files have")
-    dense = found.dense()
     for name in random.Random(number).sample(net.names, 2):
         net.switch(name)
         state = {
@@ -407,8 +406,8 @@ def examine(net: cocktail.CocktailNet, folder: Path, number: int) -> None:
             raise Wrong(f"accepted, but another reader cannot read {name!r}: {type(e).__name__}: {e}") from e
         for key, values in state.items():
             fits = values == other[key]
-            if values.dtype.kind == "f":  # a mask may multiply: what is not finite then stays NaN
-                fits |= ~np.isfinite(dense[key]) | (np.isnan(values) & np.isnan(other[key]))
+            if values.dtype.kind == "f":  # a mask may multiply: what was not finite and is masked is then NaN
+                fits |= np.isnan(values) & (np.isnan(other[key]) | (other[key] == 0))
             if not fits.all():
                 raise Wrong(f"accepted with another {key} of {name!r} than its files have")
     net.switch("dense")
