@@ -100,12 +100,12 @@ def alphas(rows: list[Row]) -> Any:
 
 def interpolation(row: Mapping[str, Any]) -> Any:
     """Mean held-out accuracy between the merged weights and a round's (after the paper's Figure 7)."""
-    figure, axes = _axes(1, f"{row['title']}: held-out accuracy along the way")
+    figure, axes = _axes(1, f"{row['title']}:\nheld-out accuracy along the way")
     curves = row["devices"]["full search"]["curves"]
     _lines(axes[0], {f"round {k}": {float(a): 100 * v for a, v in c.items()} for k, c in enumerate(curves, start=2)})
     axes[0].set_xlabel("share α of the rounds before")
     axes[0].set_ylabel("mean over networks, %")
-    axes[0].legend(frameon=False, fontsize="x-small", ncols=2)
+    axes[0].legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
