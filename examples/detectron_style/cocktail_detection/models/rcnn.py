@@ -16,6 +16,7 @@ from ..data import DetectionBatch
 from .architecture import ARCHITECTURES, Architecture, Detection, Losses
 from .backbones import build_backbone
 from .seen import outputs_of, tensors_of
+from .unresized import unresized
 
 LEVELS = [1, 2, 3, 4]
 
@@ -46,19 +47,16 @@ def build(cfg: Config, classes: int, *, masks: bool) -> nn.Module:
         "box_batch_size_per_image": heads.BATCH_SIZE_PER_IMAGE,
         "box_score_thresh": cfg.TEST.SCORE_THRESH,
         "box_detections_per_img": cfg.TEST.DETECTIONS_PER_IMAGE,
-        "image_mean": cfg.MODEL.PIXEL_MEAN,
-        "image_std": cfg.MODEL.PIXEL_STD,
-        "_skip_resize": True,  # images come in the size that they are to have
     }
-    if not masks:
-        return FasterRCNN(backbone, **options)
-    return MaskRCNN(
-        backbone,
-        mask_roi_pool=MultiScaleRoIAlign(names, 14, 2),
-        mask_head=MaskRCNNHeads(width, (heads.MASK_DIM,) * 4, 1),
-        mask_predictor=MaskRCNNPredictor(heads.MASK_DIM, heads.MASK_DIM, classes + 1),
-        **options,
-    )
+    if masks:
+        options |= {
+            "mask_roi_pool": MultiScaleRoIAlign(names, 14, 2),
+            "mask_head": MaskRCNNHeads(width, (heads.MASK_DIM,) * 4, 1),
+            "mask_predictor": MaskRCNNPredictor(heads.MASK_DIM, heads.MASK_DIM, classes + 1),
+        }
+    model: nn.Module = (MaskRCNN if masks else FasterRCNN)(backbone, **options)
+    model.transform = unresized(cfg)
+    return model
 
 
 def _maps(backbone: nn.Module) -> int:

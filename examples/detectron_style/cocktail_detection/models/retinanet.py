@@ -14,6 +14,7 @@ from .architecture import ARCHITECTURES, Architecture, Losses
 from .backbones import build_backbone
 from .rcnn import detect, example
 from .seen import outputs_of, tensors_of
+from .unresized import unresized
 
 LEVELS = [2, 3, 4]
 
@@ -27,17 +28,16 @@ def build(cfg: Config, classes: int) -> nn.Module:
         raise ConfigError(f"MODEL.ANCHORS.SIZES has {len(found)} sizes; RetinaNet has {len(LEVELS) + 2} levels")
     sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in found)
     anchors = AnchorGenerator(sizes, (tuple(cfg.MODEL.ANCHORS.RATIOS),) * len(sizes))
-    return RetinaNet(
+    model: nn.Module = RetinaNet(
         backbone,
         num_classes=classes + 1,
         anchor_generator=anchors,
         head=RetinaNetHead(backbone.out_channels, anchors.num_anchors_per_location()[0], classes + 1),
         score_thresh=cfg.TEST.SCORE_THRESH,
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
-        image_mean=cfg.MODEL.PIXEL_MEAN,
-        image_std=cfg.MODEL.PIXEL_STD,
-        _skip_resize=True,
     )
+    model.transform = unresized(cfg)
+    return model
 
 
 def losses(model: nn.Module, batch: DetectionBatch) -> Losses:
