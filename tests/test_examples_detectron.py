@@ -31,6 +31,12 @@ from cocktail_detection.tables import jsonable, summary
 from detection_shapes import EXAMPLE, shapes, write_coco, write_tiny
 
 
+@pytest.fixture(autouse=True)
+def own_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(CATALOG, "_known", dict(CATALOG._known))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("datasets"))
