@@ -112,9 +112,7 @@ def _search(
             session.emit(MergeProgress(k, alpha, done + shares * len(names), total))
         session.save_if_late()
 
-    points = [
-        {"alpha": t.alpha, "metric" if t.whole else "bound": session.readable(t.value)} for t in choice.tried
-    ]
+    points = [{"alpha": t.alpha, "metric" if t.whole else "bound": session.readable(t.value)} for t in choice.tried]
     layers, choice = refine(session, candidates, choice, names, refining)
     history.curves.append({"round": k, "points": points})
     in_all = (shares + candidates.proposed) * len(names)
