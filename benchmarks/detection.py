@@ -72,7 +72,7 @@ def measure(task: str, method: str, seed: int, steps: int, test: int, out: Path)
         "images": history.passes * cfg.SOLVER.IMS_PER_BATCH,
         "seconds": round(history.seconds, 1),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
-        "command": f"python benchmarks/detection.py --task {task} --method '{method}'",
+        "command": f"python benchmarks/detection.py --steps {steps} --task {task} --method '{method}'",
         "fingerprint": trainer.fingerprint,
         "losses": [round(dense[0], 4), round(dense[-1], 4)],
         "networks": {name: {k: _rounded(v) for k, v in found.items()} for name, found in networks.items()},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ BASE_KEY = "_BASE_"
 
 class ConfigError(ValueError):
     """A configuration that makes no sense; says which key of which file, and what to write."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Numbers are those of YAML 1.2: 2:4 is a word and not 124, 1e-4 is a number."""
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag not in (_INT, _FLOAT)]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_FLOATS = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$")
+_Loader.add_implicit_resolver(_FLOAT, _FLOATS, list("-+.0123456789"))
 
 
 class Config(dict[str, Any]):
@@ -74,7 +89,7 @@ def _plain(value: Any) -> Any:
 
 def _yaml(text: str, what: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{what} is no YAML: {error}") from None
 
@@ -119,11 +134,6 @@ def _merge(config: Config, settings: Mapping[str, Any], source: str, above: str 
 
 
 def _converted(old: Any, value: Any, key: str, source: str) -> Any:
-    if isinstance(old, float) and isinstance(value, str):  # YAML reads 1e-4 as a word
-        try:
-            return float(value)
-        except ValueError:
-            pass
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(old, list) and isinstance(value, int | float | str):
