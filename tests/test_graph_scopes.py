@@ -48,6 +48,15 @@ class Tied(Choosing):
         return super().forward(x) + self.table.sum()
 
 
+class Rows(Choosing):
+    """How many rows a part is given depends on weights, as a detector's regions do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.second(self.first(x)).movedim(1, -1).reshape(-1, 3)
+        sums = rows.detach().sum(1)
+        return self.head["a"](torch.stack([row for row, v in zip(rows, sums, strict=True) if float(v) > sums.mean()]))
+
+
 class Opaque(nn.Module):
     """Nothing of it can be followed."""
 
@@ -81,6 +90,15 @@ def test_slim_equals_masked_over_all_parts() -> None:
     assert type(slim) is Choosing
     assert (slim.first[0].out_channels, slim.second[0].out_channels, slim.head["a"][0].out_features) == (8, 6, 5)
     slim(X).sum().backward()
+
+
+def test_a_part_may_be_given_another_number_of_rows() -> None:
+    torch.manual_seed(0)
+    model = Rows()
+    coupling = couple(model, (X,))
+    assert sorted(g.size for g in coupling.groups) == [10, 12, 16]  # none is kept whole for its rows
+    slim = cocktail.slim(model, (X,), ratio=0.5)
+    assert (slim.first[0].out_channels, slim.second[0].out_channels, slim.head["a"][0].out_features) == (8, 6, 5)
 
 
 def test_what_other_code_reads_stays_whole() -> None:

@@ -97,7 +97,7 @@ def _calls(found: Pass, units: Int64[Tensor, " labels"], cutter: Cutter) -> int:
             if op in MOVEMENT and node is not last:
                 continue
             if node.units and shape is not None and node.shape is not None:
-                _compare(module, node, shape, fields, units, cutter.keep)
+                _compare(module, node, shape, fields, units, cutter.keep, whole=cutter.trace.scopes == ("",))
                 compared += 1
     return compared
 
@@ -110,13 +110,23 @@ def _by_module(nodes: Sequence[Node]) -> dict[str, list[Node]]:
 
 
 def _compare(
-    module: str, node: Node, shape: tuple[int, ...], fields: Sequence[Field], units: Tensor, keep: Tensor
+    module: str,
+    node: Node,
+    shape: tuple[int, ...],
+    fields: Sequence[Field],
+    units: Tensor,
+    keep: Tensor,
+    *,
+    whole: bool,
 ) -> None:
     left: dict[int, Tensor] = {}
     for held in node.units:
         for d, k in left_along(held, keep).items():
             left[d] = k & left[d] if d in left else k
     expected = tuple(int(left[d].sum()) if d in left else n for d, n in enumerate(node.shape or ()))
+    if not whole and len(shape) == len(expected):
+        # how many rows a part is given may depend on values (a detector's regions): only axes of units have a size
+        expected = tuple(expected[d] if d in left else n for d, n in enumerate(shape))
     if shape != expected:
         raise _difference(f"{node.op} returns {list(shape)}, where {list(expected)} survive", module)
     for field in fields:
