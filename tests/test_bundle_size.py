@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import cocktailsdk as cocktail
 from cocktailsdk.bundle import bundle_bytes
 from cocktailsdk.report.run import dense_bytes
 from cocktailsdk.statistics import statistics_of
-
-torchvision = pytest.importorskip("torchvision")
 
 
 @pytest.fixture(scope="module")
