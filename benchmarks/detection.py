@@ -16,14 +16,13 @@ import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from children import run_child
 from detection_rows import KINDS, METHODS, RESULTS, TASKS, Line, Row, lines, paper_gap, read, write
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -98,22 +97,9 @@ def table(found: list[Line]) -> Table:
 
 def _child(task: str, method: str, seed: int, asked: argparse.Namespace, deadline: float) -> Row | str | None:
     """A run in another process: its row, what went wrong, or ``None`` where time was up and it can be gone on with."""
-    if time.monotonic() > deadline:
-        return None
     command = [sys.executable, __file__, "--run", task, method, str(seed), "--steps", str(asked.steps)]
     command += ["--test", str(asked.test), "--out", str(asked.out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    try:
-        out, err = child.communicate(timeout=max(deadline - time.monotonic(), 0))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        child.send_signal(signal.SIGINT)  # it finishes the step and saves
-        child.communicate()
-        return None
-    found = [line for line in out.splitlines() if line.startswith("{")]
-    return json.loads(found[-1]) if found else f"{task}, {method}, {seed}: {err.strip()[-400:]}"
+    return run_child(command, f"{task}, {method}, {seed}", asked.threads, deadline)
 
 
 def _folder(asked: argparse.Namespace, task: str, method: str, seed: int) -> Path:

@@ -15,8 +15,6 @@ import argparse
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from children import run_child
 from quality_rows import KINDS, PATTERNS, RESULTS, Line, Row, Run, lines, methods, read, write
 from quality_tasks import BATCH, RECALIBRATION, TASKS, Task
 from rich.console import Console
@@ -118,8 +117,6 @@ def table(found: list[Line]) -> Table:
 
 def _child(run: Run, asked: argparse.Namespace, steps: int, deadline: float) -> Row | str | None:
     """A run in another process: its row, what went wrong, or ``None`` where time was up and it can be gone on with."""
-    if time.monotonic() > deadline:
-        return None
     command = [
         sys.executable,
         __file__,
@@ -132,18 +129,7 @@ def _child(run: Run, asked: argparse.Namespace, steps: int, deadline: float) -> 
         str(steps),
     ]
     command += ["--out", str(asked.out)] + (["--data", str(asked.data)] if asked.data else [])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    try:
-        out, err = child.communicate(timeout=max(deadline - time.monotonic(), 0))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        child.send_signal(signal.SIGINT)  # it finishes the step and saves
-        child.communicate()
-        return None
-    found = [line for line in out.splitlines() if line.startswith("{")]
-    return json.loads(found[-1]) if found else f"{run.key}: {err.strip()[-400:]}"
+    return run_child(command, run.key, asked.threads, deadline)
 
 
 def main() -> int:
