@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Annotated
 
 import typer
@@ -57,4 +59,21 @@ app.command("report", epilog=_example("cocktail-cli report runs/digits --html di
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if not end.code:
+            _leave_processes()
+        raise
+
+
+def _leave_processes() -> None:
+    """Close the connections to the run's other processes, if there are any.
+
+    Where Python is left to do it at its end, gloo's threads may let go of a tensor when there is no interpreter
+    any more, which aborts a process that has done all its work. After an error nobody waits for the others.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        gc.collect()  # models wrapped for several processes hold on to the connections
+        dist.destroy_process_group()
