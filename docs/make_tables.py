@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -157,7 +158,8 @@ def _text_runs() -> list[RunReport]:
 
 
 def _keep_text_run(report: RunReport) -> None:
-    """Put a run of an example on text in the place of an earlier one."""
+    """Put a run of an example on text in the place of an earlier one; its table needs no history or masks."""
+    report = replace(report, configuration={}, history={}, masks={}, kept=())
     runs = {run.preset: run for run in (*_text_runs(), report)}
     text = json.dumps({"runs": [runs[name].to_dict() for name in TEXT_RUNS if name in runs]}, indent=1)
     (RESULTS / "text.json").write_text(text + "\n", encoding="utf-8")

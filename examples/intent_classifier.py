@@ -39,6 +39,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 import cocktailsdk as cocktail
 from cocktailsdk.bundle import bundle_bytes
 from cocktailsdk.report.live import run_view_for
+from cocktailsdk.report.recorded import recorded
 from cocktailsdk.report.run import RunReport, dense_bytes, network_rows, versions
 from cocktailsdk.report.tables import networks_table, size_line
 from cocktailsdk.training.events import Event
@@ -125,6 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         alphas=tuple(trainer.history.alphas),
         fingerprint=trainer.fingerprint,
         environment={**versions(), "command": shlex.join(["python", *sys.argv]), "dense as given": f"{given:.4f}"},
+        **recorded(net, trainer),
     )
     report.write(options.out)
     console.print(networks_table(report.networks))

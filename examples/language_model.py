@@ -38,6 +38,7 @@ import cocktailsdk as cocktail
 from cocktailsdk.bundle import bundle_bytes
 from cocktailsdk.errors import SlimError
 from cocktailsdk.report.live import run_view_for
+from cocktailsdk.report.recorded import recorded
 from cocktailsdk.report.run import RunReport, dense_bytes, network_rows, versions
 from cocktailsdk.report.tables import networks_table, size_line
 from cocktailsdk.training.events import Event
@@ -102,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         alphas=tuple(trainer.history.alphas),
         fingerprint=trainer.fingerprint,
         environment={**versions(), "command": shlex.join(["python", *sys.argv]), "dense as given": f"{given:.4f}"},
+        **recorded(net, trainer),
     )
     report.write(options.out)
     console.print(networks_table(report.networks, "perplexity"))

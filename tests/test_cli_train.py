@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,10 @@ def run(*arguments: str) -> Result:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("runs") / "digits"
+    board = ["--tensorboard", str(folder.parent / "board")] if find_spec("tensorboard") is not None else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "digits", small)
-        return folder, run("train", "--preset", "digits", "--out", str(folder))
+        return folder, run("train", "--preset", "digits", "--out", str(folder), *board)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,20 @@ def test_its_report_has_all_that_there_is_to_show(finished: tuple[Path, Result],
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "made by an earlier release" not in page
     assert all(f"{folder} {name} " in page for name in NAMES)
+
+
+def test_scalars_are_written_as_the_run_goes(finished: tuple[Path, Result]) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = read_report(finished[0])
+    assert report is not None
+    board = EventAccumulator(str(finished[0].parent / "board")).Reload()
+    for row in report.networks:  # the finished bundle's comes one after the last round
+        last = board.Scalars(f"held_out/{row.name}")[-1]
+        assert (last.step, last.value) == (3, pytest.approx(row.held_out))
+        assert f"loss/{row.name}" in board.Tags()["scalars"]
+    assert [(s.step, s.value) for s in board.Scalars("alpha")] == [(2, pytest.approx(report.alphas[0]))]
 
 
 def test_progress_goes_to_stderr_in_lines(finished: tuple[Path, Result]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from cocktailsdk.report.page import ReportedRun, report_page
 from cocktailsdk.report.run import read_report
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -62,6 +63,9 @@ def shown(out: Path, printed: str) -> list[Any]:
     assert (out / "bundle").is_dir()
     assert "differs from masked by" in printed
     assert all(f"\n{row.name} " in printed for row in report.networks)
+    page = report_page([ReportedRun(report, out)])
+    assert "made by an earlier release" not in page
+    assert all(title in page for title in ("Training loss by epoch", "What is kept whole"))
     return list(report.networks)
 
 
