@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from result_rows import KINDS, Row, kind_of, read_rows, write_rows
+
 from cocktailsdk.patterns import Channel, Pattern, Unstructured
 from cocktailsdk.training.recipes import Recipe, recipe_named, recipes
 from cocktailsdk.training.recipes.steps import Pivot
-from cocktailsdk.training.state import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.json"
-
-Row = dict[str, Any]
 
 PATTERNS: Mapping[str, tuple[str | Pattern, ...]] = {
     "all": ("unstructured", "n:m", Channel(round_to=1)),
@@ -78,6 +76,9 @@ RIVALS: Mapping[str, Mapping[str, float]] = {
 }
 
 
+THRICE = "cocktail, three times the steps"
+"""Our default at the cost of what trains one pattern a run: the budget for each of three patterns, in one run."""
+
 LABELS = ("us-net", "us-net with labels")
 """A rival, and the name of its variant whose narrow networks learn from the labels alone, not from the widest."""
 
@@ -87,6 +88,7 @@ def methods() -> dict[str, Method]:
     known = recipes()
     out = [Method("cocktail", recipe_named("cocktail"), ALL), Method("paper", PAPER, ALL)]
     out += [Method(n, known[n], runs) for n, runs in RIVALS.items() if n in known]
+    out += [Method(THRICE, replace(recipe_named("cocktail"), name=THRICE), {"all": 3.0})]
     published, variant = LABELS
     out += [Method(variant, replace(known[published], name=variant, distill=0.0), RIVALS[published])]
     out += [Method(n, known[n], ALL) for n in known if n.startswith("paper-")]
@@ -120,18 +122,12 @@ class Run:
 
 def read(path: Path = RESULTS) -> list[Row]:
     """All rows."""
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return rows
+    return read_rows(path)
 
 
 def write(rows: Iterable[Row], path: Path = RESULTS) -> None:
     """Replaces the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(rows, key=lambda r: (r["task"], r["method"], r["pattern"], r["seed"]))
-    write_atomic(path, (json.dumps({"rows": ordered}, indent=1) + "\n").encode())
-
-
-KINDS = ("unstructured", "n:m", "channel")
+    write_rows(rows, path, ("task", "method", "pattern", "seed"))
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,7 @@ def network_means(rows: Iterable[Row], method: str) -> dict[str, float]:
             for name, value in row["networks"].items():
                 found.setdefault(name, []).append(value)
     kinds = ("dense", *KINDS)
-    kind = {n: kinds.index("n:m" if ":" in n else n.partition("@")[0]) for n in found}
+    kind = {n: kinds.index(kind_of(n)) for n in found}
     level = {n: float(n.partition("@")[2] or 0) for n in found}
     return {n: mean(found[n]) for n in sorted(found, key=lambda n: (kind[n], level[n], n))}
 
@@ -211,5 +207,5 @@ def _networks(runs: Iterable[Row]) -> dict[str, dict[str, float]]:
     for row in runs:
         for name, value in row["networks"].items():
             if name != "dense":
-                out["n:m" if ":" in name else name.partition("@")[0]][name] = value
+                out[kind_of(name)][name] = value
     return out
