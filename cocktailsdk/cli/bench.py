@@ -13,6 +13,7 @@ import typer
 from .bundles import bundle_folder
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
+from .options import AsData, Bundle, Model
 
 __all__ = ["bench_bundle"]
 
@@ -27,9 +28,7 @@ class Runtime(StrEnum):
 
 @command
 def bench_bundle(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
-    ],
+    bundle: Bundle,
     names: Annotated[
         list[str] | None,
         typer.Argument(
@@ -39,13 +38,7 @@ def bench_bundle(
             autocompletion=networks,
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="How the model is built: a timm name, hf:TYPE_OR_PATH, torchvision:NAME or package.module:factory.",
-            show_default="as the run or the bundle says",
-        ),
-    ] = None,
+    model: Model = None,
     batch: Annotated[
         list[int] | None,
         typer.Option("--batch", min=1, help="Examples in a batch; may be repeated.", show_default="1 and 8"),
@@ -62,7 +55,7 @@ def bench_bundle(
     out: Annotated[
         Path | None, typer.Option(help="Where the device profile goes.", show_default="BUNDLE.profile.json")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+    as_json: AsData = False,
 ) -> None:
     """Measure every network of a bundle on this machine, and save what was found as a device profile."""
     console = messages()

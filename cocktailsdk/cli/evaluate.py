@@ -11,15 +11,14 @@ import typer
 from .bundles import bundle_folder, run_folder
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
+from .options import AsData, Bundle
 
 __all__ = ["evaluate"]
 
 
 @command
 def evaluate(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
-    ],
+    bundle: Bundle,
     names: Annotated[
         list[str] | None,
         typer.Argument(
@@ -33,7 +32,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the images; the digits need none.", show_default=False)
     ] = None,
     model: Annotated[str | None, typer.Option(help="The preset's model.", show_default="as the run had it")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+    as_json: AsData = False,
 ) -> None:
     """Measure networks of a bundle on a preset's test data."""
     log_to(messages())

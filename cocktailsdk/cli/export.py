@@ -9,15 +9,14 @@ import typer
 
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
+from .options import AsData, Bundle, Model
 
 __all__ = ["export_subnet"]
 
 
 @command
 def export_subnet(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
-    ],
+    bundle: Bundle,
     name: Annotated[
         str,
         typer.Argument(
@@ -30,13 +29,7 @@ def export_subnet(
             metavar="PATH", help="The file; .onnx, .xml (OpenVINO), .pt2 or .safetensors.", show_default=False
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="How the model is built: a timm name, hf:TYPE_OR_PATH, torchvision:NAME or package.module:factory.",
-            show_default="as the run or the bundle says",
-        ),
-    ] = None,
+    model: Model = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantize with the runtime's own quantizer, calibrated on the training data.")
     ] = False,
@@ -46,7 +39,7 @@ def export_subnet(
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch", help="The example's batch size only, instead of any.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+    as_json: AsData = False,
 ) -> None:
     """Write one network for another runtime, and check it there. If anything fails, no file is left."""
     log_to(messages())

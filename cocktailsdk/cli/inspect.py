@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import command, log_to, messages, print_json, results
+from .options import AsData
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +76,7 @@ def inspect_model(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+    as_json: AsData = False,
 ) -> None:
     """Show what of a model is prunable, what is coupled, and what is kept whole and why."""
     log_to(messages())

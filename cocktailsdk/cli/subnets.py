@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from .bundles import bundle_folder
 from .console import command, log_to, messages, print_json, results
+from .options import AsData, Bundle
 
 __all__ = ["list_subnets"]
 
 
 @command
 def list_subnets(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or a finished run's.", show_default=False)
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as data.")] = False,
+    bundle: Bundle,
+    as_json: AsData = False,
 ) -> None:
     """List the networks of a bundle, from what is stored: no model is built."""
     log_to(messages())
