@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
-from cocktailsdk.training.state import write_atomic
+from result_rows import KINDS, Row, kind_of, read_rows, write_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "detection.json"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,6 @@ PAPER: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     },
 }
 """The paper's Table 4: AP on COCO of the dense network, and the mean of ten channel networks by method."""
-
-KINDS = ("unstructured", "n:m", "channel")
-
-
-def kind_of(name: str) -> str:
-    """The pattern of a network, by its name."""
-    return name.partition("@")[0] if "@" in name else "dense" if name == "dense" else "n:m"
 
 
 def paper_gap(kind: str, backbone: str, method: str) -> float | None:
@@ -144,12 +133,9 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 
 def read(path: Path = RESULTS) -> list[Row]:
     """All rows."""
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return rows
+    return read_rows(path)
 
 
 def write(rows: Iterable[Row], path: Path = RESULTS) -> None:
     """Replaces the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(rows, key=lambda r: (r["task"], r["method"], r["seed"], r["budget"]))
-    write_atomic(path, (json.dumps({"rows": ordered}, indent=1) + "\n").encode())
+    write_rows(rows, path, ("task", "method", "seed", "budget"))
