@@ -20,6 +20,9 @@ from statistics import mean
 from bundle_tables import bundle_block
 from deploy_tables import deploy_block
 from detection_tables import detection_block
+from home_picture import home_picture
+from home_tables import home_block
+from paper_tables import paper_blocks
 from scaling_tables import scaling_block
 from serving_tables import serving_block
 from switching_tables import switching_block
@@ -51,9 +54,9 @@ def main() -> int:
         else:
             shutil.copyfile(report, RESULTS / f"{read.preset}.json")
     stale = False
-    for page, block in PAGES.items():
-        text = page.read_text(encoding="utf-8")
-        new = replaced(text, block())
+    for page, block in {**PAGES, **PICTURES}.items():
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
+        new = block() if page in PICTURES else replaced(text, block())
         stale |= new != text
         if new != text and not options.check:
             page.write_text(new, encoding="utf-8")
@@ -102,13 +105,18 @@ def kill_block() -> str:
     return "\n".join(out) + "\n"
 
 
-def replaced(text: str, block: str) -> str:
-    """A page with what stands between its marks replaced."""
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise SystemExit(f"a page lacks the marks {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
+def replaced(text: str, blocks: str | Sequence[str]) -> str:
+    """A page with what stands between its marks replaced, pair of marks by pair."""
+    done = ""
+    for block in [blocks] if isinstance(blocks, str) else blocks:
+        before, found, rest = text.partition(BEGIN)
+        _, closed, text = rest.partition(END)
+        if not found or not closed:
+            raise SystemExit(f"a page lacks the marks {BEGIN!r} and {END!r}")
+        done += f"{before}{BEGIN}\n\n{block}\n{END}"
+    if BEGIN in text:
+        raise SystemExit(f"a page has more marks {BEGIN!r} than there are tables")
+    return done + text
 
 
 def results_block() -> str:
@@ -286,8 +294,10 @@ def merging_block() -> str:
 SHOWN = ("cocktail", "paper", "imp", "us-net", "refilling", "ast")
 """Methods of which every network's accuracy is shown."""
 
-PAGES = {
+PAGES: dict[Path, Callable[[], str | Sequence[str]]] = {
     ROOT / "README.md": results_block,
+    ROOT / "docs" / "index.md": home_block,
+    ROOT / "docs" / "reproducing.md": paper_blocks,
     ROOT / "docs" / "results.md": results_block,
     ROOT / "docs" / "resuming.md": kill_block,
     ROOT / "docs" / "text.md": text_block,
@@ -301,6 +311,9 @@ PAGES = {
     ROOT / "docs" / "quality.md": lambda: quality_block() + "\n" + merging_block(),
 }
 """Every page with marks, and what stands between them."""
+
+PICTURES: dict[Path, Callable[[], str]] = {ASSETS / "cocktail.svg": lambda: home_picture(reports()[0])}
+"""Drawings that are made of results, and are checked as pages are; the others are for people to compare."""
 
 
 if __name__ == "__main__":
