@@ -72,6 +72,20 @@ def test_measured_tables_are_what_the_results_say() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_pictures_of_coupling_are_what_the_library_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from coupling_pictures import ASSETS, drawn, pictures
+
+    for picture in pictures():
+        found = (ASSETS / f"coupling-{picture.name}.svg").read_text(encoding="utf-8")
+        assert drawn(picture) == found, f"{picture.name}: run python docs/coupling_pictures.py"
+
+
+def test_a_pattern_of_your_own_takes_30_lines() -> None:
+    (pattern,) = (b for b in blocks(ROOT / "docs" / "patterns.md", "python") if "register_pattern" in b)
+    assert len(pattern.splitlines()) <= 30
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
