@@ -233,9 +233,13 @@ def test_each_width_is_compiled_once():
     with torch.no_grad():
         wanted = {n: view(x) for n, view in views.items()}
         views.compile(backend=backend, fullgraph=True)
+        counts = []
         for name in NAMES * 3:
             torch.testing.assert_close(views[name](x), wanted[name])
-    assert len(compiled) == len(views)
+            counts.append(len(compiled))
+    first = counts[: len(views)]  # older releases compile each block of a Sequential by itself
+    assert first == sorted({*first}) and counts[0] > 0
+    assert counts[len(views) :] == [first[-1]] * (2 * len(views))
 
 
 def test_subnetworks_that_cannot_share_are_refused():
