@@ -151,9 +151,9 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
             with self.using(name):
                 measure(self.model, batches, forward)
                 own = statistics_of(self.model)
-            masks = self._device_masks(name)
             # What a removed channel measured means nothing; as zeros it need not be stored.
-            self.statistics[name] = {n: v * masks[n] if n in masks else v for n, v in own.items()}
+            self.zero_masked(name, own)
+            self.statistics[name] = own
 
     def _recalibrate_dense(self, batches: Iterable[Any], forward: Forward | None) -> None:
         tensors = self._switcher.tensors

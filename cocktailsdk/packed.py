@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-__all__ = ["PackedMasks"]
+__all__ = ["PackedMasks", "number_type", "zero_by_numbers"]
 
 _PIECE = 1 << 16  # elements at a time on a CPU: what fits a core's cache
 _GROUP = 1 << 26  # elements unpacked at a time on an accelerator, where few large kernels are quicker than many
 _SPREAD = 0x0102040810204080  # times eight bytes of 0 and 1: their bits in the highest byte
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def number_type(tensor: Tensor) -> torch.dtype:
+    """Of which numbers a mask is to be that :func:`zero_by_numbers` takes for a tensor without converting it."""
+    return _BITS.get(tensor.element_size(), torch.bool)
+
+
+def zero_by_numbers(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Set to zero, in place, what is masked: the masks, of 1 and 0, times the tensors' bits taken as whole numbers.
+
+    So a masked NaN or infinity is zero after it, as times a floating-point zero it would not be.
+    """
+    whole: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, mask in zip(tensors, masks, strict=True):
+        numbers = number_type(tensor)
+        if numbers == torch.bool:  # wider than any whole number (complex128)
+            tensor.masked_fill_(mask == 0, 0)
+            continue
+        views, factors = whole.setdefault(numbers, ([], []))
+        views.append(tensor.view(numbers))
+        factors.append(mask.to(numbers))
+    for views, factors in whole.values():
+        torch._foreach_mul_(views, factors)
 
 
 class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
@@ -123,11 +146,7 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
                 torch._foreach_copy_([into[n] for n in names], [tensors[n] for n in names])
                 tensors = into
             for group in self._groups(names):
-                masks = self._unpacked(group)
-                own = [tensors[n].detach() for n in group]
-                for dtype in {t.dtype for t in own}:
-                    mine = [(t, m) for t, m in zip(own, masks, strict=True) if t.dtype == dtype]
-                    torch._foreach_mul_([t for t, _ in mine], [m.to(dtype) for _, m in mine])
+                zero_by_numbers([tensors[n].detach() for n in group], self._unpacked(group))
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         group: list[str] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .levels import Level
 from .masks import Mask
-from .packed import PackedMasks
+from .packed import PackedMasks, number_type, zero_by_numbers
 from .unit_masks import UnitMasks
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Placed", "PlacedMasks", "zero_masked"]
 
 Placed = PackedMasks | UnitMasks | Mapping[str, Tensor]
-"""Masks of parameters and buffers by name: packed, by what removed units mask, or as numbers in the tensors' dtypes."""
+"""Masks of parameters and buffers by name: packed, by what removed units mask, or as numbers for the tensors' bits."""
 
 _CACHE_BYTES = 1 << 30
 _PLAIN_BYTES = 1 << 22  # masks that are no larger as numbers are kept so: for small models speed is what counts
@@ -68,7 +68,7 @@ class PlacedMasks:
         tensors = self._tensors
         if isinstance(masks, PackedMasks | UnitMasks):
             return all(tensors[n].device == masks.device for n in masks)
-        return all(tensors[n].device == m.device and tensors[n].dtype == m.dtype for n, m in masks.items())
+        return all(tensors[n].device == m.device and number_type(tensors[n]) == m.dtype for n, m in masks.items())
 
     def _place(self, mask: Mask) -> Placed:
         tensors = self._tensors
@@ -85,7 +85,7 @@ class PlacedMasks:
             packed = PackedMasks(mask.tensors(self._coupling).items())
         devices = {tensors[n].device for n in packed}
         if len(devices) != 1 or packed.elements * max(tensors[n].element_size() for n in packed) <= _PLAIN_BYTES:
-            return {n: m.to(device=tensors[n].device, dtype=tensors[n].dtype) for n, m in packed.items()}
+            return {n: m.to(tensors[n].device, number_type(tensors[n])) for n, m in packed.items()}
         return packed.to(devices.pop())
 
     def _units(self, removed: Tensor) -> UnitMasks | None:
@@ -109,7 +109,7 @@ def placed_bytes(masks: Placed) -> int:
 
 
 def zero_masked(masks: Placed, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None) -> None:
-    """Set to zero what is masked in tensors.
+    """Set to zero what is masked in tensors: whatever was there, a NaN or infinity too.
 
     Args:
         masks: On the tensors' device.
@@ -124,4 +124,4 @@ def zero_masked(masks: Placed, tensors: Mapping[str, Tensor], into: Mapping[str,
             if into is not None:
                 torch._foreach_copy_([into[n] for n in tensors], list(tensors.values()))
                 tensors = {n: into[n] for n in tensors}
-            torch._foreach_mul_(list(tensors.values()), [masks[n] for n in tensors])
+            zero_by_numbers([t.detach() for t in tensors.values()], [masks[n] for n in tensors])

@@ -28,12 +28,13 @@ def batch_norm_buffers(model: nn.Module) -> tuple[str, ...]:
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the running means and variances, by the buffers' full names."""
-    return {
-        f"{path}.{name}".lstrip("."): b.detach().clone()
-        for path, m in batch_norms(model).items()
-        for name in ("running_mean", "running_var")
-        if (b := m._buffers.get(name)) is not None
-    }
+    with torch.inference_mode(False):  # whose tensors could not be changed outside later
+        return {
+            f"{path}.{name}".lstrip("."): b.detach().clone()
+            for path, m in batch_norms(model).items()
+            for name in ("running_mean", "running_var")
+            if (b := m._buffers.get(name)) is not None
+        }
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -20,7 +20,7 @@ from .packed import PackedMasks
 from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
 from .sharding import local
-from .switching import Ready, Switcher
+from .switching import Switcher
 
 
 class SwitchableNet(nn.Module):
@@ -120,11 +120,12 @@ class SwitchableNet(nn.Module):
         return self
 
     def prepare(self, *names: str) -> Self:
-        """Make subnetworks' weights now, so that switching to these is a matter of microseconds.
+        """Make subnetworks' weights and statistics now, so that switching to these is a matter of microseconds.
 
         Each takes as much memory as the tensors that it masks, one copy of the model at most, until others are prepared
         in its place; ``prepare()`` forgets all. Forward passes of other threads go on meanwhile. Once the dense weights
-        change, the copies are not used any more (a change through ``.data`` is not noticed: prepare anew).
+        or :attr:`statistics` change, the copies are not used any more (a change through ``.data`` is not noticed:
+        prepare anew).
 
         It is of use for models on the CPU, where making a subnetwork's weights takes about as long as loading them.
         Elsewhere only the masks are brought to the model.
@@ -139,8 +140,9 @@ class SwitchableNet(nn.Module):
         with self._gate.changing():
             self._switcher.forget(self._switcher.prepared.keys() - wanted.keys())
             for name in wanted:
-                if name != DENSE and self._switcher.ready(name) is None:
-                    self._switcher.prepare(name, self._device_masks(name))
+                if name != DENSE:
+                    self._switcher.prepare(name, self._device_masks(name), self.statistics.get(name, {}))
+            self._placed.release()
         return self
 
     @property
@@ -195,27 +197,25 @@ class SwitchableNet(nn.Module):
         return name
 
     def _go(self, name: str, *, statistics: bool) -> None:
-        ready = self._switcher.ready(name)
         if name != self._active:
-            masks = {} if name == DENSE or ready else self._device_masks(name)
+            masks = {} if name == DENSE or name in self._switcher.prepared else self._device_masks(name)
             self._switcher.to_dense(statistics=False)
             self._active = DENSE  # true if what follows fails
-            if ready:
-                self._switcher.swap(ready)
-            elif masks:
-                self._switcher.mask(masks)
+            if name != DENSE and not self._switcher.swap(name):
+                self._switcher.mask(masks or self._device_masks(name))
             self._active = name
         if statistics:
-            self._go_statistics(name, ready)
+            self._go_statistics(name)
 
-    def _go_statistics(self, name: str, ready: Ready | None = None) -> None:
+    def _go_statistics(self, name: str) -> None:
         if name == self._statistics_active:
             return
-        masks = {} if name == DENSE else self._norm_masks(name) if ready is None else ready.norms
-        self._switcher.norms.restore(self._switcher.tensors)
+        self._switcher.dense_statistics()
         self._statistics_active = DENSE
         if name != DENSE:
-            self._switcher.load_statistics(self.statistics.get(name, {}), masks)
+            own = self.statistics.get(name, {})
+            if not self._switcher.swap_statistics(name, own):
+                self._switcher.load_statistics(own, self._norm_masks(name))
         self._statistics_active = name
 
     def _norm_masks(self, name: str) -> Placed:

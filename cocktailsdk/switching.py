@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .placed import Placed, zero_masked
+from .prepared import Ready, Statistics, Swap
 from .sharding import is_sharded, local, rows_of, whole
 from .statistics import batch_norm_buffers
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A subnetwork's weights, made before they are needed.
-
-    Attributes:
-        values: By name, the tensors that it masks.
-        states: By name, what tells whether the dense tensors have changed since.
-        norms: Masks of batch-norm buffers, in their dtypes.
-    """
-
-    values: Mapping[str, Tensor]
-    states: Mapping[str, tuple[Any, ...]]
-    norms: Mapping[str, Tensor]
 
 
 class Tensors:
@@ -83,9 +71,30 @@ class Stash:
 
     def __init__(self) -> None:
         self.saved: dict[str, Tensor] = {}
-        self._lent: set[str] = set()  # those that have other memory for a while
+        self._lent: AbstractSet[str] = set()  # those that have other memory for a while
         self._spare: dict[str, Tensor] = {}
         self._kept = False
+        self._swap: Swap | None = None
+
+    def swap(self, swap: Swap) -> bool:
+        """Give tensors values that were made before, if these are still right; once everything before was restored."""
+        self.saved, self._lent, self._kept, self._swap = swap.dense, swap.names, True, swap
+        with _in_place():
+            if swap.give():
+                return True
+        self.saved, self._lent, self._kept, self._swap = {}, set(), False, None
+        return False
+
+    def swapped_back(self) -> bool:
+        """Undo :meth:`swap`, if that was what was done and the tensors are as it left them."""
+        swap, self._swap = self._swap, None
+        if swap is None:
+            return not self.saved
+        with _in_place():
+            if not swap.take_back():
+                return False
+        self.saved, self._lent, self._kept = {}, set(), False
+        return True
 
     def restore(self, tensors: Tensors) -> None:
         """Give the dense values back."""
@@ -101,7 +110,8 @@ class Stash:
                     copied.append(n)
             if copied:
                 torch._foreach_copy_([tensors[n] for n in copied], [self.saved[n] for n in copied])
-                self._spare.update((n, self.saved[n]) for n in copied)
+                if not self._kept:
+                    self._spare.update((n, self.saved[n]) for n in copied)
         self.saved, self._lent, self._kept = {}, set(), False
 
     def save(self, tensors: Tensors, names: Sequence[str]) -> None:
@@ -120,19 +130,19 @@ class Stash:
             if old:
                 torch._foreach_copy_(old, own)
 
-    def lend(self, tensors: Tensors, values: Mapping[str, Tensor], *, keep: bool) -> None:
-        """Give tensors memory with other values for a while; only once everything before was restored.
+    def lend(self, tensors: Tensors, values: Mapping[str, Tensor]) -> None:
+        """Give tensors memory with other values for a while, which this stash then has.
 
         Args:
-            tensors: The model's.
+            tensors: The model's; everything before was restored.
             values: By name, like the tensors.
-            keep: Whether they are somebody's who keeps them; else this stash has them.
         """
-        self._kept = keep
+        lent: set[str] = set()
+        self._lent = lent
         with _in_place():
             for n, value in values.items():
                 self.saved[n] = tensors[n].detach()
-                self._lent.add(n)
+                lent.add(n)
                 _give(tensors[n], value)
 
     def room(self, tensors: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
@@ -147,6 +157,9 @@ class Stash:
         """Forget the copies that are not in use."""
         self._spare = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_swap": None}  # a copy restores what was saved
+
 
 class Switcher:
     """Makes one subnetwork at a time the active one, in place.
@@ -160,55 +173,109 @@ class Switcher:
         self.weights, self.norms = Stash(), Stash()
         self._ready: dict[str, Ready] = {}
         self._swappable: tuple[tuple[int, ...], bool] | None = None
-        self._ours: dict[str, int] = {}  # how often a tensor's version went up because of us
+        self._ours: Counter[str] = Counter()  # how often a tensor's version went up because of us
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": {}, "_ours": Counter()}  # they are of these very tensors
 
     def to_dense(self, *, statistics: bool) -> None:
         """Restore the dense weights, and the dense statistics if asked."""
-        with self._counted(list(self.weights.saved)):
-            self.weights.restore(self.tensors)
+        self._restore(self.weights)
         if statistics:
-            self.norms.restore(self.tensors)
+            self.dense_statistics()
 
-    def swap(self, ready: Ready) -> None:
-        """Make weights that were made before the active ones. The dense ones are active."""
-        with self._counted(list(ready.values)):
-            self.weights.lend(self.tensors, ready.values, keep=True)
+    def dense_statistics(self) -> None:
+        """Restore the dense statistics."""
+        self._restore(self.norms)
+
+    def _restore(self, stash: Stash) -> None:
+        if not stash.swapped_back():
+            with self._counted(list(stash.saved)):
+                stash.restore(self.tensors)
+
+    def swap(self, name: str) -> bool:
+        """Make a subnetwork's weights that were made before the active ones. The dense ones are active.
+
+        Returns:
+            Whether there were any that are still right.
+        """
+        ready = self._ready.get(name)
+        if ready is None:
+            return False
+        if not self.weights.swap(ready.weights):
+            self._outdated(name)
+            return False
+        return True
 
     def mask(self, masks: Placed) -> None:
         """Mask weights and other tensors, batch-norm buffers apart. The dense ones are active."""
         names = [n for n in masks if n not in self.norm_buffers]
         with self._counted(names):
             if self.swappable(names):
-                self.weights.lend(self.tensors, self._masked(masks, names), keep=False)
+                self.weights.lend(self.tensors, self._masked(masks, names))
             else:
                 self.weights.save(self.tensors, names)
                 zero_masked(masks, {n: self.tensors[n] for n in names})
 
-    def prepare(self, name: str, masks: Placed) -> bool:
-        """Make a subnetwork's weights beside the dense ones, so that making it active takes no time.
+    def prepare(self, name: str, masks: Placed, statistics: Mapping[str, Tensor]) -> bool:
+        """Make a subnetwork's weights and statistics beside the dense ones, so that making it active takes no time.
+
+        What is still right of those that were made before is kept.
+
+        Args:
+            name: The subnetwork.
+            masks: Its own.
+            statistics: Its own, as far as it has any.
 
         Returns:
             Whether that is possible.
         """
-        names = [n for n in masks if n not in self.norm_buffers]
-        if not self.swappable(names):
-            return False
-        with _in_place():
-            values = {n: torch.empty_like(self.tensors[n].detach()) for n in names}
-            dense = {n: self.dense_part(n) for n in names}
-            zero_masked(masks, dense, values)
-        norms = {n: masks[n].to(self.tensors[n]) for n in masks if n in self.norm_buffers}
-        self._ready[name] = Ready(values, {n: self._state(n) for n in names}, norms)
+        ready = self.ready(name)
+        if ready is None:
+            weights = self._prepared([n for n in masks if n not in self.norm_buffers], masks, {})
+            if weights is None:
+                return False
+            ready = self._ready[name] = Ready(weights, None)
+        if ready.statistics is None or not self._right(ready.statistics, statistics):
+            made = None
+            if not any(t.is_inference() for t in statistics.values()):  # whose changes nobody can notice
+                made = self._prepared([n for n in self.tensors.where if n in self.norm_buffers], masks, statistics)
+            made_of = None if made is None else Statistics(made, statistics)
+            self._ready[name] = dataclasses.replace(ready, statistics=made_of)
         return True
 
+    def _prepared(self, names: Sequence[str], masks: Placed, instead: Mapping[str, Tensor]) -> Swap | None:
+        """Values of tensors made beside them: of others instead, masked; ``None`` where they cannot be swapped."""
+        if not self.swappable(names) or len({id(self.tensors[n]) for n in names}) < len(names):
+            return None
+        dense = {n: self.dense_part(n) for n in names}
+        with _in_place():
+            values = {n: torch.empty_like(dense[n]) for n in names}
+            masked = {n: dense[n] for n in names if n in masks and n not in instead}
+            zero_masked(masks, masked, values)
+            for n in names:
+                if n not in masked:
+                    values[n].copy_(instead.get(n, dense[n]))
+            zero_masked(masks, {n: values[n] for n in names if n in masks and n in instead})
+        return Swap(self.tensors.where, dense, values, self._ours)
+
     def ready(self, name: str) -> Ready | None:
-        """A subnetwork's weights that were made before; ``None`` where there are none that are still right."""
+        """What was made before of a subnetwork; ``None`` where there are no weights that are still right."""
         ready = self._ready.get(name)
-        if ready is None or all(self._state(n) == state for n, state in ready.states.items()):
+        if ready is None or self._unchanged(ready.weights):
             return ready
+        self._outdated(name)
+        return None
+
+    def _unchanged(self, swap: Swap) -> bool:
+        return swap.unchanged() and swap.lies_at([self.dense_part(n) for n in swap.dense])
+
+    def _right(self, ready: Statistics, statistics: Mapping[str, Tensor]) -> bool:
+        return ready.made_of(statistics) and self._unchanged(ready.swap)
+
+    def _outdated(self, name: str) -> None:
         log.info("%s is made ready no longer: the dense weights have changed since", name)
         del self._ready[name]
-        return None
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop what was made ready of these subnetworks."""
@@ -252,11 +319,6 @@ class Switcher:
             zero_masked(masks, {n: self.tensors[n] for n in names}, values)
         return values
 
-    def _state(self, name: str) -> tuple[Any, ...]:
-        """What tells whether a tensor's dense value has changed, other than through ``.data``."""
-        dense = self.dense_part(name)
-        return dense.data_ptr(), dense.dtype, self.tensors[name]._version - self._ours.get(name, 0)
-
     @contextlib.contextmanager
     def _counted(self, names: Sequence[str]) -> Iterator[None]:
         """Inside it is we who change tensors."""
@@ -268,16 +330,28 @@ class Switcher:
             yield
         finally:
             for n, version in before.items():
-                self._ours[n] = self._ours.get(n, 0) + self.tensors[n]._version - version
+                self._ours[n] += self.tensors[n]._version - version
+
+    def swap_statistics(self, name: str, statistics: Mapping[str, Tensor]) -> bool:
+        """Make a subnetwork's statistics that were made before the active ones. The dense ones are active.
+
+        Returns:
+            Whether there were any that are still right, made of these.
+        """
+        ready = self._ready.get(name)
+        made = None if ready is None else ready.statistics
+        return made is not None and made.made_of(statistics) and self.norms.swap(made.swap)
 
     def load_statistics(self, statistics: Mapping[str, Tensor], masks: Placed) -> None:
         """Put a subnetwork's own statistics in the batch-norm buffers, masked where its channels are gone."""
-        self.norms.save(self.tensors, [n for n in self.tensors.where if n in self.norm_buffers])
+        buffers = [n for n in self.tensors.where if n in self.norm_buffers]
         names = [n for n in statistics if n in self.norm_buffers]
-        if names:
-            with _in_place():
-                torch._foreach_copy_([self.tensors[n] for n in names], [statistics[n] for n in names])
-        zero_masked(masks, {n: self.tensors[n] for n in masks if n in self.norm_buffers})
+        with self._counted(buffers):
+            self.norms.save(self.tensors, buffers)
+            if names:
+                with _in_place():
+                    torch._foreach_copy_([self.tensors[n] for n in names], [statistics[n] for n in names])
+            zero_masked(masks, {n: self.tensors[n] for n in masks if n in self.norm_buffers})
 
     def dense(self, name: str) -> Tensor:
         """A tensor's dense value, whatever is active; of a sharded one all of it, gathered by all processes."""
@@ -294,9 +368,8 @@ class Switcher:
         return self.tensors[name].detach()
 
     def release(self) -> None:
-        """Forget spare copies."""
+        """Forget spare copies of weights; those of statistics are small, and make the next switch quicker."""
         self.weights.release()
-        self.norms.release()
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_net
 from torch import nn
 
 import cocktailsdk as cocktail
-from cocktailsdk.packed import PackedMasks
+from cocktailsdk.packed import PackedMasks, zero_by_numbers
 
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=4)
 
@@ -62,6 +63,43 @@ def test_on_a_gpu_the_same_becomes_zero():
     there = {n: v.cuda() for n, v in values.items()}
     PackedMasks(masks.items()).to(torch.device("cuda")).zero_masked(there)
     assert all(torch.equal(t.cpu(), values[n] * masks[n]) for n, t in there.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128])
+def test_masks_as_numbers_leave_no_nan_behind_and_change_nothing_else(dtype):
+    value = torch.randn(6, 4, 3).to(dtype)
+    value[0, 0, 0] = float("nan")  # kept, and so it stays
+    for shape in ((6, 4, 3), (6, 1, 1), (4, 1)):
+        mask = torch.rand(shape) < 0.5
+        mask[(0,) * mask.ndim] = True
+        expected = torch.where(mask, value, torch.zeros((), dtype=dtype))
+        for broken in (float("nan"), float("inf"), -1.0):
+            for numbers in (mask, mask.to(torch.int32)):
+                changed = value.masked_fill(~mask, broken)
+                zero_by_numbers([changed], [numbers])
+                torch.testing.assert_close(changed, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["numbers", "packed"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_masked_weight_is_zero_whatever_it_is_in_the_dense_network(large, broken):
+    net = wide_net() if large else tiny_net()
+    weights = {n: p.detach() for n, p in net.model.named_parameters()}
+    for name in ("unstructured@0.5", "2:4", "channel@0.5") if large else ("unstructured@0.488", "2:4", "channel@0.469"):
+        masks = net.masks[name].tensors(net.coupling)
+        gone = {n: (~k).expand(weights[n].shape) for n, k in masks.items() if n in weights}
+        before = {n: weights[n].clone() for n in gone}
+        for n, masked in gone.items():
+            weights[n].masked_fill_(masked, broken)
+        for prepared in ((), (name,)):
+            with net.prepare(*prepared).using(name):
+                now = {n: p.detach() for n, p in net.model.named_parameters()}
+                assert all(torch.equal(now[n], before[n].masked_fill(masked, 0)) for n, masked in gone.items())
+            assert not any(torch.isfinite(weights[n][masked]).any() for n, masked in gone.items())
+        gradients = {n: torch.full_like(value, broken) for n, value in before.items()}
+        net.zero_masked(name, gradients)
+        assert all((gradients[n] == 0).equal(masked) for n, masked in gone.items())
+        torch._foreach_copy_([weights[n] for n in gone], list(before.values()))
 
 
 def wide_net() -> cocktail.CocktailNet:

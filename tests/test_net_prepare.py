@@ -130,6 +130,117 @@ def test_an_update_of_an_active_copy_is_lost_and_so_is_the_copy():
     assert same(values(net.model), expected)
 
 
+def measured_net():
+    """With batch-norm statistics of each subnetwork's own."""
+    net = tiny_net()
+    for name in NAMES:
+        net.recalibrate(name, [torch.randn(4, 3, 6, 6)])
+    return net
+
+
+def test_statistics_are_made_ready_too_and_their_dense_memory_is_not_written():
+    net = measured_net()
+    dense, where = values(net.model), addresses(net.model)
+    buffers = {n: b.detach() for n, b in net.model.named_buffers()}
+    net.prepare(*NAMES)
+    for name in (*NAMES, *reversed(NAMES)):
+        net.switch(name)
+        now = dict(net.model.named_buffers())
+        assert all(torch.equal(now[n], t) for n, t in net.statistics[name].items())
+        assert all(torch.equal(b, dense[n]) and now[n].data_ptr() != b.data_ptr() for n, b in buffers.items())
+        assert same({n.removeprefix("model."): t for n, t in net.state_dict().items()}, dense)
+    net.switch("dense")
+    assert same(values(net.model), dense)
+    assert addresses(net.model) == where
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net, name: net.recalibrate(name, [torch.randn(4, 3, 6, 6)]),
+        lambda net, name: net.statistics[name]["bn1.running_mean"].mul_(2.0),
+        lambda net, name: net.statistics[name].pop("bn2.running_var"),
+        lambda net, name: net.statistics.pop(name),
+        lambda net, name: net.model.bn1.running_var.add_(1.0),
+        lambda net, name: net.model.bn2.num_batches_tracked.add_(1),
+        lambda net, name: setattr(net.model.bn2, "running_mean", torch.ones(16)),
+    ],
+    ids=["recalibrated", "in place", "fewer", "none", "dense", "count", "replaced"],
+)
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_statistics_that_have_changed_since_are_used_as_they_are_now(change, name):
+    net = measured_net()
+    net.prepare(name)
+    change(net, name)
+    dense = values(net.model)
+    expected = dense | net.statistics.get(name, {})
+    kept = net.masks[name].tensors(net.coupling)
+    expected = {n: t * kept[n] if n in kept else t for n, t in expected.items()}
+    for _ in range(2):  # once more with what the change left made ready
+        for _ in range(2):
+            net.switch(name)
+            assert same(values(net.model), expected)
+            net.switch("dense")
+            assert same(values(net.model), dense)
+        assert net.prepare(name).prepared == [name]
+
+
+def test_what_training_does_to_prepared_statistics_is_lost():
+    net = measured_net().train()
+    dense = values(net.model)
+    net.prepare("2:4")
+    for _ in range(3):
+        net.switch("2:4")
+        assert torch.equal(net.model.bn1.running_mean, net.statistics["2:4"]["bn1.running_mean"])
+        net(net.example[0][0])
+        assert not torch.equal(net.model.bn1.running_mean, net.statistics["2:4"]["bn1.running_mean"])
+        assert net.model.bn1.num_batches_tracked == dense["bn1.num_batches_tracked"] + 1
+        net.switch("dense")
+        assert same(values(net.model), dense)
+        net.train()
+
+
+def test_a_model_that_moves_while_a_prepared_subnetwork_is_active_gets_its_dense_values_back():
+    net = measured_net()
+    dense = values(net.model)
+    net.prepare("2:4").switch("2:4")
+    net.double()
+    assert net.model.bn1.running_mean.dtype == net.model.widen.weight.dtype == torch.float64
+    net.switch("dense")
+    assert all(torch.equal(t, dense[n].to(t.dtype)) for n, t in net.model.state_dict().items())
+    assert net.model.widen.weight.dtype == torch.float64
+    assert net.prepared == []
+
+
+def test_a_weight_that_was_replaced_gets_no_prepared_values():
+    net = tiny_net()
+    net.prepare("2:4")
+    net.model.widen.weight = nn.Parameter(torch.randn_like(net.model.widen.weight))
+    dense = values(net.model)
+    net.switch("2:4")
+    assert net.prepared == []
+    kept = net.masks["2:4"].tensors(net.coupling)["widen.weight"]
+    assert torch.equal(net.model.widen.weight, dense["widen.weight"] * kept)
+    net.switch("dense")
+    assert same(values(net.model), dense)
+
+
+def test_statistics_that_two_norms_share_are_copied():
+    net = measured_net()
+    net.model.bn3 = nn.BatchNorm2d(8).eval()
+    net.model.bn3.running_mean = net.model.bn1.running_mean
+    net = cocktail.net.CocktailNet(
+        net.model, net.patterns, net.coupling, net.selection, net.example, {n: net.masks[n] for n in NAMES}
+    )
+    dense, where = values(net.model), addresses(net.model)
+    net.statistics["2:4"] = {n: torch.full((8,), 2.0) for n in ("bn1.running_mean", "bn3.running_mean")}
+    net.prepare("2:4").switch("2:4")
+    assert (net.model.bn1.running_mean == 2.0).all()
+    assert net.model.bn1.running_mean.data_ptr() == where["bn1.running_mean"]
+    net.switch("dense")
+    assert same(values(net.model), dense)
+
+
 def test_a_backward_pass_that_would_see_other_weights_is_refused():
     net = tiny_net()
     with net.using("2:4"):
