@@ -201,7 +201,7 @@ def drawn(picture: Picture) -> str:
         what += [_told("column", across)] if across else []
         parts += [text(x, TOP + rows * CELL + 14 + 15 * k, line, "faint") for k, line in enumerate(what or ["nothing"])]
         lowest, x = max(lowest, TOP + rows * CELL + 15 * max(len(what), 1)), x + round(label) + 14
-    width = max(x + 8, 520)
+    width = max(x + 8, 560)
     legend = lowest + 32
     parts = [text(LEFT, 28, picture.title, "big"), *parts]
     for at, kind, words in (
