@@ -86,8 +86,22 @@ def test_a_pattern_of_your_own_takes_30_lines() -> None:
     assert len(pattern.splitlines()) <= 30
 
 
+def test_files_that_contributors_are_sent_to_exist() -> None:
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:cocktailsdk|tests|docs|benchmarks|adapters|\.ci)/[\w./]*)`", text)
+    rows = re.findall(r"^\| (`[^|]*) \| [^|]* \| ([^|]*)\|$", text, re.MULTILINE)
+    for places, tests in rows:
+        named += [
+            f"cocktailsdk/{name}" for name in re.findall(r"`([^`]+)`", places) if not name.startswith("adapters/")
+        ]
+        named += [f"tests/{name}" for name in re.findall(r"`([^`]+)`", tests)]
+    assert len(rows) > 15
+    for name in named:
+        assert list(ROOT.glob(name)), f"docs/contributing.md names {name}"
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
