@@ -12,10 +12,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 SLIM = "channel@0.613"
 
 
-def home_block() -> str:
-    """A line for each thing that was measured; none where its results are not there."""
+def home_block(folder: str = "") -> str:
+    """A line for each thing that was measured; none where its results are not there.
+
+    Args:
+        folder: Where the pages lie, as seen from the one that has the table.
+    """
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "zoo")]
     lines = [line for row in (_bytes, _equal, _speed, _quality, _steps, _killed, _fuzzed, _large) for line in row()]
+    lines = [line.replace("](", f"]({folder}") for line in lines]
     return "\n".join(["| | measured | |", "| --- | --- | --- |", *lines]) + "\n"
 
 

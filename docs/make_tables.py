@@ -295,7 +295,7 @@ SHOWN = ("cocktail", "paper", "imp", "us-net", "refilling", "ast")
 """Methods of which every network's accuracy is shown."""
 
 PAGES: dict[Path, Callable[[], str | Sequence[str]]] = {
-    ROOT / "README.md": results_block,
+    ROOT / "README.md": lambda: (home_block("docs/"), results_block()),
     ROOT / "docs" / "index.md": home_block,
     ROOT / "docs" / "reproducing.md": paper_blocks,
     ROOT / "docs" / "results.md": results_block,

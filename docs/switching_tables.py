@@ -13,6 +13,8 @@ WANTED, WANTED_OF_VIEWS = 50, 1000
 def switching_block() -> str:
     """Time and memory of each model."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    if not rows:
+        return "Not measured yet: `python benchmarks/switch.py`.\n"
     return "\n".join(line for row in rows.values() for line in _model(row)) + "\n"
 
 
