@@ -86,11 +86,12 @@ def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _scale(rows: Sequence[Mapping[str, Any]]) -> str:
     epochs, seeds = round(150 * rows[0]["epochs_scale"]), len({r["seed"] for r in rows})
-    return f"ours, ResNet-18, {epochs} epochs a round, {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"ResNet-18, {epochs} epochs a round, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
-    return f"ours, ResNet-8, seeds: {len({r['seed'] for r in rows})}"
+    seeds = len({r["seed"] for r in rows})
+    return f"ResNet-8, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _overview(small: Sequence[Mapping[str, Any]], large: Mapping[str, Any]) -> list[str]:
@@ -100,24 +101,23 @@ def _overview(small: Sequence[Mapping[str, Any]], large: Mapping[str, Any]) -> l
     tiny = "ResNet-8 at 16x16: run" if small else f"ResNet-8: {NOT_RUN}"
     detection = f"small sets: {'run' if (RESULTS / 'detection.json').is_file() else NOT_RUN}"
     costs = "run" if (RESULTS / "costs.json").is_file() else NOT_RUN
-    quality = "`benchmarks/quality.py --data DATA`"
     figures = "small scale: run" if small else NOT_RUN
     rows = [
-        ("Table 1", "means by pattern, CIFAR-10", "`benchmarks/quality_gpu.py`, " + quality, f"{resnet18}; {tiny}"),
+        ("Table 1", "means by pattern, CIFAR-10", "`quality_gpu.py`, `quality.py`", f"{resnet18}; {tiny}"),
         ("Table 1", "means by pattern, ImageNet", 'your loader, `recipe="paper"`', NOT_RUN),
         ("Table 2", "single networks", "as Table 1", f"CIFAR-10, {resnet18}; {tiny}; ImageNet: {NOT_RUN}"),
-        ("Table 3", "beside Refilling", "`benchmarks/quality.py --data DATA --method refilling`", tiny),
+        ("Table 3", "beside Refilling", "`quality.py`", tiny),
         (
             "Table 4",
             "detection on COCO",
-            "`train_net.py` of `examples/detectron_style`",
+            "`train_net.py`",
             f"COCO: {NOT_RUN}; {detection}",
         ),
-        ("Table 7", "before and after merging", "`benchmarks/quality.py --data DATA --method paper`", NOT_RUN),
-        ("Tables 9, 10", "operations and memory", "`benchmarks/costs.py`", costs),
-        ("Table 11", "hours", "`benchmarks/engine.py`", "a step against a dense step: run"),
-        ("Figure 3", "ablations", "`benchmarks/quality_figures.py`", figures),
-        ("Figures 6, 7", "chosen α, and the way between rounds", "`benchmarks/quality_figures.py`", figures),
+        ("Table 7", "before and after merging", "`quality.py`", NOT_RUN),
+        ("Tables 9, 10", "operations and memory", "`costs.py`", costs),
+        ("Table 11", "hours", "`engine.py`", "a step against a dense step: run"),
+        ("Figure 3", "ablations", "`quality_figures.py`", figures),
+        ("Figures 6, 7", "chosen α, and the way between rounds", "`quality_figures.py`", figures),
     ]
     return [
         "| paper | what | command | ours |",
@@ -127,66 +127,68 @@ def _overview(small: Sequence[Mapping[str, Any]], large: Mapping[str, Any]) -> l
 
 
 def _means(paper: Mapping[str, Any], small: Sequence[Mapping[str, Any]], large: Mapping[str, Any]) -> list[str]:
-    out = [
-        "| method | where | networks | dense | unstructured | channel | N:M |",
-        "| --- | --- | --: | --: | --: | --: | --: |",
-    ]
+    out: list[str] = []
     for title, methods in paper.items():
+        out += [
+            f"**{title}**",
+            "",
+            "| method, networks | figures | dense | unstructured | channel | N:M |",
+            "| --- | --- | --: | --: | --: | --: |",
+        ]
         for method, figures in methods.items():
-            out.append(_line(method, f"paper, {title}", figures))
+            many = f"{method}, {figures['networks']}" if "networks" in figures else method
+            out.append(_line(many, "paper", figures))
             if "ImageNet" in title:
                 continue
-            recipe = METHODS[method]
-            out.append(_ours(large.get(recipe, ()), _scale, "ours, ResNet-18"))
-            out.append(_ours([r for r in small if r["method"] == recipe], _seeds, "ours, ResNet-8"))
-    for rows, where in ((large.get("cocktail", ()), _scale), ([r for r in small if r["method"] == "cocktail"], _seeds)):
-        if rows:
-            out.append(_line("our default", where(rows), _counted(rows)))
-    out.append(f"| all of them | ours, ResNet-50, ImageNet | | {NOT_RUN} | | | |")
+            out.append(_ours(large.get(METHODS[method], ()), _scale, "ResNet-18"))
+            out.append(_ours([r for r in small if r["method"] == METHODS[method]], _seeds, "ResNet-8"))
+        if "ImageNet" in title:
+            out.append(f"| all of them | ours | {NOT_RUN} | | | |")
+        else:
+            ours = ((large.get("cocktail", ()), _scale), ([r for r in small if r["method"] == "cocktail"], _seeds))
+            out += [_line("our default, 24", where(rows), _by_kind(rows)) for rows, where in ours if rows]
+        out.append("")
     return out
 
 
 def _ours(rows: Sequence[Mapping[str, Any]], where: Any, otherwise: str) -> str:
-    return _line("", where(rows), _counted(rows)) if rows else f"| | {otherwise} | | {NOT_RUN} | | | |"
-
-
-def _counted(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {**_by_kind(rows), "networks": len(_found(rows))} if rows else {}
+    return _line("", where(rows), _by_kind(rows)) if rows else f"| | {otherwise} | {NOT_RUN} | | | |"
 
 
 def _line(method: str, where: str, figures: Mapping[str, float]) -> str:
     dense = figures.get("dense")
-    cells = [f"{figures['networks']:.0f}" if "networks" in figures else "", "" if dense is None else f"{dense:.2f}"]
+    cells = ["" if dense is None else f"{dense:.2f}"]
     for kind in KINDS:
         value = figures.get(kind)
-        below = "" if value is None or dense is None else f" ({dense - value:.2f})"
+        below = "" if value is None or dense is None else f" ({dense - value:.1f})"
         cells.append("" if value is None else f"{value:.2f}{below}")
     return f"| {method} | {where} | " + " | ".join(cells) + " |"
 
 
 def _networks(paper: Mapping[str, Any], small: Sequence[Mapping[str, Any]], large: Mapping[str, Any]) -> list[str]:
-    out = []
-    for pattern, names in LEVELS.items():
-        out += [f"| {pattern} | where | {' | '.join(f'`{n}`' for n in names)} |", "| --- | --- |" + " --: |" * 4]
-        for title, methods in paper.items():
+    out: list[str] = []
+    for title, methods in paper.items():
+        for pattern, names in LEVELS.items():
+            shown = " | ".join(f"`{name}`" for name in names)
+            out += [f"**{title}, {pattern}**", "", f"| method | figures | {shown} |", "| --- | --- |" + " --: |" * 4]
             for method, figures in methods.items():
                 name, _, of = method.partition(", ")
                 if of != pattern:
                     continue
-                out.append(_cells(name, f"paper, {title}", figures))
+                out.append(_cells(name, "paper", figures))
                 if "ImageNet" in title:
                     continue
-                for rows, where in (
-                    (large.get(METHODS[name], ()), _scale),
-                    ([r for r in small if r["method"] == METHODS[name]], _seeds),
-                ):
-                    found = _found(rows)
-                    if any(n in found for n in names):
-                        out.append(_cells("", where(rows), [found.get(n) for n in names]))
-                    else:
-                        out.append(f"| | ours, {'ResNet-18' if where is _scale else 'ResNet-8'} | {NOT_RUN} | | | |")
-        out.append("")
+                out.append(_single(large.get(METHODS[name], ()), names, _scale, "ResNet-18"))
+                out.append(_single([r for r in small if r["method"] == METHODS[name]], names, _seeds, "ResNet-8"))
+            out += [f"| all of them | ours | {NOT_RUN} | | | |", ""] if "ImageNet" in title else [""]
     return out
+
+
+def _single(rows: Sequence[Mapping[str, Any]], names: Sequence[str], where: Any, otherwise: str) -> str:
+    found = _found(rows)
+    if not any(name in found for name in names):
+        return f"| | {otherwise} | {NOT_RUN} | | | |"
+    return _cells("", where(rows), [found.get(name) for name in names])
 
 
 def _cells(first: str, where: str, values: Sequence[float | None]) -> str:
