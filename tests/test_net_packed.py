@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -104,6 +105,11 @@ def test_a_masked_weight_is_zero_whatever_it_is_in_the_dense_network(large, brok
 
 def wide_net() -> cocktail.CocktailNet:
     """Large enough that its masks stay packed in use."""
+    return copy.deepcopy(made_once())
+
+
+@functools.cache
+def made_once() -> cocktail.CocktailNet:
     model = nn.Sequential(
         nn.Linear(64, 1200), nn.ReLU(), nn.Linear(1200, 1200), nn.BatchNorm1d(1200), nn.ReLU(), nn.Linear(1200, 4)
     )
