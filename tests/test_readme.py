@@ -65,6 +65,22 @@ def test_commands_that_are_shown_exist() -> None:
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
+def test_the_options_of_every_command_are_documented_and_no_others() -> None:
+    import typer
+
+    from cocktailsdk.cli.main import app
+
+    group = typer.main.get_command(app)
+    sections = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert sorted(group.commands) == sorted(section.partition("\n")[0] for section in sections)
+    for section in sections:
+        name = section.partition("\n")[0]
+        rows = "".join(re.findall(r"^\| (`--[^|]*)", section, re.MULTILINE))
+        flags = {flag for p in group.commands[name].params for flag in (*p.opts, *p.secondary_opts)}
+        options = {flag for flag in flags if flag.startswith("--")} - {"--json", "--help"}
+        assert set(re.findall(r"--[a-z0-9-]+", rows)) == options, name
+
+
 def test_measured_tables_are_what_the_results_say() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "make_tables.py"), "--check"], capture_output=True, text=True, check=False
