@@ -1,24 +1,21 @@
-"""From a model to its coupling: run the rules over the graph, then turn label classes into units and groups."""
+"""From a model to its coupling: run the rules over the graph, pin what stays, and make a coupling of the labels."""
 
 from __future__ import annotations
 
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Int64
 from torch import Tensor, fx, nn
 
-from .branches import residuals
-from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
-from .export import Exported, export, module_of, shape_of, within
+from .assemble import assemble, making_axes
+from .coupling import Coupling
+from .export import Exported, export, module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
 from .mend import READS_SIZES
-from .reasons import because, stays
+from .reasons import because
 from .rules import RULES, Context
 from .rules.mutation import mutated
 
@@ -59,7 +56,7 @@ class Pass:
     def coupling(self) -> Coupling:
         """The coupling, as things stand."""
         _rectangles(self._ctx)
-        return _assemble(self._ctx)
+        return assemble(self._ctx)
 
     @property
     def n_labels(self) -> int:
@@ -116,7 +113,7 @@ class Pass:
 
     def pin_everything(self, reason: str) -> None:
         """Keeps every channel."""
-        for m in _makers(self._ctx):
+        for m in making_axes(self._ctx):
             self._ctx.labels.stay(m.labels, reason)
 
 
@@ -152,14 +149,6 @@ def _dead(graph: fx.Graph) -> frozenset[fx.Node]:
         ):
             dead.add(node)
     return frozenset(dead)
-
-
-def op_name(node: fx.Node) -> str:
-    """An op's base name, without the mark of in-place ops."""
-    if node.target is operator.getitem:
-        return "getitem"
-    name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-    return name if name.startswith("__") else name.rstrip("_")
 
 
 def _apply(ctx: Context, node: fx.Node) -> None:
@@ -212,286 +201,3 @@ def _distinct(now: Int64[Tensor, "..."], dim: int) -> int:
     """How many removable classes would be left if everything were joined but this dimension."""
     stays = (now == MUST_STAY).movedim(dim, 0).flatten(1).any(1)
     return int((~stays).sum())
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A weight's axis that makes channels, with its labels."""
-
-    name: str
-    axis: int
-    labels: Int64[Tensor, " n"]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run of units that the same weights make."""
-
-    start: int
-    stop: int
-    makers: frozenset[str]
-
-
-@dataclass(frozen=True)
-class _Units:
-    """Units found: the unit of every label, and their runs."""
-
-    of_label: Int64[Tensor, " labels"]
-    runs: tuple[_Run, ...]
-
-
-def _number(root: Int64[Tensor, " labels"], made: Sequence[_Made], parts: Sequence[Int64[Tensor, "..."]]) -> _Units:
-    """Numbers the classes that weights make, run by run: those of the same makers are neighbours.
-
-    Args:
-        root: Root of every label.
-        made: Every axis that makes channels, in order of execution.
-        parts: Labels that code cuts out of a tensor: classes in different parts are of different runs, so that
-            something is left of each.
-    """
-    n, never = root.numel(), np.iinfo(np.int64).max
-    rng = np.random.default_rng(0)
-    makers_key = np.zeros(n, dtype=np.uint64)  # a class's set of makers, as the XOR of a random number for each
-    order = np.full(n, never, dtype=np.int64)  # where a class was first made
-    position = 0
-    for m in made:
-        roots = root[m.labels].numpy()
-        unique, first = np.unique(roots, return_index=True)
-        makers_key[unique] ^= rng.integers(1, 2**63, dtype=np.uint64)
-        order[unique] = np.minimum(order[unique], position + first)
-        position += roots.size
-    for labels in parts:
-        makers_key[np.unique(root[labels].numpy())] ^= rng.integers(1, 2**63, dtype=np.uint64)
-    live = np.flatnonzero(order < never)
-    live = live[live != MUST_STAY]
-    key = makers_key[live]
-    kinds, kind = np.unique(key, return_inverse=True)
-    kind_first = np.full(kinds.size, never, dtype=np.int64)
-    np.minimum.at(kind_first, kind, order[live])
-    ranked = np.lexsort((order[live], kind_first[kind]))
-    of_root = np.full(n, STAYS, dtype=np.int64)
-    of_root[live[ranked]] = np.arange(live.size)
-    of_label = torch.from_numpy(of_root)[root]
-
-    sorted_kind = kind[ranked]
-    starts = (
-        np.flatnonzero(np.r_[True, sorted_kind[1:] != sorted_kind[:-1]]) if live.size else np.zeros(0, dtype=np.int64)
-    )
-    stops = np.r_[starts[1:], live.size] if live.size else starts
-    makers: list[set[str]] = [set() for _ in starts]
-    for m in made:
-        units = of_label[m.labels]
-        for run in np.unique(np.searchsorted(starts, units[units != STAYS].numpy(), side="right") - 1):
-            makers[int(run)].add(m.name)
-    runs = (_Run(int(a), int(b), frozenset(w)) for a, b, w in zip(starts, stops, makers, strict=True))
-    return _Units(of_label, tuple(runs))
-
-
-def _makers(ctx: Context) -> list[_Made]:
-    """Every axis of a weight or an embedding that makes channels."""
-    axes = [(use.name, use.out_axis) for use in ctx.uses.values()]
-    axes += [(name, 1) for name in sorted(ctx.tables)]
-    axes += [axis for axis in ctx.makers if axis not in set(axes)]
-    fields = [(name, axis, ctx.axis_field(ctx.axis_fields(name), axis)) for name, axis in axes]
-    return [_Made(name, axis, f.labels.flatten()) for name, axis, f in fields if f is not None]
-
-
-def _assemble(ctx: Context) -> Coupling:
-    made = _makers(ctx)
-    root, why = ctx.labels.classes()
-    units = _number(root, made, ctx.parts)
-    alone = [r.start for r in units.runs if r.stop - r.start < 2]
-    if alone:  # one of each group must stay, so a group of one has nothing to spare
-        labels = [int((units.of_label == a).nonzero()[0]) for a in alone]
-        ctx.labels.stay(torch.tensor(labels), "the only unit of its group")
-        root, why = ctx.labels.classes()
-        units = _number(root, made, ctx.parts)
-
-    fields: dict[str, tuple[Tensor, ...]] = {}
-    for name, axis_fields in ctx.named_axes.items():
-        held = tuple(u for f in axis_fields if bool(((u := units.of_label[f.labels]) != STAYS).any()))
-        if held:
-            fields[name] = held
-    producers = tuple(
-        Producer(m.name, m.axis, u) for m in made if bool(((u := units.of_label[m.labels]) != STAYS).any())
-    )
-    return Coupling(
-        weights=_weights(ctx),
-        producers=producers,
-        groups=_groups(ctx, units, fields, producers),
-        fields=fields,
-        kept=_kept(ctx, made, units, why),
-        contractions=_contractions(ctx, units),
-        shapes={n: s for n, s in ctx.exported.shapes.items() if n in ctx.exported.trainable},
-        unknown_ops=dict(ctx.unknown),
-        branches=_branches(ctx),
-        trace=_trace(ctx, units, made, root),
-    )
-
-
-def _branches(ctx: Context) -> tuple[Branch, ...]:
-    found = residuals(ctx)
-    names = _names([frozenset(r.weights) for r in found])
-    return tuple(Branch(name, r.tensors, r.weights, r.modules) for name, r in zip(names, found, strict=True))
-
-
-def _weights(ctx: Context) -> tuple[Weight, ...]:
-    macs: dict[str, int] = {}
-    for p in ctx.products:
-        if p.weight is not None:
-            macs[p.weight] = macs.get(p.weight, 0) + p.macs
-    first = next((u.name for u in ctx.uses.values() if u.op == "conv"), None)
-    last = _classifiers(ctx)
-    out = []
-    for use in ctx.uses.values():
-        role = "first convolution" if use.name == first else "classifier" if use.name in last else ""
-        shape = ctx.exported.shapes[use.name]
-        out.append(
-            Weight(use.name, use.module, use.op, shape, use.out_axis, use.in_axis, use.groups, macs[use.name], role)
-        )
-    return tuple(out)
-
-
-_MOVES = {
-    "reshape",
-    "view",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "alias",
-    "dropout",
-    "contiguous",
-    "clone",
-    "to",
-    "_to_copy",
-}
-"""Ops that hand a value on as it is."""
-
-
-def _classifiers(ctx: Context) -> set[str]:
-    """Weights whose product reaches an output of the model through nothing but movement, sums and constant factors.
-
-    Several heads whose average is the output (a distilled DeiT's, say) are all classifiers. A sum counts only if all of
-    its terms are products that nothing else reads: a residual stream is more than what its last layer adds to it.
-    """
-    products = {p.node: p.weight for p in ctx.products if p.weight is not None}
-
-    def behind(node: fx.Node, summed: bool) -> set[str] | None:
-        """The weights of the products that make up a value; ``None`` where there is something else in it."""
-        while node.op == "call_function" and not (summed and len(node.users) > 1):
-            if node in products:
-                return {products[node]}
-            name, sources = op_name(node), node.all_input_nodes
-            if name in {"add", "sub"} and len(sources) > 1:
-                terms = [behind(source, True) for source in sources]
-                return None if None in terms else set().union(*(t for t in terms if t is not None))
-            if name not in _MOVES and not (name in {"add", "sub", "mul", "div"} and len(sources) == 1):
-                return None
-            node = sources[0]
-        return None
-
-    output = next(n for n in ctx.exported.graph.nodes if n.op == "output")
-    return {name for node in output.all_input_nodes for name in behind(node, False) or ()}
-
-
-def _groups(
-    ctx: Context, units: _Units, fields: Mapping[str, tuple[Tensor, ...]], producers: Sequence[Producer]
-) -> tuple[Group, ...]:
-    rows = {(p.weight, p.axis) for p in producers}
-    touches: list[list[Touch]] = [[] for _ in units.runs]
-    channels = [1] * len(units.runs)
-    starts = torch.tensor([r.start for r in units.runs])
-    for name, held in fields.items():
-        columns = ctx.uses[name].in_axis if name in ctx.uses else None
-        for u in held:
-            axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
-            kind = "rows" if (name, axes[0]) in rows else "columns" if columns == axes[0] else "entries"
-            owners = torch.searchsorted(starts, u[u != STAYS], right=True) - 1
-            for g, count in zip(*(t.tolist() for t in torch.unique(owners, return_counts=True)), strict=True):
-                touches[g].append(Touch(name, axes, kind))
-                if kind == "rows":
-                    run = units.runs[g]
-                    channels[g] = max(channels[g], count // (run.stop - run.start))
-    order = {name: i for i, name in enumerate([*ctx.uses, *sorted(ctx.tables)])}
-    names = _names([r.makers for r in units.runs])
-    return tuple(
-        Group(names[g], r.start, r.stop, tuple(sorted(r.makers, key=order.__getitem__)), tuple(touches[g]), channels[g])
-        for g, r in enumerate(units.runs)
-    )
-
-
-def _names(makers: Sequence[frozenset[str]]) -> list[str]:
-    """Short unique names: the producers' common path, numbered where several groups share it."""
-    out: list[str] = []
-    seen: dict[str, int] = {}
-    for weights in makers:
-        paths = sorted(w.rpartition(".")[0] or w for w in weights)
-        common = paths[0].split(".")
-        for p in paths[1:]:
-            parts = p.split(".")
-            n = next(
-                (i for i, (x, y) in enumerate(zip(common, parts, strict=False)) if x != y), min(len(common), len(parts))
-            )
-            common = common[:n]
-        name = ".".join(common) or "stream"
-        seen[name] = seen.get(name, 0) + 1
-        out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return out
-
-
-def _kept(ctx: Context, made: Sequence[_Made], units: _Units, why: Mapping[int, str]) -> tuple[Kept, ...]:
-    out = []
-    for m in made:
-        staying = m.labels[units.of_label[m.labels] == STAYS]
-        if staying.numel():
-            reason = next((why[i] for i in staying.tolist() if i in why), "no reason recorded")
-            share = "" if staying.numel() == m.labels.numel() else f"{staying.numel()} of {m.labels.numel()} channels: "
-            out.append(Kept(m.name, share + reason))
-    out += [
-        Kept(op, f"an op without a rule, used {n} times; what touches it is kept whole")
-        for op, n in ctx.unknown.items()
-    ]
-    out += [
-        Kept(path or "the model", f"its own code could not be exported, its parts were followed alone ({reason})")
-        for path, reason in ctx.exported.failures.items()
-    ]
-    return tuple(out)
-
-
-def _contractions(ctx: Context, units: _Units) -> tuple[Contraction, ...]:
-    out = []
-    for p in ctx.products:
-        factors = tuple(u for f in p.factors if bool(((u := units.of_label[f]) != STAYS).any()))
-        out.append(Contraction(p.module, p.weight, p.macs, factors))
-    return tuple(out)
-
-
-def _trace(ctx: Context, units: _Units, made: Sequence[_Made], root: Int64[Tensor, " labels"]) -> Trace:
-    nodes = []
-    for node in ctx.exported.graph.nodes:
-        if node.op != "call_function":
-            continue
-        result = ctx.env.get(node, ())
-        shape = shape_of(node)
-        held: tuple[Tensor, ...] = ()
-        if shape is not None and all(isinstance(f, Field) for f in result):
-            held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
-        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function")
-        nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs, within(node)))
-    pads = {m: _padding(ctx, m) for m in ctx.pads}
-    why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})
-    return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted), ctx.exported.scopes, stays=why)
-
-
-def _padding(ctx: Context, module: str) -> fx.Graph:
-    """The graph of a module that only slices and pads, to stand for it with other amounts."""
-    inner = ctx.nodes_of(module)
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    source = next(a for n in inner for a in n.all_input_nodes if a not in set(inner))
-    values[source] = graph.placeholder("x")
-    for node in inner:
-        values[node] = graph.node_copy(node, lambda n: values[n])
-        values[node].meta = {"name": node.name}
-    graph.output(values[inner[-1]])
-    return graph

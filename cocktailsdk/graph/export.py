@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import operator
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch.export.graph_signature import InputKind
 from ..errors import ExportFailed
 from .outputs import tensors_of
 
-__all__ = ["Exported", "evaluating", "export", "module_of", "shape_of", "within"]
+__all__ = ["Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +230,14 @@ def shape_of(node: Any) -> tuple[int, ...] | None:
 def module_of(node: fx.Node) -> str:
     """Path of the innermost module that ran a node (``""`` for the model itself)."""
     return within(node)[-1]
+
+
+def op_name(node: fx.Node) -> str:
+    """An op's base name, without the mark of in-place ops."""
+    if node.target is operator.getitem:
+        return "getitem"
+    name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
+    return name if name.startswith("__") else name.rstrip("_")
 
 
 def within(node: fx.Node) -> tuple[str, ...]:
