@@ -351,13 +351,6 @@ class Coupling:
             total += left // whole
         return 2 * total
 
-    def group_of(self, unit: int) -> Group:
-        """The group that a unit belongs to."""
-        for g in self.groups:
-            if g.start <= unit < g.stop:
-                return g
-        raise IndexError(f"no unit {unit}: the model has {self.n_units}")
-
 
 def _numel(shape: tuple[int, ...]) -> int:
     n = 1
