@@ -26,6 +26,7 @@ from paper_tables import paper_blocks
 from scaling_tables import scaling_block
 from serving_tables import serving_block
 from switching_tables import switching_block
+from versions_tables import versions_block
 
 from cocktailsdk.report.figure import write_figure
 from cocktailsdk.report.numbers import bytes_text, count_text, duration_text, flops_text
@@ -299,6 +300,7 @@ PAGES: dict[Path, Callable[[], str | Sequence[str]]] = {
     ROOT / "docs" / "index.md": home_block,
     ROOT / "docs" / "reproducing.md": paper_blocks,
     ROOT / "docs" / "results.md": results_block,
+    ROOT / "docs" / "install.md": versions_block,
     ROOT / "docs" / "resuming.md": kill_block,
     ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "zoo.md": zoo_block,
