@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
 
     patterns = [cocktail.Unstructured(rounds=3), "2:4", cocktail.Channel(rounds=3, rate=0.2, round_to=1)]
     net = cocktail.sparsify(model, patterns, example_inputs=(x[:1],))
-    trainer = cocktail.CoTrainer(net, train, cross_entropy, val_loader=merge, epochs=4, out_dir=folder)
+    trainer = cocktail.CoTrainer(net, train, cross_entropy, val_loader=merge, total_steps=400, out_dir=folder)
     trainer.fit()  # run the script again: it finds its state and has nothing left to do
     accuracy = trainer.evaluate(test)
     for s in net.subnets():
