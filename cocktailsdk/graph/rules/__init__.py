@@ -1,6 +1,18 @@
 """One small function for each kind of op; importing this package registers them all."""
 
-from . import contraction, einsum, elementwise, experts, movement, mutation, norm, recurrent, reduction, spectral
+from . import (
+    contraction,
+    einsum,
+    elementwise,
+    experts,
+    movement,
+    mutation,
+    norm,
+    placement,
+    recurrent,
+    reduction,
+    spectral,
+)
 from .registry import RULES, Context, Product, Result, WeightUse, rule
 
 __all__ = [
@@ -16,6 +28,7 @@ __all__ = [
     "movement",
     "mutation",
     "norm",
+    "placement",
     "recurrent",
     "reduction",
     "rule",
