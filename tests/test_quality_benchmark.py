@@ -49,7 +49,7 @@ def test_every_method_has_patterns_that_there_are() -> None:
     assert {"cocktail", "paper", "imp", "us-net", "paper-no-umg", "paper + finishing"} <= found.keys()
     for method in found.values():
         assert method.runs.keys() <= PATTERNS.keys()
-        assert all(0 < share <= 1 for share in method.runs.values())
+        assert all(0 < share <= 3 for share in method.runs.values())  # of the budget of steps
 
 
 @pytest.mark.slow
