@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -30,6 +32,20 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     yours = {"model": TinyNet(), "x": images[:1], "train_loader": loader, "val_loader": loader[:2], "torch": torch}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), yours)  # noqa: S102, RUF100
+
+
+def test_blocks_that_need_a_hub_a_server_or_a_cluster_name_what_there_is() -> None:
+    import cocktailsdk as cocktail
+
+    found = [(page, block) for page in PAGES for block in blocks(page, "py")]
+    assert found
+    for page, block in found:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cocktail"):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, name.name) for name in node.names), f"{page.name}: {ast.unparse(node)}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cocktail":
+                assert hasattr(cocktail, node.attr), f"{page.name}: cocktail.{node.attr}"
 
 
 @pytest.mark.slow
