@@ -29,10 +29,10 @@ def test_what_is_written_down_is_all_that_is_public() -> None:
 
 def test_a_signature_is_written_as_in_the_source() -> None:
     def example(a: int, *rest: str, b: dict[str, list[int]] | None = None, c: object = object, **more: float) -> None:
-        raise NotImplementedError
+        """Of every kind of parameter."""
 
     def keywords(*, sizes: tuple[int, ...] = (1, 2)) -> str:
-        raise NotImplementedError
+        return str(sizes)
 
     assert list(described("example", example)) == [
         "def example(a: int, *rest: str, b: dict[str, list[int]] | None = None, c: object = …, **more: float)"
