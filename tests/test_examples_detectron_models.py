@@ -6,7 +6,10 @@ import copy
 import io
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from cocktail_detection.config import get_cfg
 from cocktail_detection.data import DetectionBatch, DetectionDataset
 from cocktail_detection.engine import Setup, measured, trainer_of
 from cocktail_detection.models import ARCHITECTURES
-from detection_shapes import register_tiny, write_coco, write_tiny
+from detection_shapes import EXAMPLE, register_tiny, write_coco, write_tiny
 
 import cocktailsdk as cocktail
 from cocktailsdk.training.events import StepDone
@@ -265,6 +268,45 @@ def test_a_run_is_not_written_over_and_goes_on(
     after = json.loads((folder / "run" / "metrics.json").read_text())
     assert after == {name: before[name] for name in ("dense", CHANNEL)}
     assert "mask AP" in capsys.readouterr().out
+
+
+def test_two_processes_train_one_detector(root: Path, tmp_path: Path) -> None:
+    """On processors, started by torchrun: batches are shared, one process writes, each measures its part."""
+    path = write_tiny(
+        tmp_path, root, "MODEL: {META_ARCHITECTURE: MaskRCNN}\nVIS: {IMAGES: 0}\nTEST: {IMS_PER_BATCH: 1}\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = str(Path(__file__).parent / "detection_program.py")
+    command = [*torchrun, program, "--config-file", str(path), "--num-gpus", "0", "SOLVER.MAX_ITER", "16"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained in") == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(metrics) == {"dense", "unstructured@0.5", "2:4", CHANNEL}
+    assert metrics["dense"]["bbox"]["AP50"] > 5  # it has learned; before, it finds nothing
+    # What one process finds with the bundle in all images is what the two found in their halves.
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert train_net.main(["--config-file", str(path), "--num-gpus", "0", "--eval-only"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    alone = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for name, kinds in metrics.items():
+        for kind, figures in kinds.items():
+            assert alone[name][kind] == pytest.approx(figures, abs=1e-6, nan_ok=True), (name, kind)
+
+
+def test_a_process_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
+    """By what ``--num-gpus 2`` starts: a process says what is wrong (a file that is not there), then the launcher."""
+    program = "import sys, train_net; sys.exit(train_net.launch(1, sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "--config-file", str(tmp_path / "none.yaml"), "--num-gpus", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 1
+    assert "none.yaml" in done.stderr and "process 0 of 1 ended with status 1" in done.stderr
+    assert "ChildFailedError" not in done.stderr
 
 
 def test_parts_are_listed_with_what_stays_whole(mask_rcnn: tuple[Setup, cocktail.CocktailNet]) -> None:

@@ -178,7 +178,8 @@ class LineView:
         match event:
             case TrainingStarted():
                 how = "going on" if event.resumed or event.done_steps else "starting"
-                self.note(f"{how}: {event.rounds} rounds, step {event.done_steps:,} of {event.total_steps:,}")
+                rounds = f"{event.rounds} round{'s' * (event.rounds != 1)} after the dense one"
+                self.note(f"{how}: {rounds}, step {event.done_steps:,} of {event.total_steps:,}")
             case RoundStarted():
                 self.note(f"round {event.round}: {', '.join(('dense', *event.networks))}, {event.epochs} epochs")
             case RoundEnded():

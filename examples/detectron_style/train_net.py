@@ -4,13 +4,15 @@
     python train_net.py --config-file … --resume       go on with the run of OUTPUT_DIR
     python train_net.py --config-file … --eval-only    measure the networks that OUTPUT_DIR holds
 
-As Detectron2's script of that name. Ctrl-C finishes the step and saves. The folder OUTPUT_DIR then has the
-configuration, the run's state, the bundle of all networks, metrics.json and detections.png.
+As Detectron2's script of that name; torchrun may start it, too: on several machines, or on processors (--num-gpus 0).
+Ctrl-C finishes the step and saves. The folder OUTPUT_DIR then has the configuration, the run's state, the bundle of all
+networks, metrics.json and detections.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -32,6 +34,7 @@ from cocktail_detection.engine import (
 )
 from cocktail_detection.tables import metrics_table, summary
 from rich.console import Console
+from torch import distributed as dist
 
 import cocktailsdk as cocktail
 from cocktailsdk import CocktailError
@@ -47,17 +50,37 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cfg = configured(options)
         if options.num_gpus > 1 and "LOCAL_RANK" not in os.environ:
-            from torch.distributed.run import main as launch
-
-            launch(["--standalone", f"--nproc-per-node={options.num_gpus}", str(Path(__file__).resolve()), *given])
-            return 0
-        return run(Setup.of(cfg), options)
+            return launch(options.num_gpus, given)
+        status = run(Setup.of(cfg), options)
+        leave_processes()
+        return status
     except (ConfigError, DatasetError, CocktailError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error[/red]: {error}", highlight=False)
         return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped and saved: the same command with --resume goes on")
         return 130
+
+
+def launch(processes: int, arguments: list[str]) -> int:
+    """This script in so many processes; 1 if one of them failed, which has said why."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={processes}", str(Path(__file__).resolve()), *arguments])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        Console(stderr=True).print(f"process {rank} of {processes} ended with status {failure.exitcode}")
+        return 1
+    return 0
+
+
+def leave_processes() -> None:
+    """Close the connections to the other processes, if there are any, before Python ends under their threads."""
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # models wrapped for several processes hold on to the connections
+        dist.destroy_process_group()
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
