@@ -120,7 +120,7 @@ TASKS = {
             cosine_restarts(), 8_200,
         ),
         Task(
-            "vit", "a small ViT on CIFAR-10 (JPEG version) at 16x16", _vit, _cifar, (3, 16, 16), _adamw,
+            "vit", "Small ViT on CIFAR-10 (JPEG version) at 16x16", _vit, _cifar, (3, 16, 16), _adamw,
             cosine(warmup=0.05, minimum=0.01), 8_200,
         ),
         Task(

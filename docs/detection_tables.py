@@ -1,4 +1,4 @@
-"""The tables of docs/detection.md: what benchmarks/detection.py and benchmarks/detection_parts.py found."""
+"""The tables of docs/detection.md: what benchmarks/detection.py, detection_costs.py and detection_parts.py found."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 import sys
 from pathlib import Path
 
-from cocktailsdk.report.numbers import count_text
+from cocktailsdk.report.numbers import count_text, flops_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KIND_TITLES = {"bbox": "box", "segm": "mask"}
+HEADER = ("method", "seeds", "steps", "passes", "dense (AP50)")
 
 
 def detection_block() -> str:
-    """Methods beside each other, then the parts of each detector."""
-    return "\n".join(block for block in (_methods_block(), _parts_block()) if block)
+    """Methods beside each other, then what slim detectors cost, then the parts of each detector."""
+    return "\n".join(block for block in (_methods_block(), _costs_block(), _parts_block()) if block)
 
 
 def _methods_block() -> str:
@@ -33,25 +34,53 @@ def _methods_block() -> str:
             if not mine:
                 continue
             out += [
-                f"**{task.title}**: {title} AP on the test set, {mine[0].steps} steps a run; the paper's gap is with "
-                f"{task.paper} on COCO (its Table 4).",
+                f"**{task.title}**: {title} AP on the test set; the paper's gap is with {task.paper} on COCO (its "
+                "Table 4).",
                 "",
-                f"| method | seeds | passes | dense (AP50) | {' | '.join(KINDS)} | gap | paper's gap | minutes |",
-                "| --- | --: | --: | --: |" + " --: |" * (len(KINDS) + 3),
+                f"| {' | '.join((*HEADER, *KINDS))} | gap | paper's gap | minutes |",
+                "| --- | --: | --: | --: | --: |" + " --: |" * (len(KINDS) + 3),
             ]
             for x in mine:
                 paper = paper_gap(x.kind, task.paper, x.method)
                 gap = f"{x.gap:.1f}" + ("" if x.spread is None else f" ± {x.spread:.1f}")
-                cells = [f"`{x.method}`", x.seeds, x.passes, f"{x.dense:.1f} ({x.dense50:.1f})"]
+                cells = [f"`{x.method}`", x.seeds, x.steps, x.passes, f"{x.dense:.1f} ({x.dense50:.1f})"]
                 cells += ["" if x.means[k] is None else f"{x.means[k]:.1f}" for k in KINDS]
                 cells += [gap, "" if paper is None else f"{paper:.1f}", f"{x.seconds / 60:.0f}"]
                 out.append("| " + " | ".join(map(str, cells)) + " |")
             out.append("")
         here = [row for row in rows if row["task"] == name]
         if here:
-            command = here[0]["command"].partition(" --method")[0]
-            out += [f"Command: `{command}`. {sorted({row['machine'] for row in here})[0]}.", ""]
+            commands = sorted({row["command"].partition(" --method")[0] for row in here}, key=len)
+            out += [
+                f"Commands: {', '.join(f'`{c}`' for c in commands)}. {sorted({row['machine'] for row in here})[0]}.",
+                "",
+            ]
     return "\n".join(out)
+
+
+def _costs_block() -> str:
+    """For each detector a line for every slim network that was timed."""
+    path = RESULTS / "detection_costs.json"
+    if not path.is_file():
+        return ""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    _, height, width = rows[0]["image"]
+    out = [
+        "### Costs",
+        "",
+        f"`python benchmarks/detection_costs.py`: one image of {height} x {width}, times as fast as the dense "
+        f"one, by turns, {rows[0]['machine']}.",
+        "",
+        "| detector | dense | network | parameters | FLOPs | whole detector, torch | backbone, onnxruntime |",
+        "| --- | --: | --- | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        dense = f"{flops_text(row['dense_flops'])}, {count_text(row['dense_parameters'])}"
+        cells = [row["detector"], dense, f"`{row['network']}`"]
+        cells += [f"{100 * row['parameters']:.0f} %", f"{100 * row['flops']:.0f} %", f"{row['times_as_fast']:.2f}"]
+        cells.append(f"{row['backbone_times_as_fast']:.2f}" if "backbone_times_as_fast" in row else "")
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*out, ""])
 
 
 def _parts_block() -> str:

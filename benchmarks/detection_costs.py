@@ -1,0 +1,162 @@
+"""What the slim networks of detectors cost: FLOPs, parameters, and latency beside the dense detector's.
+
+    python benchmarks/detection_costs.py                 what is missing, then the table
+    python benchmarks/detection_costs.py --table         the table of what has been measured
+
+Detectors are those of examples/detectron_style's configurations with ResNet-50 and VGG-16, untrained: time depends on
+how many regions are proposed, which without training is the most that the configuration allows. Mask heads are left
+out, since an untrained detector finds nothing that is worth a mask. The dense detector and a slim one run by turns in
+torch, with one thread; a figure is the median over turns of dense time by slim time. Backbones are written as ONNX,
+too, and run by turns in onnxruntime. Rows are kept one by one in benchmarks/results/detection_costs.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import cocktailsdk as cocktail
+from cocktailsdk.training.state import write_atomic
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style"
+RESULTS = Path(__file__).resolve().parent / "results" / "detection_costs.json"
+sys.path.append(str(EXAMPLE))
+
+DETECTORS: Mapping[str, str] = {
+    "Faster R-CNN, ResNet-50-FPN": "faster_rcnn_R_50_FPN.yaml",
+    "Faster R-CNN, VGG-16": "faster_rcnn_VGG_16.yaml",
+    "RetinaNet, ResNet-50-FPN": "retinanet_R_50_FPN.yaml",
+    "DETR, ResNet-50": "detr_R_50.yaml",
+}
+NETWORKS = ("channel@0.1", "channel@0.271", "channel@0.469", "channel@0.613")
+
+Call = Callable[[], object]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows that there are."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def by_turns(dense: Call, slim: Call, turns: int) -> tuple[float, float]:
+    """The dense one's median time in seconds, and the median over turns of its time by the slim one's."""
+    times = []
+    for _ in range(turns + 1):
+        pair = []
+        for call in (dense, slim):
+            began = time.perf_counter()
+            call()
+            pair.append(time.perf_counter() - began)
+        times.append(pair)
+    return median(a for a, _ in times[1:]), median(a / b for a, b in times[1:])
+
+
+def backbone(model: nn.Module, image: torch.Tensor, path: Path) -> tuple[Call, float]:
+    """A detector's backbone in onnxruntime, and how far its maps are from PyTorch's."""
+    import onnxruntime
+    from cocktail_detection.analysis import export_backbone
+
+    apart = export_backbone(model, image, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    images = image[None].numpy()
+    return lambda: session.run(None, {"images": images}), apart
+
+
+def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[dict[str, Any]], None]) -> None:
+    """The networks of a detector that have no row yet."""
+    from cocktail_detection.catalog import register_builtin
+    from cocktail_detection.config import get_cfg
+    from cocktail_detection.data import example_images
+    from cocktail_detection.engine import Setup
+
+    torch.manual_seed(0)
+    cfg = get_cfg()
+    cfg.merge_from_file(EXAMPLE / "configs" / DETECTORS[title])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", str(side), "COCKTAIL.PATTERNS", "[channel]", "MODEL.DEVICE", "cpu"])
+    register_builtin()
+    setup = Setup.of(cfg, classes=80)
+    net = setup.net()
+    net.eval()
+    (image,) = example_images(cfg)
+    detect = setup.architecture.detect
+    reports: dict[str, cocktail.SubnetReport] = {report.name: report for report in net.subnets()}
+    has_backbone = hasattr(net.model, "backbone")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        files = Path(folder)
+        maps = backbone(net.model, image, files / "dense.onnx")[0] if has_backbone else None
+        for name in (n for n in NETWORKS if n not in done):
+            small = net.slim(name).eval()
+            seconds, ratio = by_turns(lambda: detect(net.model, [image]), lambda: detect(small, [image]), turns)  # noqa: B023
+            row = {
+                "detector": title,
+                "network": name,
+                "image": list(image.shape),
+                "turns": turns,
+                "parameters": reports[name].params / reports["dense"].params,
+                "flops": reports[name].flops / reports["dense"].flops,
+                "dense_parameters": reports["dense"].params,
+                "dense_flops": reports["dense"].flops,
+                "dense_seconds": round(seconds, 3),
+                "times_as_fast": round(ratio, 2),
+            }
+            if maps is not None:
+                slim_maps, row["backbone_apart"] = backbone(small, image, files / f"{name}.onnx")
+                row["backbone_times_as_fast"] = round(by_turns(maps, slim_maps, turns)[1], 2)
+            row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}"
+            keep(row)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows, for people."""
+    made = Table("detector", "network", "parameters", "FLOPs", "times as fast", "backbone in onnxruntime")
+    for row in rows:
+        cells = [row["detector"], row["network"], f"{row['parameters']:.2f}", f"{row['flops']:.2f}"]
+        made.add_row(*cells, f"{row['times_as_fast']:.2f}", f"{row.get('backbone_times_as_fast', '')}")
+    return made
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(DETECTORS), default=list(DETECTORS))
+    parser.add_argument("--side", type=int, default=480, help="the shorter side of the image; the longer is 4/3 of it")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--again", action="store_true", help="measure what has a row, too")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    rows = read(asked.results)
+
+    def keep(row: dict[str, Any]) -> None:
+        rows[:] = [r for r in rows if (r["detector"], r["network"]) != (row["detector"], row["network"])] + [row]
+        rows.sort(key=lambda r: (list(DETECTORS).index(r["detector"]), NETWORKS.index(r["network"])))
+        asked.results.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(asked.results, (json.dumps(rows, indent=1) + "\n").encode())
+
+    if not asked.table:
+        torch.set_num_threads(1)
+        for title in asked.only:
+            done = set() if asked.again else {r["network"] for r in rows if r["detector"] == title}
+            if not done.issuperset(NETWORKS):
+                measure(title, done, asked.side, asked.turns, keep)
+    Console(width=130).print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
