@@ -11,10 +11,23 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # The tests' layers are too small to share among threads, and on a busy machine the threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import random
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+from torch import distributed as dist
+
+from cocktailsdk.exporting.formats import FORMATS
+from cocktailsdk.graph.rules import RULES
+from cocktailsdk.patterns import registry
+from cocktailsdk.presets import PRESETS
 
 settings.register_profile(
     "ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -33,3 +46,53 @@ def data_folder() -> Path:
     if not path.is_dir():
         pytest.fail(f"COCKTAIL_DATA={folder} is no folder")
     return path
+
+
+# Files run in any order, on several workers: random numbers do not depend on what ran before, and nothing is left.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module() -> None:
+    """Fixtures of a file draw the same numbers whatever ran before it."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """So does every test."""
+    _seed()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A file leaves the process as it found it, or is told by name."""
+    before = _process()
+    yield
+    after = _process()
+    left = {what: (before[what], after[what]) for what in before if before[what] != after[what]}
+    assert not left, f"{request.node.name} leaves behind (before, after): {left}"
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+
+def _process() -> dict[str, Any]:
+    """What tests may change for all that come after them."""
+    return {
+        "rules": sorted(RULES),
+        "patterns": sorted(registry._REGISTERED),
+        "formats": sorted(FORMATS),
+        "presets": sorted(PRESETS),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "processes": dist.is_initialized(),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "folder": Path.cwd(),
+        "path": list(sys.path),
+        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+    }

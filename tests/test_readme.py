@@ -8,11 +8,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import IMAGE, TinyNet
+
+from cocktailsdk.exporting.formats import FORMATS
+from cocktailsdk.graph.rules import RULES
+from cocktailsdk.patterns import registry
+from cocktailsdk.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,7 +28,19 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def own_registries() -> Iterator[None]:
+    """What a page registers is gone after it."""
+    known = (RULES, registry._REGISTERED, FORMATS, PRESETS)
+    before = [dict(kinds) for kinds in known]
+    yield
+    for kinds, had in zip(known, before, strict=True):
+        kinds.clear()
+        kinds.update(had)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_registries")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
