@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,10 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not left, f"{request.node.name} leaves behind (before, after): {left}"
 
 
+OURS = ("COCKTAIL", "HF_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+"""Variables that tests set; libraries add others when they are imported."""
+
+
 def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -93,6 +96,5 @@ def _process() -> dict[str, Any]:
         "processes": dist.is_initialized(),
         "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
         "folder": Path.cwd(),
-        "path": list(sys.path),
-        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(OURS)},
     }
