@@ -39,7 +39,7 @@ TASKS: Mapping[str, Task] = {
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "cocktail": (),
-    "cocktail, no distillation": ("COCKTAIL.DISTILL", "false"),
+    "cocktail, distillation": ("COCKTAIL.DISTILL", "true"),
     "cocktail, channels alone": ("COCKTAIL.PATTERNS", "[channel]"),
     "mutualnet": ("COCKTAIL.RECIPE", "mutualnet", "COCKTAIL.PATTERNS", "[channel]"),
 }

@@ -347,6 +347,15 @@ def test_distillation_compares_what_compares() -> None:
     assert DenseTeacher(softmax=True)(classes, classes)["logits"] > 0
 
 
+def test_distillation_is_added_to_the_labels_loss() -> None:
+    """The trainer mixes the two with shares that add up to 1; what the labels say counts whole all the same."""
+    maps, losses = [torch.ones(1, 2, 4, 4)], {"boxes": torch.tensor(3.0), "classes": torch.tensor(2.0)}
+    parts = DenseTeacher()(Losses(losses, [maps[0] * 2], []), Losses({}, maps, []))
+    weight, labels = 0.25, sum(losses.values())
+    total = (1 - weight) * labels + weight * sum(parts.values())
+    assert total == pytest.approx(float(labels) + weight * 1.0)  # the maps are one apart, as a share of the teacher's
+
+
 def test_detections_are_drawn_side_by_side(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -414,7 +423,7 @@ def test_lines_have_gaps_beside_the_papers(tmp_path: Path, monkeypatch: pytest.M
     gaps = {(k, b, m): paper_gap(k, b, m) for k in ("bbox", "segm") for b in ("ResNet-50", "VGG-16") for m in METHODS}
     assert [gaps[k, b, "cocktail"] for k, b in PLACES] == [1.1, 1.5, 1.6, 1.0]
     assert [gaps[k, b, "mutualnet"] for k, b in PLACES] == [0.8, 3.1, 2.4, 1.9]
-    assert paper_gap("bbox", "VGG-16", "cocktail, no distillation") is None
+    assert paper_gap("bbox", "VGG-16", "cocktail, distillation") is None
 
 
 METHODS = ("cocktail", "mutualnet")

@@ -71,7 +71,7 @@ DEFAULTS: dict[str, Any] = {
         "RECIPE": "cocktail",  # mutualnet, paper, … : docs/recipes.md
         "START": "scratch",  # or pretrained: the weights given are those to which rounds rewind
         "DISTILL": True,  # sparse steps learn from the dense network's features and class logits, too
-        "DISTILL_WEIGHT": 0.5,  # share of that in the loss
+        "DISTILL_WEIGHT": 0.5,  # of that, beside the labels' loss; in 0 ... 1
         "DISTILL_FEATURES": 1.0,
         "DISTILL_LOGITS": 1.0,
         "HELD_OUT": 0,  # images of the training set kept for merging, where the recipe merges

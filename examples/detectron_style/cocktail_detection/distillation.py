@@ -1,7 +1,9 @@
 """What the dense network of a detector teaches the sparse ones: its features, and its class logits where they compare.
 
 Detection losses take no soft targets: boxes are matched to labels, and each network proposes its own. What all networks
-have in common are the maps that the backbone returns, and the classes of places that do not depend on proposals.
+have in common are the maps that the backbone returns, and the classes of places that do not depend on proposals. Those
+teach no boxes, so they are added to what the labels say; where soft targets take the place of labels, a share of the
+labels' loss is given up for them.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ class DenseTeacher:
     softmax: bool = False
 
     def __call__(self, student: Losses, teacher: Losses) -> dict[str, Tensor]:
-        """The parts by name, which the trainer adds."""
+        """The parts by name, which the trainer adds: ``(1 - w) L + w (L + D)`` is ``L + w D``."""
         maps = zip(student.features, teacher.features, strict=True)
-        parts = {"features": self.features * _mean([_apart(s, t) for s, t in maps])}
+        parts = {"labels": torch.stack([*student.losses.values()]).sum()} if student.losses else {}
+        parts["features"] = self.features * _mean([_apart(s, t) for s, t in maps])
         alike = [(s, t) for s, t in zip(student.logits, teacher.logits, strict=True) if s.shape == t.shape]
         if alike:
             parts["logits"] = self.logits * _mean([self._soft(s, t) for s, t in alike])
