@@ -88,6 +88,7 @@ def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[d
     cfg = get_cfg()
     cfg.merge_from_file(EXAMPLE / "configs" / DETECTORS[title])
     cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", str(side), "COCKTAIL.PATTERNS", "[channel]", "MODEL.DEVICE", "cpu"])
+    cfg.merge_from_list(["TEST.SCORE_THRESH", "0.99"])  # what untrained scores leave to be sorted is chance
     register_builtin()
     setup = Setup.of(cfg, classes=80)
     net = setup.net()
