@@ -69,7 +69,7 @@ def _costs_block() -> str:
         "### Costs",
         "",
         f"`python benchmarks/detection_costs.py`: one image of {height} x {width}, times as fast as the dense "
-        f"one, by turns, {rows[0]['machine']}.",
+        f"one, by turns, {rows[0]['machine']}. Proposals and what is done with them take as long in a slim detector.",
         "",
         "| detector | dense | network | parameters | FLOPs | whole detector, torch | backbone, onnxruntime |",
         "| --- | --: | --- | --: | --: | --: | --: |",
