@@ -14,7 +14,6 @@ as ONNX, too, and run by turns in onnxruntime. Rows are kept one by one in bench
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -22,15 +21,14 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+from result_rows import Row, read_rows, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import cocktailsdk as cocktail
-from cocktailsdk.training.state import write_atomic
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style"
 RESULTS = Path(__file__).resolve().parent / "results" / "detection_costs.json"
@@ -45,11 +43,6 @@ DETECTORS: Mapping[str, str] = {
 NETWORKS = ("channel@0.1", "channel@0.271", "channel@0.469", "channel@0.613")
 
 Call = Callable[[], object]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows that there are."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def by_turns(dense: Call, slim: Call, turns: int) -> tuple[float, float]:
@@ -78,7 +71,7 @@ def backbone(model: nn.Module, image: torch.Tensor, path: Path) -> tuple[Call, f
     return lambda: session.run(None, {"images": images}), apart
 
 
-def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[dict[str, Any]], None]) -> None:
+def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[Row], None]) -> None:
     """The networks of a detector that have no row yet."""
     from cocktail_detection.catalog import register_builtin
     from cocktail_detection.config import get_cfg
@@ -126,7 +119,7 @@ def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[d
             keep(row)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """The rows, for people."""
     made = Table("detector", "network", "parameters", "FLOPs", "times as fast", "backbone in onnxruntime")
     for row in rows:
@@ -145,13 +138,11 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    rows = read(asked.results)
+    rows = read_rows(asked.results)
 
-    def keep(row: dict[str, Any]) -> None:
+    def keep(row: Row) -> None:
         rows[:] = [r for r in rows if (r["detector"], r["network"]) != (row["detector"], row["network"])] + [row]
-        rows.sort(key=lambda r: (list(DETECTORS).index(r["detector"]), NETWORKS.index(r["network"])))
-        asked.results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(asked.results, (json.dumps(rows, indent=1) + "\n").encode())
+        write_rows(rows, asked.results, ("detector", "network"))
 
     if not asked.table:
         torch.set_num_threads(1)

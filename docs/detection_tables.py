@@ -16,12 +16,12 @@ HEADER = ("method", "seeds", "steps", "passes", "dense (AP50)")
 
 def detection_block() -> str:
     """Methods beside each other, then what slim detectors cost, then the parts of each detector."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     return "\n".join(block for block in (_methods_block(), _costs_block(), _parts_block()) if block)
 
 
 def _methods_block() -> str:
     """For each task and kind a line a method, with the paper's gap beside."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     from detection_rows import KINDS, TASKS, lines, paper_gap, read
 
     rows = read(RESULTS / "detection.json")
@@ -60,10 +60,11 @@ def _methods_block() -> str:
 
 def _costs_block() -> str:
     """For each detector a line for every slim network that was timed."""
-    path = RESULTS / "detection_costs.json"
-    if not path.is_file():
+    from result_rows import read_rows
+
+    rows = read_rows(RESULTS / "detection_costs.json")
+    if not rows:
         return ""
-    rows = json.loads(path.read_text(encoding="utf-8"))
     _, height, width = rows[0]["image"]
     out = [
         "### Costs",

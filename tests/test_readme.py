@@ -84,7 +84,7 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
         return subprocess.run([sys.executable, script, str(which)], capture_output=True, text=True, check=True).stdout
 
     assert command(1).strip() == 'pip install -e ".[dev]" && cocktail-cli train --preset digits --out runs/digits'
-    assert command(2).split()[0] == "pytest"
+    assert command(2).strip() == "pytest -n 2 --dist loadfile"
     assert len(blocks(ROOT / "README.md", "bash")) == 2
 
 
