@@ -37,6 +37,7 @@ import cocktailsdk as cocktail
 from cocktailsdk.training.events import StepDone
 
 CHANNEL = "channel@0.5"
+FULL_SIZE = ["mask_rcnn_R_50_FPN", "faster_rcnn_VGG_16", "retinanet_R_50_FPN", "detr_R_50"]  # each kind of part once
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,27 @@ def test_slim_equals_masked_on_real_images(
         setup.cfg.INPUT.MIN_SIZE_TEST = 64
     randomised(net.model)
     assert_slim_equals_masked(setup, net, [dataset[i][0] for i in range(2)])
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_slim_equals_masked_at_full_width(name: str, tmp_path: Path, data_folder: Path) -> None:
+    """Configurations as they are in their files, with COCO's classes, on images of COCO."""
+    if not (data_folder / "coco_panoptic_mini").is_dir():
+        pytest.skip(f"{data_folder} holds no coco_panoptic_mini")
+    register_builtin(tmp_path)
+    cfg = get_cfg()
+    cfg.merge_from_file(EXAMPLE / "configs" / f"{name}.yaml")
+    cfg.merge_from_list(["DATASETS.TRAIN", "coco_mini_train", "DATASETS.TEST", "coco_mini_val"])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", "96", "MODEL.DEVICE", "cpu", "COCKTAIL.PATTERNS", f"[{CHANNEL}]"])
+    cfg.merge_from_list(["TEST.DETECTIONS_PER_IMAGE", "10", "MODEL.RPN.POST_NMS_TOPK_TEST", "100"])
+    cfg.merge_from_list(["TEST.SCORE_THRESH", "0"])  # among eighty classes untrained scores are low
+    setup = Setup.of(cfg)
+    net = setup.net()
+    randomised(net.model)
+    dataset = DetectionDataset(setup.test, cfg, train=False, masks=False)
+    assert_slim_equals_masked(setup, net, [dataset[0][0]])
 
 
 # ------------------------------------------------------------------------------------------- training
