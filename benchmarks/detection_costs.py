@@ -4,11 +4,12 @@
     python benchmarks/detection_costs.py --table         the table of what has been measured
 
 Detectors are those of examples/detectron_style's configurations with ResNet-50 and VGG-16, untrained: time depends on
-how many regions are proposed, here always the most that the configuration allows, and what follows the parts that can
-be pruned (boxes that lie over each other, regions) takes as long in a slim detector as in the dense one. Mask heads
-are left out, since an untrained detector finds nothing that is worth a mask. The dense detector and a slim one run by
-turns in torch, with one thread; a figure is the median over turns of dense time by slim time. Backbones are written
-as ONNX, too, and run by turns in onnxruntime. Rows are kept one by one in benchmarks/results/detection_costs.json.
+how many regions are proposed and where, here those of the dense detector for both, the most that the configuration
+allows; and what follows the parts that can be pruned (boxes that lie over each other, regions) takes as long in a slim
+detector as in the dense one. Mask heads are left out, since an untrained detector finds nothing that is worth a mask.
+The dense detector and a slim one run by turns in torch, with one thread; a figure is the median over turns of dense
+time by slim time. What runs elsewhere as it is, the backbone, or all of DETR, is written as ONNX, too, and run by turns
+in onnxruntime. Rows are kept one by one in benchmarks/results/detection_costs.json.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from result_rows import Row, read_rows, write_rows
@@ -58,17 +61,44 @@ def by_turns(dense: Call, slim: Call, turns: int) -> tuple[float, float]:
     return median(a for a, _ in times[1:]), median(a / b for a, b in times[1:])
 
 
-def backbone(model: nn.Module, image: torch.Tensor, path: Path) -> tuple[Call, float]:
-    """A detector's backbone in onnxruntime, and how far its maps are from PyTorch's."""
+def in_onnxruntime(
+    net: cocktail.CocktailNet, name: str, image: torch.Tensor, feeds: Mapping[str, torch.Tensor], path: Path
+) -> tuple[Call, float]:
+    """What of a network can be written as ONNX, as a call; and how far its outputs are from PyTorch's."""
     import onnxruntime
-    from cocktail_detection.analysis import export_backbone
+    from cocktail_detection.analysis import export_network
 
-    apart = export_backbone(model, image, path)
+    apart = export_network(net, name, image, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    images = image[None].numpy()
-    return lambda: session.run(None, {"images": images}), apart
+    given = {node.name: feeds[node.name].numpy() for node in session.get_inputs()}
+    return lambda: session.run(None, given), apart
+
+
+@contextmanager
+def same_regions(*models: nn.Module) -> Iterator[None]:
+    """Detectors with proposals all take what the first that runs proposes, and leave out no box that lies over another.
+
+    What an untrained detector proposes is chance, and how long regions take depends on where they are.
+    """
+    first: list[Any] = []
+
+    def proposals(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        del module, args
+        first[:] = first or [output]
+        return first[0]
+
+    found = [model.rpn for model in models if hasattr(model, "rpn")]
+    before = [(rpn, rpn.nms_thresh, rpn.head.register_forward_hook(proposals)) for rpn in found]
+    for rpn in found:
+        rpn.nms_thresh = 1.0
+    try:
+        yield
+    finally:
+        for rpn, threshold, handle in before:
+            rpn.nms_thresh = threshold
+            handle.remove()
 
 
 def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[Row], None]) -> None:
@@ -90,16 +120,15 @@ def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[R
     (image,) = example_images(cfg)
     detect = setup.architecture.detect
     reports: dict[str, cocktail.SubnetReport] = {report.name: report for report in net.subnets()}
-    has_backbone = hasattr(net.model, "backbone")
+    example = setup.architecture.example([image])
+    feeds = {"images": image[None], **{name: x for name, x in example[1].items() if isinstance(x, torch.Tensor)}}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         files = Path(folder)
-        maps = backbone(net.model, image, files / "dense.onnx")[0] if has_backbone else None
+        dense = in_onnxruntime(net, "dense", image, feeds, files / "dense.onnx")[0]
         for name in (n for n in NETWORKS if n not in done):
             small = net.slim(name).eval()
-            for model in (net.model, small):
-                if hasattr(model, "rpn"):  # how many untrained boxes lie over each other is chance, too: all stay
-                    model.rpn.nms_thresh = 1.0
-            seconds, ratio = by_turns(lambda: detect(net.model, [image]), lambda: detect(small, [image]), turns)  # noqa: B023
+            with same_regions(net.model, small):
+                seconds, ratio = by_turns(lambda: detect(net.model, [image]), lambda: detect(small, [image]), turns)  # noqa: B023
             row = {
                 "detector": title,
                 "network": name,
@@ -112,19 +141,20 @@ def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[R
                 "dense_seconds": round(seconds, 3),
                 "times_as_fast": round(ratio, 2),
             }
-            if maps is not None:
-                slim_maps, row["backbone_apart"] = backbone(small, image, files / f"{name}.onnx")
-                row["backbone_times_as_fast"] = round(by_turns(maps, slim_maps, turns)[1], 2)
+            slim, row["onnx_apart"] = in_onnxruntime(net, name, image, feeds, files / f"{name}.onnx")
+            row["onnx_part"] = "backbone" if hasattr(net.model, "backbone") else "whole"
+            row["onnx_times_as_fast"] = round(by_turns(dense, slim, turns)[1], 2)
             row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}"
             keep(row)
 
 
 def table(rows: list[Row]) -> Table:
     """The rows, for people."""
-    made = Table("detector", "network", "parameters", "FLOPs", "times as fast", "backbone in onnxruntime")
+    made = Table("detector", "network", "parameters", "FLOPs", "times as fast", "part", "in onnxruntime")
     for row in rows:
         cells = [row["detector"], row["network"], f"{row['parameters']:.2f}", f"{row['flops']:.2f}"]
-        made.add_row(*cells, f"{row['times_as_fast']:.2f}", f"{row.get('backbone_times_as_fast', '')}")
+        cells += [f"{row['times_as_fast']:.2f}", row["onnx_part"], f"{row['onnx_times_as_fast']:.2f}"]
+        made.add_row(*cells)
     return made
 
 

@@ -1,4 +1,4 @@
-"""What of a detector can be pruned, what its networks cost, how long they take; and backbones as ONNX.
+"""What of a detector can be pruned, what its networks cost, how long they take; and backbones, or all of DETR, as ONNX.
 
     python analyze_model.py --config-file configs/mask_rcnn_R_50_FPN.yaml [--tasks prunable cost] [KEY VALUE …]
     python analyze_model.py --config-file … --tasks export --networks channel@0.469
@@ -13,7 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from cocktail_detection.analysis import cost_table, export_backbone, left_whole, prunable_table
+from cocktail_detection.analysis import cost_table, export_network, left_whole, prunable_table
 from cocktail_detection.catalog import DatasetError, register_builtin, register_from
 from cocktail_detection.config import ConfigError, get_cfg
 from cocktail_detection.data import example_images
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(cost_table(net, setup.architecture, [image], options.repeats, options.networks, slim))
         for name in (options.networks or net.names) if "export" in options.tasks else ():
             path = setup.out / "onnx" / f"{name.replace(':', '-')}.onnx"
-            apart = export_backbone(slim(name).cpu(), image.cpu(), path)
+            apart = export_network(net, name, image, path, slim)
             console.print(
                 f"{path}: {path.stat().st_size:,} bytes, differs from PyTorch by {apart:.1e}", highlight=False
             )

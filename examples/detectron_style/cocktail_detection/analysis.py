@@ -154,6 +154,30 @@ def cost_table(
     return table
 
 
+def export_network(net: cocktail.CocktailNet, name: str, image: Tensor, path: Path, slim: Slim | None = None) -> float:
+    """Write as ONNX what of a network runs in other runtimes as it is.
+
+    Of a detector with proposals that is its backbone; one without such code (DETR) is written whole.
+
+    Args:
+        net: The networks.
+        name: Of one of them.
+        image: ``(3, height, width)``, see :func:`export_backbone`.
+        path: Of the file.
+        slim: Gives slim models by name; by default ``net.slim``.
+
+    Returns:
+        The largest difference of onnxruntime's outputs from PyTorch's, as a share of the largest value; ``nan`` where
+        onnxruntime is not there and a backbone was written.
+
+    Raises:
+        CocktailError: The model cannot be written whole.
+    """
+    if hasattr(net.model, "backbone"):
+        return export_backbone((slim or net.slim)(name).cpu(), image.cpu(), path)
+    return net.export(name, path).error
+
+
 def export_backbone(small: nn.Module, image: Tensor, path: Path) -> float:
     """Write a detector's backbone as ONNX: the part that runs in other runtimes as it is.
 
