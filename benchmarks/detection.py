@@ -4,9 +4,12 @@
     python benchmarks/detection.py --task bccd --method cocktail mutualnet --minutes 30
     python benchmarks/detection.py --task bccd --steps 60 --test 8    a quick try
     python benchmarks/detection.py --table                            the table of what has been run
+    python benchmarks/detection.py --task bccd-full nuclei-full bccd-full-vgg nuclei-full-vgg --method cocktail \\
+        mutualnet --seeds 3 --steps 6000 --device cuda --jobs 1       whole images and the paper's backbones, on a GPU
 
-COCKTAIL_DATA names the folder that holds bccd/ and nuclei_dsb2018/. Every run is a process of its own; stopped at any
-moment (or by --minutes), the same command goes on where each run was. Rows are in benchmarks/results/detection.json.
+COCKTAIL_DATA names the folder that holds bccd/ and nuclei_dsb2018/. Tasks without "full" are for a processor. Every
+run is a process of its own; stopped at any moment (or by --minutes), the same command goes on where each run was. Rows
+are in benchmarks/results/detection.json.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style
 sys.path.append(str(EXAMPLE))
 
 
-def measure(task: str, method: str, seed: int, steps: int, test: int, out: Path) -> Row:
+def measure(task: str, method: str, seed: int, steps: int, test: int, out: Path, device: str = "cpu") -> Row:
     """Trains a run, or what is left of it, and measures every network on the test set."""
     from cocktail_detection.catalog import register_builtin
     from cocktail_detection.config import get_cfg
@@ -45,6 +48,7 @@ def measure(task: str, method: str, seed: int, steps: int, test: int, out: Path)
     cfg.merge_from_file(EXAMPLE / "configs" / TASKS[task].config)
     cfg.merge_from_list([*TASKS[task].settings, *METHODS[method]])
     cfg.merge_from_list(["SEED", str(seed), "SOLVER.MAX_ITER", str(steps), "TEST.MAX_IMAGES", str(test)])
+    cfg.merge_from_list(["MODEL.DEVICE", device])
     cfg.OUTPUT_DIR = str(out)
     register_builtin()
     setup = Setup.of(cfg)
@@ -59,6 +63,7 @@ def measure(task: str, method: str, seed: int, steps: int, test: int, out: Path)
             cfg.TEST.NETWORKS = [name]
             networks[name] = jsonable(measured(setup, net, trainer.using)[name])
             write_atomic(partial, json.dumps(networks).encode())
+    command = f"python benchmarks/detection.py --steps {steps} --task {task} --method '{method}'"
     dense = [losses["dense"] for r in history.rounds for losses in r.losses if "dense" in losses]
     return {
         "task": task,
@@ -70,14 +75,20 @@ def measure(task: str, method: str, seed: int, steps: int, test: int, out: Path)
         "passes": history.passes,
         "images": history.passes * cfg.SOLVER.IMS_PER_BATCH,
         "seconds": round(history.seconds, 1),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
-        "command": f"python benchmarks/detection.py --steps {steps} --task {task} --method '{method}'",
+        "machine": f"{_machine(device)}, torch {torch.__version__}",
+        "command": command if device == "cpu" else f"{command} --device {device}",
         "fingerprint": trainer.fingerprint,
         "losses": [round(dense[0], 4), round(dense[-1], 4)],
         "networks": {name: {k: _rounded(v) for k, v in found.items()} for name, found in networks.items()},
         "flops": flops,
         "parameters": sum(p.numel() for p in net.model.parameters()),
     }
+
+
+def _machine(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} thread"
 
 
 def _rounded(figures: dict[str, float | None]) -> dict[str, float | None]:
@@ -98,7 +109,7 @@ def table(found: list[Line]) -> Table:
 def _child(task: str, method: str, seed: int, asked: argparse.Namespace, deadline: float) -> Row | str | None:
     """A run in another process: its row, what went wrong, or ``None`` where time was up and it can be gone on with."""
     command = [sys.executable, __file__, "--run", task, method, str(seed), "--steps", str(asked.steps)]
-    command += ["--test", str(asked.test), "--out", str(asked.out)]
+    command += ["--test", str(asked.test), "--out", str(asked.out), "--device", asked.device]
     return run_child(command, f"{task}, {method}, {seed}", asked.threads, deadline)
 
 
@@ -115,6 +126,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 … n - 1 of each")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of a run")
     parser.add_argument("--test", type=int, default=0, help="test images that count; by default all")
+    parser.add_argument("--device", default="cpu", help="such as cuda; by default %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--minutes", type=float, default=1e4, help="stop after so long; runs go on another time")
@@ -128,7 +140,7 @@ def main() -> int:
     if asked.run:
         task, method, seed = asked.run
         folder = _folder(asked, task, method, int(seed))
-        print(json.dumps(measure(task, method, int(seed), asked.steps, asked.test, folder)))
+        print(json.dumps(measure(task, method, int(seed), asked.steps, asked.test, folder, asked.device)))
         return 0
     if not asked.table and "COCKTAIL_DATA" not in os.environ:
         parser.error("the variable COCKTAIL_DATA must name the folder that holds bccd/ and nuclei_dsb2018/")

@@ -30,11 +30,38 @@ class Task:
 
 
 VGG = ("MODEL.BACKBONE.NAME", "vgg11_bn", "MODEL.ANCHORS.SIZES", "[8, 16, 32, 64]")
+FULL = (
+    *("INPUT.MIN_SIZE_TRAIN", "[0]", "INPUT.MIN_SIZE_TEST", "0", "INPUT.FLIP", "both", "COCKTAIL.DISTILL", "false"),
+    *(
+        "SOLVER.OPTIMIZER",
+        "AdamW",
+        "SOLVER.BASE_LR",
+        "3e-4",
+        "SOLVER.WEIGHT_DECAY",
+        "0.01",
+        "SOLVER.IMS_PER_BATCH",
+        "8",
+    ),
+)
+"""Images as they are, and a schedule from scratch; the configurations' own is for COCO."""
+BLOOD = (*FULL, "DATASETS.TRAIN", "bccd_train", "DATASETS.TEST", "bccd_test")
+NUCLEI = (
+    *(*FULL, "DATASETS.TRAIN", "nuclei_train", "DATASETS.TEST", "nuclei_test"),
+    *("MODEL.ANCHORS.SIZES", "[8, 16, 32, 64, 128]"),
+)
 TASKS: Mapping[str, Task] = {
     "bccd": Task("Faster R-CNN, ResNet-18-FPN, on blood cells", "bccd_faster_rcnn_R_18_FPN.yaml"),
     "nuclei": Task("Mask R-CNN, ResNet-18-FPN, on nuclei", "nuclei_mask_rcnn_R_18_FPN.yaml"),
     "bccd-vgg": Task("Faster R-CNN, VGG-11-FPN, on blood cells", "bccd_faster_rcnn_R_18_FPN.yaml", VGG, "VGG-16"),
     "nuclei-vgg": Task("Mask R-CNN, VGG-11-FPN, on nuclei", "nuclei_mask_rcnn_R_18_FPN.yaml", VGG, "VGG-16"),
+    "bccd-full": Task(
+        "Faster R-CNN, ResNet-50-FPN, on whole images of blood cells", "faster_rcnn_R_50_FPN.yaml", BLOOD
+    ),
+    "nuclei-full": Task("Mask R-CNN, ResNet-50-FPN, on whole images of nuclei", "mask_rcnn_R_50_FPN.yaml", NUCLEI),
+    "bccd-full-vgg": Task(
+        "Faster R-CNN, VGG-16, on whole images of blood cells", "faster_rcnn_VGG_16.yaml", BLOOD, "VGG-16"
+    ),
+    "nuclei-full-vgg": Task("Mask R-CNN, VGG-16, on whole images of nuclei", "mask_rcnn_VGG_16.yaml", NUCLEI, "VGG-16"),
 }
 
 METHODS: Mapping[str, tuple[str, ...]] = {

@@ -66,6 +66,30 @@ def test_a_run_is_measured_and_found_again(
     assert line.dense == 12.3456 and line.passes == 12 * passes
 
 
+def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cocktail_detection.catalog import register_builtin
+    from cocktail_detection.config import get_cfg
+    from cocktail_detection.engine import Setup
+    from detection_rows import METHODS, TASKS
+
+    monkeypatch.setenv("COCKTAIL_DATA", str(tmp_path))
+    register_builtin()
+    for name, task in TASKS.items():
+        for method in METHODS.values():
+            cfg = get_cfg()
+            cfg.merge_from_file(EXAMPLE / "configs" / task.config)
+            cfg.merge_from_list([*task.settings, *method])
+            setup = Setup.of(cfg, classes=3)
+            assert setup.train.name == f"{name.partition('-')[0]}_train"
+            assert setup.test.name == f"{name.partition('-')[0]}_test"
+            assert ("vgg" in cfg.MODEL.BACKBONE.NAME) == (task.paper == "VGG-16") == ("vgg" in name)
+            assert (cfg.MODEL.META_ARCHITECTURE == "MaskRCNN") == name.startswith("nuclei")
+            assert ("true" in method) == cfg.COCKTAIL.DISTILL
+            assert (cfg.INPUT.MIN_SIZE_TEST == 0) == ("full" in name)  # images as they are
+        levels = 1 if not cfg.MODEL.BACKBONE.FPN else len(cfg.MODEL.ANCHORS.SIZES)
+        assert len(setup.model().rpn.anchor_generator.sizes) == levels, name
+
+
 def test_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import detection
 

@@ -213,6 +213,29 @@ def test_a_stopped_run_goes_on_bit_by_bit(mask_rcnn: tuple[Setup, cocktail.Cockt
         assert torch.equal(tensor, weights(again)[name]), name
 
 
+@pytest.mark.parametrize(
+    ("name", "backbone", "pyramid"),
+    [("MaskRCNN", "vgg11_bn", False), ("FasterRCNN", "vgg11", True), ("RetinaNet", "tiny", True), ("DETR", "", True)],
+)
+def test_every_kind_of_detector_trains(name: str, backbone: str, pyramid: bool, root: Path, tmp_path: Path) -> None:
+    """Dense and sparse steps, the sparse ones with distillation; then every network is measured."""
+    pairs = ["MODEL.META_ARCHITECTURE", name, "SOLVER.MAX_ITER", 8, "COCKTAIL.PATTERNS", f"[2:4, {CHANNEL}]"]
+    if backbone:
+        sizes = "[8, 16, 24, 32]" if backbone.startswith("vgg") else "[8, 16, 24, 32, 48]"
+        pairs += ["MODEL.BACKBONE.NAME", backbone, "MODEL.BACKBONE.FPN", pyramid, "MODEL.ANCHORS.SIZES", sizes]
+    setup = setup_of(tmp_path, root, *pairs)
+    net = setup.net()
+    before = weights(net)
+    trainer = trainer_of(setup, net)
+    trainer.fit()
+    losses = [found for r in trainer.history.rounds for found in r.losses]
+    assert {name for found in losses for name in found} == {"dense", "2:4", CHANNEL}
+    assert all(math.isfinite(value) for found in losses for value in found.values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(net).items())
+    figures = measured(setup, net, trainer.using)
+    assert set(figures) == {"dense", "2:4", CHANNEL} and all("AP" in found["bbox"] for found in figures.values())
+
+
 def test_distillation_is_a_switch(mask_rcnn: tuple[Setup, cocktail.CocktailNet], tmp_path: Path) -> None:
     """The dense network's steps are the same with and without; sparse ones learn something else."""
     found = {}

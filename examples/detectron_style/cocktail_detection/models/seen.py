@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,5 +27,5 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Any
 
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors of an output."""
-    found = list(output.values()) if hasattr(output, "values") else tree_leaves(output)
+    found = list(output.values()) if isinstance(output, Mapping) else tree_leaves(output)
     return [t for t in found if isinstance(t, Tensor)]
