@@ -68,6 +68,8 @@ def test_files_inherit_and_pairs_win(tmp_path: Path) -> None:
     assert get_cfg().SOLVER.MAX_ITER != 7
     cfg.merge_from_list(["COCKTAIL.PATTERNS", "2:4", "SOLVER.BASE_LR", "1e-4", "SOLVER.MOMENTUM", "0"])
     assert (cfg.COCKTAIL.PATTERNS, cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM) == (["2:4"], 1e-4, 0.0)
+    cfg.merge_from_list(["MODEL.WEIGHTS", "", "OUTPUT_DIR", "2017", "DATASETS.TRAIN", "'mine'"])
+    assert (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN) == ("", "2017", "mine")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 pytest.importorskip("pycocotools", reason="pip install cocktailsdk[detection]")
 pytest.importorskip("yaml", reason="pip install cocktailsdk[detection]")
@@ -193,8 +194,13 @@ def changed(setup: Setup, folder: Path, *pairs: Any) -> Setup:
     return Setup.of(cfg)
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(mask_rcnn: tuple[Setup, cocktail.CocktailNet], tmp_path: Path) -> None:
-    setup, net = changed(mask_rcnn[0], tmp_path / "a"), copy.deepcopy(mask_rcnn[1])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_goes_on_bit_by_bit(
+    workers: int, mask_rcnn: tuple[Setup, cocktail.CocktailNet], tmp_path: Path
+) -> None:
+    """Images are flipped and scaled by chance, by processes of their own, too."""
+    drawn = ("DATALOADER.NUM_WORKERS", workers, "INPUT.FLIP", "both", "INPUT.MIN_SIZE_TRAIN", "[48, 56, 64]")
+    setup, net = changed(mask_rcnn[0], tmp_path / "a", *drawn), copy.deepcopy(mask_rcnn[1])
     trainer_of(setup, net).fit()
     seen: list[int] = []
 
@@ -204,7 +210,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(mask_rcnn: tuple[Setup, cocktail.Cockt
             if len(seen) == 2:
                 raise KeyboardInterrupt
 
-    other = changed(mask_rcnn[0], tmp_path / "b")
+    other = changed(mask_rcnn[0], tmp_path / "b", *drawn)
     with pytest.raises(KeyboardInterrupt):
         trainer_of(other, copy.deepcopy(mask_rcnn[1]), [stop]).fit()
     again = copy.deepcopy(mask_rcnn[1])
@@ -220,6 +226,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(mask_rcnn: tuple[Setup, cocktail.Cockt
 def test_every_kind_of_detector_trains(name: str, backbone: str, pyramid: bool, root: Path, tmp_path: Path) -> None:
     """Dense and sparse steps, the sparse ones with distillation; then every network is measured."""
     pairs = ["MODEL.META_ARCHITECTURE", name, "SOLVER.MAX_ITER", 8, "COCKTAIL.PATTERNS", f"[2:4, {CHANNEL}]"]
+    pairs += ["COCKTAIL.START", "pretrained" if name == "RetinaNet" else "scratch"]
     if backbone:
         sizes = "[8, 16, 24, 32]" if backbone.startswith("vgg") else "[8, 16, 24, 32, 48]"
         pairs += ["MODEL.BACKBONE.NAME", backbone, "MODEL.BACKBONE.FPN", pyramid, "MODEL.ANCHORS.SIZES", sizes]
@@ -234,6 +241,44 @@ def test_every_kind_of_detector_trains(name: str, backbone: str, pyramid: bool, 
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(net).items())
     figures = measured(setup, net, trainer.using)
     assert set(figures) == {"dense", "2:4", CHANNEL} and all("AP" in found["bbox"] for found in figures.values())
+
+
+def test_frozen_norms_are_pruned_too(root: Path, tmp_path: Path) -> None:
+    pairs = ("MODEL.BACKBONE.NAME", "resnet18", "MODEL.BACKBONE.NORM", "FrozenBN", "COCKTAIL.PATTERNS", f"[{CHANNEL}]")
+    setup = setup_of(tmp_path, root, *pairs)
+    net = setup.net()
+    randomised(net.model)
+    frozen = [m for m in net.model.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert len(frozen) == 20
+    generator = torch.Generator().manual_seed(0)
+    for module in frozen:
+        module.running_mean.normal_(0, 0.3, generator=generator)
+        module.running_var.uniform_(0.5, 2, generator=generator)
+        module.bias.normal_(0, 0.3, generator=generator)
+    dataset = DetectionDataset(setup.test, setup.cfg, train=False, masks=False)
+    noise = 0.3 * torch.rand(dataset[0][0].shape, generator=generator)
+    assert_slim_equals_masked(setup, net, [0.7 * dataset[0][0] + noise])
+
+
+def test_excluded_modules_stay_whole(root: Path, tmp_path: Path) -> None:
+    net = setup_of(tmp_path, root, "COCKTAIL.EXCLUDE", "[rpn, backbone.fpn]").net()
+    names = {w.name for w in net.eligible} | {group.name for group in net.coupling.groups}
+    assert names and not any(name.startswith(("rpn.", "backbone.fpn.")) for name in names)
+    small, dense = net.slim(CHANNEL).state_dict(), net.model.state_dict()
+    assert all(small[n].shape[0] == t.shape[0] for n, t in dense.items() if n.startswith(("rpn.", "backbone.fpn.")))
+
+
+def test_a_run_in_bfloat16_is_close(mask_rcnn: tuple[Setup, cocktail.CocktailNet], tmp_path: Path) -> None:
+    first = {}
+    for precision in ("", "bf16"):
+        trainer = trainer_of(
+            changed(mask_rcnn[0], tmp_path / f"p{precision}", "SOLVER.PRECISION", precision),
+            copy.deepcopy(mask_rcnn[1]),
+        )
+        trainer.fit()
+        first[precision] = trainer.history.rounds[0].losses[0]["dense"]
+        assert all(math.isfinite(v) for r in trainer.history.rounds for found in r.losses for v in found.values())
+    assert first["bf16"] != first[""] and first["bf16"] == pytest.approx(first[""], rel=0.1)
 
 
 def test_distillation_is_a_switch(mask_rcnn: tuple[Setup, cocktail.CocktailNet], tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Config(dict[str, Any]):
             _merge(self, settings, str(file))
 
     def merge_from_list(self, pairs: Sequence[str]) -> None:
-        """Take settings from ``["SOLVER.MAX_ITER", "100", …]``; values are YAML.
+        """Take settings from ``["SOLVER.MAX_ITER", "100", …]``; values are YAML, or words where words are wanted.
 
         Raises:
             ConfigError: A key without a value, or one that there is not.
@@ -65,9 +65,18 @@ class Config(dict[str, Any]):
             raise ConfigError(f"settings come in pairs, KEY VALUE; {pairs[-1]!r} has no value")
         for key, text in zip(pairs[::2], pairs[1::2], strict=True):
             value: Any = _yaml(text, f"the value of {key}")
+            if isinstance(self._at(key), str) and not isinstance(value, str):
+                value = text  # nothing, or a name such as 2017
             for part in reversed(key.split(".")):
                 value = {part: value}
             _merge(self, value, "the command line")
+
+    def _at(self, key: str) -> Any:
+        """What a setting is now; ``None`` where there is no such setting."""
+        found: Any = self
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
 
     def dump(self) -> str:
         """All settings as YAML."""
