@@ -455,6 +455,7 @@ def test_bad_input_is_told_in_one_line(root: Path, tmp_path: Path, capsys: pytes
     assert "resnet999" in told("MODEL.BACKBONE.NAME", "resnet999")
     assert "cannot be read as tensors" in told("MODEL.WEIGHTS", str(tmp_path / "none.pth"))
     assert "give one for each level" in told("MODEL.ANCHORS.SIZES", "[8, 16]")
+    assert "set COCKTAIL.HELD_OUT" in told("COCKTAIL.RECIPE", "paper")
     with pytest.raises(SystemExit):
         train_net.main([*command, "--num-gpus", "99"])
     assert "--num-gpus is 99" in capsys.readouterr().err

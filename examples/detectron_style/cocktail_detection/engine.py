@@ -103,6 +103,11 @@ def trainer_of(setup: Setup, net: cocktail.CocktailNet, callbacks: Sequence[Call
     recipe = recipe_named(chosen.RECIPE)
     if recipe.distill is not False:  # a share of the labels' loss stays: features alone do not teach boxes
         recipe = replace(recipe, distill=weight or False)
+    if recipe.merges and loaders.held_out is None:
+        raise ConfigError(
+            f"COCKTAIL.RECIPE {chosen.RECIPE} merges networks by how well they do on images kept from training; "
+            "set COCKTAIL.HELD_OUT to how many"
+        )
     optimizers = {
         "SGD": lambda p: torch.optim.SGD(p, solver.BASE_LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY),
         "AdamW": lambda p: torch.optim.AdamW(p, solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY),
