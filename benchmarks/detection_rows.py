@@ -32,16 +32,8 @@ class Task:
 VGG = ("MODEL.BACKBONE.NAME", "vgg11_bn", "MODEL.ANCHORS.SIZES", "[8, 16, 32, 64]")
 FULL = (
     *("INPUT.MIN_SIZE_TRAIN", "[0]", "INPUT.MIN_SIZE_TEST", "0", "INPUT.FLIP", "both", "COCKTAIL.DISTILL", "false"),
-    *(
-        "SOLVER.OPTIMIZER",
-        "AdamW",
-        "SOLVER.BASE_LR",
-        "3e-4",
-        "SOLVER.WEIGHT_DECAY",
-        "0.01",
-        "SOLVER.IMS_PER_BATCH",
-        "8",
-    ),
+    *("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "3e-4"),
+    *("SOLVER.WEIGHT_DECAY", "0.01", "SOLVER.IMS_PER_BATCH", "8"),
 )
 """Images as they are, and a schedule from scratch; the configurations' own is for COCO."""
 BLOOD = (*FULL, "DATASETS.TRAIN", "bccd_train", "DATASETS.TEST", "bccd_test")
