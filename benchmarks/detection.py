@@ -121,7 +121,7 @@ def _folder(asked: argparse.Namespace, task: str, method: str, seed: int) -> Pat
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="*", choices=list(TASKS), default=["bccd", "nuclei"])
+    parser.add_argument("--task", nargs="*", choices=list(TASKS), help="by default bccd and nuclei; of --table all")
     parser.add_argument("--method", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 … n - 1 of each")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of a run")
@@ -144,12 +144,13 @@ def main() -> int:
         return 0
     if not asked.table and "COCKTAIL_DATA" not in os.environ:
         parser.error("the variable COCKTAIL_DATA must name the folder that holds bccd/ and nuclei_dsb2018/")
+    tasks = asked.task or (list(TASKS) if asked.table else ["bccd", "nuclei"])
     rows, console, failed = read(asked.results), Console(width=150), []
     done = {(r["task"], r["method"], r["seed"], r["budget"], r["test"]) for r in rows}
     todo = [
         (task, method, seed)
         for seed in range(asked.seeds)
-        for task in asked.task
+        for task in tasks
         for method in asked.method
         if (task, method, seed, asked.steps, asked.test) not in done
     ]
@@ -166,7 +167,7 @@ def main() -> int:
                     write(rows, asked.results)
                     shutil.rmtree(_folder(asked, *run), ignore_errors=True)
                 bar.advance(shown)
-    console.print(table(lines(r for r in rows if r["task"] in asked.task)))
+    console.print(table(lines(r for r in rows if r["task"] in tasks)))
     for message in failed:
         console.print(message, style="red")
     return 1 if failed else 0

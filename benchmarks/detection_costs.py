@@ -103,6 +103,7 @@ def same_regions(*models: nn.Module) -> Iterator[None]:
 
 def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[Row], None]) -> None:
     """The networks of a detector that have no row yet."""
+    from cocktail_detection.analysis import exported_part
     from cocktail_detection.catalog import register_builtin
     from cocktail_detection.config import get_cfg
     from cocktail_detection.data import example_images
@@ -142,7 +143,7 @@ def measure(title: str, done: set[str], side: int, turns: int, keep: Callable[[R
                 "times_as_fast": round(ratio, 2),
             }
             slim, row["onnx_apart"] = in_onnxruntime(net, name, image, feeds, files / f"{name}.onnx")
-            row["onnx_part"] = "backbone" if hasattr(net.model, "backbone") else "whole"
+            row["onnx_part"] = exported_part(net.model)
             row["onnx_times_as_fast"] = round(by_turns(dense, slim, turns)[1], 2)
             row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}"
             keep(row)

@@ -90,6 +90,19 @@ def test_every_task_is_a_configuration(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(setup.model().rpn.anchor_generator.sizes) == levels, name
 
 
+def test_the_table_is_of_all_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import detection
+    from detection_rows import RESULTS, read
+
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--table"])
+    assert detection.main() == 0
+    out = capsys.readouterr().out
+    assert {row["task"] for row in read(RESULTS)} >= {"bccd", "nuclei", "bccd-vgg", "nuclei-vgg"}
+    assert all(f"│ {row['task']} " in out for row in read(RESULTS))
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--table", "--task", "bccd-vgg"])
+    assert detection.main() == 0 and "nuclei" not in capsys.readouterr().out
+
+
 def test_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import detection
 

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(
                 f"{path}: {path.stat().st_size:,} bytes, differs from PyTorch by {apart:.1e}", highlight=False
             )
-    except (ConfigError, DatasetError, CocktailError, ValueError) as error:
+    except (ConfigError, DatasetError, CocktailError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error[/red]: {error}", highlight=False)
         return 1
     return 0

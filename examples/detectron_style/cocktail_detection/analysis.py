@@ -154,10 +154,13 @@ def cost_table(
     return table
 
 
-def export_network(net: cocktail.CocktailNet, name: str, image: Tensor, path: Path, slim: Slim | None = None) -> float:
-    """Write as ONNX what of a network runs in other runtimes as it is.
+def exported_part(model: nn.Module) -> str:
+    """What of a detector runs in other runtimes as it is: its backbone, or the whole where none is set apart (DETR)."""
+    return "backbone" if hasattr(model, "backbone") else "whole"
 
-    Of a detector with proposals that is its backbone; one without such code (DETR) is written whole.
+
+def export_network(net: cocktail.CocktailNet, name: str, image: Tensor, path: Path, slim: Slim | None = None) -> float:
+    """Write as ONNX what of a network runs in other runtimes as it is: its :func:`exported_part`.
 
     Args:
         net: The networks.
@@ -173,7 +176,7 @@ def export_network(net: cocktail.CocktailNet, name: str, image: Tensor, path: Pa
     Raises:
         CocktailError: The model cannot be written whole.
     """
-    if hasattr(net.model, "backbone"):
+    if exported_part(net.model) == "backbone":
         return export_backbone((slim or net.slim)(name).cpu(), image.cpu(), path)
     return net.export(name, path).error
 
@@ -191,14 +194,8 @@ def export_backbone(small: nn.Module, image: Tensor, path: Path) -> float:
     Returns:
         The largest difference of onnxruntime's maps from PyTorch's, as a share of the largest value; ``nan`` where
         onnxruntime is not there.
-
-    Raises:
-        ValueError: The detector has no module called ``backbone``.
     """
-    backbone = getattr(small, "backbone", None)
-    if backbone is None:
-        raise ValueError(f"{type(small).__name__} has no module called backbone")
-    wrapped = Maps(backbone).eval()
+    wrapped = Maps(small.backbone).eval()
     x = torch.stack([image, image])
     with torch.no_grad():
         want = wrapped(x)
