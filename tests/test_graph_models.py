@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.cut import Cutter
 from cocktailsdk.graph.verify import EXACT, verify_slim
+from cocktailsdk.inspection.measuring import measured_flops
 
 
 def some_removed(coupling: Coupling, ratio: float = 0.5, seed: int = 0) -> torch.Tensor:
@@ -29,9 +29,7 @@ def check(model: nn.Module, *args: torch.Tensor, ratio: float = 0.5) -> tuple[Co
     removed = some_removed(coupling, ratio)
     slim = slim_module(model, coupling, removed, args)
     assert sum(p.numel() for p in slim.parameters()) == coupling.params(removed)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        slim.eval()(*args)
-    assert counter.get_total_flops() == coupling.flops(removed)
+    assert measured_flops(slim.eval(), args)[""] == coupling.flops(removed)
     return coupling, slim
 
 

@@ -21,7 +21,8 @@ from contenders import CONTENDERS
 from models import Inputs, build, first
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
+
+from cocktailsdk.inspection.measuring import measured_flops
 
 
 def make_unique(model: nn.Module) -> None:
@@ -50,9 +51,7 @@ def make_unique(model: nn.Module) -> None:
 def flops(model: nn.Module, inputs: Inputs) -> int:
     """FLOPs of one pass, by PyTorch's own counter, which trips over parameters that want gradients and get none."""
     model = copy.deepcopy(model).requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs[0], **inputs[1])
-    return int(counter.get_total_flops())
+    return measured_flops(model, inputs[0], inputs[1])[""]
 
 
 def zero_what_went(masked: nn.Module, slim: nn.Module) -> None:

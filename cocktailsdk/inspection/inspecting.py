@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..adapters import example_inputs_for
 from ..errors import AdapterError, CocktailError
@@ -20,6 +19,7 @@ from ..selection import Selection
 from ..statistics import device_of, to_device
 from .found import Eligibility, Inspection, Layer, Saving
 from .groups import channel_groups
+from .measuring import measured_flops
 
 __all__ = ["inspect", "kept_whole"]
 
@@ -224,20 +224,15 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
 def _measured_flops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
     """FLOPs by module path (``""``: in all) of one real pass; nothing where the model does not run."""
     modes = [(m, m.training) for m in model.modules()]
-    counter = FlopCounterMode(display=False)
     model.eval()
     try:
-        with torch.no_grad(), counter:
-            model(*args, **kwargs)
+        return measured_flops(model, args, kwargs)
     except Exception as error:  # the model's own failure; what is counted here is only told
         log.info("%s does not run on the example inputs: %s", type(model).__name__, error)
         return {}
     finally:
         for m, training in modes:
             m.training = training
-    root = type(model).__name__
-    counts = {path.removeprefix(f"{root}."): sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
-    return {**counts, "": counter.get_total_flops()}
 
 
 def _described(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
