@@ -28,6 +28,7 @@ from .compare import (
 )
 from .coupling import Coupling, Node
 from .cut import Cutter, duplicate
+from .empty_heads import RefuseEmptyHeads
 from .export import evaluating
 from .mend import Mends, Options, assign, surviving
 from .recoded import recoded
@@ -110,7 +111,7 @@ def verify_slim(
         left = _Left(cutter)
         settling = _Settling(masked, slim, options, outputs, cutter, left)
         try:
-            with precision, settling:
+            with precision, settling, RefuseEmptyHeads():
                 output = slim(*args, **kwargs)
             if settling.mends.forwards:  # what is kept has modules with that code, so these are what is looked at
                 slim = cutter.cut(masked, settling.mends)[0].eval()
