@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
+from .grouped import ExportableGroups
 from .outputs import tensors_of
 
 __all__ = ["Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
@@ -25,6 +27,9 @@ __all__ = ["Exported", "evaluating", "export", "module_of", "op_name", "shape_of
 log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+RETURNABLE = (Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+"""What an exported program may return."""
 
 
 @dataclass(frozen=True)
@@ -110,21 +115,32 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
 
 
 def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
-    return torch.export.export(module, inputs[0], inputs[1], strict=False)
+    with ExportableGroups():
+        return torch.export.export(module, inputs[0], inputs[1], strict=False)
 
 
 def _whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """The whole model. Of outputs that ``torch.export`` does not know (a language model's cache) only tensors count."""
+    foreign: list[bool] = []
+    # What torch.export says of such an output differs between versions, so the output itself is looked at.
+    hook = model.register_forward_hook(lambda _m, _inputs, output: foreign.append(_is_foreign(output)))
     try:
         return _program(model, inputs)
-    except Exception as error:
-        if "in output, which is not a known type" not in str(error):
+    except Exception:
+        if not any(foreign):
             raise
+    finally:
+        hook.remove()
     hook = model.register_forward_hook(lambda _m, _inputs, output: tuple(tensors_of(output)))
     try:
         return _program(model, inputs)
     finally:
         hook.remove()
+
+
+def _is_foreign(output: Any) -> bool:
+    """Whether an output holds something of a type that ``torch.export`` cannot return."""
+    return not all(leaf is None or isinstance(leaf, RETURNABLE) for leaf in tree_leaves(output))
 
 
 def _reason(error: Exception) -> str:
