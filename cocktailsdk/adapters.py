@@ -19,6 +19,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .errors import AdapterError
+from .records import LIBRARIES, PASS, Bounds, check_record, check_version
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,10 +103,11 @@ class SlimAdapter(Protocol):
 
 @runtime_checkable
 class RecordAdapter(Protocol):
-    """What an adapter may offer besides: to say in JSON values how a model of its library is built again.
+    """What the adapters of this package offer besides: to say in JSON values how a model is built again.
 
-    Bundles keep that, so that they load without a model given. Records come from files that anybody may have written:
-    ``rebuild`` runs no code but the library's, and fetches nothing.
+    Bundles keep that, so that they load without a model given. Records come from files that anybody may have written,
+    so only the adapters for timm, torchvision and transformers in this package are asked, and only with records that
+    :mod:`cocktailsdk.records` allows. Bundles of other adapters' models are loaded into a model that the user passes.
     """
 
     def records(self, model: nn.Module) -> Iterable[Mapping[str, Any]]:
@@ -113,7 +115,7 @@ class RecordAdapter(Protocol):
         ...
 
     def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
-        """The model of a record, with random weights.
+        """The model of a record that was checked, with random weights.
 
         Raises:
             Exception: Any, where the record makes no sense.
@@ -202,47 +204,97 @@ def after_slim(model: nn.Module, example: Inputs) -> nn.Module:
 def record_of(model: nn.Module) -> dict[str, Any] | None:
     """How a model is built again, as JSON values; ``None`` where no adapter knows, or what it knows builds another.
 
-    A record counts only if the model that it builds has the same modules, settings and tensors.
+    A record counts only if the model that it builds has the same modules, settings and tensors. One that the lists of
+    :mod:`cocktailsdk.records` allow comes first; any other is read only where its maker is trusted.
+    """
+    return best_record(model)[0]
+
+
+def best_record(model: nn.Module) -> tuple[dict[str, Any] | None, str | None]:
+    """How a model is built again, and in words why that is not read from a bundle without trust, or not at all.
+
+    Returns:
+        The record, and the reason; ``None`` for the reason where the record is listed.
     """
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
-    for name, adapter in adapters().items():
-        if not isinstance(adapter, RecordAdapter) or len(dtypes) > 1:
-            continue
+    if len(dtypes) > 1:
+        return None, "its parameters have several dtypes"
+    stored = {id(t): tuple(t.shape) for t in model.state_dict(keep_vars=True).values() if hasattr(t, "shape")}
+    bounds = Bounds.of(stored.values())
+    found, reason = None, "no adapter knows how it is built"
+    for name in LIBRARIES:
         try:
-            for record in adapter.records(model):
+            for record in _built_in(name).records(model):
                 said = {"adapter": name, "record": dict(record), "dtype": next(iter(dtypes), "float32")}
-                if _same_build(model, rebuilt(said, device="meta")):
-                    return said
-        except Exception:  # someone else's package must not break ours
+                refused = _refusal(said, bounds)
+                if refused is not None and (found is not None or _refusal(said, bounds, trust=True) is not None):
+                    reason = refused
+                elif _same_build(model, rebuilt(said, "meta", bounds=bounds, trust=refused is not None)):
+                    if refused is None:
+                        return said, None
+                    found, reason = said, refused
+        except Exception as error:  # someone else's package must not break ours
+            reason = f"adapter {name!r} failed ({type(error).__name__}: {error})"
             log.info("adapter %r cannot say how a %s is built", name, type(model).__name__, exc_info=True)
+    return found, reason
+
+
+def _refusal(said: Mapping[str, Any], bounds: Bounds, trust: bool = False) -> str | None:
+    """Why a bundle with this record would not build its model, or ``None``."""
+    try:
+        check_record(said, bounds, trust=trust)
+        if not trust:
+            check_version(said["adapter"])
+    except AdapterError as error:
+        return str(error)
     return None
 
 
-def rebuilt(said: Mapping[str, Any], device: str = "cpu", most_modules: int | None = None) -> nn.Module:
+def rebuilt(
+    said: Mapping[str, Any],
+    device: str = "cpu",
+    most_modules: int | None = None,
+    *,
+    bounds: Bounds | None = None,
+    trust: bool = False,
+) -> nn.Module:
     """The model that :func:`record_of` speaks of, with random weights; global generators stay as they were.
+
+    The record may be anybody's: it is checked as raw JSON before a model library is imported, and while the model is
+    built this thread uses no network, unpickles nothing and starts no process. Only the adapters for timm, torchvision
+    and transformers that come with this package build.
 
     Args:
         said: What it returned.
         device: Where; on ``"meta"`` it takes no memory.
         most_modules: Give up beyond so many modules: a record from a file may ask for any number of layers.
+        bounds: What the tensors of the model allow; wide limits if ``None``.
+        trust: Whether classes are built that are not listed, and with versions that the lists were not tested with.
 
     Raises:
-        AdapterError: There is no such adapter, or it cannot build that.
+        AdapterError: The record is refused, or the adapter cannot build that.
     """
     import torch
 
-    adapter = adapters().get(said["adapter"])
-    dtype = getattr(torch, str(said["dtype"]), None)
-    if not isinstance(adapter, RecordAdapter) or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise AdapterError(f"no adapter {said['adapter']!r} is installed that could build the model; give the model")
+    check_record(said, bounds or Bounds(), trust=trust)
+    name = said["adapter"]
+    if not trust:
+        check_version(name)
+    dtype: torch.dtype = getattr(torch, said["dtype"])
     try:
         with torch.random.fork_rng(devices=[]), torch.device(device), _at_most(most_modules):
-            return adapter.rebuild(said["record"]).to(dtype)
+            return _built_in(name).rebuild(said["record"]).to(dtype)
     except Exception as error:
         raise AdapterError(
-            f"adapter {said['adapter']!r} could not build the model again ({type(error).__name__}: {error}); give the "
-            "model"
+            f"adapter {name!r} could not build the model again ({type(error).__name__}: {error}); {PASS}"
         ) from error
+
+
+def _built_in(library: str) -> RecordAdapter:
+    """This package's own adapter: another package may have registered one of the same name."""
+    module = importlib.import_module(f"cocktail_adapters.{library}")
+    adapter: RecordAdapter = getattr(module, f"{library.capitalize()}Adapter")()
+    return adapter
 
 
 @contextmanager

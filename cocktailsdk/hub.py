@@ -182,14 +182,14 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
             metric = net.metrics.get(name)
             said = "–" if metric is None else f"{metric:.4f}"
             rows.append(f"| `{name}` | {net.subnet(name).sparsity:.3f} | {said} |")
-        from .adapters import record_of
+        from .adapters import best_record
 
         text = CARD.format(
             count=len(net.names),
             sparse=len(net.names) - 1,
             model=type(net.model).__name__,
             repo=repo_id,
-            argument="" if record_of(net.model) else ", model",
+            argument=", model" if best_record(net.model)[1] else "",
             name=net.names[-1],
             rows="\n".join(rows),
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cocktailsdk.adapters import suggestions
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.records import fenced
 
 from .images import example_images
 
@@ -76,13 +77,15 @@ class TimmAdapter:
                 yield {"name": name, "options": dict(options)}
 
     def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
-        """The architecture with random weights."""
+        """The architecture with random weights; only architectures that timm itself defines."""
         import timm
 
-        options = {k: int(record["options"][k]) for k in record["options"] if k in ("num_classes", "in_chans")}
-        if not timm.is_model(record["name"]) or len(options) != len(record["options"]):
-            raise AdapterError(f"timm has no model {record['name']!r} with {dict(record['options'])}")
-        model: nn.Module = timm.create_model(record["name"], pretrained=False, **options)
+        name, options = str(record["name"]), dict(record["options"])
+        # Users register architectures of their own in the same table.
+        if not timm.is_model(name) or not timm.models.model_entrypoint(name).__module__.startswith("timm."):
+            raise AdapterError(f"timm {timm.__version__} has no architecture {name!r}")
+        with fenced():
+            model: nn.Module = timm.create_model(name, pretrained=False, **options)
         return model
 
     def references(self) -> Iterable[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cocktailsdk.adapters import suggestions
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.records import fenced
 
 from .images import example_images
 
@@ -87,11 +88,16 @@ class TorchvisionAdapter:
                 yield record
 
     def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
-        """The builder's model with random weights."""
-        options = {k: int(record["options"][k]) for k in record["options"] if k == "num_classes"}
-        if len(options) != len(record["options"]):
-            raise AdapterError(f"torchvision's models are built again with num_classes alone, not {record['options']}")
-        return self._built(str(record["name"]), **options)
+        """The builder's model with random weights; only builders that torchvision itself defines."""
+        from torchvision import models
+
+        name, options = str(record["name"]), dict(record["options"])
+        # Users register builders of their own in the same table.
+        known = name in models.list_models()
+        if not known or not models.get_model_builder(name).__module__.startswith("torchvision.models."):
+            raise AdapterError(f"torchvision has no builder {name!r}")
+        with fenced():
+            return self._built(name, **options)
 
     def references(self) -> Iterable[str]:
         """All of torchvision's models, quantised ones left out."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cocktailsdk.adapters import suggestions
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.records import fenced
 
 from .images import example_images
 
@@ -21,7 +22,9 @@ __all__ = ["TransformersAdapter"]
 
 PREFIX = "hf:"
 
-_NOT_THE_MODELS = frozenset({"_name_or_path", "auto_map", "quantization_config", "transformers_version"})
+_NOT_THE_MODELS = frozenset(
+    ("_name_or_path", "architectures", "auto_map", "quantization_config", "transformers_version")
+)
 """Of a configuration, what says nothing of the architecture: paths, other people's code, versions."""
 
 
@@ -112,7 +115,10 @@ class TransformersAdapter:
         return (), kwargs
 
     def records(self, model: nn.Module) -> Iterable[dict[str, Any]]:
-        """The class and its configuration."""
+        """The class and its configuration: as it is, and without what the configuration's class does not know.
+
+        Checkpoints on the hub carry settings of tasks and of other programs, which no model reads.
+        """
         transformers = sys.modules.get("transformers")  # nobody has such a model who has not imported it
         name = type(model).__name__
         if transformers is None or not type(model).__module__.startswith("transformers."):
@@ -120,20 +126,22 @@ class TransformersAdapter:
         if getattr(transformers, name, None) is not type(model):
             return
         own: Any = model.config
-        config = json.loads(own.to_json_string(use_diff=False))
-        yield {"class": name, "config": {k: v for k, v in config.items() if k not in _NOT_THE_MODELS}}
+        config = _of_the_model(json.loads(own.to_json_string(use_diff=False)))
+        yield {"class": name, "config": config}
+        known = type(own)().to_dict()
+        yield {"class": name, "config": {k: v for k, v in config.items() if k in known}}
 
     def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
-        """The class, made from the configuration; only classes of transformers itself."""
+        """The class, made from the configuration; only model classes that transformers itself defines."""
         import transformers
 
         cls: Any = getattr(transformers, str(record["class"]), None)
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if not known or not cls.__module__.startswith("transformers.models.") or cls.config_class is None:
             raise AdapterError(f"transformers has no model class {record['class']!r}")
-        config = {k: v for k, v in record["config"].items() if k not in _NOT_THE_MODELS}
-        made: Any = cls
-        model: nn.Module = made(made.config_class.from_dict(config))
-        return model
+        with fenced():
+            made: nn.Module = cls(cls.config_class.from_dict(_of_the_model(record["config"])))
+        return made
 
     def after_slim(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lets ``save_pretrained`` write a slim model that a configuration describes, and refuse any other."""
@@ -146,6 +154,12 @@ class TransformersAdapter:
     def references(self) -> Iterable[str]:
         """All model types."""
         return [PREFIX + t for t in _model_types()]
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside it, without what says nothing of the architecture."""
+    rest = {k: v for k, v in config.items() if k not in _NOT_THE_MODELS}
+    return {k: _of_the_model(v) if isinstance(v, Mapping) else v for k, v in rest.items()}
 
 
 def _model_types() -> list[str]:

@@ -9,40 +9,46 @@ from torch import nn
 
 from ..adapters import rebuilt
 from ..errors import AdapterError, BundleError
+from ..records import Bounds
 from .limits import MAX_FLEETING_BYTES, max_modules
 from .model import all_tensors, fingerprint, stored_names
 from .tensors import TensorFile
-from .values import items, keyed, more, quoted, shortened
+from .values import items, more, quoted, shortened
 
 __all__ = ["built", "check_model"]
 
 
-def built(meta: Mapping[str, Any], weights: TensorFile) -> nn.Module:
+def built(meta: Mapping[str, Any], weights: TensorFile, trust: bool = False) -> nn.Module:
     """The model, with random weights.
 
-    It is built without memory first: what does not have the bundle's tensors is never given any.
+    The record is checked before a model library is imported. The model is built without memory first: what does not
+    have the bundle's tensors is never given any.
+
+    Args:
+        meta: What ``bundle.json`` holds.
+        weights: The dense weights, whose shapes bound the record's integers.
+        trust: Whether the record may name classes that are not listed.
 
     Raises:
-        BundleError: No adapter recorded how it is built, or what is built here is another.
+        BundleError: No adapter recorded how it is built, the record is refused, or what is built here is another.
     """
     said = meta.get("build")
     if said is None:
         made_from = quoted(meta["model"]["class"]).strip("'")
         raise BundleError(
-            f"the bundle does not say how its {made_from} is built, since no adapter knew: give the model, as in "
-            "from_pretrained(path, model)"
+            f"the bundle does not say how its {made_from} is built, since no adapter knew: pass the model, as in "
+            "from_pretrained(bundle, model)"
         )
-    keyed(said, "how its model is built", ("adapter", "record", "dtype"))
-    keyed(said["record"], "how its model is built", (), said["record"] if type(said["record"]) is dict else ())
     most = max_modules(len(items(meta["model"]["tensors"], "the model's tensors")))
+    bounds = Bounds.of(weights.shapes.values())
     try:
-        outline = rebuilt(said, "meta", most)
+        outline = rebuilt(said, "meta", most, bounds=bounds, trust=trust)
         check_model(str(meta["model"]["class"]), outline, weights.shapes)
         stored = set(stored_names(outline))
         fleeting = sum(t.numel() * t.element_size() for n, t in all_tensors(outline).items() if n not in stored)
         if fingerprint(outline) != meta["model"]["fingerprint"] or fleeting > MAX_FLEETING_BYTES:
-            raise AdapterError("what is built has other tensors; give the model, or use the versions in its provenance")
-        return rebuilt(said, most_modules=most)
+            raise AdapterError("what is built has other tensors; pass the model, or use the versions in its provenance")
+        return rebuilt(said, most_modules=most, bounds=bounds, trust=trust)
     except AdapterError as e:
         raise BundleError(f"the bundle's model cannot be built here: {shortened(e)}") from e
 

@@ -56,6 +56,7 @@ def from_pretrained(
     model: nn.Module | None = None,
     *,
     subnets: Iterable[str] | None = None,
+    trust_build_record: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -70,10 +71,12 @@ def from_pretrained(
     Args:
         path: The bundle's folder, or its name on the Hugging Face hub (``"user/name"``, where no such folder exists).
         model: Of the class and configuration that the bundle was made from; its weights are replaced in place, on the
-            device where they lie. It may be left out where an adapter recorded how to build it (models of timm,
-            torchvision and transformers).
+            device where they lie. It may be left out where the bundle records how to build it, for the
+            :mod:`listed <cocktailsdk.records>` classes of timm, torchvision and transformers, in tested versions.
         subnets: Names of the subnetworks to read; by default all. The others' masks and statistics are not read from
             the disk, and cannot be switched to.
+        trust_build_record: Without a model, build any class of timm, torchvision and transformers that the bundle
+            records, in any version. Set this for bundles of your own. Hub access, remote code and pickle stay off.
         revision: Of the hub's repository a branch, tag or commit.
         token: The hub's access token; by default the one that its client has stored.
         cache_dir: Where the hub's client keeps what it fetched.
@@ -102,7 +105,7 @@ def from_pretrained(
         folder, meta = read_meta(folder)
         weights_file, subnets_file = (open_tensors(folder, meta, n) for n in (WEIGHTS_FILE, SUBNETS_FILE))
         if model is None:
-            model = built(meta, weights_file)
+            model = built(meta, weights_file, trust_build_record)
         net, weights = _Bundle(meta, model, weights_file, subnets_file).net(subnets)
     except PatternError as e:
         raise BundleError(f"the bundle in {folder} does not fit this {type(model).__name__}: {shortened(e)}") from e

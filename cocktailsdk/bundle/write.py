@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..adapters import record_of
+from ..adapters import best_record
 from ..errors import BundleError
 from ..masks import Mask
 from ..net import CocktailNet
@@ -24,6 +25,8 @@ from .provenance import completed
 from .statistics import write_statistics
 from .subnets import read_masks, write_masks
 from .values import more
+
+log = logging.getLogger(__name__)
 
 
 def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch.dtype | str | None = None) -> None:
@@ -65,7 +68,7 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch
             "fingerprint": fingerprint(net.model),
             "tensors": table,
         },
-        "build": record_of(net.model),
+        "build": _build(net.model),
         "stored": None if stored is None else str(stored).removeprefix("torch."),
         "provenance": completed(net.provenance),
         "patterns": [{"name": p.name, "config": p.config()} for p in net.patterns],
@@ -88,6 +91,16 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch
         weights[n] = _plain(n, net.dense_tensor(n), stored if n in parameters else None)
     if is_main(net.model):
         write_folder(path, meta, weights, {**packed, **measured, "units": units})
+
+
+def _build(model: nn.Module) -> dict[str, Any] | None:
+    """How the model is built, and a line in the log where the bundle will not load by that alone."""
+    record, reason = best_record(model)
+    if reason is not None:
+        how = "from_pretrained(bundle, model)"
+        how += "" if record is None else " or from_pretrained(bundle, trust_build_record=True)"
+        log.info("the bundle will not build its %s by itself: %s; load it with %s", type(model).__name__, reason, how)
+    return record
 
 
 def row(subnet: Subnet) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import typer
 from .bundles import bundle_folder
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
-from .options import AsData, Bundle, Model
+from .options import AsData, Bundle, Model, TrustBuildRecord
 
 __all__ = ["bench_bundle"]
 
@@ -39,6 +39,7 @@ def bench_bundle(
         ),
     ] = None,
     model: Model = None,
+    trust_build_record: TrustBuildRecord = False,
     batch: Annotated[
         list[int] | None,
         typer.Option("--batch", min=1, help="Examples in a batch; may be repeated.", show_default="1 and 8"),
@@ -67,7 +68,7 @@ def bench_bundle(
     from ..choosing import bench, layers_used
     from .nets import load_net
 
-    net = load_net(bundle, model)
+    net = load_net(bundle, model, trust_build_record)
     if device is not None:
         net.to(device)
     columns = (

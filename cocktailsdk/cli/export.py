@@ -9,7 +9,7 @@ import typer
 
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
-from .options import AsData, Bundle, Model
+from .options import AsData, Bundle, Model, TrustBuildRecord
 
 __all__ = ["export_subnet"]
 
@@ -30,6 +30,7 @@ def export_subnet(
         ),
     ],
     model: Model = None,
+    trust_build_record: TrustBuildRecord = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantize with the runtime's own quantizer, calibrated on the training data.")
     ] = False,
@@ -48,7 +49,7 @@ def export_subnet(
     from .nets import load_net
 
     format_of(path)  # before anything is built
-    net = load_net(bundle, model)
+    net = load_net(bundle, model, trust_build_record)
     options = {}
     if int8:
         from .nets import preset_batches

@@ -17,12 +17,13 @@ from .measure import takes_model
 __all__ = ["load_net", "preset_batches"]
 
 
-def load_net(path: Path, model: str | None) -> CocktailNet:
+def load_net(path: Path, model: str | None, trust_build_record: bool = False) -> CocktailNet:
     """The net of a bundle.
 
     Args:
         path: The bundle's folder, or a finished run's.
         model: How its model is built; if ``None``, as the run's report or the bundle says.
+        trust_build_record: Whether the bundle may say classes that are not listed.
 
     Raises:
         BundleError: There is no bundle, it cannot be read or is of another model, or nobody says how to build that.
@@ -36,7 +37,7 @@ def load_net(path: Path, model: str | None) -> CocktailNet:
     report = read_report(run_folder(folder))
     if report is None or report.preset not in PRESETS:
         try:
-            return from_pretrained(folder)
+            return from_pretrained(folder, trust_build_record=trust_build_record)
         except BundleError as error:
             raise BundleError(
                 f"{error}; on the command line name it with --model (a timm name, hf:TYPE_OR_PATH, torchvision:NAME or "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsData", "Bundle", "Model"]
+__all__ = ["AsData", "Bundle", "Model", "TrustBuildRecord"]
 
 AsData = Annotated[bool, typer.Option("--json", help="Print the same as data.")]
 
@@ -20,5 +20,14 @@ Model = Annotated[
     typer.Option(
         help="How the model is built: a timm name, hf:TYPE_OR_PATH, torchvision:NAME or package.module:factory.",
         show_default="as the run or the bundle says",
+    ),
+]
+
+TrustBuildRecord = Annotated[
+    bool,
+    typer.Option(
+        "--trust-build-record",
+        help="Without --model, build any class of timm, torchvision and transformers that the bundle names: for "
+        "bundles whose maker you trust.",
     ),
 ]
