@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import BundleError, CocktailError, PatternError, SubnetError
 from ..graph import Coupling
 from ..net import CocktailNet
-from ..patterns import DENSE, Pattern, Subnet, make_pattern
+from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
 from ..selection import Selection
 from ..statistics import statistics_of
 from .building import built, check_model
@@ -24,6 +24,7 @@ from .examples import remake
 from .files import SUBNETS_FILE, WEIGHTS_FILE, open_tensors, read_meta
 from .hub import folder_of
 from .limits import MAX_SUBNETS
+from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .statistics import read_statistics
 from .subnets import read_masks
@@ -149,6 +150,7 @@ class _Bundle:
         eligible = selection.eligible(coupling)
         # The first version did not say where a subnet's statistics begin: all must be read to know.
         masks = read_masks(meta["masks"], file.__getitem__, names, coupling, eligible, names if first else set(wanted))
+        check_masks(patterns, masks, UMG(coupling, eligible, weights), "get the bundle again from who trained it")
         statistics = read_statistics(meta["statistics"], file, masks, coupling, buffers, names, places=not first)
         if len(masks) == len(names) and file.unread:
             raise BundleError(f"the bundle has {quoted(file.unread[0])}, which belongs to no subnet{more(file.unread)}")

@@ -19,6 +19,7 @@ from .couplings import write_coupling
 from .examples import describe, elements
 from .files import write_folder
 from .limits import MAX_EXAMPLE_ELEMENTS
+from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .provenance import completed
 from .statistics import write_statistics
@@ -52,6 +53,8 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch
     _check_given(net)
     masks, tensors = net.masks, all_tensors(net.model)
     table = list(tensors)
+    advice = "set one that it makes, net.set_mask(name, net.make_masks(name)), or register a pattern of your own"
+    check_masks(net.patterns, masks, net.umg(), advice)
     coupling_meta, units = write_coupling(net.coupling, table)
     mask_entries, packed = write_masks(net.patterns, masks, net.coupling, net.eligible)
     again = read_masks(mask_entries, packed.__getitem__, names, net.coupling, net.eligible)
