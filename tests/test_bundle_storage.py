@@ -15,7 +15,7 @@ from tiny import TinyNet, tiny_net
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError, SubnetError
 from cocktailsdk.bundle import bundle_bytes, files
-from cocktailsdk.bundle.files import SUBNETS_FILE, WEIGHTS_FILE, open_tensors, read_meta
+from cocktailsdk.bundle.files import SUBNETS_FILE, WEIGHTS_FILE, meta_of, open_tensors, opened
 
 PIECE = 64
 
@@ -66,8 +66,8 @@ def test_of_one_subnet_only_what_it_needs_is_read(bundle, name):
 
 
 def test_what_was_read_is_counted_and_nothing_is_read_twice(bundle):
-    folder, meta = read_meta(bundle)
-    file = open_tensors(folder, meta, SUBNETS_FILE)
+    with opened(bundle) as files:
+        file = open_tensors(files, meta_of(files), SUBNETS_FILE)
     header = file.bytes_read
     assert header < bundle_bytes(bundle)
     assert torch.equal(file["2:4.runs"], file["2:4.runs"])

@@ -21,7 +21,7 @@ from ..statistics import statistics_of
 from .building import built, check_model
 from .couplings import read_coupling
 from .examples import remake
-from .files import SUBNETS_FILE, WEIGHTS_FILE, open_tensors, read_meta
+from .files import SUBNETS_FILE, WEIGHTS_FILE, meta_of, open_tensors, opened
 from .hub import folder_of
 from .limits import MAX_SUBNETS
 from .mask_checks import check_masks
@@ -100,8 +100,9 @@ def from_pretrained(
         local_files_only=local_files_only,
     )
     try:
-        folder, meta = read_meta(folder)
-        weights_file, subnets_file = (open_tensors(folder, meta, n) for n in (WEIGHTS_FILE, SUBNETS_FILE))
+        with opened(folder) as bundle:
+            meta = meta_of(bundle)
+            weights_file, subnets_file = (open_tensors(bundle, meta, n) for n in (WEIGHTS_FILE, SUBNETS_FILE))
         if model is None:
             model = built(meta, weights_file)
         net, weights = _Bundle(meta, model, weights_file, subnets_file).net(subnets)

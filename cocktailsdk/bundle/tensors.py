@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import UInt8
@@ -55,7 +57,8 @@ class TensorFile:
     file is compared with its checksum the first time anything of it is read.
 
     Args:
-        file: The file.
+        file: Where the file is, for errors.
+        opened: The file, open; it may be closed afterwards.
         piece: Bytes of each of its pieces but the last.
         sums: SHA-256 of each piece, in hexadecimal.
 
@@ -67,18 +70,19 @@ class TensorFile:
         BundleError: The file is damaged, or is no safetensors file within the limits.
     """
 
-    def __init__(self, file: Path, piece: int, sums: list[str]) -> None:
+    def __init__(self, file: Path, opened: BinaryIO, piece: int, sums: list[str]) -> None:
         self.file = file
         self._piece, self._sums = piece, sums
         self._checked = [False] * len(sums)
-        self.size = file.stat().st_size
+        self.size = os.fstat(opened.fileno()).st_size
         if self.size < 8:
             raise BundleError(f"{file} is no safetensors file: it has {self.size} bytes")
         try:
-            storage: Any = torch.UntypedStorage.from_file(str(file), False, self.size)
-        except (RuntimeError, OSError) as e:
+            # a private copy on write: torch takes no buffer that cannot be written to, and nothing here writes
+            mapped = mmap.mmap(opened.fileno(), self.size, access=mmap.ACCESS_COPY)
+        except (ValueError, OSError) as e:
             raise BundleError(f"{file} cannot be read: {e}") from None
-        self._data = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._data = torch.frombuffer(mapped, dtype=torch.uint8)
         self._entries = self._header()
         self._named: set[str] = set()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Never
 
 from ..errors import BundleError
+from ..printable import printable
 
 __all__ = ["distinct", "flag", "items", "keyed", "more", "parse", "quoted", "shortened", "text", "texts", "whole"]
 
@@ -76,9 +78,12 @@ def keyed(value: Any, what: str, needed: Collection[str], allowed: Collection[st
 
 
 def quoted(value: Any) -> str:
-    """A value as an error names it: short, on one line."""
-    said = repr(value)
+    """A value as an error names it: short, on one line, whatever its size and depth."""
+    said = repr(value) if type(value) in (bool, int, float, str, type(None)) else _SHORT.repr(value)
     return said if len(said) <= 60 else f"{said[:57]}..."
+
+
+_SHORT = reprlib.Repr()  # 16 MiB of lists in lists take a second and a deep stack otherwise
 
 
 def more(names: Sequence[str]) -> str:
@@ -88,7 +93,7 @@ def more(names: Sequence[str]) -> str:
 
 def shortened(error: Exception) -> str:
     """What an error says, on one line and not at any length."""
-    said = " ".join(str(error).split())
+    said = printable(" ".join(str(error).split()))
     return said if len(said) <= 500 else f"{said[:497]}..."
 
 
