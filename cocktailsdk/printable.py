@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+from typing import Any
+
+__all__ = ["all_printable", "printable"]
 
 _KEPT = "\n\t"
 
@@ -15,6 +17,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in _KEPT else _escaped(c) for c in text)
+
+
+def all_printable(value: Any) -> Any:
+    """JSON values with all their texts, keys included, as :func:`printable` makes them."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [all_printable(v) for v in value]
+    if isinstance(value, dict):
+        return {printable(k): all_printable(v) for k, v in value.items()}
+    return value
 
 
 def _escaped(character: str) -> str:

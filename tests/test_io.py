@@ -72,7 +72,10 @@ def test_a_file_of_another_mode_gets_the_usual_one_when_it_is_replaced(tmp_path,
         (tmp_path / "bundle" / name).chmod(0o600)
     (tmp_path / "bundle" / "mine.txt").touch(0o640)
     net.save_pretrained(tmp_path / "bundle")
-    assert {n: m for n, (_, m) in modes(tmp_path / "bundle").items()} == {**dict.fromkeys(FILES, 0o644), "mine.txt": 0o640}
+    assert {n: m for n, (_, m) in modes(tmp_path / "bundle").items()} == {
+        **dict.fromkeys(FILES, 0o644),
+        "mine.txt": 0o640,
+    }
 
 
 def test_the_umask_is_not_changed_meanwhile(tmp_path, umask):
@@ -128,14 +131,16 @@ def test_what_is_no_file_in_the_place_of_a_bundles_file_is_refused_at_once(tmp_p
     tiny_net(["2:4"]).save_pretrained(tmp_path / "bundle")
     put(kind, tmp_path / "bundle" / name)
     for read in (read_meta, lambda path: cocktail.from_pretrained(path, TinyNet())):
-        with pytest.raises(BundleError, match="missing|no bundle" if kind == "dangling link" else f"a {kind}, not a file"):
+        with pytest.raises(
+            BundleError, match="missing|no bundle" if kind == "dangling link" else f"a {kind}, not a file"
+        ):
             read(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_regular_files_are_opened(tmp_path, kind):
     put(kind, tmp_path / "x")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="not a file|No such file"):
         open_regular(tmp_path / "x")
     (tmp_path / "file").write_bytes(b"yes")
     (tmp_path / "link").symlink_to("file")

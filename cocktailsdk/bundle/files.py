@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import BundleError
 from ..io import open_regular, usual_mode
-from .limits import MAX_JSON_BYTES, MAX_PIECES
+from .limits import MAX_JSON_BYTES, MAX_PIECES, MAX_TENSORS
 from .replacing import Replaced, flush, found, new_folder, steady
 from .values import items, keyed, parse, quoted, text, whole
 
@@ -155,6 +155,10 @@ def write_folder(
         raw = _to_json({"format": FORMAT, "format_version": VERSION, "files": files, **meta})
         if len(raw) > MAX_JSON_BYTES:
             raise BundleError(f"{target / JSON_FILE} would have {len(raw)} bytes; {MAX_JSON_BYTES} are read at most")
+        try:
+            parse(raw)
+        except ValueError as e:
+            raise BundleError(f"{target / JSON_FILE} could not be read again: {e}; say less in net.provenance") from e
         (made / JSON_FILE).write_bytes(raw)
         flush(made / JSON_FILE)
 
@@ -216,8 +220,14 @@ def _check_size(file: Path, size: int, said: Any, version: int) -> None:
         raise BundleError(f"{file} is {what}: it has {size} bytes, and had {should} when written")
 
 
-def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str) -> TensorFile:
+def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str, most: int = MAX_TENSORS) -> TensorFile:
     """A safetensors file of a bundle, mapped; each piece of it is checked when it is first read.
+
+    Args:
+        bundle: The bundle, open.
+        meta: What :func:`meta_of` gave.
+        name: The file.
+        most: How many tensors it may hold.
 
     Raises:
         BundleError: It cannot be read.
@@ -228,13 +238,14 @@ def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str) -> Tens
     if meta["format_version"] == 1:  # one checksum for all of a file
         piece, sums = max(1, said["bytes"]), [said["sha256"]]
     else:
-        piece = whole(said.get("piece"), f"the pieces of {name}", 1)
+        # pieces grow with the file; a huge one would be hashed whole for the sake of its header
+        piece = whole(said.get("piece"), f"the pieces of {name}", 1, max(PIECE, 2 * (-(-said["bytes"] // MAX_PIECES))))
         sums = items(said["sha256"], f"the checksums of {name}", -(-said["bytes"] // piece))
     if len(sums) > MAX_PIECES:
         raise BundleError(f"the bundle has {len(sums)} checksums for {name}; at most {MAX_PIECES} are read")
     if not all(_SUM.fullmatch(text(s, f"a checksum of {name}")) for s in sums):
         raise BundleError(f"the bundle has a checksum of {name} that is none")
-    return TensorFile(bundle.folder / name, bundle.file(name), piece, sums)
+    return TensorFile(bundle.folder / name, bundle.file(name), piece, sums, min(most, MAX_TENSORS))
 
 
 def _to_json(meta: Mapping[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from .replacing import found
 
 __all__ = ["folder_of"]
 
+
 def _is_here(folder: Path) -> bool:
     """Whether there is something, though another process may be replacing it at this moment."""
     return found(folder).exists() or found(folder).exists()

@@ -61,6 +61,7 @@ class TensorFile:
         opened: The file, open; it may be closed afterwards.
         piece: Bytes of each of its pieces but the last.
         sums: SHA-256 of each piece, in hexadecimal.
+        most: How many tensors it may hold.
 
     Attributes:
         file: The file.
@@ -70,9 +71,9 @@ class TensorFile:
         BundleError: The file is damaged, or is no safetensors file within the limits.
     """
 
-    def __init__(self, file: Path, opened: BinaryIO, piece: int, sums: list[str]) -> None:
+    def __init__(self, file: Path, opened: BinaryIO, piece: int, sums: list[str], most: int = MAX_TENSORS) -> None:
         self.file = file
-        self._piece, self._sums = piece, sums
+        self._piece, self._sums, self._most = piece, sums, most
         self._checked = [False] * len(sums)
         self.size = os.fstat(opened.fileno()).st_size
         if self.size < 8:
@@ -165,8 +166,8 @@ class TensorFile:
         if type(header) is not dict:
             raise BundleError(f"{self.file} is no safetensors file: its header is no object")
         header.pop("__metadata__", None)
-        if len(header) > MAX_TENSORS:
-            raise BundleError(f"{self.file} holds {len(header)} tensors; at most {MAX_TENSORS} are read")
+        if len(header) > self._most:
+            raise BundleError(f"{self.file} holds {len(header)} tensors; at most {self._most} are read")
         out = {name: self._placed(name, said, begin) for name, said in header.items()}
         at = begin
         for name, entry in sorted(out.items(), key=lambda e: (e[1].start, e[1].stop)):

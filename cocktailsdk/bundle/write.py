@@ -16,9 +16,9 @@ from ..net import CocktailNet
 from ..patterns import DENSE, Subnet
 from ..sharding import is_main, plain_class
 from .couplings import write_coupling
-from .examples import describe, elements
+from .examples import describe, elements, values
 from .files import write_folder
-from .limits import MAX_EXAMPLE_ELEMENTS
+from .limits import MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
 from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .provenance import completed
@@ -160,4 +160,5 @@ def _example(net: CocktailNet) -> Any:
         spec = describe((tuple(net.example[0]), dict(net.example[1])))
     except BundleError:
         return None  # the bundle serves without; only slim asks for them
-    return spec if elements(spec) <= MAX_EXAMPLE_ELEMENTS else None
+    fits = elements(spec) <= MAX_EXAMPLE_ELEMENTS and values(spec) <= MAX_EXAMPLE_VALUES
+    return spec if fits else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import html
+from collections.abc import Mapping, Sequence
 
 from ..printable import printable
 from .chart import Chart, Table
 
-__all__ = ["chart_table", "details", "facts", "figure", "heading", "heat_table", "symbol", "table_html"]
+__all__ = ["chart_table", "details", "escape", "facts", "figure", "heading", "heat_table", "symbol", "table_html"]
 
 SHAPES = {
     "o": '<circle cx="7" cy="7" r="5"/>',
