@@ -6,6 +6,8 @@ Each message says what was asked, what was found, and what to do. Catch
 
 from __future__ import annotations
 
+from .printable import printable
+
 __all__ = [
     "AdapterError",
     "BundleError",
@@ -19,7 +21,13 @@ __all__ = [
 
 
 class CocktailError(Exception):
-    """Base class of all errors of this package."""
+    """Base class of all errors of this package.
+
+    Messages may quote files of strangers: what a terminal would obey is escaped in them.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))
 
 
 class AdapterError(CocktailError):

@@ -14,10 +14,11 @@ from tiny import TinyNet, tiny_net
 from torch import nn
 
 import cocktailsdk as cocktail
-from cocktailsdk import NM, BundleError, Channel, Mask, Unstructured
+from cocktailsdk import NM, BundleError, Channel, Mask, Pattern, Subnet, Unstructured
 from cocktailsdk.bundle import bundle_bytes
 from cocktailsdk.bundle.examples import describe, remake
 from cocktailsdk.bundle.packing import from_levels, from_ranks, level_bits, pack, run_bits, to_levels, to_ranks, unpack
+from cocktailsdk.patterns import registry
 from cocktailsdk.slimming import coupling_difference
 
 
@@ -93,16 +94,42 @@ def test_loading_what_was_saved_is_the_identity(tmp_path, patterns):
             assert torch.equal(net.model.eval()(x), loaded.model.eval()(x))
 
 
+class AnyMasks(Pattern):
+    """A user's pattern, which takes any mask for its own: not nested, not N:M."""
+
+    def __init__(self, sparsities=(0.5,)):
+        self.sparsities = tuple(sparsities)
+
+    def subnets(self):
+        named = [Subnet(f"any@{s:.3f}", "any", s) for s in self.sparsities]
+        return (*named, Subnet("any2:4", "any", 0.5, {"n": 2, "m": 4}))
+
+    def mask(self, subnet, umg):
+        return Mask(removed=torch.zeros(umg.coupling.n_units, dtype=torch.bool))
+
+    def check(self, subnet, mask, umg):
+        pass
+
+    def config(self):
+        return {"sparsities": list(self.sparsities)}
+
+
 @given(st.integers(0, 1000), st.lists(st.floats(0.05, 0.95), min_size=1, max_size=3, unique_by=lambda s: round(s, 3)))
 def test_loading_is_the_identity_for_any_masks(tmp_path_factory, seed, sparsities):
-    net = tiny_net([Unstructured(sorted(sparsities)), "2:4", Channel(sorted(sparsities))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+        cocktail.register_pattern("any")(AnyMasks)
+        save_and_load_any_masks(tmp_path_factory.mktemp("any") / "bundle", seed, sparsities)
+
+
+def save_and_load_any_masks(path, seed, sparsities):
+    net = tiny_net([AnyMasks(sorted(sparsities))])
     generator = torch.Generator().manual_seed(seed)
-    for name in net.names[1:]:  # masks of no pattern at all: not nested, not N:M
+    for name in net.names[1:]:
         shapes = {w.name: w.shape for w in net.eligible[seed % 2 :]}
         elements = {n: torch.rand(s, generator=generator) < 0.5 for n, s in shapes.items()}
         removed = torch.rand(net.coupling.n_units, generator=generator) < 0.3 if seed % 3 else None
         net.set_mask(name, Mask(elements, removed))
-    path = tmp_path_factory.mktemp("any") / "bundle"
     net.save_pretrained(path)
     assert_same(net, cocktail.from_pretrained(path, TinyNet()))
 

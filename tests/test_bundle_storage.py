@@ -15,7 +15,7 @@ from tiny import TinyNet, tiny_net
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError, SubnetError
 from cocktailsdk.bundle import bundle_bytes, files
-from cocktailsdk.bundle.files import SUBNETS_FILE, WEIGHTS_FILE, open_tensors, read_meta
+from cocktailsdk.bundle.files import SUBNETS_FILE, WEIGHTS_FILE, meta_of, open_tensors, opened
 
 PIECE = 64
 
@@ -66,8 +66,8 @@ def test_of_one_subnet_only_what_it_needs_is_read(bundle, name):
 
 
 def test_what_was_read_is_counted_and_nothing_is_read_twice(bundle):
-    folder, meta = read_meta(bundle)
-    file = open_tensors(folder, meta, SUBNETS_FILE)
+    with opened(bundle) as files:
+        file = open_tensors(files, meta_of(files), SUBNETS_FILE)
     header = file.bytes_read
     assert header < bundle_bytes(bundle)
     assert torch.equal(file["2:4.runs"], file["2:4.runs"])
@@ -206,7 +206,8 @@ def example_of(shape):
         (example_of([-1, 3]), "an example's shape"),
         (lambda m: m["patterns"][0]["config"].update(rounds=10**9), r"rounds must be a whole number in 1 … 1000"),
         (lambda m: m["subnets"].extend([m["subnets"][1]] * 5000), "at most 4096"),
-        (lambda m: m["coupling"]["units"].extend([[0, 24]] * 180_000), r"vectors of units have \d+ entries"),
+        (lambda m: m["coupling"]["units"].extend([[0, 24]] * 180_000), "coupling has more than 21600 entries"),
+        (lambda m: m["coupling"]["units"].extend([[0, 500]] * 10_000), r"vectors of units have \d+ entries"),
         (lambda m: m["files"][SUBNETS_FILE].update(piece=1), "checksums of subnets.safetensors"),
         (lambda m: m["files"][WEIGHTS_FILE].update(sha256=["0"]), "a list of"),
         (lambda m: m["coupling"]["weights"][0].__setitem__(0, -1), "the place of a tensor"),

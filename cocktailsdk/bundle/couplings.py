@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Touch, Weight
-from .limits import max_unit_entries
-from .values import distinct, items, keyed, quoted, text, texts, whole
+from ..printable import printable
+from .limits import MAX_DIMS, MAX_FIELDS, max_coupling_entries, max_unit_entries
+from .values import distinct, items, keyed, label, quoted, text, texts, whole
 
 
 class UnitVectors:
@@ -156,9 +157,10 @@ class _Reader:
     ) -> None:
         self.tensors, self.shapes, self.parameters = tensors, shapes, parameters
         self.vectors: list[Tensor] = []
+        self.left = max_coupling_entries(len(tensors))
 
     def coupling(self, meta: Mapping[str, Any], data: Tensor) -> Coupling:
-        groups = tuple(self.group(g) for g in items(meta["groups"], "its groups"))
+        groups = tuple(self.group(g) for g in self.entries(meta["groups"], "its groups"))
         ends = [0, *(g.stop for g in groups)]
         if any(g.start != end or g.stop < g.start for g, end in zip(groups, ends, strict=False)):
             raise BundleError("the bundle's channel groups do not follow one another")
@@ -166,25 +168,36 @@ class _Reader:
             raise BundleError(f"the bundle has {ends[-1]} channel units, more than the model has channels")
         distinct([g.name for g in groups], "its groups")
         most = max_unit_entries(sum(prod(s) for s in self.shapes.values()))
-        self.vectors = UnitVectors.read(meta["units"], data, ends[-1], most)
-        fields = [self.field(f) for f in items(meta["fields"], "its unit fields")]
+        self.vectors = UnitVectors.read(self.entries(meta["units"], "its vectors of units"), data, ends[-1], most)
+        fields = [self.field(f) for f in self.entries(meta["fields"], "its unit fields")]
         distinct([name for name, _ in fields], "its unit fields")
-        weights = tuple(self.weight(w) for w in items(meta["weights"], "its weights"))
+        weights = tuple(self.weight(w) for w in self.entries(meta["weights"], "its weights"))
         distinct([w.name for w in weights], "its weights")
         unknown = meta["unknown_ops"]
-        if type(unknown) is not dict:
-            raise BundleError(f"the bundle gives {quoted(unknown)} for its unknown ops, not an object")
+        if type(unknown) is not dict or len(unknown) > self.left:
+            raise BundleError(f"the bundle gives {quoted(unknown)} for its unknown ops, not a short object")
         return Coupling(
             weights=weights,
-            producers=tuple(self.producer(p) for p in items(meta["producers"], "its producers")),
+            producers=tuple(self.producer(p) for p in self.entries(meta["producers"], "its producers")),
             groups=groups,
             fields=dict(fields),
-            kept=tuple(self.kept(k) for k in items(meta["kept"], "what it keeps")),
-            contractions=tuple(self.contraction(c) for c in items(meta["contractions"], "its contractions")),
+            kept=tuple(self.kept(k) for k in self.entries(meta["kept"], "what it keeps")),
+            contractions=tuple(self.contraction(c) for c in self.entries(meta["contractions"], "its contractions")),
             shapes=dict(self.parameters),
-            unknown_ops={op: whole(n, "the uses of an op") for op, n in unknown.items()},
-            branches=tuple(self.branch(b) for b in items(meta.get("branches", []), "its branches")),
+            unknown_ops={printable(op): whole(n, "the uses of an op") for op, n in unknown.items()},
+            branches=tuple(self.branch(b) for b in self.entries(meta.get("branches", []), "its branches")),
         )
+
+    def entries(self, value: Any, what: str) -> list[Any]:
+        """A list; all of them together are as long as a model of so many tensors needs at most."""
+        found = items(value, what)
+        self.left -= len(found)
+        if self.left < 0:
+            raise BundleError(
+                f"the bundle's coupling has more than {max_coupling_entries(len(self.tensors))} entries for a model of "
+                f"{len(self.tensors)} tensors"
+            )
+        return found
 
     def tensor(self, place: Any) -> str:
         return self.tensors[whole(place, "the place of a tensor", high=len(self.tensors) - 1)]
@@ -201,11 +214,11 @@ class _Reader:
     def group(self, value: Any) -> Group:
         name, start, stop, channels, producers, touches = items(value, "a group", 6)
         return Group(
-            text(name, "a group"),
+            label(name, "a group"),
             whole(start, "the first unit of a group"),
             whole(stop, "the last unit of a group"),
-            tuple(self.parameter(p) for p in items(producers, "what makes a group")),
-            tuple(self.touch(t) for t in items(touches, "what a group touches")),
+            tuple(self.parameter(p) for p in self.entries(producers, "what makes a group")),
+            tuple(self.touch(t) for t in self.entries(touches, "what a group touches")),
             whole(channels, "the channels of a unit", 1),
         )
 
@@ -213,7 +226,7 @@ class _Reader:
         place, axes, kind = items(value, "a touch", 3)
         name = self.tensor(place)
         last = max(len(self.shapes[name]) - 1, 0)
-        along = tuple(whole(a, f"an axis of {name!r}", high=last) for a in items(axes, "the axes of a touch"))
+        along = tuple(whole(a, f"an axis of {name!r}", high=last) for a in self.entries(axes, "the axes of a touch"))
         if kind not in ("r", "c", "e"):
             raise BundleError(f"the bundle gives {quoted(kind)} for how a group touches {name!r}")
         return Touch(name, along, _KINDS[kind])
@@ -221,13 +234,19 @@ class _Reader:
     def units(self, value: Any) -> Tensor:
         shape, vector = items(value, "a unit field", 2)
         units = self.vectors[whole(vector, "a vector of units", high=len(self.vectors) - 1)]
-        dims = [whole(n, "the shape of a unit field") for n in items(shape, "the shape of a unit field")]
+        if len(items(shape, "the shape of a unit field")) > MAX_DIMS:
+            raise BundleError(f"the bundle has a unit field of {len(shape)} dimensions; at most {MAX_DIMS} are read")
+        dims = [whole(n, "the shape of a unit field") for n in shape]
         if prod(dims) != units.numel():
             raise BundleError(f"the bundle has a unit field of shape {quoted(dims)} with {units.numel()} entries")
         return units.reshape(dims)
 
     def field(self, value: Any) -> tuple[str, tuple[Tensor, ...]]:
-        place, *entries = items(value, "a unit field")
+        place, *entries = self.entries(value, "a unit field")
+        if len(entries) > MAX_FIELDS:
+            raise BundleError(
+                f"the bundle has {len(entries)} unit fields for one tensor; at most {MAX_FIELDS} are read"
+            )
         name = self.tensor(place)
         shape, own = self.shapes[name], tuple(self.units(e) for e in entries)
         for u in own:
@@ -248,7 +267,7 @@ class _Reader:
             raise BundleError(f"the bundle has {groups} groups for {name!r} of shape {shape}")
         owner = self.owner(name, module)
         return Weight(
-            name, owner, op, shape, out_axis, in_axis, groups, whole(macs, "multiply-adds"), text(role, "a role")
+            name, owner, op, shape, out_axis, in_axis, groups, whole(macs, "multiply-adds"), label(role, "a role")
         )
 
     def producer(self, value: Any) -> Producer:
@@ -263,10 +282,10 @@ class _Reader:
 
     def kept(self, value: Any) -> Kept:
         where, reason = items(value, "what it keeps", 2)
-        return Kept(text(where, "what it keeps"), text(reason, "why it keeps something"))
+        return Kept(label(where, "what it keeps"), label(reason, "why it keeps something"))
 
     def contraction(self, value: Any) -> Contraction:
-        module, place, macs, *factors = items(value, "a contraction")
+        module, place, macs, *factors = self.entries(value, "a contraction")
         name = None if place is None else self.parameter(place)
         own = text(module, "a module") if name is None else self.owner(name, module)
         return Contraction(own, name, whole(macs, "multiply-adds"), tuple(self.units(f) for f in factors))
@@ -274,8 +293,8 @@ class _Reader:
     def branch(self, value: Any) -> Branch:
         name, own, weights, modules = items(value, "a branch", 4)
         return Branch(
-            text(name, "a branch"),
-            tuple(self.parameter(t) for t in items(own, "the tensors of a branch")),
-            tuple(self.parameter(w) for w in items(weights, "the weights of a branch")),
+            label(name, "a branch"),
+            tuple(self.parameter(t) for t in self.entries(own, "the tensors of a branch")),
+            tuple(self.parameter(w) for w in self.entries(weights, "the weights of a branch")),
             tuple(texts(modules, "the modules of a branch")),
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError
-from .limits import MAX_EXAMPLE_ELEMENTS
+from .limits import MAX_DIMS, MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
 from .values import items, keyed, quoted, text, whole
 
 
@@ -50,6 +50,12 @@ def elements(spec: Any) -> int:
     return sum(map(elements, inner))
 
 
+def values(spec: Any) -> int:
+    """How many values and containers a description has."""
+    inner = spec.get("list") or spec.get("tuple") or [v for _, v in spec.get("dict", ())]
+    return 1 + sum(map(values, inner))
+
+
 def remake(spec: Any) -> Any:
     """A value of the described kind; tensors get values drawn evenly from their range, always the same ones.
 
@@ -65,8 +71,12 @@ class _Maker:
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.left = MAX_EXAMPLE_ELEMENTS
+        self.values = MAX_EXAMPLE_VALUES
 
     def value(self, spec: Any) -> Any:
+        self.values -= 1
+        if self.values < 0:
+            raise BundleError(f"the bundle's example inputs have more than {MAX_EXAMPLE_VALUES} values")
         if type(spec) is dict and "tensor" in spec:
             return self.tensor(keyed(spec, _WHAT, ("tensor", "shape"), ("range",)))
         kind, inner = next(iter(keyed(spec, _WHAT, (), ("value", "list", "tuple", "dict")).items()), ("", None))
@@ -88,7 +98,9 @@ class _Maker:
         shape = tuple(whole(n, "an example's shape") for n in items(spec["shape"], "an example's shape"))
         if not isinstance(dtype, torch.dtype) or dtype.is_complex:
             raise BundleError(f"the bundle has {_WHAT} of {quoted(spec['tensor'])}")
-        self.left -= math.prod(shape)
+        if len(shape) > MAX_DIMS:
+            raise BundleError(f"the bundle has {_WHAT} of {len(shape)} dimensions; at most {MAX_DIMS} are read")
+        self.left -= math.prod(n or 1 for n in shape)  # torch counts in the same way where a dimension is 0
         if self.left < 0:
             raise BundleError(f"the bundle's example inputs are too large to make: one has shape {quoted(list(shape))}")
         low, high = items(spec.get("range", [0, 1]), "an example's range", 2)
@@ -97,7 +109,7 @@ class _Maker:
             raise BundleError(f"the bundle has {_WHAT} between {quoted(low)} and {quoted(high)}")
         if dtype.is_floating_point:
             draw = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-            return (low + (high - low) * draw).clamp(low, high).to(dtype)
+            return draw.mul_(high - low).add_(low).clamp_(low, high).to(dtype)
         if high - low >= 2**63 - 1 or high >= 2**63 - 1 or low < -(2**63):
             low, high = 0, 1
         return torch.randint(low, high + 1, shape, generator=self.generator, dtype=torch.int64).to(dtype)

@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import BundleError
-from .limits import MAX_JSON_BYTES, MAX_PIECES
-from .replacing import flush, found, new_folder
+from ..io import open_regular, usual_mode
+from .limits import MAX_JSON_BYTES, MAX_PIECES, MAX_TENSORS
+from .replacing import Replaced, flush, found, new_folder, steady
 from .values import items, keyed, parse, quoted, text, whole
 
 if TYPE_CHECKING:
@@ -33,9 +36,99 @@ _PREFIX = re.compile(rb'\{"checksum":"([0-9a-f]{64})",')
 _SUM = re.compile(r"[0-9a-f]{64}")
 
 
+@dataclass(frozen=True)
+class OpenBundle:
+    """The three files of one bundle, open: they stay the same if another bundle is put in its place.
+
+    Attributes:
+        folder: Where it lies.
+        files: By name.
+    """
+
+    folder: Path
+    files: Mapping[str, BinaryIO]
+
+    def file(self, name: str) -> BinaryIO:
+        """One of them.
+
+        Raises:
+            BundleError: It is missing.
+        """
+        if name not in self.files:
+            raise BundleError(f"{self.folder / name} is missing; copy the bundle again")
+        return self.files[name]
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return os.fstat(self.file(name).fileno()).st_size
+
+
+class _Incomplete(FileNotFoundError):
+    """A folder lacks files, unless it was replaced while they were opened."""
+
+    def __init__(self, bundle: OpenBundle) -> None:
+        super().__init__()
+        self.bundle = bundle
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[OpenBundle]:
+    """Open a bundle, the old one or the new one where another process replaces it meanwhile.
+
+    Raises:
+        BundleError: There is none, or one of its files is no file.
+    """
+    with ExitStack() as stack:
+
+        def look(folder: Path, handle: int | None) -> OpenBundle:
+            stack.close()  # what was opened of a folder that was replaced
+            files = {}
+            for name in FILES:
+                try:
+                    file = open_regular(name if handle is not None else folder / name, handle)
+                except FileNotFoundError:
+                    continue
+                files[name] = stack.enter_context(file)
+            bundle = OpenBundle(folder, files)
+            if len(files) < len(FILES):
+                raise _Incomplete(bundle)
+            return bundle
+
+        yield _looked(Path(path).expanduser(), look)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder holds a bundle, whole or damaged."""
+
+    def look(folder: Path, handle: int | None) -> bool:
+        os.stat(JSON_FILE if handle is not None else folder / JSON_FILE, dir_fd=handle)
+        return True
+
+    try:
+        return steady(path, look)
+    except OSError:
+        return False
+
+
+def _looked(path: Path, look: Callable[[Path, int | None], OpenBundle]) -> OpenBundle:
+    try:
+        return steady(path, look)
+    except _Incomplete as e:
+        if JSON_FILE in e.bundle.files:
+            return e.bundle  # which file is missing is said once it is known to be a bundle
+        raise BundleError(f"{e.bundle.folder} is no bundle: it has no {JSON_FILE}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path} is no bundle: it has no {JSON_FILE}") from None
+    except Replaced as e:
+        raise BundleError(f"{e}; read it when nobody writes it") from None
+    except OSError as e:
+        raise BundleError(f"{path / Path(str(e.filename)).name} cannot be read: {e.strerror}") from None
+
+
 def bundle_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes of a bundle's three files together."""
-    return sum((Path(path) / name).stat().st_size for name in FILES)
+    with opened(path) as bundle:
+        return sum(bundle.size(name) for name in FILES)
 
 
 def write_folder(
@@ -55,12 +148,17 @@ def write_folder(
     with new_folder(target) as made:
         files = {}
         for name, tensors in ((WEIGHTS_FILE, weights), (SUBNETS_FILE, subnets)):
-            save_file(dict(tensors), made / name)
+            with usual_mode(made / name):
+                save_file(dict(tensors), made / name)
             flush(made / name)
             files[name] = _sums(made / name)
         raw = _to_json({"format": FORMAT, "format_version": VERSION, "files": files, **meta})
         if len(raw) > MAX_JSON_BYTES:
             raise BundleError(f"{target / JSON_FILE} would have {len(raw)} bytes; {MAX_JSON_BYTES} are read at most")
+        try:
+            parse(raw)
+        except ValueError as e:
+            raise BundleError(f"{target / JSON_FILE} could not be read again: {e}; say less in net.provenance") from e
         (made / JSON_FILE).write_bytes(raw)
         flush(made / JSON_FILE)
 
@@ -82,13 +180,16 @@ def read_meta(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     Raises:
         BundleError: No bundle, another format or version, or a file that is not as it was written.
     """
-    folder = found(Path(path).expanduser())
-    file = folder / JSON_FILE
-    if not folder.is_dir() or not file.is_file():
-        raise BundleError(f"{folder} is no bundle: it has no {JSON_FILE}")
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise BundleError(f"{file} has {file.stat().st_size} bytes; {MAX_JSON_BYTES} are read at most")
-    raw = file.read_bytes()
+    with opened(path) as bundle:
+        return bundle.folder, meta_of(bundle)
+
+
+def meta_of(bundle: OpenBundle) -> dict[str, Any]:
+    """What ``bundle.json`` says, checked; see :func:`read_meta`."""
+    file = bundle.folder / JSON_FILE
+    if bundle.size(JSON_FILE) > MAX_JSON_BYTES:
+        raise BundleError(f"{file} has {bundle.size(JSON_FILE)} bytes; {MAX_JSON_BYTES} are read at most")
+    raw = bundle.files[JSON_FILE].read(MAX_JSON_BYTES + 1)
     try:
         meta = parse(raw)
     except (ValueError, RecursionError) as e:
@@ -107,23 +208,26 @@ def read_meta(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         raise BundleError(f"{file} was changed after it was written: its checksum does not fit; copy the bundle again")
     files = keyed(meta.get("files"), "the list of its files", (WEIGHTS_FILE, SUBNETS_FILE))
     for name, said in files.items():
-        _check_size(folder / name, said, version)
-    return folder, meta
+        _check_size(bundle.folder / name, bundle.size(name), said, version)
+    return meta
 
 
-def _check_size(file: Path, said: Any, version: int) -> None:
+def _check_size(file: Path, size: int, said: Any, version: int) -> None:
     keyed(said, f"what it says of {file.name}", ("bytes", "sha256"), ("piece",) if version > 1 else ())
     should = whole(said["bytes"], f"the bytes of {file.name}")
-    if not file.is_file():
-        raise BundleError(f"{file} is missing; copy the bundle again")
-    size = file.stat().st_size
     if size != should:
         what = "truncated" if size < should else "damaged"
         raise BundleError(f"{file} is {what}: it has {size} bytes, and had {should} when written")
 
 
-def open_tensors(folder: Path, meta: Mapping[str, Any], name: str) -> TensorFile:
+def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str, most: int = MAX_TENSORS) -> TensorFile:
     """A safetensors file of a bundle, mapped; each piece of it is checked when it is first read.
+
+    Args:
+        bundle: The bundle, open.
+        meta: What :func:`meta_of` gave.
+        name: The file.
+        most: How many tensors it may hold.
 
     Raises:
         BundleError: It cannot be read.
@@ -134,13 +238,14 @@ def open_tensors(folder: Path, meta: Mapping[str, Any], name: str) -> TensorFile
     if meta["format_version"] == 1:  # one checksum for all of a file
         piece, sums = max(1, said["bytes"]), [said["sha256"]]
     else:
-        piece = whole(said.get("piece"), f"the pieces of {name}", 1)
+        # pieces grow with the file; a huge one would be hashed whole for the sake of its header
+        piece = whole(said.get("piece"), f"the pieces of {name}", 1, max(PIECE, 2 * (-(-said["bytes"] // MAX_PIECES))))
         sums = items(said["sha256"], f"the checksums of {name}", -(-said["bytes"] // piece))
     if len(sums) > MAX_PIECES:
         raise BundleError(f"the bundle has {len(sums)} checksums for {name}; at most {MAX_PIECES} are read")
     if not all(_SUM.fullmatch(text(s, f"a checksum of {name}")) for s in sums):
         raise BundleError(f"the bundle has a checksum of {name} that is none")
-    return TensorFile(folder / name, piece, sums)
+    return TensorFile(bundle.folder / name, bundle.file(name), piece, sums, min(most, MAX_TENSORS))
 
 
 def _to_json(meta: Mapping[str, Any]) -> bytes:

@@ -13,6 +13,12 @@ from .replacing import found
 
 __all__ = ["folder_of"]
 
+
+def _is_here(folder: Path) -> bool:
+    """Whether there is something, though another process may be replacing it at this moment."""
+    return found(folder).exists() or found(folder).exists()
+
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -27,7 +33,7 @@ def folder_of(path: str | os.PathLike[str], **options: Any) -> Path:
         BundleError: The hub cannot be reached, or has nothing of that name, and neither has the local cache.
     """
     folder = Path(path).expanduser()
-    if not isinstance(path, str) or found(folder).exists() or not _NAME.fullmatch(path):
+    if not isinstance(path, str) or _is_here(folder) or not _NAME.fullmatch(path):
         return folder
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError

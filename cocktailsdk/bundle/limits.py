@@ -8,6 +8,9 @@ from __future__ import annotations
 MAX_JSON_BYTES = 16 << 20
 """Of ``bundle.json``; that of 24 networks of a ResNet-18 has 30 kB."""
 
+MAX_JSON_VALUES = 1 << 21
+"""In ``bundle.json`` and in a header, counted as commas and opening brackets before either is parsed."""
+
 MAX_HEADER_BYTES = 16 << 20
 """Of the header of a safetensors file."""
 
@@ -26,6 +29,12 @@ MAX_PIECES = 4096
 MAX_EXAMPLE_ELEMENTS = 1 << 25
 """Of all example inputs together; they are made when the bundle is read."""
 
+MAX_EXAMPLE_VALUES = 10_000
+"""Tensors, texts, numbers and containers in the example inputs; a tensor without elements is one, too."""
+
+MAX_FIELDS = 32
+"""Unit fields of one tensor."""
+
 
 MAX_FLEETING_BYTES = 1 << 30
 """Of buffers that are not stored, in a model that is built as the bundle says."""
@@ -34,6 +43,11 @@ MAX_FLEETING_BYTES = 1 << 30
 def max_modules(tensors: int) -> int:
     """In a model of so many tensors, where it is built as the bundle says."""
     return 10_000 + 20 * tensors
+
+
+def max_coupling_entries(tensors: int) -> int:
+    """Entries of all lists of a coupling together, for a model of so many tensors."""
+    return 20_000 + 100 * tensors
 
 
 def max_unit_entries(elements: int) -> int:

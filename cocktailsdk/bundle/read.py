@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -15,20 +14,22 @@ from torch import Tensor, nn
 from ..errors import BundleError, CocktailError, PatternError, SubnetError
 from ..graph import Coupling
 from ..net import CocktailNet
-from ..patterns import DENSE, Pattern, Subnet, make_pattern
+from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
+from ..printable import printable
 from ..selection import Selection
 from ..statistics import statistics_of
 from .building import built, check_model
 from .couplings import read_coupling
 from .examples import remake
-from .files import SUBNETS_FILE, WEIGHTS_FILE, open_tensors, read_meta
+from .files import SUBNETS_FILE, WEIGHTS_FILE, meta_of, open_tensors, opened
 from .hub import folder_of
-from .limits import MAX_SUBNETS
+from .listing import listed_subnets
+from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .statistics import read_statistics
 from .subnets import read_masks
 from .tensors import TensorFile
-from .values import flag, items, keyed, more, quoted, shortened, text, texts, whole
+from .values import distinct, flag, items, keyed, more, quoted, shortened, small, text, texts, whole
 from .write import row
 
 log = logging.getLogger(__name__)
@@ -102,18 +103,24 @@ def from_pretrained(
         local_files_only=local_files_only,
     )
     try:
-        folder, meta = read_meta(folder)
-        weights_file, subnets_file = (open_tensors(folder, meta, n) for n in (WEIGHTS_FILE, SUBNETS_FILE))
+        with opened(folder) as bundle:
+            meta = meta_of(bundle)
+            masks = len(items(meta.get("masks"), "its masks"))
+            weights_file = open_tensors(bundle, meta, WEIGHTS_FILE)
+            subnets_file = open_tensors(bundle, meta, SUBNETS_FILE, masks + _OTHER_TENSORS)
         if model is None:
             model = built(meta, weights_file, trust_build_record)
         net, weights = _Bundle(meta, model, weights_file, subnets_file).net(subnets)
     except PatternError as e:
-        raise BundleError(f"the bundle in {folder} does not fit this {type(model).__name__}: {shortened(e)}") from e
-    except CocktailError:
+        raise BundleError(
+            f"the bundle in {folder} does not fit this {type(model).__name__}: {shortened(e)}"
+        ) from _told(e)
+    except CocktailError as e:
+        _told(e)
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, OSError) as e:
         # The bytes are as they were written, so whoever wrote them broke the format.
-        raise BundleError(f"the bundle in {folder} is malformed: {type(e).__name__}: {shortened(e)}") from e
+        raise BundleError(f"the bundle in {folder} is malformed: {type(e).__name__}: {shortened(e)}") from _told(e)
     for file in (weights_file, subnets_file):
         log.debug("read %d of %d bytes of %s", file.bytes_read, file.size, file.file)
     tensors = all_tensors(model)
@@ -152,6 +159,7 @@ class _Bundle:
         eligible = selection.eligible(coupling)
         # The first version did not say where a subnet's statistics begin: all must be read to know.
         masks = read_masks(meta["masks"], file.__getitem__, names, coupling, eligible, names if first else set(wanted))
+        check_masks(patterns, masks, UMG(coupling, eligible, weights), "get the bundle again from who trained it")
         statistics = read_statistics(meta["statistics"], file, masks, coupling, buffers, names, places=not first)
         if len(masks) == len(names) and file.unread:
             raise BundleError(f"the bundle has {quoted(file.unread[0])}, which belongs to no subnet{more(file.unread)}")
@@ -199,17 +207,18 @@ class _Bundle:
 
     def patterns(self) -> tuple[tuple[Pattern, ...], list[Subnet]]:
         """The patterns and all subnets, which are those that the bundle lists."""
-        listed = items(self.meta["subnets"], "its subnets")
-        if len(listed) > MAX_SUBNETS:
-            raise BundleError(f"the bundle lists {len(listed)} subnets; at most {MAX_SUBNETS} are read")
-        patterns = tuple(_pattern(p) for p in items(self.meta["patterns"], "its patterns"))
-        rows = [Subnet(DENSE, DENSE, 0.0), *(s for p in patterns for s in p.subnets())]
-        stored = []
-        for s in listed:
-            entry = dict(keyed(s, "a subnet", ("name", "pattern", "sparsity"), ("options", "metric")))
-            _check_metric(entry.pop("metric", 0.0))
-            stored.append(entry)
-        if [text(s["name"], "a subnet") for s in stored] != [s.name for s in rows]:
+        listed = listed_subnets(self.meta)
+        patterns: list[Pattern] = []
+        rows = [Subnet(DENSE, DENSE, 0.0)]
+        for spec in items(self.meta["patterns"], "its patterns"):  # made only as far as they are what is listed
+            pattern = _pattern(spec, len(listed))
+            patterns.append(pattern)
+            rows += pattern.subnets()
+            if len(rows) > len(listed):
+                raise BundleError(f"the bundle's patterns have more subnets than the {len(listed)} that it lists")
+        distinct([p.name for p in patterns], "its patterns")
+        stored = [{k: v for k, v in entry.items() if k != "metric"} for entry in listed]
+        if [s["name"] for s in stored] != [s.name for s in rows]:
             odd = sorted({s["name"] for s in stored} ^ {s.name for s in rows})
             raise BundleError(
                 "the bundle's patterns now have other subnets than when it was saved: "
@@ -218,7 +227,7 @@ class _Bundle:
         wrong = [s.name for s, entry in zip(rows, stored, strict=True) if _as_json(row(s)) != entry]
         if wrong:
             raise BundleError(f"the bundle says of {wrong[0]!r} something else than its pattern does{more(wrong)}")
-        return patterns, rows
+        return tuple(patterns), rows
 
     def selection(self, coupling: Coupling) -> Selection:
         """What the user selected, by the names that it came to: no expression from a file is run."""
@@ -247,6 +256,22 @@ class _Bundle:
 
 
 JSON = "bundle.json"
+_OTHER_TENSORS = 32
+"""In ``subnets.safetensors`` besides masks: the units, and statistics of each dtype."""
+_CONFIG_VALUES = 32
+"""In the configuration of a pattern, and besides for each subnetwork."""
+
+
+def _told(error: Exception) -> Exception:
+    """An error whose causes a traceback may print: other libraries quote names of the file as they are."""
+    at: BaseException | None = error
+    while at is not None:
+        cause = at.__cause__ or at.__context__
+        if cause is not None and printable(str(cause)) != str(cause):
+            at.__cause__, at.__suppress_context__ = None, True
+            break
+        at = cause
+    return error
 
 
 def _wanted(only: Iterable[str], names: Collection[str]) -> list[str]:
@@ -257,9 +282,11 @@ def _wanted(only: Iterable[str], names: Collection[str]) -> list[str]:
     return [n for n in chosen if n != DENSE]
 
 
-def _pattern(entry: Any) -> Pattern:
+def _pattern(entry: Any, listed: int) -> Pattern:
     keyed(entry, "a pattern", ("name", "config"))
     config = entry["config"]
+    if not small(config, _CONFIG_VALUES + _CONFIG_VALUES * listed):
+        raise BundleError(f"the bundle configures the pattern {quoted(entry['name'])} at a length beyond its subnets")
     keyed(config, "the configuration of a pattern", (), config if type(config) is dict else ())
     try:
         pattern = make_pattern(text(entry["name"], "a pattern"), config)
@@ -275,12 +302,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _as_json(v) for k, v in value.items()}
     return [_as_json(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _check_metric(value: Any) -> None:
-    finite = type(value) in (int, float) and math.isfinite(value)
-    if not finite and value not in ("nan", "inf", "-inf"):
-        raise BundleError(f"the bundle gives {quoted(value)} for a metric")
 
 
 def _said(value: Any, what: str) -> str | tuple[str, ...] | None:

@@ -14,25 +14,102 @@ import errno
 import os
 import shutil
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from ..io import usual_folder
 
 try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["flush", "found", "new_folder"]
+__all__ = ["Replaced", "flush", "found", "new_folder", "steady"]
+
+T = TypeVar("T")
 
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+_TRIES = 200
+_WAIT = 0.005  # seconds, where a folder is not there while somebody replaces it
+
+
+class Replaced(Exception):
+    """A folder was replaced again and again while it was read."""
 
 
 def found(target: Path) -> Path:
-    """Where a folder is: at its place, or beside it where a process died while replacing it."""
+    """Where a folder is: at its place, or beside it where a process died while replacing it, or is about to end."""
     beside = _aside(target)
     return beside if not target.exists() and beside.is_dir() else target
+
+
+def steady(target: Path, look: Callable[[Path, int | None], T]) -> T:
+    """Look into a folder that another process may be replacing: at the old one or at the new one, never at both.
+
+    Where the system knows handles of folders, what is opened by one is of one folder, whatever is put in its place.
+    Elsewhere it is compared whether the same folder was there before and after.
+
+    Args:
+        target: The folder.
+        look: Called with where it is and its handle, more than once where the folder is replaced meanwhile.
+
+    Returns:
+        What ``look`` returned.
+
+    Raises:
+        FileNotFoundError: The folder, or what ``look`` wants of it, is not there.
+        Replaced: It was replaced too often.
+    """
+    for _ in range(_TRIES):
+        folder = found(target)
+        try:
+            handle = _folder_handle(folder)
+        except FileNotFoundError:
+            if not _in_progress(target):
+                raise
+            time.sleep(_WAIT)
+            continue
+        try:
+            before = _identity(folder if handle is None else handle)
+            try:
+                seen = look(folder, handle)
+            except FileNotFoundError:
+                if before is not None and _identity(found(target)) == before:
+                    raise
+                continue
+            if handle is not None or (before is not None and _identity(folder) == before):
+                return seen
+        finally:
+            if handle is not None:
+                os.close(handle)
+    raise Replaced(f"{target} was replaced {_TRIES} times while it was read")
+
+
+def _folder_handle(folder: Path) -> int | None:
+    if os.open not in os.supports_dir_fd or os.stat not in os.supports_dir_fd:
+        if not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        return None
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _identity(folder: Path | int) -> tuple[int, int, int] | None:
+    try:
+        seen = os.stat(folder)
+    except OSError:
+        return None
+    return seen.st_dev, seen.st_ino, seen.st_mtime_ns  # a new folder may get the number of one that is gone
+
+
+def _in_progress(target: Path) -> bool:
+    """Whether a folder is being replaced, or has come back since."""
+    try:
+        return target.exists() or any(p.name.startswith(_prefix(target)) for p in target.parent.iterdir())
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -44,16 +121,14 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _tidy(target)
-    made = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    made, mode = usual_folder(target.parent, _prefix(target))
     with _held(made):
         try:
             yield made
-            mask = os.umask(0)  # mkdtemp makes folders for their owner alone
-            os.umask(mask)
-            made.chmod(0o777 & ~mask)
             if target.exists():
                 _keep_others(target, made)
             flush(made)
+            made.chmod(mode)
             _put(made, target)
         finally:
             shutil.rmtree(made, ignore_errors=True)

@@ -170,7 +170,8 @@ class _Masks:
             self.removed |= {s: ~k for s, k in self.levels(e, self.coupling.n_units).items()}
         elif "zeroed" in e:
             shapes = self.coupling.shapes
-            self.elements[e["zeroed"]] = {w.name: torch.zeros(shapes[w.name], dtype=torch.bool) for w in self.of(e)}
+            none = torch.zeros((), dtype=torch.bool)  # expanded: a few names must not take a model's memory
+            self.elements[e["zeroed"]] = {w.name: none.expand(shapes[w.name]) for w in self.of(e)}
         else:
             self.cells(e)
 

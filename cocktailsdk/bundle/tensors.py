@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import UInt8
@@ -55,9 +57,11 @@ class TensorFile:
     file is compared with its checksum the first time anything of it is read.
 
     Args:
-        file: The file.
+        file: Where the file is, for errors.
+        opened: The file, open; it may be closed afterwards.
         piece: Bytes of each of its pieces but the last.
         sums: SHA-256 of each piece, in hexadecimal.
+        most: How many tensors it may hold.
 
     Attributes:
         file: The file.
@@ -67,18 +71,19 @@ class TensorFile:
         BundleError: The file is damaged, or is no safetensors file within the limits.
     """
 
-    def __init__(self, file: Path, piece: int, sums: list[str]) -> None:
+    def __init__(self, file: Path, opened: BinaryIO, piece: int, sums: list[str], most: int = MAX_TENSORS) -> None:
         self.file = file
-        self._piece, self._sums = piece, sums
+        self._piece, self._sums, self._most = piece, sums, most
         self._checked = [False] * len(sums)
-        self.size = file.stat().st_size
+        self.size = os.fstat(opened.fileno()).st_size
         if self.size < 8:
             raise BundleError(f"{file} is no safetensors file: it has {self.size} bytes")
         try:
-            storage: Any = torch.UntypedStorage.from_file(str(file), False, self.size)
-        except (RuntimeError, OSError) as e:
+            # a private copy on write: torch takes no buffer that cannot be written to, and nothing here writes
+            mapped = mmap.mmap(opened.fileno(), self.size, access=mmap.ACCESS_COPY)
+        except (ValueError, OSError) as e:
             raise BundleError(f"{file} cannot be read: {e}") from None
-        self._data = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._data = torch.frombuffer(mapped, dtype=torch.uint8)
         self._entries = self._header()
         self._named: set[str] = set()
 
@@ -161,8 +166,8 @@ class TensorFile:
         if type(header) is not dict:
             raise BundleError(f"{self.file} is no safetensors file: its header is no object")
         header.pop("__metadata__", None)
-        if len(header) > MAX_TENSORS:
-            raise BundleError(f"{self.file} holds {len(header)} tensors; at most {MAX_TENSORS} are read")
+        if len(header) > self._most:
+            raise BundleError(f"{self.file} holds {len(header)} tensors; at most {self._most} are read")
         out = {name: self._placed(name, said, begin) for name, said in header.items()}
         at = begin
         for name, entry in sorted(out.items(), key=lambda e: (e[1].start, e[1].stop)):

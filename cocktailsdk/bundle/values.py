@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Never
 
 from ..errors import BundleError
+from ..printable import printable
+from .limits import MAX_JSON_VALUES
 
-__all__ = ["distinct", "flag", "items", "keyed", "more", "parse", "quoted", "shortened", "text", "texts", "whole"]
+__all__ = [
+    "distinct",
+    "flag",
+    "items",
+    "keyed",
+    "label",
+    "more",
+    "parse",
+    "quoted",
+    "shortened",
+    "small",
+    "text",
+    "texts",
+    "whole",
+]
 
 _LARGEST = 2**63 - 1
 
@@ -17,9 +35,12 @@ def parse(raw: bytes) -> Any:
     """JSON as the standard has it: UTF-8, no NaN, no key twice.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not, or it has too many values.
         RecursionError: It is nested too deeply.
     """
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")  # at least, if no text holds these
+    if values > MAX_JSON_VALUES:
+        raise ValueError(f"it has {values} values; at most {MAX_JSON_VALUES} are read")
     return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
 
 
@@ -35,6 +56,11 @@ def text(value: Any, what: str) -> str:
     if type(value) is not str:
         raise BundleError(f"the bundle gives {quoted(value)} for {what}, not a text")
     return value
+
+
+def label(value: Any, what: str) -> str:
+    """A string that people read and no program looks up."""
+    return printable(text(value, what))
 
 
 def flag(value: Any, what: str) -> bool:
@@ -76,9 +102,27 @@ def keyed(value: Any, what: str, needed: Collection[str], allowed: Collection[st
 
 
 def quoted(value: Any) -> str:
-    """A value as an error names it: short, on one line."""
-    said = repr(value)
+    """A value as an error names it: short, on one line, whatever its size and depth."""
+    if type(value) is dict:
+        value = dict(itertools.islice(value.items(), _SHORT.maxdict + 1))  # they would all be sorted
+    said = repr(value) if type(value) in (bool, int, float, str, type(None)) else _SHORT.repr(value)
     return said if len(said) <= 60 else f"{said[:57]}..."
+
+
+_SHORT = reprlib.Repr()  # 16 MiB of lists in lists take a second and a deep stack otherwise
+
+
+def small(value: Any, most: int) -> bool:
+    """Whether JSON values hold so many values at most."""
+    left = [value]
+    while left and most >= 0:
+        inner = left.pop()
+        most -= 1
+        if isinstance(inner, dict | list):
+            if len(inner) > most:
+                return False
+            left += inner.values() if isinstance(inner, dict) else inner
+    return most >= 0
 
 
 def more(names: Sequence[str]) -> str:
@@ -88,7 +132,7 @@ def more(names: Sequence[str]) -> str:
 
 def shortened(error: Exception) -> str:
     """What an error says, on one line and not at any length."""
-    said = " ".join(str(error).split())
+    said = printable(" ".join(str(error).split()))
     return said if len(said) <= 500 else f"{said[:497]}..."
 
 

@@ -17,9 +17,10 @@ from ..net import CocktailNet
 from ..patterns import DENSE, Subnet
 from ..sharding import is_main, plain_class
 from .couplings import write_coupling
-from .examples import describe, elements
+from .examples import describe, elements, values
 from .files import write_folder
-from .limits import MAX_EXAMPLE_ELEMENTS
+from .limits import MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
+from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .provenance import completed
 from .statistics import write_statistics
@@ -55,6 +56,8 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch
     _check_given(net)
     masks, tensors = net.masks, all_tensors(net.model)
     table = list(tensors)
+    advice = "set one that it makes, net.set_mask(name, net.make_masks(name)), or register a pattern of your own"
+    check_masks(net.patterns, masks, net.umg(), advice)
     coupling_meta, units = write_coupling(net.coupling, table)
     mask_entries, packed = write_masks(net.patterns, masks, net.coupling, net.eligible)
     again = read_masks(mask_entries, packed.__getitem__, names, net.coupling, net.eligible)
@@ -170,4 +173,5 @@ def _example(net: CocktailNet) -> Any:
         spec = describe((tuple(net.example[0]), dict(net.example[1])))
     except BundleError:
         return None  # the bundle serves without; only slim asks for them
-    return spec if elements(spec) <= MAX_EXAMPLE_ELEMENTS else None
+    fits = elements(spec) <= MAX_EXAMPLE_ELEMENTS and values(spec) <= MAX_EXAMPLE_VALUES
+    return spec if fits else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CocktailError
+from ..printable import all_printable
 
 __all__ = ["DeviceProfile", "SubnetCost", "Timing", "machine_of", "pareto_front", "read_profile"]
 
@@ -139,7 +140,7 @@ def read_profile(path: str | PathLike[str]) -> DeviceProfile:
     if file.stat().st_size > MAX_BYTES:
         raise CocktailError(f"{file} has {file.stat().st_size} bytes; no device profile is this large")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = all_printable(json.loads(file.read_text(encoding="utf-8")))
         if data["format"] != FORMAT:
             raise CocktailError(f"{file} has format {data['format']!r}; this release of cocktailsdk reads {FORMAT}")
         networks = tuple(_network(row) for row in data.pop("networks"))

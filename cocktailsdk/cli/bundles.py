@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..bundle.files import is_bundle
 from ..errors import BundleError
 
 __all__ = ["bundle_folder", "run_folder"]
@@ -18,7 +19,7 @@ def bundle_folder(path: Path) -> Path:
         BundleError: There is none.
     """
     for folder in (path, path / "bundle"):
-        if (folder / MARK).is_file():
+        if is_bundle(folder):
             return folder
     if not path.exists():
         raise BundleError(f"{path} does not exist; give a bundle's folder, or the folder of a finished run")

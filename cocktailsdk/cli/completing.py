@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -23,13 +22,14 @@ def presets(incomplete: str) -> list[str]:
 def networks(ctx: typer.Context, incomplete: str) -> list[str]:
     """Networks of the bundle given before that begin so."""
     from ..bundle.files import read_meta
+    from ..bundle.listing import listed_subnets
     from .bundles import bundle_folder
 
     given = ctx.params.get("bundle")
     if given is None:
         return []
     try:
-        subnets: list[dict[str, Any]] = read_meta(bundle_folder(Path(given)))[1]["subnets"]
-        return [s["name"] for s in subnets if s["name"].startswith(incomplete)]
-    except (CocktailError, OSError, KeyError, TypeError):  # a half-typed path, say: there is nothing to offer
+        subnets = listed_subnets(read_meta(bundle_folder(Path(given)))[1])
+        return [s["name"] for s in subnets if s["name"].startswith(incomplete) and s["name"].isprintable()]
+    except (CocktailError, OSError):  # a half-typed path, say: there is nothing to offer
         return []

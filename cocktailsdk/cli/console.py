@@ -7,14 +7,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from ..errors import CocktailError
+from ..printable import printable
 
 __all__ = ["INTERRUPTED", "TERMINATED", "command", "log_to", "messages", "print_json", "results"]
 
@@ -27,9 +29,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class _Console(Console):
+    """A console that prints no control characters of texts: names in a stranger's bundle may hold terminal escapes."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does; its own control codes (a live view's) are in segments of their own."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 def results() -> Console:
     """Standard output: tables. Without colour where it is no terminal, or where NO_COLOR is set."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return _Console(highlight=False, markup=False, emoji=False)
 
 
 def messages(*, main_process_only: bool = False) -> Console:
@@ -39,7 +50,7 @@ def messages(*, main_process_only: bool = False) -> Console:
         main_process_only: Whether others of several processes (``torchrun`` numbers them in ``RANK``) stay silent.
     """
     quiet = main_process_only and os.environ.get("RANK", "0") != "0"
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+    return _Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
 def print_json(value: Any) -> None:

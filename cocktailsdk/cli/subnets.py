@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .bundles import bundle_folder
 from .console import command, log_to, messages, print_json, results
 from .options import AsData, Bundle
@@ -21,12 +19,13 @@ def list_subnets(
     folder = bundle_folder(bundle)
 
     from ..bundle.files import read_meta
+    from ..bundle.listing import listed_subnets, model_class
 
     _, meta = read_meta(folder)
-    subnets: list[dict[str, Any]] = meta["subnets"]
+    subnets, made_from = listed_subnets(meta), model_class(meta)
     size = sum(f["bytes"] for f in meta["files"].values())
     if as_json:
-        print_json({"bundle": str(folder), "model": meta["model"]["class"], "subnets": subnets})
+        print_json({"bundle": str(folder), "model": made_from, "subnets": subnets})
         return
     from rich.text import Text
 
@@ -44,4 +43,4 @@ def list_subnets(
         )
     screen = results()
     screen.print(table)
-    screen.print(f"\n{len(subnets)} networks of {meta['model']['class']} in {bytes_text(size)}")
+    screen.print(f"\n{len(subnets)} networks of {made_from} in {bytes_text(size)}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportFailed, SlimError
+from ..io import file_mode
 from ..net import CocktailNet
 from .compare import deviation, limit_for
 from .formats import Format, Job, format_of
@@ -169,6 +170,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _keep(made: Path, target: Path) -> None:
-    """Put what was written in its place; the file itself last, so that it is never there without what belongs to it."""
+    """Put what was written in its place; the file itself last, so that it is never there without what belongs to it.
+
+    Each file gets the mode that the umask asks for, whatever its writer gave it.
+    """
+    mode = file_mode(made)
     for file in sorted(made.iterdir(), key=lambda f: f.name == target.name):
+        file.chmod(mode)
         os.replace(file, target.parent / file.name)

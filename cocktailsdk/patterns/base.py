@@ -7,6 +7,7 @@ at a time from weight magnitudes. It knows nothing of training, files or devices
 from __future__ import annotations
 
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,11 @@ DENSE = "dense"
 
 MOST_LEVELS = 1000
 """Of one pattern, where it chooses their sparsities: more would share their names."""
+
+WARN_BEYOND = 0.05
+"""Difference from the sparsity asked for from which on a user's pattern is warned about."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class UMG:
         values: Current values by name, detached, of all eligible weights and all channel producers.
         previous: This pattern's own mask of the level before, for nested patterns.
         made: Masks of the current round by other patterns, by pattern name.
+        hidden: Only for :meth:`Pattern.check`: by weight name, elements that another mask zeroes besides. A mask is
+            False there, whatever the pattern chose.
     """
 
     coupling: Coupling
@@ -58,6 +66,7 @@ class UMG:
     values: Mapping[str, Tensor]
     previous: Mask | None = None
     made: Mapping[str, Mask] = field(default_factory=dict)
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Pattern(ABC):
@@ -113,6 +122,29 @@ class Pattern(ABC):
         kept = sum(int(mask.elements[w.name].sum()) if w.name in mask.elements else w.numel for w in umg.eligible)
         return 1.0 - kept / total if total else 0.0
 
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """See that a mask is one that this pattern makes. Bundles are checked when they are saved and when they load.
+
+        The patterns of this package count exactly. By default a mask whose :meth:`exact_sparsity` is not about
+        ``subnet.sparsity`` is warned about, since only the pattern knows how it rounds: override this to refuse.
+
+        Args:
+            subnet: The subnetwork.
+            mask: Its mask.
+            umg: ``values`` are the dense weights; ``previous`` and ``made`` are not known.
+
+        Raises:
+            PatternError: The mask is another's.
+        """
+        exact = self.exact_sparsity(subnet, mask, umg)
+        if not abs(exact - subnet.sparsity) <= WARN_BEYOND:
+            log.warning(
+                "the mask of %r has a sparsity of %.3f, and its pattern asks for %.3f",
+                subnet.name,
+                exact,
+                subnet.sparsity,
+            )
+
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of the eligible weights that the pattern can touch at all (1 unless it leaves remainders)."""
         del subnet, mask, umg
@@ -136,6 +168,18 @@ class Pattern(ABC):
             raise PatternError(
                 f"pattern {spec!r}: {cls.__name__} takes no 'sparsities'; give the object instead ({e})"
             ) from None
+
+    def alone(self, name: str) -> Self | None:
+        """The same pattern with one of its subnets alone; ``None`` where it cannot be made from :meth:`config`.
+
+        By default for patterns with ``sparsities``, of exactly the sparsity that the subnet has: its name has three
+        decimals of it.
+        """
+        sparsity = next(s.sparsity for s in self.subnets() if s.name == name)
+        arguments = {k: v for k, v in self.config().items() if k not in ("rounds", "rate")}
+        if "sparsities" not in arguments and len(arguments) == len(self.config()):
+            return None
+        return type(self)(**{**arguments, "sparsities": [sparsity]})
 
     def merged(self, other: Self) -> Self:
         """One pattern with the subnets of both; called when a pattern is given twice (``"1:2", "2:4"``).

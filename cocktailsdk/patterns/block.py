@@ -15,6 +15,7 @@ from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities, level_of
+from .checking import refuse, weight_masks
 from .layout import covered_by_tiles, tiles, untiles
 from .ranking import drop_smallest
 from .registry import register_pattern
@@ -107,6 +108,39 @@ class Block(Pattern):
         total = sum(covered_by_tiles(w, self.rows, self.columns) for w in umg.eligible)
         zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
         return zeros / total if total else 0.0
+
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Exactly ``round(sparsity * n)`` of the n blocks go, each as a whole, and what fills no block is kept.
+
+        Raises:
+            PatternError: It is not so.
+        """
+        total = gone = unsure = 0
+        for weight, keep, hidden in weight_masks(subnet, mask, umg):
+            count = covered_by_tiles(weight, self.rows, self.columns) // (self.rows * self.columns)
+            lost, open_ = (0, 0) if keep is None else self._gone(subnet, weight, keep, hidden)
+            if self.scope == "layer":
+                self._check_count(subnet, f"{weight.name!r}", count, lost, open_)
+            total, gone, unsure = total + count, gone + lost, unsure + open_
+        if self.scope == "global":
+            self._check_count(subnet, "the eligible weights", total, gone, unsure)
+
+    def _gone(self, subnet: Subnet, weight: Weight, keep: Tensor, hidden: Tensor | None) -> tuple[int, int]:
+        """How many blocks of a weight are gone, and of how many it cannot be told."""
+        blocks = tiles(weight, keep, self.rows, self.columns).flatten(1)
+        left = keep if hidden is None else keep | hidden  # hidden elements may have been kept
+        inside = blocks if hidden is None else tiles(weight, left, self.rows, self.columns).flatten(1)
+        stays, goes = blocks.any(1), ~inside.all(1)
+        if bool((stays & goes).any()):
+            refuse(subnet, f"{int((stays & goes).sum())} blocks of {weight.name!r} are kept in part")
+        if int(left.count_nonzero()) - int(inside.count_nonzero()) != weight.numel - inside.numel():
+            refuse(subnet, f"weights of {weight.name!r} are masked that lie in no block")
+        return int(goes.sum()), int((~stays & ~goes).sum())
+
+    def _check_count(self, subnet: Subnet, of: str, count: int, gone: int, unsure: int) -> None:
+        wanted = round(subnet.sparsity * count)
+        if not gone <= wanted <= gone + unsure:
+            refuse(subnet, f"{gone} of the {count} blocks of {of} are masked, not {wanted}")
 
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of eligible weights that lie in full blocks."""

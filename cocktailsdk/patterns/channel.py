@@ -14,6 +14,7 @@ from ..errors import PatternError
 from ..graph import Coupling, Group
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
+from .checking import check_units
 from .magnitudes import row_sums
 from .registry import pattern_class, register_pattern
 
@@ -167,6 +168,15 @@ class Channel(Pattern):
         del subnet
         n = umg.coupling.n_units
         return int(mask.removed.sum()) / n if mask.removed is not None and n else 0.0
+
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Of every group exactly as many units go as :func:`kept_units` leaves out.
+
+        Raises:
+            PatternError: Another number does, or single elements are masked.
+        """
+        groups = umg.coupling.groups
+        check_units(subnet, mask, {g: g.size - kept_units(g, subnet.sparsity, self.round_to) for g in groups})
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""

@@ -14,6 +14,7 @@ from ..graph import Branch, Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .channel import checked_beta, terms_of
+from .checking import refuse
 from .magnitudes import row_sums
 from .registry import register_pattern
 
@@ -99,6 +100,28 @@ class Depth(Pattern):
         del subnet
         n = len(removable_branches(umg.coupling, umg.eligible))
         return len(mask.dropped(umg.coupling)) / n if n else 0.0
+
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Exactly as many branches go as asked for, each as a whole, and nothing else is masked.
+
+        A branch may lie within another and goes with it. So the count lies between that of the dropped branches that
+        lie in no other dropped one, and that of all dropped ones.
+
+        Raises:
+            PatternError: It is not so.
+        """
+        if mask.removed is not None and bool(mask.removed.any()):
+            refuse(subnet, "channel units are removed, and the pattern removes none")
+        branches = removable_branches(umg.coupling, umg.eligible)
+        names = {b.name for b in branches}
+        gone = [b for b in mask.dropped(umg.coupling) if b.name in names]
+        odd = set(mask.elements).difference(*(b.tensors for b in gone))
+        if odd or any(bool(keep.any()) for keep in mask.elements.values()):
+            refuse(subnet, f"{min(odd or mask.elements)!r} is masked, but no branch is that holds it")
+        outer = [b for b in gone if not any(set(b.tensors) < set(other.tensors) for other in gone)]
+        wanted = min(round(subnet.sparsity * len(branches)), max(len(branches) - 1, 0))
+        if not len(outer) <= wanted <= len(gone):
+            refuse(subnet, f"{len(gone)} of the {len(branches)} branches are dropped, not {wanted}")
 
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of the eligible weights that lie in branches."""

@@ -11,7 +11,8 @@ from ..errors import PatternError
 from ..graph import Coupling, Group
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
-from .channel import checked_beta, removed_units, unit_scores
+from .channel import checked_beta, kept_units, removed_units, unit_scores
+from .checking import check_units
 from .registry import register_pattern
 
 __all__ = ["Heads", "head_groups"]
@@ -81,6 +82,15 @@ class Heads(Pattern):
         del subnet
         n = sum(g.size for g in head_groups(umg.coupling))
         return int(mask.removed.sum()) / n if mask.removed is not None and n else 0.0
+
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Of every attention exactly as many heads go as asked for, and no other units.
+
+        Raises:
+            PatternError: Another number does, or single elements are masked.
+        """
+        groups = head_groups(umg.coupling)
+        check_units(subnet, mask, {g: g.size - kept_units(g, subnet.sparsity) for g in groups})
 
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of the eligible weights that belong to heads."""

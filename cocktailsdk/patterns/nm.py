@@ -14,6 +14,7 @@ from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet
+from .checking import refuse, weight_masks
 from .magnitudes import Scratch, infinity_bits, magnitude_bits, nan_error, piece_size, ranked_dtype
 from .registry import register_pattern
 
@@ -60,6 +61,50 @@ def covered(weight: Weight, m: int) -> int:
     """How many of the weight's elements lie in full runs of M."""
     length = weight.shape[weight.in_axis] // (weight.groups if _split(weight) else 1)
     return weight.numel // length * (length // m * m) if length else 0
+
+
+def check_runs(
+    subnet: Subnet,
+    weight: Weight,
+    masks: Sequence[Bool[Tensor, "..."] | None],
+    parts: Sequence[Bool[Tensor, "parts m ..."] | None],
+    size: int,
+    n: int,
+) -> None:
+    """See that all runs of a weight keep N, and that what lies in no run is kept.
+
+    Args:
+        subnet: The subnetwork.
+        weight: The weight.
+        masks: What is kept of it, and what is hidden (``UMG.hidden``); ``None`` for all, and for nothing.
+        parts: The same, cut into runs (the second axis) or tiles (the second and third); ``None`` where there are none.
+        size: How many elements lie in runs or tiles.
+        n: N.
+
+    Raises:
+        PatternError: It is not so.
+    """
+    (keep, hidden), (kept, unseen) = masks, parts
+    if keep is None:
+        if size:
+            refuse(subnet, f"nothing of {weight.name!r} is masked, and {size} of its weights lie in runs")
+        return
+    outside = int((keep if hidden is None else keep | hidden).count_nonzero())
+    if kept is not None:
+        for axis in range(1, kept.ndim):
+            least = kept.sum(axis)
+            most = least if unseen is None else least + unseen.sum(axis)
+            wrong = (least > n) | (most < n)
+            if bool(wrong.any()):
+                found = int(least[wrong][0])
+                refuse(
+                    subnet,
+                    f"{int(wrong.sum())} of {wrong.numel()} runs of {weight.name!r} do not keep {n} of "
+                    f"{kept.shape[axis]} weights, the first of them {found}",
+                )
+        outside -= int((kept if unseen is None else kept | unseen).count_nonzero())
+    if outside != weight.numel - size:
+        refuse(subnet, f"weights of {weight.name!r} are masked that lie in no run")
 
 
 def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool[Tensor, "..."]:
@@ -190,6 +235,21 @@ class NM(Pattern):
         zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
         return zeros / total if total else 0.0
 
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Every run keeps exactly N weights, and remainders are kept whole.
+
+        Raises:
+            PatternError: It is not so.
+        """
+        n, m = subnet.options["n"], subnet.options["m"]
+        for weight, keep, hidden in weight_masks(subnet, mask, umg):
+            size = covered(weight, m)
+            if not size:
+                parts: Sequence[Tensor | None] = (None, None)
+            else:
+                parts = [None if t is None else runs(weight, t, m).reshape(-1, m) for t in (keep, hidden)]
+            check_runs(subnet, weight, (keep, hidden), parts, size, n)
+
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of eligible weights that lie in full runs of M."""
         del mask
@@ -207,6 +267,10 @@ class NM(Pattern):
             return cls()
         found = re.fullmatch(r"(\d+)\s*:\s*(\d+)", spec)
         return cls(int(found[1]), int(found[2])) if found else None
+
+    def alone(self, name: str) -> Self:
+        """One pair of them."""
+        return type(self)(pairs=[pair for pair, s in zip(self.pairs, self.subnets(), strict=True) if s.name == name])
 
     def merged(self, other: Self) -> Self:
         """The pairs of both, in the order given."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
 from ..errors import PatternError
+from ..graph import Weight
 from ..masks import Mask
 from .base import MOST_LEVELS, UMG, Pattern, Subnet
+from .checking import refuse
 from .registry import make_pattern, parse_pattern, register_pattern, resolve_patterns
 from .remaining import Remaining
 
@@ -41,10 +46,12 @@ class Product(Pattern):
     def __init__(self, pairs: Sequence[Sequence[Factor]]) -> None:
         if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not pairs:
             raise PatternError(f"product takes pairs of patterns, as in [('channel@0.5', '2:4')], not {pairs!r}")
-        self.pairs = tuple(_checked(pair) for pair in pairs)
         self._parts: dict[str, tuple[Pattern, Subnet, Pattern, Subnet]] = {}
+        made: list[tuple[Pattern, Pattern]] = []
         levels: list[Subnet] = []
-        for first, second in self.pairs:
+        for pair in pairs:  # counted while they are made: a short file may name many pairs of many levels
+            first, second = _checked(pair)
+            made.append((first, second))
             if len(levels) + len(first.subnets()) * len(second.subnets()) > MOST_LEVELS:
                 raise PatternError(f"product: more than {MOST_LEVELS} pairs of levels; give fewer of each pattern")
             for a in first.subnets():
@@ -53,6 +60,7 @@ class Product(Pattern):
                     name = f"{a.name}{SIGN}{b.name}"
                     self._parts[name] = first, a, second, b
                     levels.append(Subnet(name, self.name, sparsity, b.options))
+        self.pairs = tuple(made)
         self._subnets = tuple(levels)
 
     def subnets(self) -> tuple[Subnet, ...]:
@@ -98,6 +106,33 @@ class Product(Pattern):
         one = first.exact_sparsity(a, Mask(removed=mask.removed), umg)
         return 1.0 - (1.0 - one) * (1.0 - second.exact_sparsity(b, inner, _seen(left, umg)))
 
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Each factor checks its part of the mask, the second on the weights that the first leaves.
+
+        Raises:
+            PatternError: One of them refuses it.
+        """
+        first, a, second, b = self._parts[subnet.name]
+        weights = {w.name: w for w in umg.eligible}
+        odd = set(mask.elements) - weights.keys()
+        if mask.removed is None or odd:
+            refuse(subnet, f"{min(odd)!r} is masked, which is no eligible weight" if odd else "it removes no units")
+        left = Remaining(umg.coupling, mask.removed)
+        inner = Mask({n: left.slice(weights[n], k) for n, k in mask.elements.items()})
+        for n, part in inner.elements.items():
+            if not torch.equal(left.spread(weights[n], part), mask.elements[n]):
+                refuse(subnet, f"elements of {n!r} are kept that the removed units take")
+        # Where no slice can hold what units leave, the weight is whole, and what they take is masked besides.
+        hidden = {n: h for n, w in weights.items() if n in mask.elements and (h := left.hidden(w)) is not None}
+        for pattern, own, part, seen in (
+            (first, a, Mask(removed=mask.removed), umg),
+            (second, b, inner, replace(_seen(left, umg), hidden=hidden)),
+        ):
+            try:
+                pattern.check(own, part, seen)
+            except PatternError as error:
+                refuse(subnet, str(error))
+
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of the weights left by the first that the second can touch at all."""
         _, _, second, b = self._parts[subnet.name]
@@ -121,6 +156,12 @@ class Product(Pattern):
             raise PatternError(f"pattern {spec!r}: a product has two factors, as in 'channel@0.5{SIGN}2:4'")
         return cls([factors])
 
+    def alone(self, name: str) -> Self | None:
+        """One level of the first pattern with one of the second."""
+        first, a, second, b = self._parts[name]
+        one, two = first.alone(a.name), second.alone(b.name)
+        return None if one is None or two is None else type(self)([(one, two)])
+
     def merged(self, other: Self) -> Self:
         """The pairs of both; levels of one pattern before the same second become one pair."""
         pairs = [(first, second) for first, second in self.pairs]
@@ -139,8 +180,24 @@ class Product(Pattern):
 
 def _seen(left: Remaining, umg: UMG) -> UMG:
     """What the second pattern sees: eligible weights and their values as the slim model will hold them."""
-    values = {w.name: left.slice(w, umg.values[w.name]) for w in umg.eligible}
-    return UMG(umg.coupling, tuple(left.weight(w) for w in umg.eligible), values)
+    weights = {w.name: w for w in umg.eligible}
+    return UMG(umg.coupling, tuple(left.weight(w) for w in umg.eligible), _Sliced(left, weights, umg.values))
+
+
+class _Sliced(Mapping[str, Tensor]):
+    """What is left of weights' values, sliced when it is asked for: counting masks needs no values."""
+
+    def __init__(self, left: Remaining, weights: Mapping[str, Weight], values: Mapping[str, Tensor]) -> None:
+        self._left, self._weights, self._values = left, weights, values
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._left.slice(self._weights[name], self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def _checked(pair: Sequence[Factor]) -> tuple[Pattern, Pattern]:

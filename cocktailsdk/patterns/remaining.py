@@ -42,6 +42,12 @@ class Remaining:
             whole &= (left if keep.shape[d] > 1 else left[:1]).reshape(shape)
         return tuple(left.nonzero().flatten() for left in along) if torch.equal(whole, keep) else None
 
+    def hidden(self, weight: Weight) -> Bool[Tensor, "..."] | None:
+        """What units take of a weight that :meth:`slice` leaves whole; ``None`` where it slices all of that away."""
+        if self.positions(weight) is not None:
+            return None
+        return ~self._keep[weight.name].expand(weight.shape)
+
     def weight(self, weight: Weight) -> Weight:
         """The weight with the shape and the convolution groups that are left."""
         positions = self.positions(weight)

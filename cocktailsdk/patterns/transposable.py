@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..masks import Mask
 from .base import UMG, Subnet
+from .checking import weight_masks
 from .layout import covered_by_tiles, tiles, untiles
-from .nm import NM
+from .nm import NM, check_runs
 from .registry import register_pattern
 
 __all__ = ["Transposable", "best_squares"]
@@ -62,6 +63,17 @@ class Transposable(NM):
         total = sum(covered_by_tiles(w, m, m) for w in umg.eligible)
         zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
         return zeros / total if total else 0.0
+
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Every row and column of every tile keeps exactly N weights, and what fills no tile is kept whole.
+
+        Raises:
+            PatternError: It is not so.
+        """
+        n, m = subnet.options["n"], subnet.options["m"]
+        for weight, keep, hidden in weight_masks(subnet, mask, umg):
+            parts = [None if t is None else tiles(weight, t, m, m) for t in (keep, hidden)]
+            check_runs(subnet, weight, (keep, hidden), parts, covered_by_tiles(weight, m, m), n)
 
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of eligible weights that lie in full tiles of M x M."""

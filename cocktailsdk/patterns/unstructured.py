@@ -7,6 +7,7 @@ from typing import Any
 
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
+from .checking import refuse, weight_masks
 from .ranking import drop_smallest
 from .registry import register_pattern
 
@@ -47,6 +48,21 @@ class Unstructured(Pattern):
         gone = sum(k.numel() - int(k.count_nonzero()) for k in keep.values())
         count = round(subnet.sparsity * total) - gone
         return Mask({name: k.cpu() for name, k in drop_smallest(values, keep, count, kept=total - gone).items()})
+
+    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
+        """Exactly ``round(sparsity * total)`` of the eligible weights are zero.
+
+        Raises:
+            PatternError: Another number is.
+        """
+        total = sum(w.numel for w in umg.eligible)
+        wanted, zeros, hidden = round(subnet.sparsity * total), 0, 0
+        for _, keep, unseen in weight_masks(subnet, mask, umg):
+            if keep is not None:
+                zeros += keep.numel() - int(keep.count_nonzero())
+                hidden += 0 if unseen is None else int(unseen.count_nonzero())
+        if not zeros - hidden <= wanted <= zeros:
+            refuse(subnet, f"{zeros} of its {total} eligible weights are masked, not {wanted}")
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from ..printable import printable
 from .chart import Chart, Table
 
-__all__ = ["chart_table", "details", "facts", "figure", "heading", "heat_table", "symbol", "table_html"]
+__all__ = ["chart_table", "details", "escape", "facts", "figure", "heading", "heat_table", "symbol", "table_html"]
 
 SHAPES = {
     "o": '<circle cx="7" cy="7" r="5"/>',
@@ -21,6 +22,11 @@ SHAPES = {
     "h": '<path d="m7 1 5.200 3v6L7 13l-5.200-3V4z"/>',
 }
 """Of matplotlib's markers, 14 pixels wide."""
+
+
+def escape(text: str) -> str:
+    """A text in a page: neither tags nor control and direction characters."""
+    return html.escape(printable(text))
 
 
 def heading(level: int, text: str, name: str = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from .chart import Chart
 from .costs_charts import cost_charts, metric_text
 from .course_charts import course_charts, merge_charts
 from .drawing import Limits, inline_svg, limits_of
-from .html import chart_table, facts, figure, heading, symbol
+from .html import chart_table, escape, facts, figure, heading, symbol
 from .looks import DARK, GRID, INK, PAPER, Look, looks_of
 from .numbers import bytes_text, duration_text
 from .page_masks import kept_section, overlap_section, sparsity_section

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from ..inspection.names import folded, pattern_of
 from .course_charts import rounds_of
-from .html import attributes, details, heat_table
+from .html import attributes, details, escape, heat_table
 from .run import RunReport
 
 __all__ = ["MOST_ROWS", "SparsityMap", "kept_section", "overlap_section", "sparsity_maps", "sparsity_section"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chart import Table
 from .costs_charts import command_for, metric_text, safe_name
-from .html import attributes, table_html
+from .html import attributes, escape, table_html
 from .numbers import bytes_text, count_text
 from .run import NetworkRow, RunReport
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
+from ..printable import all_printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,13 +118,13 @@ def read_report(path: Path) -> RunReport | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = all_printable(json.loads(path.read_text(encoding="utf-8")))
         if data["format"] != FORMAT:
             raise TrainingError(f"{path} has format {data['format']!r}; this release of cocktailsdk reads {FORMAT}")
         rows = tuple(NetworkRow(**row) for row in data.pop("networks"))
         alphas, kept = tuple(data.pop("alphas")), tuple(data.pop("kept", ()))
         return RunReport(networks=rows, alphas=alphas, kept=kept, **data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(f"{path} is no report of a run ({type(error).__name__}: {error}); remove it") from error
 
 

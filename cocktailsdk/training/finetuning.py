@@ -83,7 +83,7 @@ def _alone(pattern: Pattern, name: str) -> Pattern:
     """A pattern with one subnet of a pattern's."""
     if len(pattern.subnets()) == 1:
         return pattern
-    one = parse_pattern(name)
+    one = pattern.alone(name) or parse_pattern(name)
     if one.name != pattern.name or [s.name for s in one.subnets()] != [name]:
         raise PatternError(
             f"the pattern {pattern.name!r} must know its subnet's name as a string that stands for it alone "

@@ -1,0 +1,73 @@
+"""Whether a mask is one that a pattern makes: what the patterns' own checks share.
+
+A mask from a file has right checksums and may still be any mask. A network that is called ``"2:4"`` must be 2:4, so
+every pattern counts what its masks keep when a bundle is saved and when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Never
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from ..errors import PatternError
+from ..graph import Group, Weight
+from ..masks import Mask
+from .base import UMG, Subnet
+
+__all__ = ["check_units", "element_masks", "refuse", "weight_masks"]
+
+
+def refuse(subnet: Subnet, why: str) -> Never:
+    """Say that a mask is not one that its pattern makes.
+
+    Raises:
+        PatternError: Always; it names the subnetwork.
+    """
+    raise PatternError(f"the mask of {subnet.name!r} is not one that its pattern makes: {why}")
+
+
+def element_masks(subnet: Subnet, mask: Mask, umg: UMG) -> dict[str, Bool[Tensor, "..."]]:
+    """The element masks of a pattern that masks eligible weights and nothing else.
+
+    Raises:
+        PatternError: The mask removes channel units, or masks a tensor that is not eligible.
+    """
+    if mask.removed is not None and bool(mask.removed.any()):
+        refuse(subnet, f"{int(mask.removed.sum())} channel units are removed, and the pattern removes none")
+    odd = set(mask.elements) - {w.name for w in umg.eligible}
+    if odd:
+        refuse(subnet, f"{min(odd)!r} is masked, which is no eligible weight")
+    return dict(mask.elements)
+
+
+def weight_masks(
+    subnet: Subnet, mask: Mask, umg: UMG
+) -> Iterator[tuple[Weight, Bool[Tensor, "..."] | None, Bool[Tensor, "..."] | None]]:
+    """Every eligible weight with its mask (``None``: nothing is masked) and what is hidden of it (``UMG.hidden``).
+
+    Raises:
+        PatternError: As :func:`element_masks`.
+    """
+    masks = element_masks(subnet, mask, umg)
+    for weight in umg.eligible:
+        yield weight, masks.get(weight.name), umg.hidden.get(weight.name)
+
+
+def check_units(subnet: Subnet, mask: Mask, groups: dict[Group, int]) -> None:
+    """See that of every group so many units are removed, of other groups none, and that no element is masked.
+
+    Raises:
+        PatternError: It is not so.
+    """
+    if mask.elements:
+        refuse(subnet, f"single elements of {min(mask.elements)!r} are masked, and the pattern masks none")
+    for group, gone in groups.items():
+        found = 0 if mask.removed is None else int(mask.removed[group.start : group.stop].sum())
+        if found != gone:
+            refuse(subnet, f"{found} of the {group.size} units of the group {group.name!r} are removed, not {gone}")
+    found = 0 if mask.removed is None else int(mask.removed.sum())
+    if found != sum(groups.values()):
+        refuse(subnet, f"{found} units are removed, {sum(groups.values())} of them of groups that the pattern prunes")
