@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .norms import norm_buffers
 from .placed import Placed, zero_masked
 from .prepared import Ready, Statistics, Swap
 from .sharding import is_sharded, local, rows_of, whole
-from .statistics import batch_norm_buffers
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Switcher:
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors = Tensors(model)
-        self.norm_buffers = frozenset(batch_norm_buffers(model))
+        self.norm_buffers = frozenset(norm_buffers(model))
         self.weights, self.norms = Stash(), Stash()
         self._ready: dict[str, Ready] = {}
         self._swappable: tuple[tuple[int, ...], bool] | None = None
