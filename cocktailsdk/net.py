@@ -102,6 +102,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
 
     def umg(self, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> UMG:
         """What a pattern sees of this net: the dense weights, whatever is active."""
+        self._same_model()
+        self._refuse_changed()
         names = dict.fromkeys([*(w.name for w in self.eligible), *(p.weight for p in self.coupling.producers)])
         values: Mapping[str, Tensor]
         if self._switcher.tensors.sharded:
@@ -157,7 +159,7 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
             frozen = frozen_norms(self.model)
             before = self.statistics.pop(name, None)  # frozen norms have the dense network's statistics, not older ones
             try:
-                with self.using(name):
+                with self.using(name, changes="discard"):
                     measure(self.model, batches, forward, frozen)
                     own = statistics_of(self.model)
             except BaseException:

@@ -479,7 +479,7 @@ class Session:
     def measure(self, name: str, batches: Iterable[Any] | None = None) -> Score:
         """Measure a network with the statistics that it has on the held-out batches, or some; higher is better."""
         assert self.held_out is not None
-        with self.net.using(name):
+        with self.net.using(name, changes="discard"):
             guarded = self.guarded(batches or self.held_out, "val_loader")
             score = mean_score(self.net.model, guarded, self.options.forward_fn, self.metric, self.ranks)
         if self.options.metric_mode == "min":
