@@ -15,6 +15,7 @@ from .errors import PatternError
 from .graph import Coupling, Weight
 from .hub import HubMixin
 from .masks import Mask
+from .modes import frozen_norms
 from .patterns import DENSE, UMG, Pattern, Subnet, make_all_masks, resolve_patterns
 from .patterns.sharded import ShardedValues, sharded_mask
 from .selection import Modules, Selection
@@ -101,6 +102,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
 
     def umg(self, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> UMG:
         """What a pattern sees of this net: the dense weights, whatever is active."""
+        self._same_model()
+        self._refuse_changed()
         names = dict.fromkeys([*(w.name for w in self.eligible), *(p.weight for p in self.coupling.producers)])
         values: Mapping[str, Tensor]
         if self._switcher.tensors.sharded:
@@ -130,8 +133,13 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
     def recalibrate(self, name: str, batches: Iterable[Any], forward: Forward | None = None) -> None:
         """Measure a subnetwork's own batch-norm statistics and keep them in :attr:`statistics`.
 
-        They are the exact average over the batches of each batch's mean and unbiased variance. Only batch norms train
-        meanwhile; dropout and the like are off. The dense network's replace the model's buffers.
+        They are the exact average over the batches of each batch's mean and unbiased variance. Only batch norms (and
+        instance norms that have running statistics) train meanwhile; dropout and the like are off. The dense network's
+        replace the model's buffers.
+
+        A norm that you froze keeps its statistics, the same for every subnetwork. Frozen is a norm that the model's own
+        ``train()`` leaves in eval mode; one that is in eval mode now while other modules are in train mode; and one
+        with ``momentum=0``. A model that is wholly in eval mode says nothing of this kind: all its norms are measured.
 
         Args:
             name: The subnetwork, or ``"dense"``.
@@ -148,9 +156,16 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
             if name == DENSE:
                 self._recalibrate_dense(batches, forward)
                 return
-            with self.using(name):
-                measure(self.model, batches, forward)
-                own = statistics_of(self.model)
+            frozen = frozen_norms(self.model)
+            before = self.statistics.pop(name, None)  # frozen norms have the dense network's statistics, not older ones
+            try:
+                with self.using(name, changes="discard"):
+                    measure(self.model, batches, forward, frozen)
+                    own = statistics_of(self.model)
+            except BaseException:
+                if before is not None:
+                    self.statistics[name] = before
+                raise
             # What a removed channel measured means nothing; as zeros it need not be stored.
             self.zero_masked(name, own)
             self.statistics[name] = own

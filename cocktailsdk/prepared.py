@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .edits import Samples, versions_of
+
 __all__ = ["Ready", "Statistics", "Swap"]
 
 _version = operator.attrgetter("_version")
@@ -51,7 +53,13 @@ class Swap:
         self._ours = ours
         self._old, self._new = list(dense.values()), list(values.values())
         self._old_at, self._new_at = _pointers(self._old), _pointers(self._new)
+        self._samples = Samples(self._new)
+        self._given: list[int] = []
         self._changes = self._changed()
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of a name, as it was found."""
+        return self._own[list(self.dense).index(name)]
 
     def unchanged(self) -> bool:
         """Whether the tensors are those that they were, and nobody else has changed them.
@@ -69,14 +77,28 @@ class Swap:
         fits = self._same() and _pointers(self._own) == self._old_at and self._changed() == self._changes
         if fits:
             self._put(self._new)
+            self._given = versions_of(self._own)
         return fits
+
+    def untouched(self) -> bool:
+        """Whether nothing shows that somebody has changed the tensors since they were given the other values."""
+        return self._has_new() and versions_of(self._own) == self._given and self._samples.unchanged()
+
+    def writes(self, name: str) -> int | None:
+        """How often a tensor was written since; ``None`` where it does not have the other value's memory any more."""
+        at = list(self.dense).index(name)
+        tensor = self._own[at]
+        return tensor._version - self._given[at] if tensor.data_ptr() == self._new_at[at] else None
 
     def take_back(self) -> bool:
         """Give the tensors their dense values, if they still have the others' memory."""
-        fits = self._same() and _pointers(self._own) == self._new_at
+        fits = self._has_new()
         if fits:
             self._put(self._old)
         return fits
+
+    def _has_new(self) -> bool:
+        return self._same() and _pointers(self._own) == self._new_at
 
     def _put(self, values: Sequence[Tensor]) -> None:
         for own, value in zip(self._own, values, strict=True):

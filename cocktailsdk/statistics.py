@@ -1,4 +1,4 @@
-"""Batch-norm statistics: found, and recalibrated for the network that is active."""
+"""Running statistics of norms, recalibrated for the network that is active."""
 
 from __future__ import annotations
 
@@ -12,18 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import CocktailError
+from .modes import frozen_norms, modes_kept
+from .norms import Norm, running_norms
 
 Forward = Callable[[nn.Module, Any], Any]
-
-
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The modules that keep running statistics, by path."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
-
-
-def batch_norm_buffers(model: nn.Module) -> tuple[str, ...]:
-    """Names of all their buffers, ``num_batches_tracked`` included."""
-    return tuple(f"{path}.{name}".lstrip(".") for path, m in batch_norms(model).items() for name in m._buffers)
 
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
@@ -31,7 +23,7 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # whose tensors could not be changed outside later
         return {
             f"{path}.{name}".lstrip("."): b.detach().clone()
-            for path, m in batch_norms(model).items()
+            for path, m in running_norms(model).items()
             for name in ("running_mean", "running_var")
             if (b := m._buffers.get(name)) is not None
         }
@@ -67,36 +59,54 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def cumulative(model: nn.Module) -> Iterator[None]:
-    """Inside, batch norms average their statistics over the batches, from nothing; all other modules evaluate.
+def cumulative(model: nn.Module, norms: Iterable[Norm]) -> Iterator[Callable[[], None]]:
+    """Inside, norms average their statistics over the batches, from nothing; all other modules evaluate.
 
     Dropout and the like stay off, since the statistics are those of the network that is served. Modes and momenta are
     restored; the statistics are left as they were measured.
+
+    Args:
+        model: Holds the norms.
+        norms: Those that are measured; all others keep their statistics and normalise by them.
+
+    Yields:
+        What to call before every batch.
     """
-    norms = batch_norms(model)
-    modes = [(m, m.training) for m in model.modules()]
-    momenta = [(m, m.momentum) for m in norms.values()]
+    momenta = [(m, m.momentum) for m in norms]
+    instance_norms = [m for m, _ in momenta if not isinstance(m, _BatchNorm)]
+    batches = itertools.count(1)
+
+    def begin() -> None:
+        share = 1 / next(batches)
+        for m in instance_norms:  # which take momentum=None for 0
+            m.momentum = share
+
     try:
-        model.eval()
-        for m in norms.values():
-            m.train()
-            m.momentum = None  # a cumulative average: every batch weighs the same
-            m.reset_running_stats()
-        yield
+        with modes_kept(model):
+            model.eval()
+            for m, _ in momenta:
+                m.training = True
+                m.momentum = None  # a cumulative average: every batch weighs the same
+                m.reset_running_stats()
+            yield begin
     finally:
         for m, momentum in momenta:
             m.momentum = momentum
-        for module, training in modes:
-            module.training = training
 
 
-def measure(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> int:
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    frozen: Mapping[str, Norm] | None = None,
+) -> int:
     """Replace the running statistics by their exact average over batches.
 
     Args:
         model: Run under no gradient, in place.
         batches: Any iterable; every batch weighs the same.
         forward: How a batch is used, ``forward(model, batch)``; by default :func:`default_forward`.
+        frozen: Norms that keep theirs, by path; by default :func:`~cocktailsdk.modes.frozen_norms`.
 
     Returns:
         The number of batches.
@@ -105,9 +115,12 @@ def measure(model: nn.Module, batches: Iterable[Any], forward: Forward | None = 
         CocktailError: There were no batches.
     """
     run = forward or default_forward
+    frozen = frozen_norms(model) if frozen is None else frozen
     n = 0
-    with cumulative(model), torch.no_grad():
+    measured = [m for path, m in running_norms(model).items() if path not in frozen]
+    with cumulative(model, measured) as begin, torch.no_grad():
         for batch in batches:
+            begin()
             run(model, batch)
             n += 1
     if n == 0:

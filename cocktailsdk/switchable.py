@@ -6,12 +6,12 @@ import contextlib
 import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .errors import PatternError, SubnetError
+from .errors import CocktailError, PatternError, SubnetError
 from .gate import Gate
 from .graph import Coupling
 from .levels import Level, nested_levels
@@ -19,8 +19,14 @@ from .masks import Mask
 from .packed import PackedMasks
 from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
+from .selection import some_of
 from .sharding import local
+from .statistics import statistics_of
 from .switching import Switcher
+from .weight_caches import forget_derived
+
+Changes = Literal["refuse", "keep", "discard"]
+"""What is done with values that were written into a subnetwork's tensors while it was active."""
 
 
 class SwitchableNet(nn.Module):
@@ -97,23 +103,33 @@ class SwitchableNet(nn.Module):
         near = difflib.get_close_matches(text, self._subnets, n=3, cutoff=0.4) or list(self._subnets)[:3]
         raise SubnetError(f"no subnet {text!r}; nearest: {', '.join(near)} (net.names lists all {len(self._subnets)})")
 
-    def switch(self, name: str) -> Self:
+    def switch(self, name: str, *, changes: Changes = "refuse") -> Self:
         """Make a subnetwork the active one, in place.
 
         The model's own tensors are changed; their dense values are kept beside and restored bit for bit by
-        ``switch("dense")``. Changes made meanwhile to tensors that the subnetwork masks, and to batch-norm buffers,
-        are lost. Waits for forward passes that other threads run; see :meth:`prepare` for a switch that takes no time.
+        ``switch("dense")``. Waits for forward passes that other threads run; see :meth:`prepare` for a switch that
+        takes no time.
+
+        Args:
+            name: The subnetwork.
+            changes: What is done where somebody has changed tensors that the active subnetwork masks, or norms'
+                buffers, since it became active (``load_state_dict``, an optimizer's step, ``copy_``): ``"refuse"`` the
+                switch, ``"keep"`` their values as they are now for the dense network's, zeros included, or
+                ``"discard"`` them. What forward passes in train mode make of running statistics is no such change: the
+                subnetwork keeps it in :attr:`statistics`.
 
         Returns:
             The net itself.
 
         Raises:
-            SubnetError: There is no such subnetwork, it has no mask yet, or this thread is in a forward pass or holds
-                the active one.
+            SubnetError: There is no such subnetwork, it has no mask yet, this thread is in a forward pass or holds the
+                active one, or tensors were changed while the active one was.
+            CocktailError: Modules or parameters of the model were added, removed or replaced.
         """
-        name = self._ready(name)
+        name, changes = self._ready(name), _checked(changes)
         with self._gate.alone():
-            self._go(name, statistics=True)
+            self._settle(name, name, changes)
+            self._go(name, name)
             self._placed.release()
             if self._active == DENSE:
                 self._switcher.release()
@@ -163,53 +179,132 @@ class SwitchableNet(nn.Module):
             yield self._active
 
     @contextlib.contextmanager
-    def using(self, name: str, *, statistics: bool = True) -> Iterator[Self]:
+    def using(self, name: str, *, statistics: bool = True, changes: Changes = "refuse") -> Iterator[Self]:
         """Make a subnetwork active for a while; may be nested.
 
-        Whatever happens inside, on leaving the network that was active before is active again. Updates made inside to
-        parameters that the subnetwork masks are discarded on leaving, so training steps its optimizer outside. Other
-        threads' forward passes wait until then.
+        Whatever happens inside, on leaving the network that was active before is active again. Training steps its
+        optimizer outside: an update made inside to a parameter that the subnetwork masks is dropped on leaving, with an
+        error that says so. Other threads' forward passes wait until then.
 
         Args:
             name: The subnetwork.
             statistics: Whether batch-norm buffers go with it. If not, they are neither swapped nor restored: training
                 shares them.
+            changes: As for :meth:`switch`, for what is changed inside; after an exception inside, changes are dropped.
 
         Raises:
-            SubnetError: There is no such subnetwork, it has no mask yet, or this thread is in a forward pass or holds
-                the active one.
+            SubnetError: There is no such subnetwork, it has no mask yet, this thread is in a forward pass or holds the
+                active one, or tensors were changed inside or before.
+            CocktailError: Modules or parameters of the model were added, removed or replaced.
         """
-        target = self._ready(name)
+        target, changes = self._ready(name), _checked(changes)
         with self._gate.alone():
-            before, statistics_before = self._active, self._statistics_active
+            before, statistics_before = self._active, self._statistics_active if statistics else None
+            self._settle(target, target if statistics else None, "refuse")
             try:
-                self._go(target, statistics=statistics)
+                self._go(target, target if statistics else None, watch=changes != "discard")
                 yield self
-            finally:
-                self._go(before, statistics=False)
-                if statistics:
-                    self._go_statistics(statistics_before)
+            except BaseException:
+                with contextlib.suppress(CocktailError):  # the model was changed: the dense network is active then
+                    self._settle(before, statistics_before, "discard", inside=True)
+                    self._go(before, statistics_before)
+                raise
+            self._leave(before, statistics_before, changes)
+
+    def _leave(self, name: str, statistics: str | None, changes: Changes) -> None:
+        try:
+            self._settle(name, statistics, changes, inside=True)
+        finally:
+            with contextlib.suppress(CocktailError):
+                self._same_model()
+                self._go(name, statistics)
 
     def _ready(self, name: str) -> str:
+        self._same_model()
         name = self.subnet(name).name
         if name != DENSE and name not in self._masks:
             raise SubnetError(f"subnet {name!r} has no mask yet: it is made in a later round of training (set_mask)")
         return name
 
-    def _go(self, name: str, *, statistics: bool) -> None:
+    def _same_model(self) -> None:
+        """See that the model still has the modules and parameters that it had.
+
+        Raises:
+            CocktailError: It has not. The dense network is active then, in the tensors that were changed.
+        """
+        try:
+            self._switcher.tensors.check()
+        except CocktailError:
+            if self._active != DENSE or self._statistics_active != DENSE:
+                with self._gate.alone():
+                    self._switcher.abandon()
+                    self._active = self._statistics_active = DENSE
+            raise
+
+    def _settle(self, name: str, statistics: str | None, changes: Changes, *, inside: bool = False) -> None:
+        """See what somebody has changed in the active network, before another takes its place.
+
+        Args:
+            name: The network that is to be active.
+            statistics: The one whose statistics are to be; ``None`` where they stay.
+            changes: As for :meth:`switch`.
+            inside: Whether it was changed inside :meth:`using`, which ends.
+
+        Raises:
+            SubnetError: Tensors were changed, and that is to be refused.
+        """
+        if inside:
+            self._same_model()
+        switcher, active = self._switcher, self._active
+        if changes == "discard":
+            if name != active and switcher.weights.swapped and not switcher.weights.untouched():
+                switcher.forget([active])
+            return
+        weights: list[str] = []
+        if name != active and not switcher.weights.untouched():
+            switcher.forget([active])  # what was prepared of it is what somebody has written
+            weights = switcher.changed_weights(self._device_masks(active))
+        buffers: list[str] = []
+        moved = False
+        own = self._statistics_active
+        if statistics not in (None, own) and not switcher.norms.untouched():
+            changed = switcher.changed_statistics(self.statistics.get(own, {}), self._norm_masks(own))
+            buffers = [n for n in changed if not switcher.trained_statistics(n.rpartition(".")[0])]
+            moved = len(buffers) < len(changed)
+        if (weights or buffers) and changes == "refuse":
+            raise _changed([*weights, *buffers], active if weights else own, name, inside)
+        if weights or buffers:
+            switcher.become_dense(weights, buffers)
+        if moved:
+            self.statistics[own] = {n: t for n, t in statistics_of(self.model).items() if n not in buffers}
+
+    def _refuse_changed(self) -> None:
+        """Before the dense values are read: see that none were changed while a subnetwork is active.
+
+        Raises:
+            SubnetError: Some were.
+        """
+        if self._active != DENSE:
+            self._settle(DENSE, None, "refuse")
+
+    def _go(self, name: str, statistics: str | None, *, watch: bool = True) -> None:
+        """Make a network active, and the statistics of one; ``None`` leaves these as they are."""
+        switcher = self._switcher
         if name != self._active:
-            masks = {} if name == DENSE or name in self._switcher.prepared else self._device_masks(name)
-            self._switcher.to_dense(statistics=False)
+            masks = {} if name == DENSE or name in switcher.prepared else self._device_masks(name)
+            switcher.to_dense(statistics=False)
             self._active = DENSE  # true if what follows fails
-            if name != DENSE and not self._switcher.swap(name):
-                self._switcher.mask(masks or self._device_masks(name))
+            if name != DENSE and not switcher.swap(name):
+                switcher.mask(masks or self._device_masks(name))
             self._active = name
-        if statistics:
-            self._go_statistics(name)
+            if watch:
+                switcher.weights.watch(switcher.tensors)
+        if statistics not in (None, self._statistics_active):
+            self._go_statistics(statistics)
+            if watch:
+                switcher.norms.watch(switcher.tensors)
 
     def _go_statistics(self, name: str) -> None:
-        if name == self._statistics_active:
-            return
         self._switcher.dense_statistics()
         self._statistics_active = DENSE
         if name != DENSE:
@@ -331,11 +426,15 @@ class SwitchableNet(nn.Module):
 
         Of a sharded parameter (FSDP2) it is gathered whole: all processes must ask for it.
         """
+        self._same_model()
+        self._refuse_changed()
         return self._switcher.dense(name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module, with the dense values, whatever is active."""
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        self._same_model()
+        self._refuse_changed()
         with self._gate.reading():
             state = super().state_dict(*args, **kwargs)
             for stash in (self._switcher.weights, self._switcher.norms):
@@ -348,7 +447,10 @@ class SwitchableNet(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module; the values are the dense ones, whatever is active."""
         with self.using(DENSE):
-            return super().load_state_dict(*args, **kwargs)
+            try:
+                return super().load_state_dict(*args, **kwargs)
+            finally:
+                forget_derived()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -379,6 +481,26 @@ def _without_waiting(net: SwitchableNet) -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._current_graph_task_id() != -1 or getattr(net, "_is_replica", False)
+
+
+def _checked(changes: Changes) -> Changes:
+    if changes not in get_args(Changes):
+        raise SubnetError(f'changes must be "refuse", "keep" or "discard", got {changes!r}')
+    return changes
+
+
+def _changed(names: Sequence[str], active: str, wanted: str, inside: bool) -> SubnetError:
+    """The error for tensors that somebody changed while a subnetwork was active."""
+    what = f"{some_of(names, 3)} changed while {active!r} was active, which masks them or has statistics of its own"
+    if inside:
+        return SubnetError(
+            f"{what}: the changes were dropped when `using({active!r})` ended. Change weights (optimizer.step(), "
+            f"load_state_dict) after it, or keep them for the dense network's: `net.using({active!r}, changes='keep')`"
+        )
+    return SubnetError(
+        f"{what}: a switch would lose that. Keep the values as they are now for the dense network's, "
+        f"net.switch({wanted!r}, changes='keep'), or drop them, changes='discard'; switch('dense') before changing weights"
+    )
 
 
 def _loose(name: str) -> tuple[str, float] | None:

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .edits import Watch, same_values
+from .norms import norm_buffers
 from .placed import Placed, zero_masked
 from .prepared import Ready, Statistics, Swap
 from .sharding import is_sharded, local, rows_of, whole
-from .statistics import batch_norm_buffers
+from .structure import Structure
+from .weight_caches import forget_derived
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +29,30 @@ class Tensors:
     """A model's own parameters and buffers by name, found without walking the model each time."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.where: dict[str, tuple[dict[str, Tensor], str]] = {}
-        for path, module in model.named_modules():
+        self._model, self._structure = model, Structure(model)
+        self.where = self._found()
+
+    def _found(self) -> dict[str, tuple[dict[str, Tensor], str]]:
+        where: dict[str, tuple[Any, str]] = {}
+        for path, module in self._model.named_modules():
             for table in (module._parameters, module._buffers):
                 for name, t in table.items():
                     if t is not None:
-                        self.where[f"{path}.{name}".lstrip(".")] = (table, name)
+                        where[f"{path}.{name}".lstrip(".")] = (table, name)
+        return where
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path."""
+        return self._model.get_submodule(path)
+
+    def check(self) -> None:
+        """See that the model still has the modules and parameters that it had.
+
+        Raises:
+            CocktailError: It has not; says what differs.
+        """
+        if self._structure.check():
+            self.where = self._found()
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor; of a sharded one what is here."""
@@ -75,6 +97,7 @@ class Stash:
         self._spare: dict[str, Tensor] = {}
         self._kept = False
         self._swap: Swap | None = None
+        self._watch: Watch | None = None
 
     def swap(self, swap: Swap) -> bool:
         """Give tensors values that were made before, if these are still right; once everything before was restored."""
@@ -87,7 +110,7 @@ class Stash:
 
     def swapped_back(self) -> bool:
         """Undo :meth:`swap`, if that was what was done and the tensors are as it left them."""
-        swap, self._swap = self._swap, None
+        swap, self._swap, self._watch = self._swap, None, None
         if swap is None:
             return not self.saved
         with _in_place():
@@ -95,6 +118,44 @@ class Stash:
                 return False
         self.saved, self._lent, self._kept = {}, set(), False
         return True
+
+    def watch(self, tensors: Tensors) -> None:
+        """Note what the changed tensors are now, to tell later whether somebody else has changed them."""
+        self._watch = None if self._swap is not None or not self.saved else Watch(tensors.where, list(self.saved))
+
+    def untouched(self) -> bool:
+        """Whether nothing shows that somebody else has changed the tensors that this stash holds dense values of."""
+        seen = self._watch if self._swap is None else self._swap
+        return seen is None or seen.untouched()
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the tensors have memory that was prepared, and is to be used again."""
+        return self._swap is not None
+
+    def writes(self, name: str) -> int | None:
+        """How often somebody has written one of them in place; ``None`` where that is not known."""
+        seen = self._watch if self._swap is None else self._swap
+        return None if seen is None else seen.writes(name)
+
+    def become(self, tensors: Tensors, names: Iterable[str]) -> None:
+        """Take the values that tensors have now for their dense ones."""
+        with _in_place():
+            for n in names:
+                now, dense = tensors[n].detach(), self.saved[n]
+                if _alike(now, dense):
+                    dense.copy_(now)
+                else:
+                    self.saved[n] = now.clone()
+
+    def abandon(self) -> None:
+        """Give the tensors themselves their dense values, wherever the model has them now; not those that changed."""
+        with _in_place():
+            for n, dense in self.saved.items():
+                t = self._swap.tensor(n) if self._swap is not None else self._watch and self._watch.tensors.get(n)
+                if t is not None and self.writes(n) == 0 and _alike(t, dense):
+                    _give(t, dense)
+        self.saved, self._lent, self._kept, self._swap, self._watch = {}, set(), False, None, None
 
     def restore(self, tensors: Tensors) -> None:
         """Give the dense values back."""
@@ -158,7 +219,8 @@ class Stash:
         self._spare = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_swap": None}  # a copy restores what was saved
+        # a copy restores what was saved; its tensors are others
+        return {**self.__dict__, "_swap": None, "_watch": None}
 
 
 class Switcher:
@@ -169,7 +231,7 @@ class Switcher:
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors = Tensors(model)
-        self.norm_buffers = frozenset(batch_norm_buffers(model))
+        self.norm_buffers = frozenset(norm_buffers(model))
         self.weights, self.norms = Stash(), Stash()
         self._ready: dict[str, Ready] = {}
         self._swappable: tuple[tuple[int, ...], bool] | None = None
@@ -177,6 +239,71 @@ class Switcher:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": {}, "_ours": Counter()}  # they are of these very tensors
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.watch()
+
+    def watch(self) -> None:
+        """Note what the tensors are that differ from the dense ones now."""
+        self.weights.watch(self.tensors)
+        self.norms.watch(self.tensors)
+
+    def changed_weights(self, masks: Placed) -> list[str]:
+        """Names of tensors that somebody has changed since a subnetwork's weights became the active ones.
+
+        Args:
+            masks: The subnetwork's.
+        """
+
+        def as_masked(name: str) -> bool:
+            now = self.tensors[name].detach()
+            value = self.weights.saved[name].to(now.device, now.dtype, copy=True)
+            zero_masked(masks, {name: value})
+            return same_values(value, now)
+
+        return [n for n in self.weights.saved if not as_masked(n)]
+
+    def changed_statistics(self, statistics: Mapping[str, Tensor], masks: Placed) -> list[str]:
+        """The same of norms' buffers.
+
+        Args:
+            statistics: The subnetwork's own.
+            masks: Its own.
+        """
+        out = []
+        for name, dense in self.norms.saved.items():
+            now = self.tensors[name].detach()
+            value = statistics.get(name, dense).to(now.device, now.dtype, copy=True)
+            if name in masks:
+                zero_masked(masks, {name: value})
+            if not same_values(value, now):
+                out.append(name)
+        return out
+
+    def trained_statistics(self, path: str) -> bool:
+        """Whether all that changed a norm's buffers were forward passes in train mode."""
+        mean, var = (self.norms.writes(f"{path}.{n}".lstrip(".")) for n in ("running_mean", "running_var"))
+        if mean is None or var is None:
+            return False
+        counter = f"{path}.num_batches_tracked".lstrip(".")
+        if counter not in self.norms.saved or not isinstance(self.tensors.module(path), _BatchNorm):
+            return mean == var  # instance norms do not count
+        passes = int(self.tensors[counter]) - int(self.norms.saved[counter])
+        # torch does not count what a batch norm itself writes to its statistics
+        return passes == self.norms.writes(counter) and {mean, var} <= {0, passes}
+
+    def become_dense(self, weights: Sequence[str], statistics: Sequence[str]) -> None:
+        """Take the values that tensors have now for the dense network's."""
+        self.weights.become(self.tensors, weights)
+        self.norms.become(self.tensors, statistics)
+        self._ready.clear()
+
+    def abandon(self) -> None:
+        """Give the dense values back to the tensors that were changed, though the model has other ones now."""
+        self.weights.abandon()
+        self.norms.abandon()
+        self._ready.clear()
 
     def to_dense(self, *, statistics: bool) -> None:
         """Restore the dense weights, and the dense statistics if asked."""
@@ -189,6 +316,7 @@ class Switcher:
         self._restore(self.norms)
 
     def _restore(self, stash: Stash) -> None:
+        forget_derived()
         if not stash.swapped_back():
             with self._counted(list(stash.saved)):
                 stash.restore(self.tensors)
@@ -205,11 +333,13 @@ class Switcher:
         if not self.weights.swap(ready.weights):
             self._outdated(name)
             return False
+        forget_derived()
         return True
 
     def mask(self, masks: Placed) -> None:
         """Mask weights and other tensors, batch-norm buffers apart. The dense ones are active."""
         names = [n for n in masks if n not in self.norm_buffers]
+        forget_derived()
         with self._counted(names):
             if self.swappable(names):
                 self.weights.lend(self.tensors, self._masked(masks, names))

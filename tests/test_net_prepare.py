@@ -118,13 +118,17 @@ def test_a_subnetwork_is_prepared_while_another_is_active_and_kept_by_switching(
         assert same(values(net.model), expected)
 
 
-def test_an_update_of_an_active_copy_is_lost_and_so_is_the_copy():
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_copy_that_was_updated_while_it_was_active_is_not_used_again(through_data):
     net = tiny_net()
     net.prepare("2:4").switch("2:4")
     expected = values(net.model)
     with torch.no_grad():
-        net.model.widen.weight.add_(1.0)
-    net.switch("dense")
+        weight = net.model.widen.weight
+        (weight.data if through_data else weight).add_(1.0)
+    with pytest.raises(SubnetError, match="widen.weight changed while '2:4' was active"):
+        net.switch("dense")
+    net.switch("dense", changes="discard")
     assert net.prepared == []
     net.switch("2:4")
     assert same(values(net.model), expected)
@@ -185,7 +189,7 @@ def test_statistics_that_have_changed_since_are_used_as_they_are_now(change, nam
         assert net.prepare(name).prepared == [name]
 
 
-def test_what_training_does_to_prepared_statistics_is_lost():
+def test_what_training_does_to_prepared_statistics_is_the_subnetworks_own():
     net = measured_net().train()
     dense = values(net.model)
     net.prepare("2:4")
@@ -195,9 +199,10 @@ def test_what_training_does_to_prepared_statistics_is_lost():
         net(net.example[0][0])
         assert not torch.equal(net.model.bn1.running_mean, net.statistics["2:4"]["bn1.running_mean"])
         assert net.model.bn1.num_batches_tracked == dense["bn1.num_batches_tracked"] + 1
+        trained = values(net.model)
         net.switch("dense")
         assert same(values(net.model), dense)
-        net.train()
+        assert all(torch.equal(t, trained[n]) for n, t in net.statistics["2:4"].items())
 
 
 def test_a_model_that_moves_while_a_prepared_subnetwork_is_active_gets_its_dense_values_back():

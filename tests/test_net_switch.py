@@ -75,10 +75,13 @@ def test_an_exception_inside_using_restores_too():
     assert same(values(net.model), dense)
 
 
-def test_updates_of_masked_tensors_inside_using_are_discarded_and_outside_are_kept():
+def test_updates_of_masked_tensors_inside_using_are_discarded_with_an_error_and_outside_are_kept():
     net = tiny_net()
     dense = values(net.model)
-    with net.using("2:4"), torch.no_grad():
+    with pytest.raises(SubnetError, match="widen.weight changed"), net.using("2:4"), torch.no_grad():
+        net.model.widen.weight.add_(1.0)
+    assert same(values(net.model), dense)
+    with net.using("2:4", changes="discard"), torch.no_grad():
         net.model.widen.weight.add_(1.0)
     assert same(values(net.model), dense)
     with torch.no_grad():

@@ -19,8 +19,9 @@ from ..graph.export import evaluating
 from ..graph.reorder import nested_order
 from ..graph.verify import verify_slim
 from ..net import CocktailNet
+from ..norms import norm_buffers
 from ..patterns import DENSE
-from ..statistics import batch_norm_buffers, device_of, to_device
+from ..statistics import device_of, to_device
 from .subnets import traced_coupling
 
 __all__ = ["Views", "channel_views"]
@@ -111,7 +112,7 @@ def channel_views(net: CocktailNet, subnets: str | Iterable[str]) -> Views:
     ordered = _dense_copy(net)
     order = nested_order(ordered, coupling, list(removed.values()), args, kwargs)
     order.apply(ordered)
-    own = set(batch_norm_buffers(ordered))
+    own = set(norm_buffers(ordered))
     shared = _tensors(ordered)
     dense = {n: b.detach().clone() for n, b in shared.items() if n in own}
     models: dict[str, nn.Module] = {}

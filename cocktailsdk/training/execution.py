@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TrainingError
+from ..modes import modes_kept, train_as_handed
 from ..sharding import sharded, shards
 from .distill import Classes, untouched_buffers
 from .forward import ForwardFn, LossFn, default_forward, loss_of
@@ -110,15 +111,10 @@ class Execution:
 
     def _unused(self, batch: Any, loss_fn: LossFn | None) -> bool:
         model = self._model
-        modes = [(module, module.training) for module in model.modules()]
-        model.train()
-        try:
-            with untouched_buffers(model):
-                output, target = self._forward(model, inputs_of(batch))
-                loss_of(output, target, loss_fn).backward()
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with modes_kept(model), untouched_buffers(model):
+            train_as_handed(model)
+            output, target = self._forward(model, inputs_of(batch))
+            loss_of(output, target, loss_fn).backward()
         unused = any(p.grad is None for p in self._parameters if p.requires_grad)
         model.zero_grad(set_to_none=True)
         return unused

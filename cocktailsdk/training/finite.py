@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..masks import Mask
 from ..net import CocktailNet
+from ..norms import running_norms
 from ..patterns.base import DENSE
 from ..sharding import local
-from ..statistics import batch_norms
 from .recipes import Step
 
 __all__ = ["Before", "LossWatch", "Place", "all_finite", "not_finite"]
@@ -104,7 +104,7 @@ def not_finite(model: nn.Module) -> list[str]:
     Others (an attention mask of -inf, say) are the model's own business.
     """
     trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for path, norm in batch_norms(model).items():
+    for path, norm in running_norms(model).items():
         trained.update({f"{path}.{n}".lstrip("."): b for n, b in norm._buffers.items() if b is not None})
     if all_finite(trained.values()):
         return []

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
+from ..modes import train_as_handed
 from .distill import Classes, find_classes, no_soft_loss, untouched_buffers
 from .forward import loss_of
 from .metrics import MetricFn, accuracy
@@ -39,7 +40,7 @@ def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes 
         raise TrainingError("the loader gave no batches")
     seed_everything(options.seed, "first look")
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
+    train_as_handed(model)
     try:
         with torch.no_grad(), untouched_buffers(model):
             output, target = options.forward_fn(model, inputs_of(batch))

@@ -107,7 +107,7 @@ def descended(session: Session, candidates: Candidates, alpha: float, names: Seq
     optimizer = torch.optim.Adam([shares], lr=RATE)
     batches = session.guarded(itertools.chain.from_iterable(itertools.repeat(session.held_out)), "val_loader")
     session.seed("shares", len(session.history.alphas))
-    net.model.train()
+    session.modes.apply()
     with untouched_buffers(net.model):
         for i, batch in zip(range(STEPS), batches, strict=False):
             name = names[i % len(names)]

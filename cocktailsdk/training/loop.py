@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import TrainingError
+from ..modes import TrainingModes, modes_kept
 from ..net import CocktailNet
+from ..norms import running_norms
 from ..patterns.base import DENSE
 from ..sharding import reshard_after_forward
 from ..statistics import device_of
+from ..weight_caches import forget_derived
 from .batches import HeldBatches, to_device
 from .configuration import differences
 from .course import names_until, networks_of, round_masks, step_of
@@ -101,6 +104,7 @@ class CoLoop:
         if not 0 <= distill_weight <= 1:
             raise TrainingError(f"distill_weight must lie in 0 … 1, got {distill_weight!r}")
         self._net, self._recipe, self._seed = net, recipe, seed
+        self._modes, self._norms = TrainingModes(net.model), list(running_norms(net.model).values())
         self._plan = recipe.plan(net.patterns, rounds)
         self._first = 0 if start == "scratch" and recipe.rounds == "levels" else 1
         self._lengths = lengths(steps, len(self._plan) + 1 - self._first, recipe.finishing)
@@ -206,14 +210,16 @@ class CoLoop:
         if step.prune or step.keep is not None or step.forget or step.regrow or step.correct:
             raise beyond(self._recipe, "changes masks, gradients or the optimizer inside rounds")
         self._enter(round_)
+        if self._modes.frozen or not all(norm.training for norm in self._norms):
+            self._modes.observe()
         opened = LoopStep(self._loss, step, round_, number == 0 and not self._accumulated, round_ > len(self._plan))
         if opened.network != DENSE and self._weight:
             opened.teacher = self._teacher(step, batch)
         self._stack = ExitStack()
         if opened.network != DENSE:
-            self._stack.callback(torch.clear_autocast_cache)  # of the caller's autocast: casts of other weights
             self._stack.enter_context(net.using(opened.network, statistics=False))
-            torch.clear_autocast_cache()
+        else:
+            forget_derived()  # the optimizer has stepped, inside the caller's autocast perhaps
         if opened.network == DENSE and self._recipe.same_batch:
             self._led = None
         self._batch, self._last, self.current = batch, last, opened
@@ -270,7 +276,8 @@ class CoLoop:
         held = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
         net.statistics.clear()
         net.metrics.clear()
-        with without_autocast(device), forked():
+        with without_autocast(device), forked(), modes_kept(net.model):
+            self._modes.apply()
             for name in [DENSE, *names_until(net, self._plan, len(self._plan))]:
                 net.recalibrate(name, batches, lambda model, batch: self._forward(model, batch)[0])
                 if held is not None and metric is not None:

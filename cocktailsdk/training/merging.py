@@ -29,6 +29,7 @@ def merge_rounds(session: Session) -> None:
     if session.position.phase != "merge":
         return
     options, history = session.options, session.history
+    session.modes.apply()
     if options.merges:
         shares = len(set(options.alphas))
         total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
@@ -125,6 +126,7 @@ def _search(
 def finish(session: Session) -> None:
     """Give every network its own statistics and its held-out metric; those that have them already keep them."""
     net, position = session.net, session.position
+    session.modes.apply()
     names = [DENSE, *session.names(session.options.rounds)]
     own, tracked = session.history.weights, _tracked(session)
     if position.step == 0:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..modes import train_as_handed
 from ..patterns.base import DENSE
 from ..sharding import local
 from .optimization import Optimization
@@ -167,7 +168,7 @@ def measure(session: Session) -> Costs:
         return lambda: stepper.step(Step((Turn(name),)), batches, optimization.optimizer, None, optimization.scaler)
 
     try:
-        net.model.train()
+        train_as_handed(net.model)
         with _activations() as activations:
             step(names[0])()
         dense = _seconds(step(DENSE), session.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..weight_caches import forget_derived
 from .forward import mapped
 
 __all__ = ["FULL", "MixedPrecision", "Precision", "without_autocast"]
@@ -37,6 +38,7 @@ class Precision:
         """A forward pass under autocast, its output in single precision, so that losses are."""
         if self.name is None:
             return run()
+        forget_derived()  # inside an autocast of the caller's, leaving this one would not drop casts of older weights
         with torch.autocast(device.type, _DTYPES[self.name]):
             output, target = run()
         return mapped(output, _single), target
@@ -58,4 +60,7 @@ def without_autocast(device: torch.device) -> Iterator[None]:
     """Leave the caller's autocast, under which masks, statistics and merging would be computed in 16 bits."""
     inside = torch.is_autocast_enabled(device.type)
     with torch.autocast(device.type, enabled=False) if inside else nullcontext():
-        yield
+        try:
+            yield
+        finally:
+            forget_derived()  # the caller's context may have kept casts of weights that have changed

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modes import frozen_norms
 from ..net import CocktailNet
+from ..norms import running_norms
 from ..patterns.base import DENSE
-from ..statistics import batch_norms
 from .ranks import Ranks
 from .sharing import Part
 
@@ -44,8 +45,10 @@ def recalibrate(
         return
     mine = list(batches)
     counted = [b for b in mine if together or not isinstance(b, Part) or b.count]
+    frozen = frozen_norms(net.model)
     net.recalibrate(name, counted or mine, forward)
-    statistics = net.statistics[name]
+    # averaging frozen ones over processes would round them
+    statistics = {key: t for key, t in net.statistics[name].items() if key.rpartition(".")[0] not in frozen}
     if not statistics:
         return
     _average(list(statistics.values()), len(counted), ranks)
@@ -53,8 +56,8 @@ def recalibrate(
         tensors = dict(net.model.named_buffers())
         for key, value in statistics.items():
             tensors[key].copy_(value)
-        for norm in batch_norms(net.model).values():
-            if norm.num_batches_tracked is not None:
+        for path, norm in running_norms(net.model).items():
+            if path not in frozen and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.fill_(len(mine))
 
 

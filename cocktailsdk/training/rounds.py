@@ -114,7 +114,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     position, options, optimization = session.position, session.options, session.optimization
     assert optimization is not None
     k = position.round
-    session.net.model.train()
+    session.modes.apply()
     session.verify(f"the weights and masks of round {k}")
     started, ran = time.monotonic(), 0
     while position.epoch < options.epochs_of(k).stop:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..masks import Mask
+from ..modes import TrainingModes
 from ..net import CocktailNet
 from ..patterns.base import DENSE
 from ..sharding import is_sharded, local, rows_of
+from ..weight_caches import forget_derived
 from .averaging import Average
 from .batches import HeldBatches, generator_states, set_generator_states
 from .course import Plan, names_until, networks_of
@@ -62,6 +64,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if here.shape != value.shape:  # whole, and only some rows of it are here
             value = value[rows_of(tensor)]
         here.copy_(value)
+    forget_derived()
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Session:
         execution: How training passes run; ``None``: in this process alone.
         watch: Finds losses that are not finite.
         average: Of the round's weights, where one is wanted.
+        modes: In which modules train; what the user froze stays in evaluation mode.
         skips: Leaves out steps whose losses are not, where the run is to go on without them.
     """
 
@@ -133,6 +137,7 @@ class Session:
     watch: LossWatch = field(init=False)
     skips: Skips | None = field(init=False)
     average: Average | None = field(init=False)
+    modes: TrainingModes = field(init=False)
     _since: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
     _told: float = 0.0
@@ -145,6 +150,7 @@ class Session:
         # several processes look at the same step
         self.watch = LossWatch(self.device, seconds=SECONDS if self.ranks.world == 1 else float("inf"))
         self.skips = Skips(self.net.model.parameters()) if self.options.on_nan == "skip" else None
+        self.modes = TrainingModes(self.net.model)
         self.average = None if self.options.ema is None else Average(self.net.model, self.options.ema)
 
     def emit(self, event: Event) -> None:
@@ -473,7 +479,7 @@ class Session:
     def measure(self, name: str, batches: Iterable[Any] | None = None) -> Score:
         """Measure a network with the statistics that it has on the held-out batches, or some; higher is better."""
         assert self.held_out is not None
-        with self.net.using(name):
+        with self.net.using(name, changes="discard"):
             guarded = self.guarded(batches or self.held_out, "val_loader")
             score = mean_score(self.net.model, guarded, self.options.forward_fn, self.metric, self.ranks)
         if self.options.metric_mode == "min":

@@ -177,7 +177,7 @@ class Stepper:
         if name == DENSE:
             yield
             return
-        with self._net.using(name, statistics=self._separate):
+        with self._net.using(name, statistics=self._separate, changes="discard"):
             yield
             if self._separate:
                 self._net.statistics[name] = statistics_of(self._net.model)
