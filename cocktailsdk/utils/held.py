@@ -1,7 +1,8 @@
 """Things that hold values and can be put back: dictionaries, lists, sets, slots, cells, classes, globals, tensors.
 
-Each class remembers what its thing holds when it is made; calling it puts exactly these objects back. Nothing is
-touched that holds the same objects still, so restoring is invisible to other threads unless there is something to undo.
+Each class remembers what its thing holds when it is made. Calling it puts exactly these objects back, and says whether
+anything had changed. Nothing is touched that holds the same objects still, so restoring is invisible to other threads
+unless there is something to undo.
 No code of the user's runs: methods of the built-in base classes are called, whatever a subclass overrides.
 """
 
@@ -59,12 +60,12 @@ class HeldDict:
             return dict(self._thing)
         return {k: dict.__getitem__(self._thing, k) for k in list(self._base.__iter__(self._thing))}
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
         thing, saved, base = self._thing, self.saved, self._base
         now = self._now()
         if len(now) == len(saved) and _same(now, saved) and _same(now.values(), saved.values()):
-            return
+            return False
         for key in now:
             if key not in saved:
                 base.__delitem__(thing, key)
@@ -74,6 +75,7 @@ class HeldDict:
         if not _same(list(base.__iter__(thing)), saved):  # the order is an attribute too: state_dict() has it
             base.clear(thing)
             base.update(thing, saved)
+        return True
 
 
 class HeldList:
@@ -82,10 +84,12 @@ class HeldList:
     def __init__(self, thing: list[Any]) -> None:
         self._thing, self.saved = thing, list(list.__iter__(thing))
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
-        if list.__len__(self._thing) != len(self.saved) or not _same(list.__iter__(self._thing), self.saved):
-            list.__setitem__(self._thing, slice(None), self.saved)
+        if list.__len__(self._thing) == len(self.saved) and _same(list.__iter__(self._thing), self.saved):
+            return False
+        list.__setitem__(self._thing, slice(None), self.saved)
+        return True
 
 
 class HeldSet:
@@ -94,11 +98,13 @@ class HeldSet:
     def __init__(self, thing: set[Any]) -> None:
         self._thing, self.saved = thing, list(set.__iter__(thing))
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
-        if {id(v) for v in set.__iter__(self._thing)} != {id(v) for v in self.saved}:
-            set.clear(self._thing)
-            set.update(self._thing, self.saved)
+        if {id(v) for v in set.__iter__(self._thing)} == {id(v) for v in self.saved}:
+            return False
+        set.clear(self._thing)
+        set.update(self._thing, self.saved)
+        return True
 
 
 class HeldDeque:
@@ -107,11 +113,13 @@ class HeldDeque:
     def __init__(self, thing: deque[Any]) -> None:
         self._thing, self.saved = thing, list(deque.__iter__(thing))
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
-        if deque.__len__(self._thing) != len(self.saved) or not _same(deque.__iter__(self._thing), self.saved):
-            deque.clear(self._thing)
-            deque.extend(self._thing, self.saved)
+        if deque.__len__(self._thing) == len(self.saved) and _same(deque.__iter__(self._thing), self.saved):
+            return False
+        deque.clear(self._thing)
+        deque.extend(self._thing, self.saved)
+        return True
 
 
 class HeldArray:
@@ -120,10 +128,12 @@ class HeldArray:
     def __init__(self, thing: np.ndarray[Any, Any]) -> None:
         self._thing, self._saved = thing, thing.copy()
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
-        if self._thing.flags.writeable:
-            self._thing[...] = self._saved
+        if not self._thing.flags.writeable or self._thing.tobytes() == self._saved.tobytes():
+            return False
+        self._thing[...] = self._saved
+        return True
 
 
 class HeldGenerator:
@@ -132,9 +142,12 @@ class HeldGenerator:
     def __init__(self, thing: torch.Generator) -> None:
         self._thing, self._saved = thing, thing.get_state()
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
+        if torch.equal(self._thing.get_state(), self._saved):
+            return False
         self._thing.set_state(self._saved)
+        return True
 
 
 class HeldAttribute:
@@ -150,15 +163,16 @@ class HeldAttribute:
         except AttributeError:
             return MISSING
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
         if self._now() is self.saved:
-            return
+            return False
         with suppress(AttributeError, TypeError):  # a read-only slot, which nobody can have changed for long
             if self.saved is MISSING:
                 object.__delattr__(self._thing, self._name)
             else:
                 object.__setattr__(self._thing, self._name, self.saved)
+        return True
 
 
 class HeldCell:
@@ -174,14 +188,15 @@ class HeldCell:
         except ValueError:  # not assigned yet
             return MISSING
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
         if self._now() is self.saved:
-            return
+            return False
         if self.saved is MISSING:
             del self._thing.cell_contents
         else:
             self._thing.cell_contents = self.saved
+        return True
 
 
 class HeldGlobals:
@@ -195,16 +210,15 @@ class HeldGlobals:
         self._thing, self.saved = thing, dict(thing)
         self.names: set[str] = set()
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
-        for name in self.names:
-            before = self.saved.get(name, MISSING)
-            if self._thing.get(name, MISSING) is before:
-                continue
-            if before is MISSING:
-                del self._thing[name]
+        changed = [n for n in self.names if self._thing.get(n, MISSING) is not self.saved.get(n, MISSING)]
+        for name in changed:
+            if name in self.saved:
+                self._thing[name] = self.saved[name]
             else:
-                self._thing[name] = before
+                del self._thing[name]
+        return bool(changed)
 
 
 class HeldClass:
@@ -217,15 +231,17 @@ class HeldClass:
     def _now(self) -> dict[str, Any]:
         return {k: v for k, v in dict(vars(self._thing)).items() if not k.startswith(("__", "_abc_"))}
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
         now = self._now()
+        added = now.keys() - self.saved.keys()
+        changed = [name for name, value in self.saved.items() if now.get(name, MISSING) is not value]
         with suppress(AttributeError, TypeError):  # a metaclass that forbids it forbade the change, too
-            for name in now.keys() - self.saved.keys():
+            for name in added:
                 type.__delattr__(self._thing, name)
-            for name, value in self.saved.items():
-                if now.get(name, MISSING) is not value:
-                    type.__setattr__(self._thing, name, value)
+            for name in changed:
+                type.__setattr__(self._thing, name, self.saved[name])
+        return bool(added or changed)
 
 
 class HeldCache:
@@ -237,11 +253,13 @@ class HeldCache:
     def __init__(self, thing: Any) -> None:
         self._thing, self.saved = thing, _entries(thing)
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
         before = {id(v) for v in self.saved}
-        if any(id(v) not in before and _holds_tensors(v) for v in _entries(self._thing)):
-            self._thing.cache_clear()
+        if not any(id(v) not in before and _holds_tensors(v) for v in _entries(self._thing)):
+            return False
+        self._thing.cache_clear()
+        return True
 
 
 def _entries(cache: Any) -> list[Any]:
@@ -262,21 +280,22 @@ class HeldTensor:
     """A tensor's memory, shape and flags; of its values, see :class:`cocktailsdk.utils.writes.Writes`."""
 
     def __init__(self, thing: Tensor) -> None:
-        self._thing, self._leaf = thing, thing.is_leaf
+        self.tensor, self._leaf = thing, thing.is_leaf
         self._memory = thing.data if is_plain(thing) else None
         self._requires_grad = thing.requires_grad
         self._grad = thing.grad if self._leaf else None
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
         """Put it back."""
-        thing = self._thing
+        thing, changed = self.tensor, False
         if self._memory is not None and not _one(thing, self._memory):
-            thing.data = self._memory
-        if self._leaf:
-            if thing.requires_grad != self._requires_grad:
-                thing.requires_grad_(self._requires_grad)
-            if thing.grad is not self._grad:
-                thing.grad = self._grad
+            thing.data, changed = self._memory, True
+        if self._leaf and thing.requires_grad != self._requires_grad:
+            thing.requires_grad_(self._requires_grad)
+            changed = True
+        if self._leaf and thing.grad is not self._grad:
+            thing.grad, changed = self._grad, True
+        return changed
 
 
 def _one(a: Tensor, b: Tensor) -> bool:

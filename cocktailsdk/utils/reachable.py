@@ -65,12 +65,12 @@ class Walk:
     classes outside of libraries, and the caches of ``functools``.
 
     Attributes:
-        held: For each thing found, a function that puts it back as it is now.
+        held: For each thing found, a function that puts it back as it is now, and says whether it had changed.
         tensors: The tensors found.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
-        self.held: list[Callable[[], None]] = []
+        self.held: list[Callable[[], bool]] = []
         self.tensors: list[Tensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used twice
         self._globals: dict[int, HeldGlobals] = {}
@@ -138,7 +138,7 @@ class Walk:
         elif not (_of_library(kind) or issubclass(kind, enum.Enum)):  # type: ignore[arg-type]
             self._object(value, kind, depth)
 
-    def _container(self, held: Callable[[], None], values: Iterable[Any], depth: int) -> None:
+    def _container(self, held: Callable[[], bool], values: Iterable[Any], depth: int) -> None:
         self.held.append(held)
         values = tuple(values)
         if len(values) <= LONGEST:

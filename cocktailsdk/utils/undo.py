@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from .held import HeldTensor
 from .reachable import Walk
@@ -19,24 +21,25 @@ class Snapshot:
 
     Args:
         *roots: Modules (or anything else).
-        tensors: Whether to restore tensors, too. Not where their values or memory are meant to change meanwhile: where
-            subnetworks are switched, or statistics measured.
+        but: Tensors to leave alone, since something else changes their values or memory meanwhile: subnetworks that
+            are switched, or statistics that are measured.
     """
 
-    def __init__(self, *roots: Any, tensors: bool = True) -> None:
-        found = Walk(roots)
-        self._held = [held for held in found.held if tensors or not isinstance(held, HeldTensor)]
-        self.writes = Writes(found.tensors if tensors else ())
+    def __init__(self, *roots: Any, but: Iterable[Tensor] = ()) -> None:
+        found, left_alone = Walk(roots), {id(t) for t in but}
+        self._held = [h for h in found.held if not (isinstance(h, HeldTensor) and id(h.tensor) in left_alone)]
+        self.writes = Writes(t for t in found.tensors if id(t) not in left_alone)
 
-    def restore(self) -> None:
-        """Put everything back. It can be done again and again."""
-        self.writes.undo()  # first: into the memory that tensors had
+    def restore(self) -> bool:
+        """Put everything back, and say whether anything had changed. It can be done again and again."""
+        changed = self.writes.undo()  # first: into the memory that tensors had
         for held in self._held:
-            held()
+            changed |= held()
+        return changed
 
 
 @contextmanager
-def unchanged(*roots: Any, tensors: bool = True) -> Iterator[Snapshot]:
+def unchanged(*roots: Any, but: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
     """Inside, models may be run, traced and fail; afterwards they are what they were, attribute for attribute.
 
     A forward pass may do anything: keep anchors, masks and attention maps in attributes, register buffers, count,
@@ -50,12 +53,12 @@ def unchanged(*roots: Any, tensors: bool = True) -> Iterator[Snapshot]:
 
     Args:
         *roots: The models.
-        tensors: See :class:`Snapshot`.
+        but: See :class:`Snapshot`.
 
     Yields:
         The snapshot, to restore in between.
     """
-    before = Snapshot(*roots, tensors=tensors)
+    before = Snapshot(*roots, but=but)
     with settings_kept():
         try:
             with before.writes:

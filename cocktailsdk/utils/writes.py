@@ -41,6 +41,8 @@ class Writes(TorchDispatchMode):
         super().__init__()
         self._known = {place for t in tensors if (place := _place(t)) is not None}
         self._saved: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+        self._changed: set[tuple[torch.device, int]] = set()  # since the last undo
+        self._undoing = False
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -49,24 +51,32 @@ class Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._known:
+        if self._known and not self._undoing:
             for value in _written(func, args, kwargs):
                 self._save(value)
         return func(*args, **kwargs)
 
     def _save(self, value: Tensor) -> None:
         place = _place(value)
-        if place in self._known and place not in self._saved:
+        if place is None or place not in self._known:
+            return
+        self._changed.add(place)
+        if place not in self._saved:
             storage = value.untyped_storage()
             memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
             self._saved[place] = (memory, memory.clone())
 
-    def undo(self) -> None:
-        """Put the values back that were there before the first write, and forget them."""
-        saved, self._saved = self._saved, {}
-        with torch.no_grad():
-            for memory, value in saved.values():
-                memory.copy_(value)
+    def undo(self) -> bool:
+        """Put the values back that were there at first, and say whether there was anything to undo."""
+        changed, self._changed, self._undoing = self._changed, set(), True
+        try:
+            with torch.no_grad():
+                for place in changed:
+                    memory, value = self._saved[place]
+                    memory.copy_(value)
+        finally:
+            self._undoing = False
+        return bool(changed)
 
 
 def _place(value: Tensor) -> tuple[torch.device, int] | None:
@@ -92,8 +102,18 @@ def _writers(func: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
+@cache
+def _training(func: Any) -> int | None:
+    """Position of the argument that says whether a norm updates its statistics."""
+    schema = getattr(func, "_schema", None)
+    return next((i for i, a in enumerate(schema.arguments) if a.name == "training"), None) if schema else None
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for i, name in _writers(func):
+    writers, training = _writers(func), _training(func)
+    if writers and training is not None and not (args[training] if training < len(args) else kwargs.get("training")):
+        return
+    for i, name in writers:
         value = args[i] if i < len(args) else kwargs.get(name)
         for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
             if isinstance(leaf, Tensor):
