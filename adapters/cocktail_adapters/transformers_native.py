@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cocktailsdk.graph.compare import Precision, doubled, randomise, relative_error, tensors_in
-from cocktailsdk.graph.cut import duplicate
+from cocktailsdk.graph.copies import duplicate_in_double
 from cocktailsdk.graph.export import evaluating
 from cocktailsdk.graph.layers import SlimRMSNorm
 from cocktailsdk.graph.recoded import Recoded
@@ -137,7 +137,7 @@ class Randomised:
     def __init__(self, slim: nn.Module, paths: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         generator = torch.Generator().manual_seed(0)
         self._slim = slim
-        self._model = duplicate(slim).double()
+        self._model = duplicate_in_double(slim)
         randomise(self._model, generator)
         self._inputs = doubled((tuple(args), dict(kwargs)), generator)
         self._calls: dict[str, tuple[Any, Any, list[Tensor]]] = {}

@@ -16,6 +16,7 @@ from .coupling import (
     Trace,
     Weight,
 )
+from .obstacles import obstacles
 from .prove import couple
 from .slim import slim_module
 
@@ -35,5 +36,6 @@ __all__ = [
     "Trace",
     "Weight",
     "couple",
+    "obstacles",
     "slim_module",
 ]

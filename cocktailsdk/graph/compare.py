@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from .obstacles import hookable
 from .outputs import tensors_of
 
 __all__ = [
@@ -152,7 +153,7 @@ def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Te
         m.register_forward_hook(
             lambda _m, given, out, name=name: seen.append((name, tensors_in(given), tensors_in(out)))
         )
-        for name, m in model.named_modules()
+        for name, m in hookable(model)
     ]
     try:
         with Precision():
@@ -169,7 +170,7 @@ def failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
     """Path of the innermost module that raises."""
     entered: list[str] = []
     hooks = []
-    for name, m in model.named_modules():
+    for name, m in hookable(model):
         hooks.append(m.register_forward_pre_hook(lambda _m, _i, name=name: entered.append(name)))
         hooks.append(m.register_forward_hook(lambda _m, _i, _o: entered.pop() and None))
     try:

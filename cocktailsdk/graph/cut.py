@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
@@ -12,26 +11,12 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import SlimError
+from .copies import duplicate
 from .coupling import Coupling, Trace
 from .export import evaluating
 from .mend import Mends, Options, mend
 
-__all__ = ["Cutter", "duplicate"]
-
-
-def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, also of models that hold tensors which they compute (old weight norm's ``weight``).
-
-    Args:
-        model: The model.
-        memo: Copies that are to stand for some of its objects, by ``id``.
-    """
-    memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(model, memo)
+__all__ = ["Cutter"]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ import logging
 import operator
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
+from ..utils.undo import Snapshot, unchanged
 from .grouped import ExportableGroups
+from .obstacles import hookable, is_scripted, refuse_what_cannot_run
 from .outputs import tensors_of
 
-__all__ = ["Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
+__all__ = ["BuildsParameters", "Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 RETURNABLE = (Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 """What an exported program may return."""
+
+
+class BuildsParameters(ExportFailed):
+    """The model's first forward pass builds parameters, so the model that was given does not have them."""
 
 
 @dataclass(frozen=True)
@@ -93,25 +101,74 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
             f"{type(model).__name__}: the graph is found by running the model, but no example inputs were given. "
             "Pass example_inputs=(x,) or example_kwargs={...}."
         )
-    inputs = (tuple(args), dict(kwargs or {}))
-    with evaluating(model), warnings.catch_warnings(), _quiet(), torch.no_grad():
+    refuse_what_cannot_run(model)
+    inputs, own = (tuple(args), dict(kwargs or {})), _names(model)
+    failures: dict[str, str] = {}
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
-        try:
-            whole = _whole(model, inputs)
-        except Exception as error:
-            failures = {"": _reason(error)}
-        else:
-            return _placed(model, _merged(model, {"": whole}, {}))
-        programs = _scopes(model, inputs, failures)
+        programs = _programs(model, inputs, own, failures)
     if not programs:
         raise ExportFailed(
             f"{type(model).__name__} could not be exported on the example inputs ({failures['']}), nor could any of "
             "its submodules. Check that its control flow does not depend on tensor values."
         )
+    if "" in programs:
+        return _placed(model, _merged(model, programs, {}))
     log.info(
         "%s could not be exported (%s); following %d parts of it", type(model).__name__, failures[""], len(programs)
     )
     return _placed(model, _merged(model, programs, failures))
+
+
+def _programs(
+    model: nn.Module, inputs: Inputs, own: AbstractSet[str], failures: dict[str, str]
+) -> dict[str, ExportedProgram]:
+    """The whole model, or else its largest parts that can be exported.
+
+    A first forward pass may make what later ones find (anchors, a buffer, a mask in a dictionary). The model is traced
+    as it is, if possible; then as it is after a pass on real tensors. Each attempt is undone before the next: what it
+    leaves in the model are stand-ins without values.
+    """
+    with evaluating(model), unchanged(model) as before:
+        whole = _attempt(partial(_whole, model, inputs), failures, "")
+        _refuse_new_parameters(model, own)
+        if whole is not None:
+            return {"": whole}
+        before.restore()
+        given = _given(model, inputs)
+        _refuse_new_parameters(model, own)
+        with unchanged(model) as warm:
+            if before.restore():
+                warm.restore()
+                whole = _attempt(partial(_whole, model, inputs), failures, "")
+                if whole is not None:
+                    return {"": whole}
+                warm.restore()
+            return _scopes(model, given, failures, warm)
+
+
+def _attempt(export_it: Callable[[], ExportedProgram], failures: dict[str, str], path: str) -> ExportedProgram | None:
+    try:
+        program = export_it()
+    except Exception as error:
+        failures[path] = _reason(error)
+        return None
+    failures.pop(path, None)
+    return program
+
+
+def _names(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+
+
+def _refuse_new_parameters(model: nn.Module, own: AbstractSet[str]) -> None:
+    made = sorted(_names(model) - own)
+    if made:
+        raise BuildsParameters(
+            f"{type(model).__name__} builds parameters in its first forward pass ({', '.join(made[:3])}"
+            f"{', …' if len(made) > 3 else ''}), which it does not have yet. Run it once before: "
+            "model(*example_inputs)."
+        )
 
 
 def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
@@ -148,14 +205,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 200, placeholder=' …')}"
 
 
-def _scopes(model: nn.Module, inputs: Inputs, failures: dict[str, str]) -> dict[str, ExportedProgram]:
-    """The largest submodules that can be exported on what they are given in one run."""
+def _given(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
+    """What every submodule is given in one run on real tensors."""
     given: dict[str, Inputs] = {}
     hooks = [
         m.register_forward_pre_hook(
             lambda _m, a, k, path=path: given.setdefault(path, (a, k)) and None, with_kwargs=True
         )
-        for path, m in model.named_modules()
+        for path, m in hookable(model)
         if path
     ]
     try:
@@ -167,6 +224,13 @@ def _scopes(model: nn.Module, inputs: Inputs, failures: dict[str, str]) -> dict[
     finally:
         for h in hooks:
             h.remove()
+    return given
+
+
+def _scopes(
+    model: nn.Module, given: Mapping[str, Inputs], failures: dict[str, str], warm: Snapshot
+) -> dict[str, ExportedProgram]:
+    """The largest submodules that can be exported on what they are given."""
     programs: dict[str, ExportedProgram] = {}
     pending = [path for path, _ in reversed(list(model.named_children()))]
     while pending:
@@ -174,12 +238,15 @@ def _scopes(model: nn.Module, inputs: Inputs, failures: dict[str, str]) -> dict[
         module = model.get_submodule(path)
         if next(module.parameters(), None) is None:
             continue
+        if is_scripted(module):
+            failures[path] = "TorchScript, whose code cannot be followed"
+            continue
         if path in given:
-            try:
-                programs[path] = _program(module, given[path])
+            program = _attempt(partial(_program, module, given[path]), failures, path)
+            warm.restore()
+            if program is not None:
+                programs[path] = program
                 continue
-            except Exception as error:
-                failures[path] = _reason(error)
         elif next(module.children(), None) is None:
             failures[path] = "it was not called as a module in the example run"
         pending += [f"{path}.{name}" for name, _ in reversed(list(module.named_children()))]
@@ -207,7 +274,8 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None
         }
         if not path:  # the usual case needs no copy
-            tensors = {node: canonical.get(name, name) for node, name in held.items()}
+            # A buffer that the example run registered is not the model's yet: it counts as a constant.
+            tensors = {node: canonical[name] for node, name in held.items() if name in canonical}
             return Exported(program.graph, tensors, shapes, frozenset(parameters))
         values: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
@@ -216,8 +284,8 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
                 continue
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].meta = {**node.meta, "scope": path}
-            if node.name in held:
-                tensors[values[node].name] = canonical.get(held[node.name], held[node.name])
+            if held.get(node.name) in canonical:
+                tensors[values[node].name] = canonical[held[node.name]]
     graph.output(tuple(outputs))
     outside = {canonical[name] for name in canonical if not any(name.startswith(f"{path}.") for path in programs)}
     shared = frozenset(outside.intersection(tensors.values()))

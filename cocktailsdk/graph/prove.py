@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..errors import SlimError
+from ..errors import CocktailError, ExportFailed, SlimError
+from ..utils.undo import unchanged
 from .couple import Pass
 from .coupling import Coupling
 from .cut import Cutter
@@ -49,6 +50,26 @@ def couple(
     Raises:
         ExportFailed: If ``torch.export`` cannot follow the model.
     """
+    with unchanged(model):
+        try:
+            return _coupled(model, args, kwargs, exclude, prove)
+        except CocktailError:
+            raise
+        except Exception as error:  # a model's own code may do anything, and its classes may not even be copied
+            reason = (str(error).splitlines() or ["no message"])[0]
+            raise ExportFailed(
+                f"{type(model).__name__} could not be followed ({type(error).__name__}: {reason}). If the model runs "
+                "on the example inputs, exclude the module that this comes from (exclude_modules=[...]) and report it."
+            ) from error
+
+
+def _coupled(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    exclude: Callable[[str], bool] | None,
+    prove: bool,
+) -> Coupling:
     found = Pass(model, args, kwargs, exclude)
     coupling = found.coupling()
     if not prove or any(p.is_meta for p in model.parameters()):

@@ -21,8 +21,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from .compare import Precision, doubled, randomise, relative_error, tensors_in
+from .copies import duplicate_in_double
 from .coupling import Coupling, Group
-from .cut import duplicate
 from .export import evaluating
 
 __all__ = ["Order", "nested_order"]
@@ -179,7 +179,7 @@ class _Check:
 
     def __init__(self, model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._model = duplicate(model).double()
+        self._model = duplicate_in_double(model)
         randomise(self._model, generator)
         self._inputs = doubled((tuple(args), dict(kwargs)), generator)
         self._scopes = [path for path in coupling.trace.scopes if path] if coupling.trace else []

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import SlimError
+from ..utils.undo import unchanged
 from .couple import Pass
 from .coupling import STAYS, Coupling, Trace
 from .cut import Cutter
@@ -57,9 +58,10 @@ def slim_module(
     for g in coupling.groups:
         if bool(removed[g.start : g.stop].all()):
             raise SlimError(f"all {g.size} units of group {g.name!r} would go; at least one of each group must stay.")
-    trace = coupling.trace or _found_again(model, coupling, args, kwargs)
-    mends = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).mends if verify else None
-    return Cutter(coupling, trace, removed).cut(model, mends)[0]
+    with unchanged(model):
+        trace = coupling.trace or _found_again(model, coupling, args, kwargs)
+        mends = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).mends if verify else None
+        return Cutter(coupling, trace, removed).cut(model, mends)[0]
 
 
 def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Trace:

@@ -26,8 +26,9 @@ from .compare import (
     relative_error,
     tensors_in,
 )
+from .copies import duplicate_in_double
 from .coupling import Coupling, Node
-from .cut import Cutter, duplicate
+from .cut import Cutter
 from .empty_heads import RefuseEmptyHeads
 from .export import evaluating
 from .mend import Mends, Options, assign, surviving
@@ -84,7 +85,7 @@ def verify_slim(
             "a slim model is checked by running it, but there are no example inputs; pass example_inputs=(x,)."
         )
     generator = torch.Generator().manual_seed(0)
-    masked = duplicate(model).double()  # leaves complex buffers complex
+    masked = duplicate_in_double(model)
     randomise(masked, generator)
     args, kwargs = doubled((tuple(args), dict(kwargs or {})), generator)
     slim, options = cutter.cut(masked)
@@ -161,7 +162,7 @@ def _nothing_left(outputs: Sequence[Tensor]) -> bool:
 
 def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     """What the randomised model returns before anything is masked."""
-    dense = duplicate(model).double()
+    dense = duplicate_in_double(model)
     randomise(dense, torch.Generator().manual_seed(0))
     with evaluating(dense), torch.no_grad(), Precision():
         return tensors_in(dense(*args, **kwargs))

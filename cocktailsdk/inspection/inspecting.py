@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..adapters import example_inputs_for
-from ..errors import AdapterError, CocktailError
-from ..graph import Coupling, Kept, Stay, Weight, couple
-from ..net import CocktailNet
+from ..errors import CocktailError, PatternError
+from ..graph import Coupling, Kept, Stay, Weight, couple, obstacles
+from ..graph.export import BuildsParameters, evaluating
+from ..net import CocktailNet, Example, example_of
 from ..patterns.nm import covered
 from ..selection import Selection
 from ..statistics import device_of, to_device
+from ..utils.undo import unchanged
 from .found import Eligibility, Inspection, Layer, Saving
 from .groups import channel_groups
 from .measuring import measured_flops
@@ -53,30 +56,49 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
             print(group.name, group.units)
         ```
     """
-    args: tuple[Any, ...] = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    kwargs = dict(example_kwargs or {})
+    if not isinstance(model, nn.Module):
+        raise PatternError(f"inspect takes an nn.Module, not {type(model).__name__}")
+    example: Example = ((), {})
     selection = Selection()
     if isinstance(model, CocktailNet):
-        if not args and not kwargs and model.example is not None:
-            args, kwargs = model.example
+        if not _given(example_inputs) and not example_kwargs and model.example is not None:
+            example_inputs, example_kwargs = model.example
         selection = model.selection
         model = model.model
+    with unchanged(model):
+        try:
+            example = to_device(example_of(model, example_inputs, example_kwargs), device_of(model))
+            return _found(model, example, selection)
+        except Exception as error:  # whatever a model's code does, the answer is a reason
+            log.info("%s cannot be followed: %s", type(model).__name__, error, exc_info=True)
+            lazy = any(is_lazy(t) for t in _every(model).values())
+            flops = {} if lazy or not any(example) else _measured_flops(model, *example)
+            words = str(error) if isinstance(error, CocktailError) else f"{type(error).__name__}: {error}"
+            reason = textwrap.shorten(words, LONGEST_REASON, placeholder=" …")
+            return _unfollowed(model, _described(*example), reason, flops)
+
+
+def _given(inputs: Any) -> bool:
+    return isinstance(inputs, Tensor) or not isinstance(inputs, list | tuple) or bool(inputs)
+
+
+def _found(model: nn.Module, example: Example, selection: Selection) -> Inspection:
+    args, kwargs = example
+    exclude = selection.keeps_channels if selection.whole else None
     try:
-        if not args and not kwargs:
-            args, kwargs = example_inputs_for(model)
-        args, kwargs = to_device((args, kwargs), device_of(model))
-        coupling = couple(model, args, kwargs, exclude=selection.keeps_channels if selection.whole else None)
-    except CocktailError as error:
-        log.info("%s cannot be followed: %s", type(model).__name__, error)
-        flops = {} if isinstance(error, AdapterError) else _measured_flops(model, args, kwargs)
-        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" …")
-        return _unfollowed(model, _described(args, kwargs), reason, flops)
-    return _followed(model, _described(args, kwargs), coupling, selection)
+        return _followed(model, _described(args, kwargs), couple(model, args, kwargs, exclude=exclude), selection)
+    except BuildsParameters as error:
+        log.info("looking at the model as it is after a first forward pass: %s", error)
+        with evaluating(model), torch.no_grad():
+            model(*args, **kwargs)
+        coupling = couple(model, args, kwargs, exclude=exclude)
+        found = _followed(model, _described(args, kwargs), coupling, selection)
+        return replace(found, kept=(Kept("", str(error)), *found.kept))
 
 
 def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, selection: Selection) -> Inspection:
     stays = _stays(coupling)
-    kept = kept_whole(coupling)
+    kept = (*kept_whole(coupling), *obstacles(model))
     reasons = {k.where: k.reason for k in kept}
     made: dict[str, list[str]] = {}
     read: dict[str, list[str]] = {}
@@ -138,8 +160,14 @@ def kept_whole(coupling: Coupling) -> tuple[Kept, ...]:
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tuple(t.shape) for name, t in every}
+    return {name: tuple(t.shape) for name, t in _every(model).items() if not is_lazy(t)}
+
+
+def _every(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _layer(w: Weight, why_not: str, groups: tuple[str, ...], reads: tuple[str, ...], kept: str) -> Layer:
@@ -193,8 +221,8 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
             name=f"{path}.weight" if path else "weight",
             module=path,
             op=type(module).__name__,
-            shape=tuple(module.weight.shape),
-            params=module.weight.numel(),
+            shape=tuple(weight.shape),
+            params=weight.numel(),
             flops=flops.get(path, 0),
             role="",
             unstructured=why,
@@ -204,7 +232,9 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
             groups=(),
         )
         for path, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim >= 2
+        if (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None
+        and not is_lazy(weight)
+        and weight.ndim >= 2
     )
     return Inspection(
         model=type(model).__name__,
@@ -212,8 +242,8 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
         followed=False,
         layers=layers,
         groups=(),
-        kept=(Kept("", reason),),
-        params=sum(p.numel() for p in model.parameters()),
+        kept=(Kept("", reason), *obstacles(model)),
+        params=sum(p.numel() for p in model.parameters() if not is_lazy(p)),
         flops=flops.get("", 0),
         savings=(),
         modules=tuple(path for path, _ in model.named_modules() if path),
@@ -223,16 +253,12 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
 
 def _measured_flops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
     """FLOPs by module path (``""``: in all) of one real pass; nothing where the model does not run."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        return measured_flops(model, args, kwargs)
+        with evaluating(model):
+            return measured_flops(model, args, kwargs)
     except Exception as error:  # the model's own failure; what is counted here is only told
         log.info("%s does not run on the example inputs: %s", type(model).__name__, error)
         return {}
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def _described(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:

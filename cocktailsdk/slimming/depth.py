@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..graph import Branch
 from ..graph.outputs import tensors_of
+from ..utils.undo import unchanged
 
 __all__ = ["Skipped", "without_branches"]
 
@@ -74,7 +75,7 @@ def _run(
         for path in returned
     ]
     try:
-        with torch.no_grad():
+        with unchanged(model), torch.no_grad():
             return tensors_of(model(*args, **kwargs)), returned
     finally:
         for hook in hooks:
@@ -98,7 +99,7 @@ def _replaced(
                     raise ValueError(f"{path} returns something else than a tensor")
                 before[path] = model.get_submodule(path)
                 model.set_submodule(path, stand_in.train(before[path].training))
-        with torch.no_grad():
+        with unchanged(model), torch.no_grad():
             got = tensors_of(model(*args, **kwargs))
         same = len(got) == len(want) and all(_close(g, w) for g, w in zip(got, want, strict=True))
     except Exception as error:  # code that wants something else of a module raises anything

@@ -22,7 +22,7 @@ from ..graph.compare import (
     relative_error,
     tensors_in,
 )
-from ..graph.cut import duplicate
+from ..graph.copies import duplicate_in_double
 from ..graph.export import evaluating
 from ..selection import some_of
 
@@ -72,7 +72,7 @@ def check_equal(model: nn.Module, slim: nn.Module, where: Where, inputs: Inputs,
     """
     generator = torch.Generator().manual_seed(0)
     args, kwargs = doubled(inputs, generator)
-    masked = duplicate(model).double()
+    masked = duplicate_in_double(model)
     randomise(masked, generator)
     with evaluating(masked), evaluating(slim), torch.no_grad():
         filled(slim, masked, where)

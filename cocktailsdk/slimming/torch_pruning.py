@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportFailed, PatternError, SlimError
 from ..graph.compare import doubled, leaves_of
-from ..graph.cut import duplicate
+from ..graph.copies import duplicate_in_double
 from ..net import Example, couple_model
 from ..selection import Selection, some_of
 from ..statistics import device_of, to_device
@@ -122,7 +122,7 @@ def _ignored(model: nn.Module, example: Example, selection: Selection) -> list[s
 
 def _working_copy(model: nn.Module) -> nn.Module:
     """In float64, with gradients: Torch-Pruning follows the model by what autograd records."""
-    made = duplicate(model).double().eval()
+    made = duplicate_in_double(model).eval()
     for p, original in zip(made.parameters(), model.parameters(), strict=True):
         if p.is_floating_point():
             p.requires_grad_(True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..adapters import after_slim
 from ..errors import SlimError, SubnetError
 from ..graph.compare import failing_module, leaves_of
-from ..graph.cut import Cutter, duplicate
+from ..graph.copies import duplicate
+from ..graph.cut import Cutter
 from ..graph.export import evaluating
 from ..graph.reorder import nested_order
 from ..graph.verify import verify_slim

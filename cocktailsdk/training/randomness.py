@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+from ..utils.settings import forked
 
 __all__ = ["forked", "seed_everything"]
 
@@ -32,19 +32,3 @@ def seed_everything(*key: int | str) -> None:
         torch.cuda.manual_seed_all(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
-
-
-@contextmanager
-def forked() -> Iterator[None]:
-    """Put the global generators of torch, numpy and ``random`` back as they were, whatever happens inside."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    numpy, python = np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        np.random.set_state(numpy)
-        random.setstate(python)

@@ -1,0 +1,309 @@
+"""Things that hold values and can be put back: dictionaries, lists, sets, slots, cells, classes, globals, tensors.
+
+Each class remembers what its thing holds when it is made. Calling it puts exactly these objects back, and says whether
+anything had changed. Nothing is touched that holds the same objects still, so restoring is invisible to other threads
+unless there is something to undo.
+No code of the user's runs: methods of the built-in base classes are called, whatever a subclass overrides.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from contextlib import suppress
+from operator import is_
+from types import CellType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .writes import is_plain
+
+__all__ = [
+    "MISSING",
+    "HeldArray",
+    "HeldAttribute",
+    "HeldCache",
+    "HeldCell",
+    "HeldClass",
+    "HeldDeque",
+    "HeldDict",
+    "HeldGenerator",
+    "HeldGlobals",
+    "HeldList",
+    "HeldSet",
+    "HeldTensor",
+]
+
+MISSING: Any = object()
+"""Stands for no value."""
+
+
+def _same(now: Iterable[Any], before: Iterable[Any]) -> bool:
+    return all(map(is_, now, before))
+
+
+class HeldDict:
+    """A dictionary: a container, or the attributes of a module or an object."""
+
+    def __init__(self, thing: dict[Any, Any]) -> None:
+        self._thing = thing
+        self._base: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
+        self.saved = self._now()
+
+    def _now(self) -> dict[Any, Any]:
+        if type(self._thing) is dict:
+            return dict(self._thing)
+        return {k: dict.__getitem__(self._thing, k) for k in list(self._base.__iter__(self._thing))}
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        thing, saved, base = self._thing, self.saved, self._base
+        now = self._now()
+        if len(now) == len(saved) and _same(now, saved) and _same(now.values(), saved.values()):
+            return False
+        for key in now:
+            if key not in saved:
+                base.__delitem__(thing, key)
+        for key, value in saved.items():
+            if now.get(key, MISSING) is not value:
+                base.__setitem__(thing, key, value)
+        if not _same(list(base.__iter__(thing)), saved):  # the order is an attribute too: state_dict() has it
+            base.clear(thing)
+            base.update(thing, saved)
+        return True
+
+
+class HeldList:
+    """A list."""
+
+    def __init__(self, thing: list[Any]) -> None:
+        self._thing, self.saved = thing, list(list.__iter__(thing))
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if list.__len__(self._thing) == len(self.saved) and _same(list.__iter__(self._thing), self.saved):
+            return False
+        list.__setitem__(self._thing, slice(None), self.saved)
+        return True
+
+
+class HeldSet:
+    """A set."""
+
+    def __init__(self, thing: set[Any]) -> None:
+        self._thing, self.saved = thing, list(set.__iter__(thing))
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if {id(v) for v in set.__iter__(self._thing)} == {id(v) for v in self.saved}:
+            return False
+        set.clear(self._thing)
+        set.update(self._thing, self.saved)
+        return True
+
+
+class HeldDeque:
+    """A deque."""
+
+    def __init__(self, thing: deque[Any]) -> None:
+        self._thing, self.saved = thing, list(deque.__iter__(thing))
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if deque.__len__(self._thing) == len(self.saved) and _same(deque.__iter__(self._thing), self.saved):
+            return False
+        deque.clear(self._thing)
+        deque.extend(self._thing, self.saved)
+        return True
+
+
+class HeldArray:
+    """A numpy array, by value."""
+
+    def __init__(self, thing: np.ndarray[Any, Any]) -> None:
+        self._thing, self._saved = thing, thing.copy()
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if not self._thing.flags.writeable or self._thing.tobytes() == self._saved.tobytes():
+            return False
+        self._thing[...] = self._saved
+        return True
+
+
+class HeldGenerator:
+    """A random generator of PyTorch's."""
+
+    def __init__(self, thing: torch.Generator) -> None:
+        self._thing, self._saved = thing, thing.get_state()
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if torch.equal(self._thing.get_state(), self._saved):
+            return False
+        self._thing.set_state(self._saved)
+        return True
+
+
+class HeldAttribute:
+    """One attribute that is kept outside ``__dict__``: a slot, or a module's class (lazy modules change theirs)."""
+
+    def __init__(self, thing: Any, name: str) -> None:
+        self._thing, self._name = thing, name
+        self.saved = self._now()
+
+    def _now(self) -> Any:
+        try:
+            return object.__getattribute__(self._thing, self._name)
+        except AttributeError:
+            return MISSING
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if self._now() is self.saved:
+            return False
+        with suppress(AttributeError, TypeError):  # a read-only slot, which nobody can have changed for long
+            if self.saved is MISSING:
+                object.__delattr__(self._thing, self._name)
+            else:
+                object.__setattr__(self._thing, self._name, self.saved)
+        return True
+
+
+class HeldCell:
+    """What a function and the function around it share (``nonlocal``)."""
+
+    def __init__(self, thing: CellType) -> None:
+        self._thing = thing
+        self.saved = self._now()
+
+    def _now(self) -> Any:
+        try:
+            return self._thing.cell_contents
+        except ValueError:  # not assigned yet
+            return MISSING
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if self._now() is self.saved:
+            return False
+        if self.saved is MISSING:
+            del self._thing.cell_contents
+        else:
+            self._thing.cell_contents = self.saved
+        return True
+
+
+class HeldGlobals:
+    """Some names of a Python module's namespace.
+
+    Attributes:
+        names: The names; more may be added.
+    """
+
+    def __init__(self, thing: dict[str, Any]) -> None:
+        self._thing, self.saved = thing, dict(thing)
+        self.names: set[str] = set()
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        changed = [n for n in self.names if self._thing.get(n, MISSING) is not self.saved.get(n, MISSING)]
+        for name in changed:
+            if name in self.saved:
+                self._thing[name] = self.saved[name]
+            else:
+                del self._thing[name]
+        return bool(changed)
+
+
+class HeldClass:
+    """A class's own attributes that are data."""
+
+    def __init__(self, thing: type) -> None:
+        self._thing = thing
+        self.saved = self._now()
+
+    def _now(self) -> dict[str, Any]:
+        return {k: v for k, v in dict(vars(self._thing)).items() if not k.startswith(("__", "_abc_"))}
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        now = self._now()
+        added = now.keys() - self.saved.keys()
+        changed = [name for name, value in self.saved.items() if now.get(name, MISSING) is not value]
+        with suppress(AttributeError, TypeError):  # a metaclass that forbids it forbade the change, too
+            for name in added:
+                type.__delattr__(self._thing, name)
+            for name in changed:
+                type.__setattr__(self._thing, name, self.saved[name])
+        return bool(added or changed)
+
+
+class HeldCache:
+    """What ``functools.lru_cache`` keeps; it can only be emptied as a whole, and fills itself again.
+
+    It is emptied where it gained arguments or results that hold tensors or modules. Others are harmless.
+    """
+
+    def __init__(self, thing: Any) -> None:
+        self._thing, self.saved = thing, _entries(thing)
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        before = {id(v) for v in self.saved}
+        if not any(id(v) not in before and _holds_tensors(v) for v in _entries(self._thing)):
+            return False
+        self._thing.cache_clear()
+        return True
+
+
+def _entries(cache: Any) -> list[Any]:
+    """Arguments and results that a cache keeps: the garbage collector is the only one to tell."""
+    out: list[Any] = []
+    for value in gc.get_referents(cache):
+        out += [*value.keys(), *value.values()] if type(value) is dict else [value]
+    return [v for v in out if v is not cache.__wrapped__]
+
+
+def _holds_tensors(value: Any) -> bool:
+    leaves = tree_leaves([list(value), list(value.values())] if type(value) is dict else value)
+    leaves += [held for leaf in leaves for held in getattr(leaf, "__dict__", {}).values()]
+    return any(isinstance(leaf, Tensor | nn.Module) for leaf in leaves)
+
+
+class HeldTensor:
+    """A tensor's memory, shape and flags; of its values, see :class:`cocktailsdk.utils.writes.Writes`."""
+
+    def __init__(self, thing: Tensor) -> None:
+        self.tensor, self._leaf = thing, thing.is_leaf
+        self._memory = thing.data if is_plain(thing) else None
+        self._requires_grad = thing.requires_grad
+        self._grad = thing.grad if self._leaf else None
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        thing, changed = self.tensor, False
+        if self._memory is not None and not _one(thing, self._memory):
+            thing.data, changed = self._memory, True
+        if self._leaf and thing.requires_grad != self._requires_grad:
+            thing.requires_grad_(self._requires_grad)
+            changed = True
+        if self._leaf and thing.grad is not self._grad:
+            thing.grad, changed = self._grad, True
+        return changed
+
+
+def _one(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory."""
+    return (
+        a.dtype == b.dtype
+        and a.device == b.device
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and (a.is_meta or a.data_ptr() == b.data_ptr())
+    )

@@ -1,0 +1,67 @@
+"""Running a user's model so that nothing is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .held import HeldTensor
+from .reachable import Walk
+from .settings import settings_kept
+from .writes import Writes
+
+__all__ = ["Snapshot", "unchanged"]
+
+
+class Snapshot:
+    """What models, and all that is reachable from them, held at one moment.
+
+    Args:
+        *roots: Modules (or anything else).
+        but: Tensors to leave alone, since something else changes their values or memory meanwhile: subnetworks that
+            are switched, or statistics that are measured.
+    """
+
+    def __init__(self, *roots: Any, but: Iterable[Tensor] = ()) -> None:
+        found, left_alone = Walk(roots), {id(t) for t in but}
+        self._held = [h for h in found.held if not (isinstance(h, HeldTensor) and id(h.tensor) in left_alone)]
+        self.writes = Writes(t for t in found.tensors if id(t) not in left_alone)
+
+    def restore(self) -> bool:
+        """Put everything back, and say whether anything had changed. It can be done again and again."""
+        changed = self.writes.undo()  # first: into the memory that tensors had
+        for held in self._held:
+            changed |= held()
+        return changed
+
+
+@contextmanager
+def unchanged(*roots: Any, but: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
+    """Inside, models may be run, traced and fail; afterwards they are what they were, attribute for attribute.
+
+    A forward pass may do anything: keep anchors, masks and attention maps in attributes, register buffers, count,
+    append to logs, fill a cache beside the model. Under ``torch.export`` all these would be stand-ins without values,
+    with which the model could not run any more.
+
+    What is restored: attributes of modules and of the objects that they hold; lists, dictionaries, sets and deques;
+    tensors' identity, values, memory and flags; closures, default arguments, globals and class attributes that the
+    model's code names; ``functools`` caches that gained tensors (they are emptied); random generators and PyTorch's
+    global modes.
+
+    Args:
+        *roots: The models.
+        but: See :class:`Snapshot`.
+
+    Yields:
+        The snapshot, to restore in between.
+    """
+    before = Snapshot(*roots, but=but)
+    with settings_kept():
+        try:
+            with before.writes:
+                yield before
+        finally:
+            before.restore()

@@ -1,0 +1,120 @@
+"""In-place writes into known tensors, undone: a tensor is copied when, and only when, it is about to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Writes", "is_plain"]
+
+UNDECLARED = frozenset({"running_mean", "running_var"})
+"""Arguments that old batch-norm kernels write though their schemas do not say so."""
+
+_PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor has memory of its own: no subclass, and no stand-in (fake, functional, distributed)."""
+    return type(value) in _PLAIN and value.layout == torch.strided
+
+
+class Writes(TorchDispatchMode):
+    """Inside, each of some tensors is copied before the first operation that writes it.
+
+    Buffers can be large (a cache for 128 k positions), and almost none are written, so copying all of them beforehand
+    would double a model's memory. A dispatch mode sees every operation, also those of hooks and of compiled modules'
+    Python code; only writes past PyTorch (through ``tensor.numpy()``) escape it.
+
+    Args:
+        tensors: The tensors. They must stay alive, with the memory they have now.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._known = {place for t in tensors if (place := _place(t)) is not None}
+        self._saved: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+        self._changed: set[tuple[torch.device, int]] = set()  # since the last undo
+        self._undoing = False
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It only looks on, so ``torch.export`` and higher-order operators need not care."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._known and not self._undoing:
+            for value in _written(func, args, kwargs):
+                self._save(value)
+        return func(*args, **kwargs)
+
+    def _save(self, value: Tensor) -> None:
+        place = _place(value)
+        if place is None or place not in self._known:
+            return
+        self._changed.add(place)
+        if place not in self._saved:
+            storage = value.untyped_storage()
+            memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+            self._saved[place] = (memory, memory.clone())
+
+    def undo(self) -> bool:
+        """Put the values back that were there at first, and say whether there was anything to undo."""
+        changed, self._changed, self._undoing = self._changed, set(), True
+        try:
+            with torch.no_grad():
+                for place in changed:
+                    memory, value = self._saved[place]
+                    memory.copy_(value)
+        finally:
+            self._undoing = False
+        return bool(changed)
+
+
+def _place(value: Tensor) -> tuple[torch.device, int] | None:
+    if not is_plain(value) or value.is_meta:
+        return None
+    try:
+        address = value.untyped_storage().data_ptr()
+    except RuntimeError:  # a wrapper of functionalization, which has no memory
+        return None
+    return (value.device, address) if address else None
+
+
+@cache
+def _writers(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of each argument that an operation writes."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:  # a higher-order operator; what runs inside comes here by itself
+        return ()
+    return tuple(
+        (i, a.name)
+        for i, a in enumerate(schema.arguments)
+        if (a.alias_info is not None and a.alias_info.is_write) or a.name in UNDECLARED
+    )
+
+
+@cache
+def _training(func: Any) -> int | None:
+    """Position of the argument that says whether a norm updates its statistics."""
+    schema = getattr(func, "_schema", None)
+    return next((i for i, a in enumerate(schema.arguments) if a.name == "training"), None) if schema else None
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    writers, training = _writers(func), _training(func)
+    if writers and training is not None and not (args[training] if training < len(args) else kwargs.get("training")):
+        return
+    for i, name in writers:
+        value = args[i] if i < len(args) else kwargs.get(name)
+        for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                yield leaf
