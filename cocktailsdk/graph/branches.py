@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .coupling import Scale
 from .export import shape_of, within
 from .rules import Context
 
@@ -68,6 +69,9 @@ _KEEPS_ZERO = frozenset(
 
 _NORMS = {"batch_norm": 1, "instance_norm": 1, "layer_norm": 2, "group_norm": 2, "rms_norm": 2}
 """Norms, with the place of their weight; their bias comes next."""
+
+
+_NONE = Scale("", None)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ class _Finder:
         }
         contracted = {self.products.get(n) for n in nodes}
         weights = tuple(name for name in self.ctx.uses if name in own & contracted)
-        if not weights or not _Zeros(self, nodes, own).zero(end):
+        zeros = _Zeros(self, nodes, own)
+        if not weights or not zeros.zero(end) or any(zeros.divides(n) for n in nodes):
             return None
         return Residual(frozenset(nodes), tuple(n for n in self.readers if n in own), weights, self._modules(nodes))
 
@@ -197,6 +202,10 @@ class _Zeros:
             self._known[value] = name in self._own if name is not None else value in self._nodes and self._made(value)
         return self._known[value]
 
+    def divides(self, node: fx.Node) -> bool:
+        """Whether a call would be 0 / 0 (a spectral norm's)."""
+        return _op(node) in ("div", "divide", "true_divide") and self.zero(node.args[1])
+
     def _made(self, node: fx.Node) -> bool:
         op, args, sources = _op(node), [*node.args, None, None, None, None], node.all_input_nodes
         if op == "mul":
@@ -215,6 +224,11 @@ class _Zeros:
             return self.zero(args[2])
         if op == "linear" or op.startswith("conv"):
             return (self.zero(args[0]) or self.zero(args[1])) and (args[2] is None or self.zero(args[2]))
-        if op in ("matmul", "mm", "bmm", "einsum"):
+        if op == "_weight_norm":  # masked as a whole, its scale is zero and its direction is not
+            return (
+                self.zero(args[0])
+                and self._finder.ctx.scales.get(str(self._finder.ctx.tensor_name(args[0])), _NONE).name != ""
+            )
+        if op in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum"):
             return any(self.zero(a) for a in sources)
         return op in _KEEPS_ZERO and self.zero(args[0])
