@@ -34,17 +34,17 @@ MOST_REASONS = 3
 """Reasons told at once."""
 
 
-def check_coverage(net: CocktailNet, asked: Iterable[str | Pattern]) -> None:
+def check_coverage(net: CocktailNet, asked: Iterable[str | Pattern], umg: UMG) -> None:
     """Refuses patterns that find nothing, and warns of those that find little and of levels that remove nothing.
 
     Args:
         net: With a mask for every subnetwork.
         asked: The patterns as the user gave them.
+        umg: Of the net.
 
     Raises:
         PatternError: One of them can touch no weight and no channel.
     """
-    umg = net.umg()
     found = {s.name: _touched(p, s, net.masks[s.name], umg) for p in net.patterns for s in p.subnets()}
     idle, others = [], []
     for item in asked:
@@ -55,14 +55,14 @@ def check_coverage(net: CocktailNet, asked: Iterable[str | Pattern]) -> None:
         leave = f", or ask for patterns={names} alone" if names else ""
         text = idle[0] if isinstance(idle[0], str) else idle[0].name
         raise PatternError(
-            f"{text!r} finds nothing to prune in {type(net.model).__name__}: {_why(net, idle[0])}; name weights in "
+            f"{text!r} finds nothing to prune in {type(net.model).__name__}: {_why(net, idle[0], umg)}; name weights in "
             f"target_modules=[...]{leave} (cocktailsdk.inspect lists every weight with its reason)"
         )
     for pattern in net.patterns:
-        _warn(net, pattern, found)
+        _warn(net, pattern, found, umg)
 
 
-def _warn(net: CocktailNet, pattern: Pattern, found: Mapping[str, float]) -> None:
+def _warn(net: CocktailNet, pattern: Pattern, found: Mapping[str, float], umg: UMG) -> None:
     nothing = [s.name for s in pattern.subnets() if s.sparsity > 0 and _removes_nothing(net.masks[s.name])]
     if nothing:
         idle = any(not found[name] for name in nothing)
@@ -70,7 +70,9 @@ def _warn(net: CocktailNet, pattern: Pattern, found: Mapping[str, float]) -> Non
             "%s: nothing is removed, so %s dense: %s",
             ", ".join(map(repr, nothing)),
             "this subnetwork is" if len(nothing) == 1 else "these subnetworks are",
-            _why(net, pattern) if idle else "so small a share is no whole weight or channel; ask for a higher sparsity",
+            _why(net, pattern, umg)
+            if idle
+            else "so small a share is no whole weight or channel; ask for a higher sparsity",
         )
     little = [s.name for s in pattern.subnets() if 0 < found[s.name] < LITTLE]
     if little:
@@ -79,7 +81,7 @@ def _warn(net: CocktailNet, pattern: Pattern, found: Mapping[str, float]) -> Non
             ", ".join(map(repr, little)),
             100 * max(found[name] for name in little),
             type(net.model).__name__,
-            _why(net, pattern),
+            _why(net, pattern, umg),
         )
 
 
@@ -123,12 +125,12 @@ def nothing_to_remove(coupling: Coupling) -> str:
     return _told(reasons) or "no weight makes channels that another layer reads"
 
 
-def _why(net: CocktailNet, asked: str | Pattern) -> str:
+def _why(net: CocktailNet, asked: str | Pattern, umg: UMG) -> str:
     """Why a pattern can touch no more of the model, the reasons that hold for most weights first."""
     if any(p.removes_units or isinstance(p, Product) for p in resolve_patterns(asked)):
         return nothing_to_remove(net.coupling)
     eligible = {w.name for w in net.eligible}
-    if eligible and max(_covers(net, asked), default=0.0) > SOME:
+    if eligible and max(_covers(net, asked, umg), default=0.0) > SOME:
         eligible = set()  # these are covered: the reasons are those of the others
         covered = frozenset(w.name for w in net.eligible)
     else:
@@ -157,7 +159,7 @@ def nothing_to_prune(
             continue
         w = known.get(name)
         if name in without_place:
-            reason = f"of shape {list(shape)}, too small for the pattern"
+            reason = "too small for the pattern"
         elif w is None:
             reason = "not multiplied with activations on the example inputs"
         else:
@@ -166,8 +168,7 @@ def nothing_to_prune(
     return _told(reasons) or "it has no weight of two dimensions"
 
 
-def _covers(net: CocktailNet, asked: str | Pattern) -> Iterator[float]:
-    umg = net.umg()
+def _covers(net: CocktailNet, asked: str | Pattern, umg: UMG) -> Iterator[float]:
     for p in resolve_patterns(asked):
         for s in p.subnets():
             if s.name in net.masks:

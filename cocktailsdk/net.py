@@ -275,7 +275,7 @@ def sparsify(
     eligible = selection.eligible(coupling)
     if not eligible and not coupling.groups:
         raise PatternError(
-            f"nothing in {type(model).__name__} can be pruned: no weight is eligible and no channels can go "
+            "nothing in the model can be pruned: no weight is eligible and no channels can go "
             f"({nothing_to_prune(coupling, selection)}); the first convolution and the classifier become eligible when "
             "target_modules names them"
         )
@@ -283,7 +283,7 @@ def sparsify(
     umg = net.umg()
     for name, mask in make_all_masks(chosen, coupling, eligible, umg.values).items():
         net.set_mask(name, mask)
-    check_coverage(net, patterns)
+    check_coverage(net, patterns, umg)
     log.info(
         "%d networks of %s: %d eligible weights, %d channel groups",
         len(net.names),

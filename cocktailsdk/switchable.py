@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .errors import PatternError, SubnetError
 from .gate import Gate
 from .graph import Coupling
+from .graph.hooked import refresh
 from .levels import Level, nested_levels
 from .masks import Mask
 from .packed import PackedMasks
@@ -52,6 +53,7 @@ class SwitchableNet(nn.Module):
         self._switcher = Switcher(model)
         self._placed = PlacedMasks(coupling, self._switcher.tensors)
         self._gate = Gate()
+        self._hooked = tuple(m for m in model.modules() if m._forward_pre_hooks)
         self._active = self._statistics_active = DENSE
         self.training = model.training
 
@@ -205,6 +207,7 @@ class SwitchableNet(nn.Module):
             if name != DENSE and not self._switcher.swap(name):
                 self._switcher.mask(masks or self._device_masks(name))
             self._active = name
+            refresh(self._hooked)  # whoever looks at a weight before the next pass sees this subnetwork's
         if statistics:
             self._go_statistics(name)
 

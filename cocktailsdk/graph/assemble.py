@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor, fx
 
 from .branches import residuals
-from .carried import carried, computation
+from .carried import FAKE_QUANTIZATION, carried, computation
 from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 from .export import module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
@@ -184,6 +184,7 @@ _MOVES = {
     "clone",
     "to",
     "_to_copy",
+    *FAKE_QUANTIZATION,
 }
 """Ops that hand a value on as it is."""
 
@@ -222,7 +223,8 @@ def _groups(
     channels = [1] * len(units.runs)
     starts = torch.tensor([r.start for r in units.runs])
     for name, held in fields.items():
-        columns = ctx.uses[name].in_axis if name in ctx.uses else None
+        use = ctx.uses.get(name) or ctx.training_uses.get(name)
+        columns = None if use is None else use.in_axis
         for u in held:
             axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
             kind = "rows" if (name, axes[0]) in rows else "columns" if columns == axes[0] else "entries"
@@ -289,14 +291,14 @@ def _contractions(ctx: Context, units: _Units) -> tuple[Contraction, ...]:
 def _trace(ctx: Context, units: _Units, made: Sequence[Made], root: Int64[Tensor, " labels"]) -> Trace:
     nodes = []
     for node in ctx.exported.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or not ctx.is_told(node):
             continue
         result = ctx.env.get(node, ())
         shape = shape_of(node)
         held: tuple[Tensor, ...] = ()
         if shape is not None and all(isinstance(f, Field) for f in result):
             held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
-        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function")
+        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function" and ctx.is_told(a))
         nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs, within(node)))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
     why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})

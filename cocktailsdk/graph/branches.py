@@ -8,6 +8,7 @@ from torch import fx
 
 from .coupling import Scale
 from .export import shape_of, within
+from .modes import training_only
 from .rules import Context
 
 __all__ = ["Residual", "residuals"]
@@ -122,7 +123,7 @@ class _Finder:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.order = list(ctx.exported.graph.nodes)
+        self.order = [n for n in ctx.exported.graph.nodes if not training_only(n)]
         self.place = {node: i for i, node in enumerate(self.order)}
         self.live = {node: self._live(node) for node in self.order}
         self.products = {p.node: p.weight for p in ctx.products}
@@ -131,7 +132,7 @@ class _Finder:
         for i, node in enumerate(self.order):
             bits = 1 << i
             for source in node.all_input_nodes:
-                bits |= self.behind[source]
+                bits |= self.behind.get(source, 0)  # the output's of training mode have none
             self.behind[node] = bits
             name = ctx.tensor_name(node)
             if name is not None:
@@ -139,7 +140,8 @@ class _Finder:
 
     def _live(self, node: fx.Node) -> set[fx.Node]:
         """The calls that read a node, without those whose results nothing reads and checks of its metadata."""
-        return {u for u in node.users if u not in self.ctx.dead and not _op(u).startswith("_assert")}
+        users = (u for u in node.users if not training_only(u))
+        return {u for u in users if u not in self.ctx.dead and not _op(u).startswith("_assert")}
 
     def branch(self, node: fx.Node, stream: fx.Node, end: fx.Node) -> Residual | None:
         """The branch that a sum of these two operands ends, if it is one."""

@@ -94,7 +94,7 @@ class Cutter:
             if name in share and id(tensor) not in memo:
                 memo[id(tensor)] = _like(tensor, tensor.detach())
         slim = duplicate(model, memo)
-        refresh(slim)
+        refresh(slim.modules())
         with evaluating(model), evaluating(slim):  # in training, merely reading a spectral norm's weight changes it
             return slim, mend(slim, model, self.trace, keep, mends)
 

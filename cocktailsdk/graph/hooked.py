@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ def hooked(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield hook.name, hook.compute_weight(module, do_power_iteration=False)
 
 
-def refresh(model: nn.Module) -> None:
+def refresh(modules: Iterable[nn.Module]) -> None:
     """Computes these attributes anew: after tensors were cut, or changed in place, they are those of before."""
-    for module in model.modules():
+    for module in modules:
         for name, value in hooked(module):
             setattr(module, name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -11,6 +10,8 @@ from torch import nn
 from ..adapters import after_slim
 from ..errors import SlimError
 from ..graph import Coupling, slim_module
+from ..graph.cut import duplicate
+from ..graph.hooked import refresh
 from ..net import CocktailNet, couple_model
 from ..statistics import device_of, to_device
 from .depth import without_branches
@@ -28,7 +29,8 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
     removed = None if mask is None else mask.removed
     if removed is None or not bool(removed.any()):
         with net.using(name):
-            made = copy.deepcopy(net.model)
+            made = duplicate(net.model)
+            refresh(made.modules())
         dropped = mask.dropped(net.coupling) if mask is not None else ()
         if not dropped or net.example is None:
             return made

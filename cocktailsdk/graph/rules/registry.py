@@ -84,6 +84,8 @@ class Context:
         operands: Of weights that are computed from a parameter, what is multiplied.
         scales: Of weights that are divided by a norm of their own, what scales them afterwards.
         carried: Per node, the parameters whose zeros are its zeros.
+        training: Whether the call that is being read is one of training mode alone.
+        training_uses: Parameters contracted with activations in training mode alone, by name.
     """
 
     exported: Exported
@@ -104,9 +106,11 @@ class Context:
     operands: dict[str, fx.Node] = field(default_factory=dict)
     scales: dict[str, Scale] = field(default_factory=dict)
     carried: dict[fx.Node, Mapping[str, Axes]] = field(default_factory=dict)
+    training: bool = False
+    training_uses: dict[str, WeightUse] = field(default_factory=dict)
     _axes: dict[str, Fields] = field(default_factory=dict)
     _depends: dict[fx.Node, bool] = field(default_factory=dict)
-    _by_module: dict[str, list[fx.Node]] | None = None
+    _by_module: dict[tuple[str, bool], list[fx.Node]] | None = None
     _parents: set[str] | None = None
 
     def fields(self, value: Any) -> Fields:
@@ -234,13 +238,22 @@ class Context:
         return self._axes
 
     def nodes_of(self, module: str) -> list[fx.Node]:
-        """Nodes whose innermost module is this one."""
+        """Nodes whose innermost module is this one, in the mode that is being read; else in the other."""
+        return self._calls.get((module, self.training)) or self._calls.get((module, not self.training), [])
+
+    def is_told(self, node: fx.Node) -> bool:
+        """Whether a call is of eval mode, or of a module that runs in training mode alone."""
+        return not node.meta.get("training") or (module_of(node), False) not in self._calls
+
+    @property
+    def _calls(self) -> Mapping[tuple[str, bool], list[fx.Node]]:
         if self._by_module is None:
             self._by_module = {}
             for node in self.exported.graph.nodes:
                 if node.op == "call_function":
-                    self._by_module.setdefault(module_of(node), []).append(node)
-        return self._by_module.get(module, [])
+                    key = module_of(node), bool(node.meta.get("training"))
+                    self._by_module.setdefault(key, []).append(node)
+        return self._by_module
 
     def runs_children(self, module: str) -> bool:
         """Whether a module calls modules of its own that run anything."""
