@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import PatternError
 from .graph import Kept, Weight
+from .graph.carried import computed
+from .graph.export import evaluating
+from .graph.hooked import hooked
 from .net import CocktailNet
 from .patterns import NM
 from .patterns.layout import tiles
@@ -80,7 +83,8 @@ def verify_nm(
     are removed, what its slim model holds of them. Of any other module all convolution and linear weights are, but the
     first convolution and, where it is the last weight, the classifier, in the order in which the modules were
     registered (if those are all there is, they are checked). Remainders shorter than M are not covered by the pattern
-    and not checked.
+    and not checked. Of weights that are computed (weight norm, ``torch.nn.utils.prune``, parametrizations), what the
+    model multiplies with is checked, not the parameter.
 
     Args:
         model: Holds plain tensors with zeros in them.
@@ -100,8 +104,9 @@ def verify_nm(
         weights, tensors = _left(model)
         selection = model.selection
     else:
-        found = _marked([w for w, _ in _weights(model)])
-        tensors = {w.name: t for w, t in _weights(model)}
+        held = _weights(model)
+        found = _marked([w for w, _ in held])
+        tensors = {w.name: t for w, t in held}
         weights, selection = tuple(found), Selection.of(model, target_modules, exclude_modules)
     failures, checked, skipped = [], [], []
     for w in weights:
@@ -132,8 +137,14 @@ def _runs(weight: Weight, tensor: Tensor, m: int, transposable: bool) -> Tensor:
 
 
 def _left(net: CocktailNet) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
-    """The active subnetwork's weights, without the channels that it removes."""
+    """What the active subnetwork multiplies with, without the channels that it removes."""
     tensors: dict[str, Tensor] = dict(net.model.named_parameters())
+    every = {**tensors, **dict(net.model.named_buffers())}
+    trace = net.coupling.trace
+    if trace is not None:
+        tensors |= {n: computed(graph, every.__getitem__) for n, graph in trace.computed.items()}
+    else:
+        tensors |= _alike(net, tensors)
     mask = net.masks.get(net.active)
     if mask is None or mask.removed is None:
         return net.coupling.weights, tensors
@@ -142,16 +153,33 @@ def _left(net: CocktailNet) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
     return tuple(left.weight(w) for w in net.coupling.weights), held
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[Weight, Tensor]]:
-    """Weights by the class of their module, for want of a graph; each parameter once."""
+def _alike(net: CocktailNet, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that modules compute of a parameter, where the graph is not known: those of the parameter's shape."""
+    out = {}
+    made = {w.module: t.detach() for w, t in _weights(net.model)}
+    for w in net.coupling.weights:
+        path = (
+            w.name.partition(".parametrizations.")[0] if ".parametrizations." in w.name else w.name.rpartition(".")[0]
+        )
+        if w.name not in (f"{path}.weight", "weight") and path in made and made[path].shape == tensors[w.name].shape:
+            out[w.name] = made[path]
+    return out
+
+
+def _weights(model: nn.Module) -> list[tuple[Weight, Tensor]]:
+    """Weights by the class of their module, for want of a graph; each parameter once. Computed ones as they are now."""
     seen: set[int] = set()
-    for path, module in model.named_modules():
-        for name, t, op, out_axis, in_axis in _of(module):
-            if id(t) not in seen:
-                seen.add(id(t))
-                groups = int(getattr(module, "groups", 1))
-                full = f"{path}.{name}".lstrip(".")
-                yield Weight(full, path, op, tuple(t.shape), out_axis, in_axis, groups, 0), t
+    out = []
+    with evaluating(model), torch.no_grad():
+        for path, module in model.named_modules():
+            now = dict(hooked(module))
+            for name, t, op, out_axis, in_axis in _of(module):
+                if id(t) not in seen:
+                    seen.add(id(t))
+                    groups = int(getattr(module, "groups", 1))
+                    full = f"{path}.{name}".lstrip(".")
+                    out.append((Weight(full, path, op, tuple(t.shape), out_axis, in_axis, groups, 0), now.get(name, t)))
+    return out
 
 
 def _of(module: nn.Module) -> Iterator[tuple[str, Tensor, str, int, int]]:

@@ -42,7 +42,7 @@ class SubnetReport:
 def params_kept(coupling: Coupling, mask: Mask) -> int:
     """Parameters that the mask leaves, tied ones once."""
     total = coupling.params()
-    for name, keep in mask.tensors(coupling).items():
+    for name, keep in mask.left(coupling).items():
         if name in coupling.shapes:
             share = math.prod(coupling.shapes[name]) // keep.numel()
             total -= int((~keep).sum()) * share
@@ -65,7 +65,7 @@ def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
 
     A weight's elements are used equally often, border effects of padding aside, which dense kernels run too.
     """
-    kept = mask.tensors(coupling)
+    kept = mask.left(coupling)
     gone = None if mask.removed is None else torch.cat([mask.removed, torch.zeros(1, dtype=torch.bool)])
     total = 0
     for c in _run(coupling, mask):

@@ -26,10 +26,14 @@ class Mask:
     removed: Bool[Tensor, " units"] | None = None
 
     def tensors(self, coupling: Coupling) -> dict[str, Bool[Tensor, "..."]]:
-        """All that is masked: by parameter or buffer name, True where kept, broadcastable to its shape."""
+        """All that is set to zero: by parameter or buffer name, True where kept, broadcastable to its shape."""
+        return coupling.spared(self.left(coupling))
+
+    def left(self, coupling: Coupling) -> dict[str, Bool[Tensor, "..."]]:
+        """What is left, for counting: the same but for parameters that are divided by a norm of their own."""
         out = dict(self.elements)
         if self.removed is not None:
-            for name, keep in coupling.masks(self.removed).items():
+            for name, keep in coupling.left(self.removed).items():
                 out[name] = out[name] & keep if name in out else keep
         return out
 

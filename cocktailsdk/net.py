@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .counts import SubnetReport, flops_left, nonzero_macs, params_kept
+from .coverage import check_coverage, nothing_to_prune
 from .deploying import Deployable
 from .errors import PatternError
 from .graph import Coupling, Weight
+from .graph.carried import computed
 from .hub import HubMixin
 from .masks import Mask
 from .modes import frozen_norms
@@ -109,8 +111,14 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
         if self._switcher.tensors.sharded:
             values = self._sharded_values(tuple(names))
         else:
-            values = {n: self._switcher.dense(n) for n in names}
+            values = {n: self._multiplied(n) for n in names}
         return UMG(self.coupling, self.eligible, values, previous, dict(made or {}))
+
+    def _multiplied(self, name: str) -> Tensor:
+        """The dense value of what the model multiplies with, in the parameter's shape: of a weight norm its result."""
+        trace = self.coupling.trace
+        graph = trace.computed.get(name) if trace is not None else None
+        return self._switcher.dense(name) if graph is None else computed(graph, self._switcher.dense)
 
     def _sharded_values(self, names: tuple[str, ...]) -> ShardedValues:
         switcher = self._switcher
@@ -265,7 +273,8 @@ def sparsify(
         exclude_modules: Which are not; the same forms. They also keep their output channels.
 
     Raises:
-        PatternError: A pattern is not known, or a selection names nothing.
+        PatternError: A pattern is not known or finds nothing to prune, or a selection names nothing. A pattern that can
+            touch less than a tenth of the weights, and a level that removes nothing, are logged as warnings.
         AdapterError: No example inputs were given and none can be made.
         ExportFailed: The model cannot be followed on the example inputs.
     """
@@ -273,6 +282,7 @@ def sparsify(
         raise PatternError("the model is a CocktailNet already; give its .model to sparsify it anew")
     if not isinstance(model, nn.Module):
         raise PatternError(f"sparsify takes an nn.Module, not {type(model).__name__}")
+    patterns = (patterns,) if isinstance(patterns, str | Pattern) else tuple(patterns)
     chosen = resolve_patterns(patterns)
     selection = Selection.of(model, target_modules, exclude_modules)
     example = example_of(model, example_inputs, example_kwargs)
@@ -280,13 +290,15 @@ def sparsify(
     eligible = selection.eligible(coupling)
     if not eligible and not coupling.groups:
         raise PatternError(
-            "nothing in the model can be pruned: no weight is eligible and no channels can go; the first convolution "
-            "and the classifier become eligible when target_modules names them"
+            "nothing in the model can be pruned: no weight is eligible and no channels can go "
+            f"({nothing_to_prune(coupling, selection)}); the first convolution and the classifier become eligible when "
+            "target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
     umg = net.umg()
     for name, mask in make_all_masks(chosen, coupling, eligible, umg.values).items():
         net.set_mask(name, mask)
+    check_coverage(net, patterns, umg)
     log.info(
         "%d networks of %s: %d eligible weights, %d channel groups",
         len(net.names),

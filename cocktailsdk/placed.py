@@ -77,9 +77,9 @@ class PlacedMasks:
             return units
         if tensors.sharded:
             packed = PackedMasks((n, tensors.part(n, m)) for n, m in mask.tensors(self._coupling).items())
-        elif mask.removed is None and isinstance(mask.elements, Level):
+        elif self._as_given(mask) and isinstance(mask.elements, Level):
             packed = mask.elements.packed()
-        elif mask.removed is None and isinstance(mask.elements, PackedMasks):
+        elif self._as_given(mask) and isinstance(mask.elements, PackedMasks):
             packed = mask.elements
         else:
             packed = PackedMasks(mask.tensors(self._coupling).items())
@@ -88,11 +88,20 @@ class PlacedMasks:
             return {n: m.to(tensors[n].device, number_type(tensors[n])) for n, m in packed.items()}
         return packed.to(devices.pop())
 
+    def _as_given(self, mask: Mask) -> bool:
+        """Whether what is set to zero is what the mask's elements say, and nothing else."""
+        return mask.removed is None and self._coupling.scales.keys().isdisjoint(mask.elements)
+
     def _units(self, removed: Tensor) -> UnitMasks | None:
         """Removed units by the positions that go, where that is of use: for what is large and on the CPU."""
         tensors, fields = self._tensors, self._coupling.fields
         size = sum(tensors[n].nbytes for n in fields)
-        if size <= _PLAIN_BYTES or tensors.sharded or any(tensors[n].device.type != "cpu" for n in fields):
+        if (
+            self._coupling.scales
+            or size <= _PLAIN_BYTES
+            or tensors.sharded
+            or any(tensors[n].device.type != "cpu" for n in fields)
+        ):
             return None
         return UnitMasks(self._coupling, removed) if UnitMasks.fits(self._coupling) else None
 

@@ -74,7 +74,8 @@ class Selection:
         out = tuple(w for w in coupling.weights if self._takes(w))
         if self.target is not None and not out:
             raise PatternError(
-                f"target_modules={self.target!r} selects no weight that is multiplied with activations"
+                f"target_modules={self.target!r} selects no weight that is multiplied with activations, and can be "
+                "masked"
                 + (f" once exclude_modules={self.exclude!r} are gone" if self.exclude else "")
                 + f"; the model has {some_of(w.module or w.name for w in coupling.weights)}"
             )
@@ -88,9 +89,14 @@ class Selection:
             return "excluded"
         if self.target is not None and not _match(self.target, weight.module, weight.name):
             return "not targeted"
+        if weight.unmaskable:
+            return weight.unmaskable
         return f"{weight.role} (name it in target_modules to prune it)"
 
     def _takes(self, w: Weight) -> bool:
+        return not w.unmaskable and self._names(w)
+
+    def _names(self, w: Weight) -> bool:
         if self.exclude is not None and _match(self.exclude, w.module, w.name):
             return False
         if self.target is None:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from .errors import CocktailError, PatternError, SubnetError
 from .gate import Gate
 from .graph import Coupling
+from .graph.hooked import refresh
 from .levels import Level, nested_levels
 from .masks import Mask
 from .packed import PackedMasks
 from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
-from .selection import some_of
+from .selection import owner_of, some_of
 from .sharding import local
 from .statistics import statistics_of
 from .switching import Switcher
@@ -57,6 +58,7 @@ class SwitchableNet(nn.Module):
         self._switcher = Switcher(model)
         self._placed = PlacedMasks(coupling, self._switcher.tensors)
         self._gate = Gate()
+        self._hooked = tuple(m for m in model.modules() if m._forward_pre_hooks)
         self._active = self._statistics_active = DENSE
         self.training = model.training
 
@@ -297,6 +299,7 @@ class SwitchableNet(nn.Module):
             if name != DENSE and not switcher.swap(name):
                 switcher.mask(masks or self._device_masks(name))
             self._active = name
+            refresh(self._hooked)  # whoever looks at a weight before the next pass sees this subnetwork's
             if watch:
                 switcher.weights.watch(switcher.tensors)
         if statistics not in (None, self._statistics_active):
@@ -350,6 +353,7 @@ class SwitchableNet(nn.Module):
                 f"the mask of {name!r} removes units given as {mask.removed.dtype} of {tuple(mask.removed.shape)}; the "
                 f"model has {self.coupling.n_units} units, so bool of ({self.coupling.n_units},)"
             )
+        self._check_scales(name, mask)
         removed = None if mask.removed is None else mask.removed.detach().cpu()
         self._masks[name] = Mask(PackedMasks((n, k.cpu()) for n, k in mask.elements.items()), removed)
         self._placed.forget(name)
@@ -357,6 +361,21 @@ class SwitchableNet(nn.Module):
         self.statistics.pop(name, None)
         self.metrics.pop(name, None)
         self._hold_together(self._subnets[name].pattern)
+
+    def _check_scales(self, name: str, mask: Mask) -> None:
+        """Refuses masks under which a weight would be 0 / 0."""
+        for weight, scale in self.coupling.scales.items():
+            keep = mask.elements.get(weight)
+            if keep is None or scale.name:
+                continue
+            left = keep.any() if scale.axis is None else keep.movedim(scale.axis, 0).flatten(1).any(1).all()
+            if not bool(left):
+                part = "all" if scale.axis is None else "whole channels"
+                module = weight.partition(".parametrizations.")[0] if ".parametr" in weight else owner_of(weight)
+                raise PatternError(
+                    f"the mask of {name!r} removes {part} of {weight!r}, which the model divides by a norm of its own: "
+                    f"the weight would be 0 / 0; give exclude_modules=[{module!r}], or a lower sparsity"
+                )
 
     def _hold_together(self, pattern: str) -> None:
         """Once a pattern has all its masks of single weights, keep nested ones in fewer bits."""

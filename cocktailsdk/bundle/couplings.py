@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError
-from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Touch, Weight
+from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Scale, Touch, Weight
 from ..printable import printable
 from .limits import MAX_DIMS, MAX_FIELDS, max_coupling_entries, max_unit_entries
 from .values import distinct, items, keyed, label, quoted, text, texts, whole
@@ -114,6 +114,8 @@ def write_coupling(coupling: Coupling, tensors: Sequence[str]) -> tuple[dict[str
             [b.name, [at[t] for t in b.tensors], [at[w] for w in b.weights], list(b.modules)] for b in coupling.branches
         ],
     }
+    if coupling.scales:  # few models have any
+        meta["scales"] = [[at[n], at[s.name] if s.name else None, s.axis] for n, s in coupling.scales.items()]
     meta["units"] = vectors.table
     return meta, vectors.tensor(coupling.n_units)
 
@@ -137,7 +139,7 @@ def read_coupling(
     Raises:
         BundleError: It does not fit the model.
     """
-    keyed(meta, "its coupling", _KEYS, ("branches",))  # bundles from before branches were known have none
+    keyed(meta, "its coupling", _KEYS, ("branches", "scales"))  # older bundles have no branches
     return _Reader(tensors, {**buffers, **shapes}, shapes).coupling(meta, data)
 
 
@@ -186,6 +188,7 @@ class _Reader:
             shapes=dict(self.parameters),
             unknown_ops={printable(op): whole(n, "the uses of an op") for op, n in unknown.items()},
             branches=tuple(self.branch(b) for b in self.entries(meta.get("branches", []), "its branches")),
+            scales=dict(self.scale(s) for s in self.entries(meta.get("scales", []), "its scales")),
         )
 
     def entries(self, value: Any, what: str) -> list[Any]:
@@ -289,6 +292,18 @@ class _Reader:
         name = None if place is None else self.parameter(place)
         own = text(module, "a module") if name is None else self.owner(name, module)
         return Contraction(own, name, whole(macs, "multiply-adds"), tuple(self.units(f) for f in factors))
+
+    def scale(self, value: Any) -> tuple[str, Scale]:
+        place, scale, axis = items(value, "a scale", 3)
+        name = self.parameter(place)
+        shape = self.parameters[name]
+        if axis is not None:
+            axis = whole(axis, f"an axis of {name!r}", high=len(shape) - 1)
+        own = "" if scale is None else self.parameter(scale)
+        wanted = 1 if axis is None else shape[axis]
+        if own and prod(self.parameters[own]) != wanted:
+            raise BundleError(f"the bundle scales {name!r} by {own!r}, which has not {wanted} elements")
+        return name, Scale(own, axis)
 
     def branch(self, value: Any) -> Branch:
         name, own, weights, modules = items(value, "a branch", 4)

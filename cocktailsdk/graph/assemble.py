@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor, fx
 
 from .branches import residuals
+from .carried import FAKE_QUANTIZATION, carried, computation
 from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 from .export import module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
@@ -132,6 +133,7 @@ def assemble(ctx: Context) -> Coupling:
         shapes={n: s for n, s in ctx.exported.shapes.items() if n in ctx.exported.trainable},
         unknown_ops=dict(ctx.unknown),
         branches=_branches(ctx),
+        scales=dict(ctx.scales),
         trace=_trace(ctx, units, made, root),
     )
 
@@ -154,7 +156,18 @@ def _weights(ctx: Context) -> tuple[Weight, ...]:
         role = "first convolution" if use.name == first else "classifier" if use.name in last else ""
         shape = ctx.exported.shapes[use.name]
         out.append(
-            Weight(use.name, use.module, use.op, shape, use.out_axis, use.in_axis, use.groups, macs[use.name], role)
+            Weight(
+                use.name,
+                use.module,
+                use.op,
+                shape,
+                use.out_axis,
+                use.in_axis,
+                use.groups,
+                macs[use.name],
+                role,
+                ctx.unmaskable.get(use.name, ""),
+            )
         )
     return tuple(out)
 
@@ -171,6 +184,7 @@ _MOVES = {
     "clone",
     "to",
     "_to_copy",
+    *FAKE_QUANTIZATION,
 }
 """Ops that hand a value on as it is."""
 
@@ -209,7 +223,8 @@ def _groups(
     channels = [1] * len(units.runs)
     starts = torch.tensor([r.start for r in units.runs])
     for name, held in fields.items():
-        columns = ctx.uses[name].in_axis if name in ctx.uses else None
+        use = ctx.uses.get(name) or ctx.training_uses.get(name)
+        columns = None if use is None else use.in_axis
         for u in held:
             axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
             kind = "rows" if (name, axes[0]) in rows else "columns" if columns == axes[0] else "entries"
@@ -276,18 +291,38 @@ def _contractions(ctx: Context, units: _Units) -> tuple[Contraction, ...]:
 def _trace(ctx: Context, units: _Units, made: Sequence[Made], root: Int64[Tensor, " labels"]) -> Trace:
     nodes = []
     for node in ctx.exported.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or not ctx.is_told(node):
             continue
         result = ctx.env.get(node, ())
         shape = shape_of(node)
         held: tuple[Tensor, ...] = ()
         if shape is not None and all(isinstance(f, Field) for f in result):
             held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
-        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function")
+        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function" and ctx.is_told(a))
         nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs, within(node)))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
     why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})
-    return Trace(tuple(nodes), dict(ctx.norms), pads, frozenset(ctx.counted), ctx.exported.scopes, stays=why)
+    return Trace(
+        tuple(nodes),
+        dict(ctx.norms),
+        pads,
+        frozenset(ctx.counted),
+        ctx.exported.scopes,
+        stays=why,
+        computed=_computed(ctx),
+    )
+
+
+def _computed(ctx: Context) -> dict[str, fx.Graph]:
+    """The graphs of weights that are computed from one parameter each, element by element."""
+    alone = {name: value for name, value in ctx.operands.items() if ctx.tensor_name(value) is None}
+    same = {
+        name: value
+        for name, value in alone.items()
+        if carried(ctx, value)[name] == tuple(range(len(ctx.exported.shapes[name])))
+        and ctx.shape(value) == ctx.exported.shapes[name]
+    }
+    return {name: computation(ctx, value) for name, value in same.items()}
 
 
 def _padding(ctx: Context, module: str) -> fx.Graph:

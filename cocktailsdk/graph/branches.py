@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .coupling import Scale
 from .export import shape_of, within
+from .modes import training_only
 from .rules import Context
 
 __all__ = ["Residual", "residuals"]
@@ -70,6 +72,9 @@ _NORMS = {"batch_norm": 1, "instance_norm": 1, "layer_norm": 2, "group_norm": 2,
 """Norms, with the place of their weight; their bias comes next."""
 
 
+_NONE = Scale("", None)
+
+
 @dataclass(frozen=True)
 class Residual:
     """A residual branch, as it lies in the graph.
@@ -118,7 +123,7 @@ class _Finder:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.order = list(ctx.exported.graph.nodes)
+        self.order = [n for n in ctx.exported.graph.nodes if not training_only(n)]
         self.place = {node: i for i, node in enumerate(self.order)}
         self.live = {node: self._live(node) for node in self.order}
         self.products = {p.node: p.weight for p in ctx.products}
@@ -127,7 +132,7 @@ class _Finder:
         for i, node in enumerate(self.order):
             bits = 1 << i
             for source in node.all_input_nodes:
-                bits |= self.behind[source]
+                bits |= self.behind.get(source, 0)  # the output's of training mode have none
             self.behind[node] = bits
             name = ctx.tensor_name(node)
             if name is not None:
@@ -135,7 +140,8 @@ class _Finder:
 
     def _live(self, node: fx.Node) -> set[fx.Node]:
         """The calls that read a node, without those whose results nothing reads and checks of its metadata."""
-        return {u for u in node.users if u not in self.ctx.dead and not _op(u).startswith("_assert")}
+        users = (u for u in node.users if not training_only(u))
+        return {u for u in users if u not in self.ctx.dead and not _op(u).startswith("_assert")}
 
     def branch(self, node: fx.Node, stream: fx.Node, end: fx.Node) -> Residual | None:
         """The branch that a sum of these two operands ends, if it is one."""
@@ -160,7 +166,8 @@ class _Finder:
         }
         contracted = {self.products.get(n) for n in nodes}
         weights = tuple(name for name in self.ctx.uses if name in own & contracted)
-        if not weights or not _Zeros(self, nodes, own).zero(end):
+        zeros = _Zeros(self, nodes, own)
+        if not weights or not zeros.zero(end) or any(zeros.divides(n) for n in nodes):
             return None
         return Residual(frozenset(nodes), tuple(n for n in self.readers if n in own), weights, self._modules(nodes))
 
@@ -197,6 +204,10 @@ class _Zeros:
             self._known[value] = name in self._own if name is not None else value in self._nodes and self._made(value)
         return self._known[value]
 
+    def divides(self, node: fx.Node) -> bool:
+        """Whether a call would be 0 / 0 (a spectral norm's)."""
+        return _op(node) in ("div", "divide", "true_divide") and self.zero(node.args[1])
+
     def _made(self, node: fx.Node) -> bool:
         op, args, sources = _op(node), [*node.args, None, None, None, None], node.all_input_nodes
         if op == "mul":
@@ -215,6 +226,11 @@ class _Zeros:
             return self.zero(args[2])
         if op == "linear" or op.startswith("conv"):
             return (self.zero(args[0]) or self.zero(args[1])) and (args[2] is None or self.zero(args[2]))
-        if op in ("matmul", "mm", "bmm", "einsum"):
+        if op == "_weight_norm":  # masked as a whole, its scale is zero and its direction is not
+            return (
+                self.zero(args[0])
+                and self._finder.ctx.scales.get(str(self._finder.ctx.tensor_name(args[0])), _NONE).name != ""
+            )
+        if op in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum"):
             return any(self.zero(a) for a in sources)
         return op in _KEEPS_ZERO and self.zero(args[0])

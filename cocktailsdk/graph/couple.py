@@ -15,6 +15,7 @@ from .coupling import Coupling
 from .export import Exported, export, module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
 from .mend import READS_SIZES
+from .modes import Unreached, idle, keep_for, reads_training, training_only, with_training
 from .reasons import because
 from .rules import RULES, Context
 from .rules.mutation import mutated
@@ -33,6 +34,10 @@ class Pass:
         kwargs: Example keyword inputs.
         exclude: For a module's path, whether its output channels must all stay (its input columns may go).
         exported: The model's graph, where it has been exported already.
+        training: Follow training mode, too, whether or not there are parameters that eval mode does not read.
+
+    Attributes:
+        follows_training: Whether the graph is that of both modes.
     """
 
     def __init__(
@@ -42,8 +47,18 @@ class Pass:
         kwargs: Mapping[str, Any] | None = None,
         exclude: Callable[[str], bool] | None = None,
         exported: Exported | None = None,
+        training: bool = False,
     ) -> None:
-        self._ctx = propagate(exported or export(model, args, kwargs))
+        exported = exported or export(model, args, kwargs)
+        unread = idle(exported)
+        self.follows_training = False
+        unreached = Unreached({}, "")
+        if training or (unread.modules and reads_training(model)):
+            both = with_training(model, exported, args, kwargs, unread)
+            self.follows_training = isinstance(both, Exported)
+            exported, unreached = (both, unreached) if isinstance(both, Exported) else (exported, both)
+        self._ctx = propagate(exported)
+        keep_for(self._ctx, unreached)
         if exclude is not None:
             made = [(use.module, use.name, use.out_axis) for use in self._ctx.uses.values()]
             made += [(table.rpartition(".")[0], table, 1) for table in sorted(self._ctx.tables)]
@@ -75,7 +90,7 @@ class Pass:
         """By module, its calls in order of execution: op, shape and fields of the result."""
         out: dict[str, list[tuple[str, tuple[int, ...] | None, tuple[Field, ...]]]] = {}
         for node in self._ctx.exported.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and self._ctx.is_told(node):
                 result = self._ctx.env.get(node, ())
                 held = tuple(f for f in result if isinstance(f, Field)) if shape_of(node) is not None else ()
                 out.setdefault(module_of(node), []).append((op_name(node), shape_of(node), held))
@@ -126,14 +141,32 @@ def propagate(exported: Exported) -> Context:
         ctx.labels.at = node.name
         if node.op == "call_function":
             ctx.labels.because = because(op_name(node), module_of(node))
-            _apply(ctx, node)
+            ctx.training = training_only(node)
+            if ctx.training:
+                _apply_in_training(ctx, node)
+            else:
+                _apply(ctx, node)
         elif node.op == "output":
             whole = exported.scopes == ("",)
-            ctx.labels.because = "an output of the model" if whole else "an output of a part that was exported alone"
+            said = "an output of the model" if whole else "an output of a part that was exported alone"
+            ends = node.meta.get("eval")
             for source in node.all_input_nodes:
-                ctx.labels.stay_all(_flat(ctx, source))
-    ctx.labels.at = ""
+                both = ends is None or source.name in ends
+                ctx.labels.stay_all(_flat(ctx, source), said if both else f"{said} in training mode")
+    ctx.labels.at, ctx.training = "", False
     return ctx
+
+
+def _apply_in_training(ctx: Context, node: fx.Node) -> None:
+    """Ties what a call of training mode reads. It is not counted, and makes no channels that could go by themselves."""
+    products, known = len(ctx.products), (set(ctx.uses), set(ctx.makers), set(ctx.tables))
+    _apply(ctx, node)
+    del ctx.products[products:]
+    for name in ctx.uses.keys() - known[0]:
+        ctx.training_uses[name] = ctx.uses.pop(name)
+    for axis in ctx.makers.keys() - known[1]:
+        del ctx.makers[axis]
+    ctx.tables &= known[2]
 
 
 def _dead(graph: fx.Graph) -> frozenset[fx.Node]:

@@ -36,6 +36,8 @@ class Weight:
         macs: Multiply-adds of all its uses in one forward pass on the example inputs.
         role: ``""``, ``"first convolution"`` or ``"classifier"``: the two kinds that are
             not prunable by default.
+        unmaskable: Why zeros of the parameter would not be zeros of what the model multiplies with; empty where they
+            would. Such a weight loses channels alone.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Weight:
     groups: int
     macs: int
     role: str = ""
+    unmaskable: str = field(default="", compare=False)
 
     @property
     def numel(self) -> int:
@@ -70,6 +73,22 @@ class Producer:
     weight: str
     axis: int
     units: Int64[Tensor, " out"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a parameter is multiplied with once it was divided by a norm of its own (weight norm, spectral norm).
+
+    Masked as a whole, such a part would be 0 / 0. Where there is a scale the scale is masked in its place, which makes
+    the weight zero there. Where there is none, the parameter cannot be masked as a whole.
+
+    Attributes:
+        name: The scale's name (``"conv.weight_g"``); empty where there is none.
+        axis: The axis along which each position has a norm of its own; ``None`` where all of the parameter has one.
+    """
+
+    name: str
+    axis: int | None
 
 
 @dataclass(frozen=True)
@@ -255,6 +274,7 @@ class Trace:
         counted: Modules that take a mean over labelled channels, which must count the absent ones.
         scopes: Paths of the submodules that were exported; ``("",)`` where the whole model was.
         stays: By axis, what of the parameters and buffers in the graph must stay, and why.
+        computed: Of weights that are computed from a parameter element by element, the graph that does it.
     """
 
     nodes: tuple[Node, ...]
@@ -263,6 +283,7 @@ class Trace:
     counted: frozenset[str] = frozenset()
     scopes: tuple[str, ...] = ("",)
     stays: tuple[Stay, ...] = ()
+    computed: Mapping[str, fx.Graph] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -281,6 +302,7 @@ class Coupling:
         shapes: Shape of every parameter of the model.
         unknown_ops: Names of ops that had no rule, each with the number of its uses.
         branches: The residual branches, in order of execution.
+        scales: By name, parameters that are divided by a norm of their own before use.
         trace: What slimming needs besides; ``None`` in a coupling read from a file.
     """
 
@@ -293,6 +315,7 @@ class Coupling:
     shapes: Mapping[str, tuple[int, ...]]
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
     branches: tuple[Branch, ...] = ()
+    scales: Mapping[str, Scale] = field(default_factory=dict)
     trace: Trace | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -301,14 +324,21 @@ class Coupling:
         return self.groups[-1].stop if self.groups else 0
 
     def masks(self, removed: Bool[Tensor, " units"]) -> dict[str, Bool[Tensor, "..."]]:
-        """What is left of every tensor that the removed units touch.
+        """What to set to zero so that the removed units are.
 
         Args:
             removed: For each unit whether it goes.
 
         Returns:
-            For each touched parameter or buffer a mask, True where an element stays, broadcastable
+            For each masked parameter or buffer a mask, True where an element stays, broadcastable
             to the tensor's shape. Tensors that lose nothing are left out.
+        """
+        return self.spared(self.left(removed))
+
+    def left(self, removed: Bool[Tensor, " units"]) -> dict[str, Bool[Tensor, "..."]]:
+        """What is left of every tensor that the removed units touch, once these are sliced away.
+
+        The same as :meth:`masks` but for parameters that are divided by a norm of their own.
         """
         out: dict[str, Tensor] = {}
         gone = _with_stays(removed)
@@ -319,6 +349,26 @@ class Coupling:
                 keep = k if keep is None else keep & k
             if keep is not None and not bool(keep.all()):
                 out[name] = keep
+        return out
+
+    def spared(self, masks: Mapping[str, Bool[Tensor, "..."]]) -> dict[str, Bool[Tensor, "..."]]:
+        """The same masks, but scales are masked in place of what has a norm of its own (see :class:`Scale`)."""
+        out = dict(masks)
+        for name, scale in self.scales.items():
+            keep = out.get(name)
+            if keep is None or not scale.name:
+                continue
+            others = [d for d in range(keep.ndim) if d != scale.axis]
+            any_left = keep.sum(others, keepdim=True) > 0 if others else keep
+            if bool(any_left.all()):
+                continue
+            out[name] = keep | ~any_left
+            if bool(out[name].all()):
+                del out[name]
+            own = len(self.shapes[scale.name])
+            any_left = any_left if own == keep.ndim else any_left.flatten()
+            any_left = any_left.reshape(()) if own == 0 else any_left
+            out[scale.name] = out[scale.name] & any_left if scale.name in out else any_left
         return out
 
     def params(self, removed: Bool[Tensor, " units"] | None = None) -> int:

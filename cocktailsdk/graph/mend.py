@@ -20,7 +20,7 @@ from .coupling import Node, Norm, Trace
 from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
 from .recoded import recoded
 
-__all__ = ["Mends", "Options", "Sizes", "Value", "assign", "mend", "new_shape", "sizes_of", "surviving"]
+__all__ = ["Mends", "Options", "Sizes", "Value", "assign", "mend", "names_read", "new_shape", "sizes_of", "surviving"]
 
 
 @dataclass
@@ -233,7 +233,7 @@ def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str
     Those that the module's code does not read get one value, the likeliest. ``"config.NAME"`` stands for an attribute
     of the module's ``config`` that its code reads.
     """
-    read = _names_read(type(module))
+    read = names_read(type(module))
     out: dict[str, list[Value]] = {}
     for name, value in list(vars(module).items()):
         options = [] if name.startswith("_") else _options(value, changed)
@@ -280,7 +280,7 @@ def _options(value: Any, changed: Mapping[int, list[int]]) -> list[Value]:
     return []
 
 
-def _names_read(cls: type) -> set[str]:
+def names_read(cls: type) -> set[str]:
     """Names that a class's methods use, other than when it is built."""
     out: set[str] = set()
     for base in cls.__mro__:

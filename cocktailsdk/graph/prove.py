@@ -17,6 +17,7 @@ from .couple import Pass
 from .coupling import Coupling
 from .cut import Cutter
 from .verify import verify_slim
+from .verify_training import TrainingModeError
 
 __all__ = ["couple"]
 
@@ -75,11 +76,17 @@ def _coupled(
     if not prove or any(p.is_meta for p in model.parameters()):
         return coupling
     failed: set[str] = set()
+    tried = False
     for _ in range(MOST_PINS):
         error = _failure(model, coupling, args, kwargs, range(len(coupling.groups)))
         if error is None:
             return coupling
         log.info("kept whole: %s", error)
+        if isinstance(error, TrainingModeError) and not found.follows_training and not tried:
+            found, tried = Pass(model, args, kwargs, exclude, training=True), True
+            if found.follows_training:
+                coupling = found.coupling()
+                continue
         before = coupling.n_units
         for module in _alike(model, error.module, failed):
             found.pin(module, _reason(error, module))
@@ -110,6 +117,8 @@ def _alike(model: nn.Module, module: str | None, failed: set[str]) -> list[str |
 
 
 def _reason(error: SlimError, module: str | None) -> str:
+    if isinstance(error, TrainingModeError):
+        return f"in training mode {module!r} reads it, and could not be shown to compute the same with fewer channels"
     where = f"in {module!r} " if module else ""
     said = "" if module == error.module else f", as it could not in {error.module!r}"
     return f"its code {where}could not be mended for fewer channels{said}"

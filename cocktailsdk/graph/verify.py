@@ -35,6 +35,7 @@ from .mend import Mends, Options, assign, surviving
 from .recoded import recoded
 from .relabel import check_labels
 from .rewrite import rewritten
+from .verify_training import check_training
 
 __all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
 
@@ -149,6 +150,7 @@ def verify_slim(
                 "please: this should not happen.",
                 module=where,
             )
+        check_training(masked, slim, args, kwargs)
         if precision.narrowed:  # such kernels cannot be exported in float64 either, and labels have no precision
             slim, (args, kwargs) = slim.float(), narrowed((args, kwargs))
         check_labels(slim, cutter, args, kwargs)

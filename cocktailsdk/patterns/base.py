@@ -54,7 +54,9 @@ class UMG:
     Attributes:
         coupling: The model's weights, units and groups.
         eligible: The weights that elementwise patterns may touch, in order of execution.
-        values: Current values by name, detached, of all eligible weights and all channel producers.
+        values: Current values by name, detached, of all eligible weights and all channel producers. Where a weight is
+            computed from a parameter element by element (weight norm, ``torch.nn.utils.prune``, fake quantization),
+            the computed weight, since that is what the model multiplies with.
         previous: This pattern's own mask of the level before, for nested patterns.
         made: Masks of the current round by other patterns, by pattern name.
         hidden: Only for :meth:`Pattern.check`: by weight name, elements that another mask zeroes besides. A mask is

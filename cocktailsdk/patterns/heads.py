@@ -98,7 +98,7 @@ class Heads(Pattern):
         every = torch.zeros(umg.coupling.n_units, dtype=torch.bool)
         for g in head_groups(umg.coupling):
             every[g.start : g.stop] = True
-        keep = umg.coupling.masks(every)
+        keep = umg.coupling.left(every)
         total = sum(w.numel for w in umg.eligible)
         stays = sum(
             int(k.sum()) * (w.numel // k.numel()) if (k := keep.get(w.name)) is not None else w.numel

@@ -22,7 +22,7 @@ class Remaining:
     """
 
     def __init__(self, coupling: Coupling, removed: Bool[Tensor, " units"]) -> None:
-        self._keep = coupling.masks(removed)
+        self._keep = coupling.left(removed)
 
     def positions(self, weight: Weight) -> tuple[Int64[Tensor, " left"], ...] | None:
         """Along each axis the positions that stay; ``None`` where no slice can hold what stays, so that all does."""

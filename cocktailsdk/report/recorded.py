@@ -99,7 +99,7 @@ def _kept(net: CocktailNet, name: str, shape: Sequence[int], mask: Mask) -> Tens
     keep = mask.elements.get(name)
     if mask.removed is not None and name in net.coupling.fields:
         alone = replace(net.coupling, fields={name: net.coupling.fields[name]})
-        units = alone.masks(mask.removed).get(name)
+        units = alone.left(mask.removed).get(name)
         if units is not None:
             keep = units if keep is None else keep & units.to(keep.device)
     return None if keep is None else keep.cpu().expand(tuple(shape))

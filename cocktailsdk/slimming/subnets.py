@@ -11,6 +11,7 @@ from ..adapters import after_slim
 from ..errors import SlimError
 from ..graph import Coupling, slim_module
 from ..graph.copies import duplicate
+from ..graph.hooked import refresh
 from ..net import CocktailNet, couple_model
 from ..statistics import device_of, to_device
 from .depth import without_branches
@@ -29,6 +30,7 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
     if removed is None or not bool(removed.any()):
         with net.using(name):
             made = duplicate(net.model)
+            refresh(made.modules())
         dropped = mask.dropped(net.coupling) if mask is not None else ()
         if not dropped or net.example is None:
             return made

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import fx
 
+from ..carried import FAKE_QUANTIZATION, carried
+from ..coupling import Scale
+from ..export import module_of, op_name
 from ..labels import Field, Fields
 from .registry import Context, Result, rule
 
@@ -191,7 +194,24 @@ def division(ctx: Context, node: fx.Node) -> Result:
     for f in ctx.fields(node.args[1]):
         if f.zero:
             ctx.labels.stay(f.labels, "divided by channels that masking would make zero")
+    for name in carried(ctx, node.args[0]):
+        if vanishes_with(ctx, node.args[1], name):
+            varying = [d for d, n in enumerate(ctx.shape(node.args[1])) if n > 1]
+            ctx.scales.setdefault(name, Scale("", varying[0] if len(varying) == 1 else None))
     return fields
+
+
+_BOUNDED = {"add", "clamp", "clamp_min", "maximum", "exp", "softplus", "sigmoid"}
+"""Ops that keep a divisor from zero: ``|w| + eps``."""
+
+
+def vanishes_with(ctx: Context, divisor: Any, name: str) -> bool:
+    """Whether a divisor is zero once all of a parameter is (its norm, its largest singular value)."""
+    if not isinstance(divisor, fx.Node) or op_name(divisor) in _BOUNDED or ctx.depends_on_inputs(divisor):
+        return False
+    if ctx.tensor_name(divisor) is not None:
+        return ctx.tensor_name(divisor) == name
+    return any(vanishes_with(ctx, source, name) for source in divisor.all_input_nodes)
 
 
 @rule("pow", "float_power")
@@ -240,6 +260,17 @@ def prelu(ctx: Context, node: fx.Node) -> Result:
     slopes = tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(slope))
     rows = unify(ctx, [(ctx.shape(x), ctx.fields(x)), (view, slopes)], ctx.shape(node))
     return tuple(next(f for f in row if f is not None).with_zero(row[0] is not None and row[0].zero) for row in rows)
+
+
+@rule(*sorted(FAKE_QUANTIZATION))
+def fake_quantization(ctx: Context, node: fx.Node) -> Result:
+    """Values rounded to a grid whose range is taken from all channels, absent ones included."""
+    for source in node.all_input_nodes:
+        ctx.labels.stay_all(
+            ctx.fields(source),
+            f"fake quantization in {module_of(node) or 'the model'} takes its range from all channels",
+        )
+    return () if hasattr(node.meta["val"], "shape") else ((), ())
 
 
 def _operands(node: fx.Node) -> list[Any]:

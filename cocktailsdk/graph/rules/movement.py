@@ -42,7 +42,7 @@ def reshaped(labels: LabelTensor, old: Sequence[int], new: Sequence[int]) -> Lab
         new: The shape it gets.
     """
     before, after = list(labels.shape), [1] * len(new)
-    for block_in, block_out in _blocks(old, new):
+    for block_in, block_out in blocks(old, new):
         if any(labels.shape[d] > 1 for d in block_in):
             for d in block_in:
                 before[d] = old[d]
@@ -51,7 +51,7 @@ def reshaped(labels: LabelTensor, old: Sequence[int], new: Sequence[int]) -> Lab
     return compact(labels.expand(before).reshape(after))
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of dimensions of both shapes that hold the same number of elements."""
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):

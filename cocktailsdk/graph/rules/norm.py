@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from jaxtyping import Int64
 from torch import Tensor, fx
 
-from ..coupling import Norm
-from ..export import module_of
+from ..carried import carried
+from ..coupling import Norm, Scale
+from ..export import module_of, op_name
 from ..labels import Field, Fields
 from .elementwise import unify
 from .registry import Context, Result, argument, rule
@@ -129,19 +131,56 @@ def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int
     return (*kept, *across)
 
 
-@rule("_weight_norm")
+@rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(ctx: Context, node: fx.Node) -> Result:
-    """``g v / |v|`` for every position along a dimension: whole ones stay, since masked they would be 0 / 0."""
+    """``g v / |v|``, with a norm for every position along a dimension (or one for all, where that is -1).
+
+    Absent inputs add nothing to a norm. A position that goes would be 0 / 0: its scale is masked in its place, which
+    makes the weight zero there. Where the scale or the direction is no parameter that is used for this alone, the
+    position stays.
+    """
     v, g = node.args[:2]
     dim = int(argument(node, "dim", 0))
-    for f in (*ctx.fields(v), *ctx.fields(g)):
-        if dim in f.dims:
+    axis = None if dim == -1 else dim
+    name = scaled_by(ctx, v, g, axis)
+    rows = tuple(f for f in (*ctx.fields(v), *ctx.fields(g)) if axis in f.dims)
+    if name is None:
+        for f in rows:
             ctx.labels.stay(
                 f.labels,
                 f"weight norm in {module_of(node) or 'the model'} divides these channels by each one's own norm, which "
                 "masking makes zero (remove it before slimming: torch.nn.utils.parametrize.remove_parametrizations)",
             )
-    return ctx.fields(v)
+    else:
+        for f in rows[1:]:
+            ctx.labels.join(rows[0].labels, f.labels)
+    fields = tuple(f for f in ctx.fields(v) if f.labels.dim() == len(ctx.shape(node)))
+    return fields if hasattr(node.meta["val"], "shape") else (fields, ())
+
+
+def scaled_by(ctx: Context, v: Any, g: Any, axis: int | None) -> str | None:
+    """Notes that a parameter is divided by a norm of its own and multiplied with another.
+
+    Returns:
+        The other's name, where it can be masked in place of positions of the first: both are parameters, of as many
+        positions, and used for nothing else.
+    """
+    direction, scale = ctx.tensor_name(v), ctx.tensor_name(g)
+    trainable = ctx.exported.trainable
+    if direction is not None and scale is not None and {direction, scale} <= trainable:
+        sizes = ctx.exported.shapes[direction], ctx.exported.shapes[scale]
+        fits = sizes[1] == tuple(n if d == axis else 1 for d, n in enumerate(sizes[0])) or (
+            axis is None and prod(sizes[1]) == 1
+        )
+        used = {(op_name(u), u.args[:2]) for name in (direction, scale) for u in ctx.readers(name)}
+        alone = all(op in ("_weight_norm", "_weight_norm_interface") for op, _ in used)
+        pairs = {tuple(map(ctx.tensor_name, args)) for _, args in used}
+        if fits and alone and pairs == {(direction, scale)}:
+            ctx.scales[direction] = Scale(scale, axis)
+            return scale
+    for name in carried(ctx, v):
+        ctx.scales.setdefault(name, Scale("", axis))
+    return None
 
 
 AROUND_NORM = {

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, fx
 
-from ..coupling import Norm
+from ..carried import Axes, carried, reason_lost
+from ..coupling import Norm, Scale
 from ..export import Exported, module_of, shape_of, within
 from ..labels import Field, Fields, Labels
 
@@ -79,6 +80,12 @@ class Context:
         makers: Further axes of weights that make channels, by name and axis.
         tables: Embeddings, whose columns are channels.
         unknown: Ops without a rule, with the number of their uses.
+        unmaskable: Of weights whose elements cannot be masked, why not.
+        operands: Of weights that are computed from a parameter, what is multiplied.
+        scales: Of weights that are divided by a norm of their own, what scales them afterwards.
+        carried: Per node, the parameters whose zeros are its zeros.
+        training: Whether the call that is being read is one of training mode alone.
+        training_uses: Parameters contracted with activations in training mode alone, by name.
     """
 
     exported: Exported
@@ -95,9 +102,15 @@ class Context:
     makers: dict[tuple[str, int], None] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
+    unmaskable: dict[str, str] = field(default_factory=dict)
+    operands: dict[str, fx.Node] = field(default_factory=dict)
+    scales: dict[str, Scale] = field(default_factory=dict)
+    carried: dict[fx.Node, Mapping[str, Axes]] = field(default_factory=dict)
+    training: bool = False
+    training_uses: dict[str, WeightUse] = field(default_factory=dict)
     _axes: dict[str, Fields] = field(default_factory=dict)
     _depends: dict[fx.Node, bool] = field(default_factory=dict)
-    _by_module: dict[str, list[fx.Node]] | None = None
+    _by_module: dict[tuple[str, bool], list[fx.Node]] | None = None
     _parents: set[str] | None = None
 
     def fields(self, value: Any) -> Fields:
@@ -121,6 +134,11 @@ class Context:
         if isinstance(value, fx.Node) and value.op == "placeholder":
             return self.exported.tensors.get(value.name)
         return None
+
+    def readers(self, name: str) -> list[fx.Node]:
+        """The calls that read a parameter or buffer and whose results are read."""
+        places = (n for n in self.exported.graph.nodes if self.tensor_name(n) == name)
+        return [u for n in places for u in n.users if u not in self.dead]
 
     def axis_fields(self, name: str) -> Fields:
         """One field per axis of a parameter or buffer, the same at every use (one axis, one set of labels)."""
@@ -153,13 +171,35 @@ class Context:
         name = self.tensor_name(value)
         if name is not None:
             return (name, out_dim, in_dim) if name in self.exported.trainable else None
+        whole = carried(self, value)
+        found = self._carried_weight(whole, out_dim, in_dim) or self._made_weight(value, out_dim, in_dim)
+        if found is not None:
+            if found[0] in whole:
+                self.operands.setdefault(found[0], value)
+            else:
+                self.unmaskable.setdefault(found[0], reason_lost(self, value, found[0]))
+        return found
+
+    def _carried_weight(self, whole: Mapping[str, Axes], out_dim: int, in_dim: int) -> tuple[str, int, int] | None:
+        """The largest parameter whose zeros are those of an operand."""
+        for name in sorted(whole, key=lambda n: -prod(self.exported.shapes[n])):
+            out_axis, in_axis = whole[name][out_dim], whole[name][in_dim]
+            if out_axis is not None and in_axis is not None and out_axis != in_axis:
+                return name, out_axis, in_axis
+        return None
+
+    def _made_weight(self, value: fx.Node, out_dim: int, in_dim: int) -> tuple[str, int, int] | None:
+        """The largest parameter that an operand is made from, by labels that it has of its axes, else by its shape."""
         shapes = self.exported.shapes
         names = [n for n in self._made_from(value) if n in self.exported.trainable and len(shapes[n]) > 1]
-        for name in sorted(names, key=lambda n: -prod(shapes[n])):
+        names = sorted(names, key=lambda n: (-prod(shapes[n]), n))
+        for name in names:
             axes = [self._axis_like(name, value, d) for d in (out_dim, in_dim)]
             if axes[0] is not None and axes[1] is not None and axes[0] != axes[1]:
                 return name, axes[0], axes[1]
-        return None
+        rank = len(self.shape(value))
+        alike = (n for n in names if shapes[n] == self.shape(value))
+        return next(((n, out_dim % rank, in_dim % rank) for n in alike), None)
 
     def _axis_like(self, name: str, value: fx.Node, dim: int) -> int | None:
         """The axis of a parameter whose labels an operand has along a dimension."""
@@ -198,13 +238,22 @@ class Context:
         return self._axes
 
     def nodes_of(self, module: str) -> list[fx.Node]:
-        """Nodes whose innermost module is this one."""
+        """Nodes whose innermost module is this one, in the mode that is being read; else in the other."""
+        return self._calls.get((module, self.training)) or self._calls.get((module, not self.training), [])
+
+    def is_told(self, node: fx.Node) -> bool:
+        """Whether a call is of eval mode, or of a module that runs in training mode alone."""
+        return not node.meta.get("training") or (module_of(node), False) not in self._calls
+
+    @property
+    def _calls(self) -> Mapping[tuple[str, bool], list[fx.Node]]:
         if self._by_module is None:
             self._by_module = {}
             for node in self.exported.graph.nodes:
                 if node.op == "call_function":
-                    self._by_module.setdefault(module_of(node), []).append(node)
-        return self._by_module.get(module, [])
+                    key = module_of(node), bool(node.meta.get("training"))
+                    self._by_module.setdefault(key, []).append(node)
+        return self._by_module
 
     def runs_children(self, module: str) -> bool:
         """Whether a module calls modules of its own that run anything."""

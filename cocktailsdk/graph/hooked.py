@@ -1,0 +1,35 @@
+"""Weights that hooks compute before each pass and keep as plain attributes, from before parametrizations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["hooked", "refresh"]
+
+
+def hooked(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What hooks of ``torch.nn.utils`` compute of a module's tensors as they are now, by the attribute's name.
+
+    No step of power iteration is taken.
+    """
+    with torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                yield hook._tensor_name, hook.apply_mask(module)
+            elif isinstance(hook, WeightNorm):
+                yield hook.name, hook.compute_weight(module)
+            elif isinstance(hook, SpectralNorm):
+                yield hook.name, hook.compute_weight(module, do_power_iteration=False)
+
+
+def refresh(modules: Iterable[nn.Module]) -> None:
+    """Computes these attributes anew: after tensors were cut, or changed in place, they are those of before."""
+    for module in modules:
+        for name, value in hooked(module):
+            setattr(module, name, value)

@@ -1,0 +1,262 @@
+"""What a model runs in training mode only: auxiliary heads, deep supervision, branches on ``self.training``.
+
+The graph is that of eval mode. Where parameters are left that nothing in it reads, the graph of training mode is joined
+to it: calls that both modes share are kept once, so that one axis has one set of labels whichever mode reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from .export import Exported, _merged, _placed, _quiet, _whole, op_name, shape_of, within
+from .steady import unchanged_randomness
+
+if TYPE_CHECKING:
+    from .rules import Context
+
+__all__ = [
+    "Idle",
+    "Unreached",
+    "followed",
+    "idle",
+    "in_training",
+    "joined",
+    "keep_for",
+    "reads_training",
+    "training_only",
+    "with_training",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Modules whose parameters the graph of eval mode does not read.
+
+    Attributes:
+        modules: Their paths, each with the parameters that are not read, by name.
+    """
+
+    modules: Mapping[str, tuple[str, ...]]
+
+
+def idle(exported: Exported) -> Idle:
+    """The modules whose parameters a whole exported model does not read; none where only parts were exported."""
+    if exported.scopes != ("",):
+        return Idle({})
+    read = {exported.tensors[n.name] for n in exported.graph.nodes if n.name in exported.tensors and n.users}
+    out: dict[str, list[str]] = {}
+    for name in exported.shapes:
+        if name in exported.trainable and name not in read:
+            out.setdefault(name.rpartition(".")[0], []).append(name)
+    return Idle({path: tuple(names) for path, names in out.items()})
+
+
+def reads_training(model: nn.Module) -> bool:
+    """Whether code that is not PyTorch's own asks for the mode."""
+    return any("training" in _names_read(cls) for cls in {type(m) for m in model.modules()} if not _known(cls))
+
+
+def _names_read(cls: type) -> set[str]:
+    from .mend import names_read
+
+    return names_read(cls)
+
+
+def _known(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "torch"
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode for the model's own code, and back.
+
+    PyTorch's layers stay in eval mode, batch norms and dropouts derived from them too: each channel's batch statistics
+    are its own, and what is drawn at random is no matter of channels.
+    """
+    was = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in was:
+            draws = isinstance(m, _NormBase | _DropoutNd) or any(
+                isinstance(hook, SpectralNorm) for hook in m._forward_pre_hooks.values()
+            )
+            m.training = not draws and not _known(type(m))
+        yield
+    finally:
+        for m, training in was:
+            m.training = training
+
+
+def followed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Exported:
+    """The graph of training mode.
+
+    Args:
+        model: A copy that is used for nothing else.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+
+    Raises:
+        Exception: Whatever ``torch.export`` or the model raises: targets may be missing.
+    """
+    with in_training(model), warnings.catch_warnings(), _quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = _whole(model, (tuple(args), dict(kwargs or {})))
+        return _placed(model, _merged(model, {"": program}, {}))
+
+
+def training_only(node: fx.Node) -> bool:
+    """Whether a call is one of training mode alone."""
+    return bool(node.meta.get("training"))
+
+
+def joined(exported: Exported, training: Exported) -> Exported:
+    """One graph of both modes. Calls of training mode that are not also those of eval mode come last."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    tensors: dict[str, str] = {}
+    by_name: dict[str, fx.Node] = {}
+    same: defaultdict[Any, deque[fx.Node]] = defaultdict(deque)
+    inputs: list[fx.Node] = []
+    for node in exported.graph.nodes:
+        if node.op == "output":
+            continue
+        new = copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "placeholder":
+            if node.name in exported.tensors:
+                tensors[new.name] = exported.tensors[node.name]
+                by_name.setdefault(exported.tensors[node.name], new)
+            else:
+                inputs.append(new)
+        else:
+            same[_key(new)].append(new)
+    ends = list(exported.graph.find_nodes(op="output"))[0].all_input_nodes
+    outputs = [copies[n] for n in ends]
+
+    free = iter(inputs)
+    seen: dict[fx.Node, fx.Node] = {}
+    for node in training.graph.nodes:
+        if node.op == "output":
+            outputs += [seen[n] for n in node.all_input_nodes if seen[n] not in outputs]
+        elif node.op == "placeholder":
+            name = training.tensors.get(node.name)
+            known = by_name.get(name) if name is not None else next(free, None)
+            seen[node] = graph.node_copy(node) if known is None else known
+            if known is None and name is not None:
+                tensors[seen[node].name] = name
+        else:
+            new = graph.node_copy(node, seen.__getitem__)
+            alike = same.get(_key(new))
+            if alike:
+                seen[node] = alike.popleft()
+                graph.erase_node(new)
+            else:
+                new.meta = {**node.meta, "training": True}
+                seen[node] = new
+    end = graph.output(tuple(outputs))
+    end.meta = {"eval": frozenset(copies[n].name for n in ends)}
+    return replace(exported, graph=graph, tensors=tensors)
+
+
+_RANDOM = {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+
+
+def _key(node: fx.Node) -> Any:
+    """Equal for calls that compute the same, but for what is drawn at random."""
+    op, args, kwargs = op_name(node), list(node.args), dict(node.kwargs)
+    if op in _RANDOM:
+        args, kwargs = args[:1], {}
+    elif op == "scaled_dot_product_attention":
+        args[4:5] = []  # the share dropped
+        kwargs.pop("dropout_p", None)
+    elif op == "batch_norm":
+        args[5:7] = []  # whether by the batch's own statistics
+    return str(node.target), repr(args), repr(sorted(kwargs.items(), key=lambda item: item[0])), within(node)
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """Modules that no trace reaches, since the model cannot be run in training mode on the example inputs.
+
+    Attributes:
+        modules: Widths of what each may read, by its path.
+        why: Why training mode cannot be run.
+    """
+
+    modules: Mapping[str, frozenset[int]]
+    why: str
+
+
+def with_training(
+    model: nn.Module, exported: Exported, args: Sequence[Any], kwargs: Mapping[str, Any] | None, unread: Idle
+) -> Exported | Unreached:
+    """The graph of both modes, or what no trace reaches.
+
+    Where training mode can be run but not exported, nothing is unreached: slim models are compared there by values.
+    """
+    from .cut import duplicate
+
+    try:
+        return joined(exported, followed(duplicate(model), args, kwargs))
+    except (
+        Exception
+    ) as error:  # targets that are missing, or control flow that depends on values: anything may be raised
+        why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        log.info("training mode of %s cannot be followed: %s", type(model).__name__, why)
+    if any(p.is_meta for p in model.parameters()):
+        return Unreached(_widths(model, unread), why)
+    copy = duplicate(model)
+    try:
+        with in_training(copy), torch.no_grad(), unchanged_randomness():
+            copy(*args, **dict(kwargs or {}))
+    except Exception as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        return Unreached(_widths(model, unread), why)
+    return Unreached({}, why)
+
+
+def _widths(model: nn.Module, unread: Idle) -> dict[str, frozenset[int]]:
+    """How many channels modules whose parameters are not read take, as far as that shows in their shapes."""
+    parameters = dict(model.named_parameters())
+    out = {}
+    for path, names in unread.modules.items():
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            widths = {module.in_features}
+        elif isinstance(module, _ConvNd):
+            widths = {module.in_channels}
+        else:
+            widths = {n for name in names for n in parameters[name].shape}
+        out[path] = frozenset(widths) - {1}
+    return out
+
+
+def keep_for(ctx: Context, unreached: Unreached) -> None:
+    """Nothing may go of tensors that are as wide as what modules read which no trace reaches."""
+    by_width: dict[int, list[str]] = {}
+    for path, widths in unreached.modules.items():
+        for n in widths:
+            by_width.setdefault(n, []).append(path)
+    for node in ctx.exported.graph.nodes if by_width else ():
+        shape = shape_of(node)
+        for f in ctx.fields(node) if node.op == "call_function" and shape is not None else ():
+            for d in f.dims:
+                if len(f.dims) == 1 and shape[d] in by_width:  # type: ignore[index]
+                    path = by_width[shape[d]][0]  # type: ignore[index]
+                    ctx.labels.stay(
+                        f.labels,
+                        f"{path!r} never runs on the example inputs, takes {shape[d]} channels, and training mode "  # type: ignore[index]
+                        f"cannot be run to see whether it takes these ({unreached.why})",
+                    )
