@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
 from .history import RoundHistory
 from .kept import pack_masks
+from .loader_state import set_epoch
 from .optimization import Optimization
 from .recipes import Step
 from .session import Session, load_tensors, model_tensors
@@ -119,7 +120,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     started, ran = time.monotonic(), 0
     while position.epoch < options.epochs_of(k).stop:
         session.set_generators()
-        _set_epoch(session, (k - options.first_round) * options.epochs + position.epoch)
+        set_epoch(session.train_loader, (k - options.first_round) * options.epochs + position.epoch)
         groups = session.guarded(
             draw_groups(
                 session.shared_loader, (options.seed, "epoch", k, position.epoch), options.batches, options.accumulate
@@ -271,11 +272,3 @@ def _measure(session: Session, k: int) -> dict[str, float]:
     net.statistics.clear()  # of these weights; the merged ones get their own
     load_tensors(net.model, kept)
     return metrics
-
-
-def _set_epoch(session: Session, epoch: int) -> None:
-    """Tell samplers that shuffle by the epoch's number (distributed ones) which it is."""
-    loader: Any = session.train_loader
-    for part in (loader, getattr(loader, "sampler", None)):
-        if callable(set_epoch := getattr(part, "set_epoch", None)):
-            set_epoch(epoch)

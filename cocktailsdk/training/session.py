@@ -29,7 +29,7 @@ from .finite import SECONDS, LossWatch, Place, Skips, not_finite
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
 from .kept import pack_masks, plain, to_cpu, unpack_masks
-from .metrics import MetricFn, Score, mean_score
+from .metrics import MetricFn, Score, mean_score, readable
 from .optimization import Optimization
 from .options import Options
 from .randomness import seed_everything
@@ -114,8 +114,8 @@ class Session:
     store: Store | SharedStore
     interrupts: Interrupts
     device: torch.device
-    first_generators: list[Tensor]
-    generators: list[Tensor]
+    first_generators: Mapping[str, Any]
+    generators: Mapping[str, Any]
     position: Position
     history: History = field(default_factory=History)
     optimization: Optimization | None = None
@@ -476,10 +476,14 @@ class Session:
         with self.net.using(name):
             guarded = self.guarded(batches or self.held_out, "val_loader")
             score = mean_score(self.net.model, guarded, self.options.forward_fn, self.metric, self.ranks)
-        if self.options.metric_mode == "min":
-            return Score(-score.value, None if score.maximum is None else Fraction(0), score.count)
-        return score
+        if score.number != score.number:
+            log.warning(
+                "the metric of %s is not finite (mean of %d scores): it is recorded as NaN, and not chosen for",
+                name,
+                score.count,
+            )
+        return score.negated() if self.options.metric_mode == "min" else score
 
     def readable(self, value: Fraction) -> float:
-        """A score as the user's metric had it."""
-        return float(-value if self.options.metric_mode == "min" else value)
+        """A score as the user's metric had it; NaN where it was not finite."""
+        return -readable(value) if self.options.metric_mode == "min" else readable(value)

@@ -22,7 +22,7 @@ from .configuration import describe, fingerprint, stored_configuration
 from .distill import Classes, DistillFn
 from .events import Callback, Finished, TrainingStarted
 from .execution import Execution
-from .first_look import choose_metric, look
+from .first_look import choose_metric, look, try_metric
 from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
@@ -353,7 +353,7 @@ class CoTrainer:
             for name in chosen:
                 with self.using(name):
                     score = mean_score(net.model, batches, self._options.forward_fn, metric, ranks)
-                out[net.subnet(name).name] = float(score.value)
+                out[net.subnet(name).name] = score.number
         return out
 
     @contextmanager
@@ -476,6 +476,8 @@ class CoTrainer:
         )
         if state is not None:
             session.restore(state)
+        elif session.held_out is not None:
+            try_metric(net.model, session.held_out, options, session.metric, ranks)
         if ranks.world > 1 and session.execution is not None and session.position.phase != "done":
             session.execution.prepare(next(iter(recalibration)), options.loss_fn)
         return session
