@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batches import nbytes
+from ..utils.nested import nbytes
 from .metrics import NothingScored, Score, counts_hits, hits_of, mean_score
 from .search import interpolate, lacking, layer_of
 from .session import Session, load_tensors
@@ -182,9 +183,7 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
             bad = (scores if session.options.metric_mode == "min" else ~scores) & counts
             missed = bad.flatten(1).sum(1) if bad.ndim > 1 else bad.long()
             if part is not None:
-                if ranks.any(
-                    len(missed) != part.count
-                ):  # a metric that chooses among labels: of whose example is not known
+                if ranks.any(len(missed) != part.count):  # of some labels only: of which examples is not known
                     return None, 0
                 whole = missed.new_zeros(part.total)
                 whole[part.rows.start : part.rows.stop] = missed
@@ -210,6 +209,6 @@ def _scores(session: Session, name: str, batch: Any) -> tuple[Tensor, Tensor]:
             found.append((scores, torch.ones_like(scores, dtype=torch.bool)))
         return found[-1][0]
 
-    with session.net.using(name):
+    with session.net.using(name), contextlib.suppress(NothingScored):
         mean_score(session.net.model, [batch], session.options.forward_fn, keep)
     return found[0]

@@ -21,6 +21,8 @@ from .ignored import counted, ignored_by, ignored_by_value
 
 __all__ = ["Classes", "DistillFn", "Distillation", "find_classes", "soft_cross_entropy", "untouched_buffers"]
 
+VOID = 255
+"""The label of pixels without a class in most segmentation sets."""
 DistillFn = Callable[[Any, Any], Tensor]
 
 
@@ -64,8 +66,9 @@ def find_classes(
     The target must hold integer labels with the logits' shape but for the class axis. Where several readings fit
     (sequences), the one whose cross-entropy is the loss is taken.
 
-    Labels below 0, and one value beyond the last class, are taken for ignored ones, since cross-entropy raises for any
-    other. A class that is ignored is read from the ``ignore_index`` of ``loss_fn``, or seen from the loss.
+    Labels below 0 are ignored ones. One value beyond the last class is as well if it is the ``ignore_index`` of
+    ``loss_fn``, or 255, or if the loss is the cross-entropy of all others. A class that is ignored is read from
+    ``ignore_index``, or seen from the loss.
 
     Args:
         output: Of the model; see :func:`~cocktailsdk.training.forward.output_tensor`.
@@ -90,7 +93,8 @@ def find_classes(
         size = shape.pop(classes.axis)
         if shape == list(target.shape) and _in_range(target, size):
             fits.append(replace(classes, ignored=ignored, size=size))
-    best = fits[0] if len(fits) == 1 else _closest(fits, logits, target, loss)
+    sure = len(fits) == 1 and _beyond(target, fits[0].size) in (None, ignored, VOID)
+    best = fits[0] if sure else _closest(fits, logits, target, loss)
     if best is None or loss is None or (ignored is not None and 0 <= ignored < (best.size or 0)):
         return best
     # a wrapper may leave out a class, whatever the index of the loss that it wraps
@@ -100,9 +104,15 @@ def find_classes(
 
 
 def _in_range(target: Int[Tensor, "..."], size: int) -> bool:
-    """Whether labels are classes, or negative, or the one value beyond that the loss leaves out."""
+    """Whether labels are classes, or negative, or one value beyond, which the loss may leave out."""
     beyond = target[target.long() >= size]
     return not beyond.numel() or bool((beyond == beyond[0]).all())
+
+
+def _beyond(target: Int[Tensor, "..."], size: int | None) -> int | None:
+    """The largest label, if it is beyond the last class."""
+    most = int(target.max()) if target.numel() else -1
+    return most if size is not None and most >= size else None
 
 
 def _closest(

@@ -5,9 +5,8 @@ Whatever does not fit is refused here, before anything is trained.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..errors import CocktailError, TrainingError
 from ..utils.nested import default_forward, form_of
 from .distill import Classes, find_classes, no_soft_loss, untouched_buffers
 from .forward import loss_of, output_tensor
-from .metrics import HeldOutLoss, MetricFn, NothingScored, accuracy, mean_score
+from .metrics import HeldOutLoss, MetricFn, NothingScored, accuracy_of, mean_score
 from .options import Options
 from .randomness import seed_everything
 from .ranks import Ranks
@@ -56,10 +55,10 @@ def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes 
 
 
 @contextmanager
-def _first(batches: Iterable[Any], what: str) -> Iterator[Iterator[Any]]:
+def _first(batches: Iterable[Any], what: str) -> Iterator[Iterable[Any]]:
     """Batches of which the first ones are looked at."""
 
-    def each() -> Iterator[Any]:
+    def each() -> Generator[Any]:
         try:
             iterator = iter(batches)
             first = next(iterator, None)
@@ -172,7 +171,7 @@ def try_metric(
     with _first(batches, names) as found:
         for batch in found:
             try:
-                score = mean_score(model, [batch], forward, metric if own else judged, ranks)
+                score = mean_score(model, [batch], forward, metric if own else judged, ranks, check=not own)
             except NothingScored:
                 empty += 1
                 continue
@@ -187,8 +186,8 @@ def try_metric(
         )
     if options.metric is not None:
         raise TrainingError(
-            f"metric(output, target) is not finite for each of the first {bad} batches of {names}, although the model's "
-            "output is: return one finite number for each example, and none for an example that does not count"
+            f"metric(output, target) is not finite for each of the first {bad} batches of {names}, although the model's"
+            " output is: return one finite number for each example, and none for an example that does not count"
         )
 
 
@@ -197,6 +196,5 @@ def choose_metric(classes: Classes | None, options: Options) -> MetricFn:
     if options.metric is not None:
         return options.metric
     if classes is not None and classes.axis == 1:
-        ignores = classes.ignored is not None and 0 <= classes.ignored < (classes.size or 0)
-        return functools.partial(accuracy, ignored=classes.ignored) if ignores else accuracy
+        return accuracy_of(classes)
     return HeldOutLoss(options.loss_fn, -1 if options.metric_mode == "max" else 1, classes)

@@ -46,11 +46,12 @@ def ignored_by(loss_fn: Any) -> int | None:
     if isinstance(loss_fn, functools.partial):
         bound: Any = loss_fn.keywords.get("ignore_index")
         return bound if _is_label(bound) else ignored_by(loss_fn.func)
-    own = getattr(loss_fn, "ignore_index", None)
+    own: Any = getattr(loss_fn, "ignore_index", None)
     if _is_label(own):
         return int(own)
     if isinstance(loss_fn, nn.Module):
-        found = {int(m.ignore_index) for m in loss_fn.modules() if _is_label(getattr(m, "ignore_index", None))}
+        parts: list[Any] = [getattr(module, "ignore_index", None) for module in loss_fn.modules()]
+        found = {int(value) for value in parts if _is_label(value)}
         return found.pop() if len(found) == 1 else None
     if inspect.ismethod(loss_fn):
         return ignored_by(loss_fn.__self__)

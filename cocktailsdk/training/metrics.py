@@ -28,7 +28,17 @@ from .ranks import SINGLE, Ranks
 from .score_sizes import check_size
 from .sharing import part_of
 
-__all__ = ["HeldOutLoss", "MetricFn", "NothingScored", "Score", "accuracy", "counts_hits", "hits_of", "mean_score"]
+__all__ = [
+    "HeldOutLoss",
+    "MetricFn",
+    "NothingScored",
+    "Score",
+    "accuracy",
+    "accuracy_of",
+    "counts_hits",
+    "hits_of",
+    "mean_score",
+]
 
 MetricFn = Callable[[Any, Any], Tensor]
 
@@ -62,6 +72,12 @@ def hits_of(output: Any, target: Tensor, ignored: int | None = None) -> tuple[Te
     if not isinstance(target, Tensor):
         raise TrainingError(f"accuracy needs labels, found {type(target).__name__}: give metric(output, target)")
     return logits.argmax(1) == target, counted(target, logits.shape[1], ignored)
+
+
+def accuracy_of(classes: Classes) -> MetricFn:
+    """:func:`accuracy` without the label that the loss leaves out."""
+    ignores = classes.ignored is not None and 0 <= classes.ignored < (classes.size or 0)
+    return functools.partial(accuracy, ignored=classes.ignored) if ignores else accuracy
 
 
 def counts_hits(metric: MetricFn) -> bool:
@@ -128,7 +144,13 @@ def readable(value: Fraction) -> float:
 
 @torch.no_grad()
 def mean_score(
-    model: nn.Module, batches: Iterable[Any], forward: ForwardFn, metric: MetricFn, ranks: Ranks = SINGLE
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: ForwardFn,
+    metric: MetricFn,
+    ranks: Ranks = SINGLE,
+    *,
+    check: bool = False,
 ) -> Score:
     """Mean score of a model over batches, as it stands and in evaluation mode.
 
@@ -141,10 +163,11 @@ def mean_score(
         forward: How a batch is used.
         metric: See the module's text.
         ranks: The processes.
+        check: Whether to refuse a number of scores that does not fit the first batch.
 
     Raises:
-        TrainingError: Without any batch or score, or where the metric returns no tensor, or on the first batch neither
-            one number nor as many as there are examples (or labels).
+        TrainingError: Without any batch or score, or where the metric returns no tensor, or with ``check`` neither one
+            number nor as many as there are examples (or labels).
     """
     total: Tensor | None = None
     count, boolean = 0, False
@@ -160,7 +183,7 @@ def mean_score(
                     f"metric(output, target) must return a tensor of scores, one for each example, got "
                     f"{type(scores).__name__}"
                 )
-            if total is None and not counts_hits(metric) and not isinstance(metric, HeldOutLoss):
+            if check and total is None and not counts_hits(metric) and not isinstance(metric, HeldOutLoss):
                 check_size(scores, output, target)
             boolean = scores.dtype == torch.bool
             counted = scores.numel()
@@ -178,7 +201,7 @@ def mean_score(
         total, count = ranks.sum(total), int(ranks.sum(torch.tensor(count)))
     if total is None or not count:
         raise NothingScored(
-            "there is nothing to evaluate on: the held-out loader gave no batches or no scores (is every label ignored?)"
+            "there is nothing to evaluate on: the held-out loader gave no batches or no scores; is every label ignored?"
         )
     number = total.item()
     value = Fraction(number) / count if math.isfinite(number) else NOT_FINITE
