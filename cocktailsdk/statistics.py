@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import CocktailError
 from .modes import frozen_norms, modes_kept
 from .norms import Norm, running_norms
+from .utils.nested import outputs_of
+from .utils.nested import to_device as to_device
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -29,33 +31,10 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
         }
 
 
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch: a tensor, a tuple or list that begins with the inputs, or a dict of keyword arguments."""
-    batch = to_device(batch, device_of(model))
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, list | tuple):
-        return model(batch[0])
-    return model(batch)
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first tensor lies."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return first.device if first is not None else torch.device("cpu")
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Nested tuples, lists and mappings with their tensors moved."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(v, device) for v in value))
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(v, device) for v in value)
-    if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
-    return value
 
 
 @contextlib.contextmanager
@@ -105,7 +84,8 @@ def measure(
     Args:
         model: Run under no gradient, in place.
         batches: Any iterable; every batch weighs the same.
-        forward: How a batch is used, ``forward(model, batch)``; by default :func:`default_forward`.
+        forward: How a batch is used, ``forward(model, batch)``; by default
+            :func:`~cocktailsdk.utils.nested.outputs_of`.
         frozen: Norms that keep theirs, by path; by default :func:`~cocktailsdk.modes.frozen_norms`.
 
     Returns:
@@ -114,7 +94,7 @@ def measure(
     Raises:
         CocktailError: There were no batches.
     """
-    run = forward or default_forward
+    run = forward or outputs_of
     frozen = frozen_norms(model) if frozen is None else frozen
     n = 0
     measured = [m for path, m in running_norms(model).items() if path not in frozen]

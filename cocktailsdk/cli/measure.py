@@ -44,5 +44,5 @@ def measure(
     test = {}
     for name in wanted:
         with net.using(name):
-            test[name] = float(mean_score(net.model, batches, default_forward, accuracy).value)
+            test[name] = mean_score(net.model, batches, default_forward, accuracy).number
     return network_rows([s for s in net.subnets() if s.name in test], test, net.metrics)

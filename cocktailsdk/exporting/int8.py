@@ -199,7 +199,7 @@ def _metric(run: Run, job: Job, data: Data) -> float | None:
     from ..training.metrics import accuracy, mean_score
 
     metric = data.metric or accuracy
-    return float(mean_score(_Running(run, job), data.evaluation, default_forward, metric).value)
+    return mean_score(_Running(run, job), data.evaluation, default_forward, metric).number
 
 
 class _Running(nn.Module):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ..errors import TrainingError
+from ..utils.nested import nbytes, to_device
+from .forward import mapped
+from .loader_state import epoch_length, generator_states, set_epoch, set_generator_states
 from .randomness import seed_everything
 
 __all__ = [
@@ -24,96 +26,6 @@ __all__ = [
 
 KEEP_BYTES = 1 << 30
 """Held-out batches up to this size are kept in memory instead of being loaded again for every candidate."""
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with all its tensors on a device.
-
-    Args:
-        batch: A tensor, anything with a ``.to`` method, or tuples, lists and mappings of such; all else is left as
-            it is.
-        device: Where to.
-    """
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, str | bytes):
-        return batch
-    if callable(getattr(batch, "to", None)):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(v, device) for v in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(v, device) for v in batch)
-    return batch
-
-
-def nbytes(batch: Any) -> int:
-    """Bytes of all tensors in a batch."""
-    if isinstance(batch, Tensor):
-        return batch.numel() * batch.element_size()
-    if isinstance(batch, Mapping):
-        return sum(map(nbytes, batch.values()))
-    if isinstance(batch, tuple | list):
-        return sum(map(nbytes, batch))
-    return int(getattr(batch, "nbytes", 0))
-
-
-def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
-    """Mini-batches of an epoch: as given, as the loader says, or else counted by going through it once.
-
-    Raises:
-        TrainingError: For an empty loader, and for an iterator, which can be gone through only once.
-    """
-    if isinstance(loader, Iterator):
-        raise TrainingError(
-            f"train_loader must be iterable again and again, but a {type(loader).__name__} is spent after one epoch; "
-            "give the loader itself, not iter(loader) or a generator"
-        )
-    if not isinstance(loader, Iterable):
-        raise TrainingError(f"train_loader must be an iterable of batches, got {type(loader).__name__}")
-    if steps is None:
-        try:
-            steps = len(loader)  # type: ignore[arg-type]
-        except TypeError:
-            states = generator_states(loader)
-            steps = sum(1 for _ in loader)
-            set_generator_states(loader, states)
-    if steps < 1:
-        raise TrainingError(
-            "train_loader has no batches: an epoch needs at least one (is batch_size with drop_last "
-            "larger than the data?)"
-        )
-    return steps
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    found: dict[int, torch.Generator] = {}
-    seen: set[int] = set()
-
-    def visit(thing: Any) -> None:
-        if thing is None or id(thing) in seen:
-            return
-        seen.add(id(thing))
-        if isinstance(generator := getattr(thing, "generator", None), torch.Generator):
-            found[id(generator)] = generator
-        for part in ("sampler", "batch_sampler"):
-            visit(getattr(thing, part, None))
-
-    visit(loader)
-    return list(found.values())
-
-
-def generator_states(loader: Any) -> list[Tensor]:
-    """States of the loader's own random generators (its samplers' included)."""
-    return [g.get_state() for g in _generators(loader)]
-
-
-def set_generator_states(loader: Any, states: list[Tensor]) -> None:
-    """Put the loader's own generators where they were."""
-    for generator, state in zip(_generators(loader), states, strict=True):
-        generator.set_state(state)
 
 
 def draw(loader: Iterable[Any], key: tuple[int | str, ...], steps: int | None = None) -> Iterator[Any]:
@@ -147,15 +59,26 @@ def draw_groups(loader: Iterable[Any], key: tuple[int | str, ...], batches: int,
         size: Batches of a group.
     """
     drawn = draw(loader, key, batches)
+    if size > 1 and _may_reuse(loader):
+        drawn = map(_own, drawn)
     while group := list(itertools.islice(drawn, size)):
         yield group
+
+
+def _may_reuse(loader: Any) -> bool:
+    """Whether the memory of a batch may be written over with the next one, as loaders with buffers do."""
+    return not isinstance(loader, DataLoader | Sequence)
+
+
+def _own(batch: Any) -> Any:
+    return mapped(batch, torch.Tensor.clone)
 
 
 class HeldBatches:
     """Batches to go through many times, equal every time.
 
-    They are kept in memory up to ``keep_bytes``; beyond that every pass loads them again, from the same seed and
-    from the same state of the loader's own generators.
+    They are kept in memory up to ``keep_bytes``; beyond that every pass loads them again, from the same seed, the same
+    epoch (``set_epoch``) and the same state of the loader's own generators.
 
     Args:
         loader: Any iterable of batches.
@@ -192,11 +115,15 @@ class HeldBatches:
             return
         now = generator_states(self._loader)
         set_generator_states(self._loader, self._states)
+        set_epoch(self._loader, 0)
+        reused = _may_reuse(self._loader)
         kept: list[Any] | None = []
         room = self._keep_bytes
         try:
             for batch in draw(self._loader, self._key, self._limit):
                 batch = to_device(batch, self._device)
+                if kept is not None and reused:
+                    batch = _own(batch)
                 if kept is not None:
                     room -= nbytes(batch)
                     kept.append(batch)

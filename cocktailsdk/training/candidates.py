@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -12,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batches import nbytes
-from .metrics import Score, mean_score
+from ..utils.nested import nbytes
+from .metrics import NothingScored, Score, counts_hits, hits_of, mean_score
 from .search import interpolate, lacking, layer_of
 from .session import Session, load_tensors
 from .sharing import part_of
@@ -103,7 +105,10 @@ class Candidates:
             session.recalibrate(name)
             self._recalibrated.add(name)
         batches = [self._batches[i] for i in self._parts[part]]
-        score = session.measure(name, batches or None)
+        try:
+            score = session.measure(name, batches or None)
+        except NothingScored:  # every label of this part is ignored
+            score = Score(Fraction(0), Fraction(0))
         # counted once there is a result: the run may be stopped before
         if not any((alpha, (name, p)) in session.judged for p in range(len(self._parts))):
             session.history.judged += 1
@@ -169,26 +174,41 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
     for name in names:
         session.recalibrate(name)
         for i, batch in enumerate(batches):
-            found: list[Tensor] = []
-
-            def keep(output: Any, target: Any, found: list[Tensor] = found) -> Tensor:
-                found.append(session.metric(output, target))
-                return found[-1]
-
             part = None if ranks.world == 1 else part_of(batch, ranks)
-            with session.net.using(name):
-                mean_score(session.net.model, [part.batch if part else batch], session.options.forward_fn, keep)
-            scores = found[0] if part is None or part.count else found[0][:0]
+            scores, counts = _scores(session, name, part.batch if part else batch)
+            if part is not None and not part.count:
+                scores, counts = scores[:0], counts[:0]
             if scores.dtype != torch.bool or not scores.ndim:
                 return None, 0
-            bad = scores if session.options.metric_mode == "min" else ~scores
+            bad = (scores if session.options.metric_mode == "min" else ~scores) & counts
             missed = bad.flatten(1).sum(1) if bad.ndim > 1 else bad.long()
             if part is not None:
+                if ranks.any(len(missed) != part.count):  # of some labels only: of which examples is not known
+                    return None, 0
                 whole = missed.new_zeros(part.total)
                 whole[part.rows.start : part.rows.stop] = missed
                 missed = ranks.sum(whole)
             misses[i] = missed.cpu() + (misses[i] if len(misses[i]) else 0)
-            total += scores.numel()
+            total += int(counts.sum())
     session.net.statistics.clear()
     total = int(ranks.sum(torch.tensor(total)))
     return torch.cat(misses).argsort(descending=True, stable=True), total // len(names)
+
+
+def _scores(session: Session, name: str, batch: Any) -> tuple[Tensor, Tensor]:
+    """A network's scores for a batch, and which of them count; in the shape of the examples' labels."""
+    found: list[tuple[Tensor, Tensor]] = []
+    metric = session.metric
+
+    def keep(output: Any, target: Any) -> Tensor:
+        if counts_hits(metric):  # which gives no scores for ignored labels, so that examples could not be told
+            ignored = metric.keywords.get("ignored") if isinstance(metric, functools.partial) else None
+            found.append(hits_of(output, target, ignored))
+        else:
+            scores = metric(output, target)
+            found.append((scores, torch.ones_like(scores, dtype=torch.bool)))
+        return found[-1][0]
+
+    with session.net.using(name), contextlib.suppress(NothingScored):
+        mean_score(session.net.model, [batch], session.options.forward_fn, keep)
+    return found[0]

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import TrainingError
 from ..net import CocktailNet
+from .factories import check_optimizer, check_schedule
 from .options import Options
 
 __all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "stored_configuration"]
@@ -75,17 +76,13 @@ def _optimization(net: CocktailNet, options: Options) -> dict[str, Any]:
     if not parameters:
         raise TrainingError("the model has no parameter that requires a gradient: there is nothing to train")
     optimizer = options.optimizer(parameters)
-    if not hasattr(optimizer, "param_groups"):
-        raise TrainingError(f"optimizer(parameters) must return an Optimizer, got {type(optimizer).__name__}")
+    check_optimizer(optimizer, net.model)
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
     steps = options.epochs * options.steps_per_epoch
     schedule = options.schedule(optimizer, steps)
-    if not all(hasattr(schedule, name) for name in ("step", "state_dict", "get_last_lr")):
-        raise TrainingError(
-            f"schedule(optimizer, steps) must return a torch learning-rate scheduler, got {type(schedule).__name__}"
-        )
+    check_schedule(schedule)
     rates = []
     if isinstance(schedule, LambdaLR):
         rates = [float(schedule.lr_lambdas[0](steps * i // 8)) for i in range(9)]

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import TrainingError
 from .forward import LossFn, loss_of, output_tensor
+from .ignored import counted, ignored_by, ignored_by_value
 
 __all__ = ["Classes", "DistillFn", "Distillation", "find_classes", "soft_cross_entropy", "untouched_buffers"]
 
+VOID = 255
+"""The label of pixels without a class in most segmentation sets."""
 DistillFn = Callable[[Any, Any], Tensor]
 
 
@@ -31,10 +34,15 @@ class Classes:
         axis: The class axis: 1 as in ``F.cross_entropy``, or -1 for sequences.
         shift: Whether position ``t`` predicts the label at ``t+1`` (causal language models that shift by
             themselves).
+        ignored: A label that the loss leaves out, although it may be a class; ``None`` for no such label. Labels out
+            of range never count.
+        size: How many classes there are; ``None`` if unknown.
     """
 
     axis: int
     shift: bool = False
+    ignored: int | None = field(default=None, compare=False)
+    size: int | None = field(default=None, compare=False)
 
     def positions(
         self, logits: Float[Tensor, "..."], target: Int[Tensor, "..."]
@@ -45,17 +53,28 @@ class Classes:
         logits = logits.movedim(self.axis, -1)
         return logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
 
+    def counted(self, target: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Which labels count: those in range that the loss does not leave out."""
+        return counted(target, self.size, self.ignored)
 
-def find_classes(output: Any, target: Any, loss: Float[Tensor, ""]) -> Classes | None:
+
+def find_classes(
+    output: Any, target: Any, loss: Float[Tensor, ""] | None, loss_fn: LossFn | None = None
+) -> Classes | None:
     """Find where an output holds class logits, from shapes and from what the loss computed.
 
     The target must hold integer labels with the logits' shape but for the class axis. Where several readings fit
     (sequences), the one whose cross-entropy is the loss is taken.
 
+    Labels below 0 are ignored ones. One value beyond the last class is as well if it is the ``ignore_index`` of
+    ``loss_fn``, or 255, or if the loss is the cross-entropy of all others. A class that is ignored is read from
+    ``ignore_index``, or seen from the loss.
+
     Args:
         output: Of the model; see :func:`~cocktailsdk.training.forward.output_tensor`.
         target: Of the batch.
-        loss: What the user's loss, or the model's, made of both.
+        loss: What the user's loss, or the model's, made of both; ``None`` if unknown.
+        loss_fn: The user's loss, if there is one.
 
     Returns:
         The reading, or ``None`` where there is none: not a classification, or not to be told from outside.
@@ -63,29 +82,59 @@ def find_classes(output: Any, target: Any, loss: Float[Tensor, ""]) -> Classes |
     logits = output_tensor(output)
     if logits is None or not logits.is_floating_point() or logits.ndim < 2 or not isinstance(target, Tensor):
         return None
-    if target.is_floating_point() or target.dtype == torch.bool:
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         return None
+    ignored = ignored_by(loss_fn)
     fits = []
     for classes in (Classes(1), Classes(-1), Classes(-1, shift=True)):
         if classes.axis == -1 and logits.ndim == 2:
             continue  # the same as axis 1
         shape = list(logits.shape)
-        shape.pop(classes.axis)
-        if shape == list(target.shape) and int(target.max()) < logits.shape[classes.axis]:
-            fits.append(classes)
-    if len(fits) == 1:
-        return fits[0]
+        size = shape.pop(classes.axis)
+        if shape == list(target.shape) and _in_range(target, size):
+            fits.append(replace(classes, ignored=ignored, size=size))
+    sure = len(fits) == 1 and _beyond(target, fits[0].size) in (None, ignored, VOID)
+    best = fits[0] if sure else _closest(fits, logits, target, loss)
+    if best is None or loss is None or (ignored is not None and 0 <= ignored < (best.size or 0)):
+        return best
+    # a wrapper may leave out a class, whatever the index of the loss that it wraps
+    rows, labels = best.positions(logits.detach().float(), target)
+    seen = ignored_by_value(rows, labels, float(loss.detach()))
+    return best if seen is None else replace(best, ignored=seen)
+
+
+def _in_range(target: Int[Tensor, "..."], size: int) -> bool:
+    """Whether labels are classes, or negative, or one value beyond, which the loss may leave out."""
+    beyond = target[target.long() >= size]
+    return not beyond.numel() or bool((beyond == beyond[0]).all())
+
+
+def _beyond(target: Int[Tensor, "..."], size: int | None) -> int | None:
+    """The largest label, if it is beyond the last class."""
+    most = int(target.max()) if target.numel() else -1
+    return most if size is not None and most >= size else None
+
+
+def _closest(
+    fits: list[Classes], logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: Float[Tensor, ""] | None
+) -> Classes | None:
+    """The reading whose cross-entropy is the loss.
+
+    The closest, not the first that is close: with untrained weights all readings are.
+    """
+    if loss is None or not fits:
+        return None
     wanted = float(loss.detach())
     off = {classes: abs(_cross_entropy(logits, target, classes) - wanted) for classes in fits}
-    # the closest, not the first that is close: with untrained weights all readings are
-    best = min(fits, key=off.__getitem__, default=None)
-    return best if best is not None and off[best] <= 1e-2 * abs(wanted) + 1e-4 else None
+    best = min(fits, key=off.__getitem__)
+    return best if off[best] <= 1e-2 * abs(wanted) + 1e-4 else None
 
 
 @torch.no_grad()
 def _cross_entropy(logits: Float[Tensor, "..."], target: Int[Tensor, "..."], classes: Classes) -> float:
     rows, labels = classes.positions(logits.detach().float(), target)
-    return float(F.cross_entropy(rows, labels))
+    counts = classes.counted(labels)
+    return float(F.cross_entropy(rows[counts], labels[counts]))
 
 
 def soft_cross_entropy(
@@ -96,14 +145,15 @@ def soft_cross_entropy(
     Args:
         student: Logits.
         teacher: Logits of the same shape.
-        target: Labels; positions with a negative label (ignored ones) do not count.
+        target: Labels; positions whose label is ignored, or out of range, do not count.
         classes: Where the classes are.
     """
     s, labels = classes.positions(student, target)
     t, _ = classes.positions(teacher, target)
     each = F.cross_entropy(s.float(), t.float().softmax(-1), reduction="none")
-    counts = (labels >= 0).to(each.dtype)
-    return (each * counts).sum() / counts.sum().clamp(min=1)
+    counts = counted(labels, s.shape[-1], classes.ignored)
+    # not a product: what is no number at an ignored position must not count either
+    return torch.where(counts, each, 0.0).sum() / counts.to(each.dtype).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import TrainingError
 from ..modes import modes_kept, train_as_handed
 from ..sharding import sharded, shards
+from ..utils.nested import default_forward, split
 from .distill import Classes, untouched_buffers
-from .forward import ForwardFn, LossFn, default_forward, loss_of
+from .forward import ForwardFn, LossFn, loss_of
 from .precision import FULL, Precision
 from .ranks import SINGLE, Ranks
 from .sharing import examples, inputs_of
@@ -23,10 +24,7 @@ from .sharing import examples, inputs_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["IGNORED", "Execution"]
-
-IGNORED = -100
-"""Labels that cross-entropy does not count."""
+__all__ = ["Execution"]
 
 
 class _Pass(nn.Module):
@@ -170,12 +168,11 @@ class Execution:
 
     def _count(self, batch: Any, classes: Classes | None) -> Tensor:
         count = examples(batch)
-        whole = inputs_of(batch)
         if count and classes is not None and self._forward is default_forward:
-            labels = whole.get("labels") if isinstance(whole, Mapping) else whole[1] if len(whole) > 1 else None
+            labels = split(self._model, inputs_of(batch))[2]
             if isinstance(labels, Tensor) and not labels.is_floating_point():
                 labels = labels[..., 1:] if classes.shift else labels
-                return (labels != IGNORED).sum().to(self.device, torch.float32)
+                return classes.counted(labels).sum().to(self.device, torch.float32)
         return torch.tensor(float(count), device=self.device)
 
     def backward(

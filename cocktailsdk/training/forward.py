@@ -13,51 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import TrainingError
+from ..utils.nested import default_forward
 
 __all__ = ["ForwardFn", "LossFn", "default_forward", "detached", "loss_of", "mapped", "output_tensor"]
 
 ForwardFn = Callable[[nn.Module, Any], tuple[Any, Any]]
 LossFn = Callable[[Any, Any], Tensor]
-
-
-def default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    """Run a model on a batch of one of the usual forms.
-
-    ====================== ======================================================================
-    batch                  used as
-    ====================== ======================================================================
-    ``(x, y)``             ``model(x)``, target ``y``; ``x`` may be a tuple (``model(*x)``) or a
-                           mapping (``model(**x)``)
-    ``(x,)`` or a tensor   ``model(x)``, target ``None``
-    a mapping              ``model(**batch)``, target ``batch["labels"]`` where there is one
-    ====================== ======================================================================
-
-    Args:
-        model: The network as it stands.
-        batch: From the loader, on the model's device.
-
-    Returns:
-        The model's output and the target.
-
-    Raises:
-        TrainingError: For any other batch, naming ``forward_fn``.
-    """
-    if isinstance(batch, Mapping):
-        return model(**batch), batch.get("labels")
-    if isinstance(batch, Tensor):
-        return model(batch), None
-    if isinstance(batch, tuple | list) and 1 <= len(batch) <= 2:
-        x, target = (*batch, None)[:2]
-        if isinstance(x, Mapping):
-            return model(**x), target
-        if isinstance(x, tuple | list):
-            return model(*x), target
-        return model(x), target
-    size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-    raise TrainingError(
-        f"cannot tell how to use a batch that is a {type(batch).__name__}{size}: known are (inputs, target), a tensor "
-        "and a mapping of keyword arguments; give forward_fn(model, batch) -> (output, target)"
-    )
 
 
 def loss_of(output: Any, target: Any, loss_fn: LossFn | None, name: str = "loss_fn") -> Float[Tensor, ""]:

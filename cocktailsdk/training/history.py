@@ -18,6 +18,8 @@ class RoundHistory:
         losses: By epoch, the mean training loss of each network.
         learning_rates: By epoch, the rate at its end.
         metrics: Held-out metric by network at the round's end, statistics recalibrated.
+        made: By network, the optimizer steps that trained it; ``None`` for a round of release 0.1.
+        left_out: By network, those that were left out since something was not finite.
     """
 
     round: int
@@ -25,6 +27,8 @@ class RoundHistory:
     losses: list[dict[str, float]] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    made: dict[str, int] | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

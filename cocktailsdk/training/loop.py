@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..errors import TrainingError
+from ..errors import CocktailError, TrainingError
 from ..modes import TrainingModes, modes_kept
 from ..net import CocktailNet
 from ..norms import running_norms
@@ -25,16 +25,22 @@ from .configuration import differences
 from .course import names_until, networks_of, round_masks, step_of
 from .distill import Classes, Distillation, DistillFn, find_classes
 from .execution import Execution
+from .finite import not_finite
 from .forward import ForwardFn, default_forward, detached
 from .kept import pack_masks, unpack_masks
+from .left_out import weight_sums
 from .loop_step import LoopStep, beyond, lengths, needs_trainer
-from .metrics import MetricFn, accuracy, mean_score
+from .metrics import MetricFn, accuracy_of, mean_score
 from .precision import without_autocast
 from .provenance import note_training
 from .randomness import forked
 from .recipes import Recipe, Step, recipe_named
+from .rescue import rescued_bundle
 
 __all__ = ["CoLoop"]
+
+LOOKS = 8
+"""In so many steps class logits are looked for; all labels of the first ones may be ignored."""
 
 
 class CoLoop:
@@ -112,6 +118,8 @@ class CoLoop:
         weight = distill_weight if share is True or not distill_weight else float(share)
         self._weight, self._distill_fn = weight, distill_fn
         self._classes: Classes | None = None
+        self._looks = 0
+        self._before: Tensor | None = None
         self._forward = forward_fn or default_forward
         self._execution = Execution(net.model, self._forward)
         if self._execution.sharded:
@@ -209,6 +217,8 @@ class CoLoop:
             raise beyond(self._recipe, "trains several networks, or at several resolutions, in one step")
         if step.prune or step.keep is not None or step.forget or step.regrow or step.correct:
             raise beyond(self._recipe, "changes masks, gradients or the optimizer inside rounds")
+        if self._before is None and not self.done:
+            self._before = weight_sums(net.model)
         self._enter(round_)
         if self._modes.frozen or not all(norm.training for norm in self._norms):
             self._modes.observe()
@@ -260,31 +270,69 @@ class CoLoop:
             The net, to be saved by ``save_pretrained``.
 
         Raises:
-            TrainingError: Some networks have no masks yet, or no metric can be found.
+            TrainingError: Some networks have no masks yet, no weight changed in all steps, no metric can be found, or
+                a loader, the model or the metric raised. The net then keeps its weights, masks, statistics and metrics,
+                and weights and masks are saved to a temporary folder, which the error names.
         """
         net = self._net
         if self.current is not None or self._round()[0] < len(self._plan):
             raise TrainingError(f"finish() comes after the last round; {self.done} of {self.total} steps are done")
-        if val_loader is not None and metric is None:
-            if self._classes is None or self._classes.axis != 1:
-                raise TrainingError(
-                    "finish() measures classifications by itself, and nothing else: give metric, or no val_loader"
-                )
-            metric = accuracy
+        self._check_trained()
         device = device_of(net.model)
-        batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
-        held = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
-        net.statistics.clear()
-        net.metrics.clear()
-        with without_autocast(device), forked(), modes_kept(net.model):
-            self._modes.apply()
-            for name in [DENSE, *names_until(net, self._plan, len(self._plan))]:
-                net.recalibrate(name, batches, lambda model, batch: self._forward(model, batch)[0])
-                if held is not None and metric is not None:
-                    with net.using(name):
-                        net.metrics[name] = float(mean_score(net.model, held, self._forward, metric).value)
-        note_training(net, self._configuration, train_loader)
+        statistics, metrics = dict(net.statistics), dict(net.metrics)
+        try:
+            with without_autocast(device), forked(), modes_kept(net.model):
+                self._modes.apply()
+                batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
+                held = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
+                if held is not None and metric is None:
+                    metric = self._accuracy(held)
+                net.statistics.clear()
+                net.metrics.clear()
+                for i, name in enumerate([DENSE, *names_until(net, self._plan, len(self._plan))]):
+                    net.recalibrate(name, batches, lambda model, batch: self._forward(model, batch)[0])
+                    if held is not None and metric is not None:
+                        with net.using(name):
+                            score = mean_score(net.model, held, self._forward, metric, check=not i)
+                        net.metrics[name] = score.number
+            note_training(net, self._configuration, train_loader)
+        except Exception as error:
+            net.statistics.clear()
+            net.statistics.update(statistics)
+            net.metrics.clear()
+            net.metrics.update(metrics)
+            what = error if isinstance(error, CocktailError) else f"{type(error).__name__}: {error}"
+            where = rescued_bundle(net) or "The trained weights and masks are in the net: call finish() again"
+            raise TrainingError(f"finish() failed ({' '.join(str(what).split())}). {where}") from error
         return net
+
+    def _check_trained(self) -> None:
+        """See that the optimizer steps did something, and nothing that makes weights worthless."""
+        if self._before is not None and torch.equal(self._before, weight_sums(self._net.model)):
+            raise TrainingError(
+                f"no weight changed in {self.done} steps, so nothing was trained: was every optimizer step left out "
+                "(a GradScaler, a loss that is not finite), or is the optimizer not over net.parameters()?"
+            )
+        if wrong := not_finite(self._net.model):
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise TrainingError(
+                f"{', '.join(wrong[:3])}{more} became infinite or no number in training: lower the learning rate, or "
+                "look for values in the data that are not finite"
+            )
+
+    def _accuracy(self, held: HeldBatches) -> MetricFn:
+        """Accuracy, where outputs are class logits along axis 1, as the steps or a held-out batch show."""
+        model = self._net.model
+        if self._classes is None:
+            with modes_kept(model), torch.no_grad():
+                model.eval()
+                for batch in itertools.islice(held, 1):
+                    self._classes = find_classes(*self._forward(model, batch), None)
+        if self._classes is None or self._classes.axis != 1:
+            raise TrainingError(
+                "finish() measures classifications by itself, and nothing else: give metric, or no val_loader"
+            )
+        return accuracy_of(self._classes)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, and its masks: tensors and plain values. Save the model and the optimizer beside.
@@ -359,7 +407,8 @@ class CoLoop:
             return self._execution.teacher(to_device(batch, device_of(self._net.model)))
 
     def _loss(self, step: LoopStep, loss: Tensor, output: Any, target: Any) -> Tensor:
-        if self._distill_fn is None and self._weight and self._classes is None:
+        if self._classes is None and self._looks < LOOKS:
+            self._looks += 1
             self._classes = find_classes(output, target, loss)
         if step.network == DENSE:
             if step.leads and self._recipe.same_batch and self._weight:

@@ -13,6 +13,7 @@ from ..statistics import statistics_of
 from .candidates import Candidates, hardest_first, regrouped
 from .events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from .layerwise import refine
+from .left_out import check_all_trained
 from .search import Choice, choose_alpha, interpolate
 from .session import Session, load_tensors
 
@@ -126,6 +127,7 @@ def _search(
 def finish(session: Session) -> None:
     """Give every network its own statistics and its held-out metric; those that have them already keep them."""
     net, position = session.net, session.position
+    check_all_trained(session.history.rounds, scaled=session.scaled, standing=session.store.standing)
     session.modes.apply()
     names = [DENSE, *session.names(session.options.rounds)]
     own, tracked = session.history.weights, _tracked(session)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..sharding import is_sharded, like
+from .factories import foreign_parameters
 from .options import Options
 
 __all__ = ["Optimization"]
@@ -26,11 +27,13 @@ class Optimization:
         optimizer: Over the model's parameters that require a gradient.
         scheduler: Stepped after every optimizer step.
         scaler: Scales losses in half precision.
+        foreign: Parameters that the optimizer trains beside the model's.
     """
 
     optimizer: Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler | None = None
+    foreign: Sequence[nn.Parameter] = ()
 
     @classmethod
     def begin(cls, model: nn.Module, options: Options, round_: int, device: torch.device) -> Optimization:
@@ -40,7 +43,8 @@ class Optimization:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * options.recipe.finishing_rate
         schedule = options.schedule(optimizer, options.schedule_steps(round_))
-        return cls(optimizer, schedule, options.precision.scaler(device))
+        foreign = foreign_parameters(optimizer, model)
+        return cls(optimizer, schedule, options.precision.scaler(device), foreign)
 
     @property
     def rate(self) -> float:
@@ -49,7 +53,9 @@ class Optimization:
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all."""
-        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        if self.foreign:
+            state["foreign"] = [p.detach() for p in self.foreign]
         return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -63,3 +69,6 @@ class Optimization:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+        with torch.no_grad():
+            for parameter, value in zip(self.foreign, state.get("foreign", ()), strict=False):
+                parameter.copy_(value)

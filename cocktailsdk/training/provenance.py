@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from ..net import CocktailNet
+from .loader_state import attribute
 
 __all__ = ["note_training"]
 
@@ -21,6 +23,10 @@ def note_training(net: CocktailNet, training: Mapping[str, Any], loader: Iterabl
     net.provenance.pop("versions", None)
     net.provenance["training"] = dict(training)
     if "data" not in net.provenance:
-        data = getattr(loader, "dataset", loader)
-        size = {"length": len(data)} if isinstance(data, Sized) else {}
+        data = attribute(loader, "dataset")
+        data = loader if data is None else data
+        size = {}
+        if isinstance(data, Sized):
+            with contextlib.suppress(Exception):  # some loaders have no length before they are gone through
+                size = {"length": len(data)}
         net.provenance["data"] = {"class": type(data).__qualname__, **size}

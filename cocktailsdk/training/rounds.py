@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -18,6 +18,8 @@ from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
 from .history import RoundHistory
 from .kept import pack_masks
+from .left_out import check_round, note_step
+from .loader_state import set_epoch
 from .optimization import Optimization
 from .recipes import Step
 from .session import Session, load_tensors, model_tensors
@@ -71,7 +73,7 @@ def _enter_round(session: Session) -> None:
     if options.recipe.statistics == "separate":
         session.net.statistics.clear()
     names = [name for names in session.networks(k).values() for name in names]
-    session.history.rounds.append(RoundHistory(k, names))
+    session.history.rounds.append(RoundHistory(k, names, made={}))
     _keep_rewind_point(session)
     session.save()
     session.emit(RoundStarted(k, tuple(names), len(options.epochs_of(k))))
@@ -119,7 +121,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     started, ran = time.monotonic(), 0
     while position.epoch < options.epochs_of(k).stop:
         session.set_generators()
-        _set_epoch(session, (k - options.first_round) * options.epochs + position.epoch)
+        set_epoch(session.train_loader, (k - options.first_round) * options.epochs + position.epoch)
         groups = session.guarded(
             draw_groups(
                 session.shared_loader, (options.seed, "epoch", k, position.epoch), options.batches, options.accumulate
@@ -188,7 +190,8 @@ def _prepare(session: Session, step: Step) -> None:
 
 
 def _count(session: Session, step: Step, trained: Trained, place: Place, before: Before | None) -> None:
-    losses = session.losses
+    losses, record = session.losses, session.history.rounds[-1]
+    note_step(record, trained.losses, made=not (trained.left_out or trained.skipped))
     if trained.left_out:
         assert before is not None
         before.put_back()
@@ -230,6 +233,10 @@ def _end_round(session: Session) -> None:
     position, options, net = session.position, session.options, session.net
     k, recipe = position.round, options.recipe
     own = recipe.weights == "own"
+    check_round(session.history.rounds[-1], scaled=session.scaled, standing=session.store.standing)
+    finished = k > options.rounds or recipe.rounds == "one"  # all networks are measured right after
+    if not finished and session.held_out is not None:
+        session.save()  # measuring runs the user's code, which may fail or never return
     if session.average is not None:
         session.average.load()
     if 0 < k <= options.rounds or own:
@@ -237,7 +244,6 @@ def _end_round(session: Session) -> None:
     if own:
         names = session.history.rounds[-1].networks or [DENSE]
         session.history.weights.update(dict.fromkeys(names, f"round-{k:02d}"))
-    finished = k > options.rounds or recipe.rounds == "one"  # all networks are measured right after
     metrics = {} if finished else _measure(session, k)
     session.history.rounds[-1].metrics = metrics
     log.info("round %d of %d: %s", k, options.rounds, ", ".join(f"{n} {m:.4f}" for n, m in metrics.items()))
@@ -271,11 +277,3 @@ def _measure(session: Session, k: int) -> dict[str, float]:
     net.statistics.clear()  # of these weights; the merged ones get their own
     load_tensors(net.model, kept)
     return metrics
-
-
-def _set_epoch(session: Session, epoch: int) -> None:
-    """Tell samplers that shuffle by the epoch's number (distributed ones) which it is."""
-    loader: Any = session.train_loader
-    for part in (loader, getattr(loader, "sampler", None)):
-        if callable(set_epoch := getattr(part, "set_epoch", None)):
-            set_epoch(epoch)

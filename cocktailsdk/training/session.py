@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError
+from ..errors import CocktailError, TrainingError
 from ..masks import Mask
 from ..modes import TrainingModes
 from ..net import CocktailNet
@@ -31,7 +31,7 @@ from .finite import SECONDS, LossWatch, Place, Skips, not_finite
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
 from .kept import pack_masks, plain, to_cpu, unpack_masks
-from .metrics import MetricFn, Score, mean_score
+from .metrics import MetricFn, NothingScored, Score, mean_score, readable
 from .optimization import Optimization
 from .options import Options
 from .randomness import seed_everything
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class LoaderFailed(Exception):
-    """A loader raised, at a moment from which the run can be gone on with; the error is its cause."""
+    """A loader or other code of the user's raised, at a moment from which the run can be resumed; it is the cause."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -118,8 +118,8 @@ class Session:
     store: Store | SharedStore
     interrupts: Interrupts
     device: torch.device
-    first_generators: list[Tensor]
-    generators: list[Tensor]
+    first_generators: Mapping[str, Any]
+    generators: Mapping[str, Any]
     position: Position
     history: History = field(default_factory=History)
     optimization: Optimization | None = None
@@ -238,7 +238,7 @@ class Session:
         now = time.monotonic()
         self.history.seconds += now - self._since
         self._since = now
-        path = self.store.save(self._state, self._needs)
+        path = self.store.save(self.state, self.needs)
         self._saved = time.monotonic()
         if path is None:
             return None
@@ -295,7 +295,7 @@ class Session:
             for place, name, value in waiting:
                 self.emit(StepSkipped(place.round, place.epoch, place.step, place.batch, name, value))
 
-    def _needs(self, file: str) -> bool:
+    def needs(self, file: str) -> bool:
         """Whether a file that was put into the store will be read again."""
         return (
             self.position.phase in ("train", "merge")
@@ -303,7 +303,8 @@ class Session:
             or file in self.history.weights.values()
         )
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """The run as it stands, as tensors and plain values."""
         measured = self.position.phase in ("finish", "done")
         tracked = self.options.recipe.statistics == "separate"
         return {
@@ -431,6 +432,31 @@ class Session:
                 iterator.close()
 
     @property
+    def scaled(self) -> bool:
+        """Whether losses are scaled, so that steps may be left out for overflow."""
+        return self.options.precision.name == "fp16"
+
+    @contextmanager
+    def working(self, on: str) -> Iterator[None]:
+        """Work on trained weights, whose failure must not lose them.
+
+        Only to be used where the run can be resumed.
+
+        Args:
+            on: What is done, for errors.
+
+        Raises:
+            LoaderFailed: Something raised.
+        """
+        try:
+            yield
+        except (Stopped, LoaderFailed, NothingScored):
+            raise
+        except Exception as error:
+            what = error if isinstance(error, CocktailError) else f"{type(error).__name__}: {error}"
+            raise LoaderFailed(f"{on} failed ({' '.join(str(what).split())})") from error
+
+    @property
     def own(self) -> tuple[int | str, ...]:
         """What this process adds to the seed of what it does with its own examples; nothing in the main one."""
         return ("rank", self.ranks.rank) if self.ranks.rank else ()
@@ -469,7 +495,8 @@ class Session:
         """Measure a network's batch-norm statistics; several processes each on their parts of the batches."""
         batches = self.guarded(self.recalibration, "train_loader, recalibrating,")
         together = self.execution is not None and self.execution.sharded
-        recalibrate(self.net, name, batches, self.forward, self.ranks, together=together)
+        with self.working(f"recalibrating {name!r}"):
+            recalibrate(self.net, name, batches, self.forward, self.ranks, together=together)
 
     def score(self, name: str) -> Score:
         """Recalibrate a network's statistics and measure it on the held-out batches; higher is better."""
@@ -479,13 +506,17 @@ class Session:
     def measure(self, name: str, batches: Iterable[Any] | None = None) -> Score:
         """Measure a network with the statistics that it has on the held-out batches, or some; higher is better."""
         assert self.held_out is not None
-        with self.net.using(name, changes="discard"):
+        with self.working(f"measuring {name!r} on held-out data"), self.net.using(name, changes="discard"):
             guarded = self.guarded(batches or self.held_out, "val_loader")
             score = mean_score(self.net.model, guarded, self.options.forward_fn, self.metric, self.ranks)
-        if self.options.metric_mode == "min":
-            return Score(-score.value, None if score.maximum is None else Fraction(0), score.count)
-        return score
+        if score.number != score.number:
+            log.warning(
+                "the metric of %s is not finite (mean of %d scores): it is recorded as NaN, and not chosen for",
+                name,
+                score.count,
+            )
+        return score.negated() if self.options.metric_mode == "min" else score
 
     def readable(self, value: Fraction) -> float:
-        """A score as the user's metric had it."""
-        return float(-value if self.options.metric_mode == "min" else value)
+        """A score as the user's metric had it; NaN where it was not finite."""
+        return -readable(value) if self.options.metric_mode == "min" else readable(value)

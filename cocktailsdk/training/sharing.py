@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ..errors import TrainingError
-from .batches import nbytes, to_device
+from ..utils.nested import nbytes, to_device
+from .loader_state import attribute
 from .randomness import seed_everything
 from .ranks import Ranks
 
@@ -53,7 +55,8 @@ def examples(batch: Any) -> int:
     """How many examples a batch holds: the length of its tensors' first axis; 1 where it has no tensor with an axis."""
     if isinstance(batch, Part):
         return batch.count
-    return next((len(leaf) for leaf in tree_flatten(_plain(batch))[0] if isinstance(leaf, Tensor) and leaf.ndim), 1)
+    leaves = tree_flatten(_plain(batch))[0]
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim), 1)
 
 
 def inputs_of(batch: Any) -> Any:
@@ -74,6 +77,8 @@ def part_of(batch: Any, ranks: Ranks) -> Part:
     if isinstance(batch, Part):
         return batch
     leaves, tree = tree_flatten(_plain(batch))
+    cpu = torch.device("cpu")
+    leaves = [to_device(leaf, cpu) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
     sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     other = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor | int | float | None)}
     if len(sizes) != 1 or other:
@@ -92,7 +97,7 @@ def part_of(batch: Any, ranks: Ranks) -> Part:
 
 def shards_itself(loader: Any) -> bool:
     """Whether a loader is seen to give every process a part of its own."""
-    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    samplers = (attribute(loader, "sampler"), attribute(attribute(loader, "batch_sampler"), "sampler"))
     prepared = type(loader).__module__.startswith("accelerate.")
     return prepared or any(isinstance(s, DistributedSampler) for s in samplers)
 
@@ -113,7 +118,7 @@ def shared_loader(loader: Iterable[Any], ranks: Ranks, shard: bool | None = None
     if shard is False or (shard is None and shards_itself(loader)):
         return _Own(loader)
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-    if plain and getattr(loader, "batch_sampler", None) is not None:
+    if plain and attribute(loader, "batch_sampler") is not None:
         return _Loading(loader, ranks)  # type: ignore[arg-type]
     return _Splitting(loader, ranks)
 
@@ -139,9 +144,9 @@ class _Wrapped:
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
-        for name in ("sampler", "batch_sampler", "generator", "set_epoch"):
-            if hasattr(loader, name):
-                setattr(self, name, getattr(loader, name))
+        for name in ("sampler", "batch_sampler", "generator", "dataset", "set_epoch"):
+            if (own := attribute(loader, name)) is not None:
+                setattr(self, name, own)
 
     def __len__(self) -> int:
         return len(self._loader)

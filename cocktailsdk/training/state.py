@@ -67,6 +67,10 @@ class MemoryStore:
         """Keep tensors under a name."""
         self._tensors[name] = {k: v.detach().cpu().clone() for k, v in tensors.items()}
 
+    def items(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """All that was put there, by name."""
+        yield from self._tensors.items()
+
     def get(self, name: str) -> dict[str, Tensor]:
         """What was put there."""
         return dict(self._tensors[name])

@@ -239,7 +239,13 @@ class Stepper:
 def _stepped(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
     """Step; whether the scaler left the step out."""
     if scaler is None:
-        optimizer.step()
+        try:
+            optimizer.step()
+        except (TypeError, AssertionError) as error:  # of those whose closure has a default all the same (SAM)
+            raise TrainingError(
+                f"{type(optimizer).__name__}.step() raised {type(error).__name__} ({error}): give an optimizer that "
+                "steps without arguments, for example optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+            ) from error
         return False
     scaler.step(optimizer)
     before = scaler.get_scale()

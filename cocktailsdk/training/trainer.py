@@ -22,7 +22,7 @@ from .configuration import describe, fingerprint, stored_configuration
 from .distill import Classes, DistillFn
 from .events import Callback, Finished, TrainingStarted
 from .execution import Execution
-from .first_look import choose_metric, look
+from .first_look import choose_metric, look, try_metric
 from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
@@ -35,6 +35,7 @@ from .precision import MixedPrecision, without_autocast
 from .provenance import note_training
 from .randomness import forked
 from .recipes import Recipe, recipe_named
+from .rescue import rescued_run
 from .rounds import train_rounds
 from .schedules import ScheduleFactory, cosine_restarts
 from .search import ALPHAS
@@ -309,7 +310,7 @@ class CoTrainer:
             ):
                 session = self._session(interrupts, store)
                 self.history = session.history
-                with _stopping(session):
+                with _stopping(session, self.configuration):
                     if session.position.phase != "done":
                         session.emit(self._started(session))
                         train_rounds(session, "train")
@@ -352,8 +353,8 @@ class CoTrainer:
             out = {}
             for name in chosen:
                 with self.using(name):
-                    score = mean_score(net.model, batches, self._options.forward_fn, metric, ranks)
-                out[net.subnet(name).name] = float(score.value)
+                    score = mean_score(net.model, batches, self._options.forward_fn, metric, ranks, check=True)
+                out[net.subnet(name).name] = score.number
         return out
 
     @contextmanager
@@ -476,6 +477,8 @@ class CoTrainer:
         )
         if state is not None:
             session.restore(state)
+        elif session.held_out is not None:
+            try_metric(net.model, session.held_out, options, session.metric, ranks)
         if ranks.world > 1 and session.execution is not None and session.position.phase != "done":
             session.execution.prepare(next(iter(recalibration)), options.loss_fn)
         return session
@@ -514,8 +517,8 @@ class CoTrainer:
 
 
 @contextmanager
-def _stopping(session: Session) -> Iterator[None]:
-    """Save where the run was asked to stop, or a loader raised; then end it."""
+def _stopping(session: Session, configuration: Mapping[str, Any]) -> Iterator[None]:
+    """Save where the run was asked to stop, or a loader, a metric or the model raised; then end it."""
     try:
         yield
     except Stopped:
@@ -528,7 +531,10 @@ def _stopping(session: Session) -> Iterator[None]:
             saved = session.save(interrupted=True)
         except TrainingError as error:
             raise TrainingError(f"{failed}. The run could not be saved: {error}") from failed.__cause__
-        where = f"The run was saved in {saved}: the same call goes on from there" if saved else session.store.standing
+        if saved:
+            where = f"The run was saved in {saved}: the same call goes on from there"
+        else:
+            where = rescued_run(session, configuration) or session.store.standing
         raise TrainingError(f"{failed}. {where}") from failed.__cause__
 
 

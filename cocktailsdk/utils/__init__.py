@@ -1,1 +1,1 @@
-"""Helpers that know nothing of sparsity: undoing what running a model changes."""
+"""Helpers that know nothing of sparsity: nested containers, and undoing what running a model changes."""

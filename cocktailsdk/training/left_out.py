@@ -1,0 +1,98 @@
+"""Steps that were left out: a round, or a subnetwork, of which none was made is not trained, and must not seem so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..sharding import local
+from .history import RoundHistory
+
+__all__ = ["check_all_trained", "check_round", "note_step", "weight_sums"]
+
+
+def note_step(record: RoundHistory, names: Iterable[str], *, made: bool) -> None:
+    """Count a step for the networks that it trained, or would have."""
+    if record.made is None:  # the round began in a release that did not count
+        return
+    counts = record.made if made else record.left_out
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+
+
+def check_round(record: RoundHistory, *, scaled: bool, standing: str) -> None:
+    """See that a round trained something.
+
+    Args:
+        record: Of the round, its steps counted.
+        scaled: Whether a gradient scaler leaves steps out.
+        standing: What is said of the last state.
+
+    Raises:
+        TrainingError: All its steps were left out.
+    """
+    if record.made is None or record.made or not record.left_out:
+        return
+    raise TrainingError(
+        f"nothing was trained in round {record.round}: all {max(record.left_out.values())} steps of "
+        f"{_listed(record.left_out)} were left out, since {_reason(scaled)}. {standing}"
+    )
+
+
+def check_all_trained(records: Iterable[RoundHistory], *, scaled: bool, standing: str) -> None:
+    """See that each network was trained in some round.
+
+    Raises:
+        TrainingError: All steps of some networks were left out.
+    """
+    made: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    for record in records:
+        if record.made is None:
+            return
+        made.update(record.made)
+        left_out.update(record.left_out)
+    if never := {name: count for name, count in left_out.items() if not made[name]}:
+        raise TrainingError(
+            f"{_listed(never)} {'was' if len(never) == 1 else 'were'} never trained: all {max(never.values())} of "
+            f"{'its' if len(never) == 1 else 'their'} steps were left out, since {_reason(scaled)}. {standing}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def _reason(scaled: bool) -> str:
+    if scaled:
+        return (
+            'gradients overflowed in half precision or losses were not finite: give mixed_precision="bf16", or more '
+            "steps, in which the scale is found"
+        )
+    return (
+        "their losses or gradients were not finite: lower the learning rate (optimizer=lambda parameters: "
+        "torch.optim.SGD(parameters, lr=…)), or look for values in the data that are not finite"
+    )
+
+
+@torch.no_grad()
+def weight_sums(model: nn.Module) -> Tensor:
+    """Two sums of each trained parameter, on the CPU: equal only if no weight changed."""
+    parameters = [local(p.detach()) for p in model.parameters() if p.requires_grad]
+    sums = [f(p).to("cpu", torch.float64) for p in parameters for f in (_sum, _sum_of_sizes)]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.sum(dtype=torch.float64)
+
+
+def _sum_of_sizes(tensor: Tensor) -> Tensor:
+    return tensor.abs().sum(dtype=torch.float64)
