@@ -101,7 +101,8 @@ def soft_cross_entropy(
     """
     s, labels = classes.positions(student, target)
     t, _ = classes.positions(teacher, target)
-    each = F.cross_entropy(s.float(), t.float().softmax(-1), reduction="none")
+    wide = torch.promote_types(s.dtype, torch.float32)  # float64 stays float64
+    each = F.cross_entropy(s.to(wide), t.to(wide).softmax(-1), reduction="none")
     counts = (labels >= 0).to(each.dtype)
     return (each * counts).sum() / counts.sum().clamp(min=1)
 
