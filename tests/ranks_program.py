@@ -35,9 +35,22 @@ from cocktailsdk.training.recipes import masks as recipe_masks
 
 TIMEOUT = 400  # seconds, of a launch
 
+ROUNDING = 1e-6
+"""How far weights and losses of two processes may be from those of one.
+
+The runs are in float64, but the trainer weighs its parts of a batch (3 of 7 examples) and records its losses in
+float32: weights were 1e-8 apart and losses 1e-7. A gradient that misses one example moves them by more than 1e-4.
+"""
+
 
 class PlainNet(nn.Module):
-    """Without batch statistics and without random numbers: the same whoever computes which examples."""
+    """Without batch statistics and without random numbers: the same whoever computes which examples.
+
+    Two processes sum gradients in another order than one, and the order within one depends on the number of threads. In
+    float32 that rounding can move a ReLU's input to the other side of zero: then weights differ by 2e-4 after 24 steps,
+    as much as a wrong gradient makes them differ (seen with MKL on two threads; with SiLU it stays at 1e-7). So one
+    process and two are compared in float64, in which the same rounding is 1e-16.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,14 +61,14 @@ class PlainNet(nn.Module):
         self.fc = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm1(self.conv1(x.to(self.conv1.weight.dtype))))
         return self.fc(F.relu(self.norm2(self.conv2(x))).mean((2, 3)))
 
 
-def plain_net(seed: int = 0) -> cocktail.CocktailNet:
+def plain_net(seed: int = 0, dtype: torch.dtype = torch.float64) -> cocktail.CocktailNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = PlainNet()
+        model = PlainNet().to(dtype)
     patterns = (
         cocktail.Unstructured(sparsities=[0.3, 0.6]),
         "2:4",
@@ -86,9 +99,9 @@ def shuffled() -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(Digits(), 7, shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
-def plain_trainer(seed: int = 0, **options: Any) -> cocktail.CoTrainer:
+def plain_trainer(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> cocktail.CoTrainer:
     settings: dict[str, Any] = {"recipe": "paper-finishing", "train_loader": uneven(), "alphas": (1.0, 0.5)}
-    return tiny_trainer(plain_net(seed), **{**settings, **options})
+    return tiny_trainer(plain_net(seed, dtype), **{**settings, **options})
 
 
 def trained(trainer: cocktail.CoTrainer) -> dict[str, Any]:
@@ -165,7 +178,7 @@ def grown(folder: Path) -> Any:
 
 
 def mixed(folder: Path) -> Any:
-    return trained(plain_trainer(mixed_precision="bf16", merge=False))
+    return trained(plain_trainer(dtype=torch.float32, mixed_precision="bf16", merge=False))
 
 
 class WithUnused(PlainNet):
@@ -380,7 +393,8 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
 def launch(folder: Path, *names: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """Run scenarios on several processes of this machine, one after the other; never for longer than a while."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
     return subprocess.run(
         [*torchrun, __file__, str(folder), *names],
         env=env,

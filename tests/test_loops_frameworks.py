@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from ranks_program import launch, outcome, own_loop
+from ranks_program import ROUNDING, launch, outcome, own_loop
 from torch import Tensor
 from torch.nn import functional as F
 from training_tiny import assert_identical
@@ -166,5 +166,5 @@ def test_on_two_processes(tmp_path: Path) -> None:
         assert_identical(first, second)
         assert_identical(first["masks"], one["masks"])
         for key, tensor in one["weights"].items():
-            torch.testing.assert_close(first["weights"][key], tensor, rtol=0, atol=2e-5)
+            torch.testing.assert_close(first["weights"][key], tensor, rtol=0, atol=ROUNDING)
     assert "ema cannot average sharded weights" in first["refused"]

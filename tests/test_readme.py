@@ -83,8 +83,11 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
         script = str(ROOT / ".ci" / "readme_command.py")
         return subprocess.run([sys.executable, script, str(which)], capture_output=True, text=True, check=True).stdout
 
-    assert command(1).strip() == 'pip install -e ".[dev]" && cocktail-cli train --preset digits --out runs/digits'
-    assert command(2).strip() == "pytest -n 2 --dist loadfile"
+    assert command(1).splitlines() == [
+        "python3 -m venv .venv && . .venv/bin/activate",
+        'pip install -c constraints.txt -e ".[dev]" && cocktail-cli train --preset digits --out runs/digits',
+    ]
+    assert command(2).strip() == ". .venv/bin/activate && pytest -n 2 --dist loadfile"
     assert len(blocks(ROOT / "README.md", "bash")) == 2
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ranks_program
 import torch
-from ranks_program import PlainNet, launch, outcome
+from ranks_program import ROUNDING, PlainNet, launch, outcome
 from training_tiny import assert_identical, tiny_net
 
 import cocktailsdk as cocktail
@@ -56,9 +56,9 @@ def test_a_sharded_run_is_that_of_one_process(folder: Path, alone: Any) -> None:
         assert two["history"]["alphas"] == alone["history"]["alphas"]
         for found, expected in zip(two["history"]["rounds"], alone["history"]["rounds"], strict=True):
             for one, other in zip(found["losses"], expected["losses"], strict=True):
-                assert one == pytest.approx(other, abs=2e-5)
+                assert one == pytest.approx(other, abs=ROUNDING)
         for name, weight in alone["weights"].items():
-            assert torch.allclose(two["weights"][name], weight, atol=2e-5), name
+            assert torch.allclose(two["weights"][name], weight, rtol=0, atol=ROUNDING), name
     assert_identical(first["weights"], second["weights"])
 
 
@@ -69,7 +69,7 @@ def test_a_sharded_run_that_was_stopped_goes_on_identically(folder: Path) -> Non
 
 
 def test_its_bundle_loads_into_a_whole_model(folder: Path) -> None:
-    net = cocktail.from_pretrained(folder / "bundle-True", PlainNet())
+    net = cocktail.from_pretrained(folder / "bundle-True", PlainNet().double())
     expected = outcome(folder, "fsdp", 0)
     for name, weight in expected["weights"].items():
         assert torch.equal(net.dense_tensor(name), weight), name

@@ -19,7 +19,7 @@ def unfused() -> Iterator[None]:
     """Run attention and recurrent layers as the matrix products that they are made of.
 
     ``FlopCounterMode`` counts products and convolutions. Which fused kernels it counts depends on the version: PyTorch
-    2.11 to 2.14 miss flash attention on a CPU, and every version misses the fast paths of ``nn.TransformerEncoderLayer``
+    2.11 to 2.14 miss flash attention on a CPU. Every version misses the fast paths of ``nn.TransformerEncoderLayer``
     and ``nn.MultiheadAttention``, and oneDNN's LSTM. All settings are restored on exit.
     """
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -150,7 +150,8 @@ def soft_cross_entropy(
     """
     s, labels = classes.positions(student, target)
     t, _ = classes.positions(teacher, target)
-    each = F.cross_entropy(s.float(), t.float().softmax(-1), reduction="none")
+    wide = torch.promote_types(s.dtype, torch.float32)  # float64 stays float64
+    each = F.cross_entropy(s.to(wide), t.to(wide).softmax(-1), reduction="none")
     counts = counted(labels, s.shape[-1], classes.ignored)
     # not a product: what is no number at an ignored position must not count either
     return torch.where(counts, each, 0.0).sum() / counts.to(each.dtype).sum().clamp(min=1)
