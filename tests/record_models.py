@@ -54,7 +54,7 @@ def transformers_model(name: str) -> Any:
     """A small model of a listed class."""
     import transformers
 
-    kind = library("transformers").entries[name].home.removeprefix("models.")
+    kind = library("transformers").entries[name].section
     cls = getattr(transformers, name)
     return cls(cls.config_class(**CONFIGS[kind]))
 
@@ -63,8 +63,7 @@ def every_record(adapter: str) -> Iterator[dict[str, Any]]:
     """A record for every listed class that the installed version has."""
     if adapter == "transformers":
         for name, entry in library(adapter).entries.items():
-            kind = entry.home.removeprefix("models.")
-            config = {**CONFIGS[kind], "model_type": kind}
+            config = {**CONFIGS[entry.section], "model_type": entry.section}
             yield {"adapter": adapter, "dtype": "float32", "record": {"class": name, "config": config}}
         return
     for name in library(adapter).entries:

@@ -10,7 +10,7 @@ from torch import nn
 from ..adapters import rebuilt
 from ..errors import AdapterError, BundleError
 from ..records import Bounds
-from .limits import MAX_FLEETING_BYTES, max_modules
+from .limits import MAX_BUILT_TENSORS, MAX_FLEETING_BYTES, max_modules
 from .model import all_tensors, fingerprint, stored_names
 from .tensors import TensorFile
 from .values import items, more, quoted, shortened
@@ -39,7 +39,13 @@ def built(meta: Mapping[str, Any], weights: TensorFile, trust: bool = False) -> 
             f"the bundle does not say how its {made_from} is built, since no adapter knew: pass the model, as in "
             "from_pretrained(bundle, model)"
         )
-    most = max_modules(len(items(meta["model"]["tensors"], "the model's tensors")))
+    count = len(items(meta["model"]["tensors"], "the model's tensors"))
+    if count > MAX_BUILT_TENSORS:
+        raise BundleError(
+            f"the bundle's model has {count} tensors, and at most {MAX_BUILT_TENSORS} are built from a record; "
+            "pass the model: from_pretrained(bundle, model)"
+        )
+    most = max_modules(count)
     bounds = Bounds.of(weights.shapes.values())
     try:
         outline = rebuilt(said, "meta", most, bounds=bounds, trust=trust)

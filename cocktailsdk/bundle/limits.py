@@ -40,9 +40,13 @@ MAX_FLEETING_BYTES = 1 << 30
 """Of buffers that are not stored, in a model that is built as the bundle says."""
 
 
+MAX_BUILT_TENSORS = 5_000
+"""Of a model that is built as the bundle says: the largest listed models have less than 2,000."""
+
+
 def max_modules(tensors: int) -> int:
-    """In a model of so many tensors, where it is built as the bundle says."""
-    return 10_000 + 20 * tensors
+    """In a model of so many tensors, where it is built as the bundle says. Real ones have two for each tensor."""
+    return 1_000 + 5 * tensors
 
 
 def max_coupling_entries(tensors: int) -> int:

@@ -99,6 +99,13 @@ def _depth(value: Any, bounds: Bounds) -> str | None:
     return None if integer(value, 0, high) else f"a whole number from 0 to {high}, the number of the bundle's tensors"
 
 
+def _depths(value: Any, bounds: Bounds) -> str | None:
+    # Swin makes a list of all layers, of all stages together.
+    said = each_of(_depth)(value, bounds)
+    fits = said is None and sum(value) <= bounds.tensors
+    return None if fits else said or f"a list of at most {bounds.tensors} in all, the number of the bundle's tensors"
+
+
 def _count(value: Any, bounds: Bounds) -> str | None:
     high = min(bounds.largest, MOST_LABELS)
     return None if integer(value, 0, high) else f"a whole number from 0 to {high}"
@@ -206,7 +213,7 @@ KINDS: Mapping[str, Kind] = {
     "size": _size,
     "sizes": each_of(_size),
     "depth": _depth,
-    "depths": each_of(_depth),
+    "depths": _depths,
     "count": _count,
     "position": _position,
     "extent": either(_extent, each_of(_extent, lambda _: 3)),

@@ -27,12 +27,12 @@ class Entry:
     """What a record may give a class.
 
     Attributes:
-        home: The module that defines the class or the builder, without its library's name.
+        section: The table's section: a type of model, or the module of timm that defines the architecture.
         fields: Kinds of arguments by name.
         nested: Objects that are arguments themselves, by name.
     """
 
-    home: str
+    section: str
     fields: Mapping[str, Kind]
     nested: Mapping[str, Entry] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _builders(table: Mapping[str, Any]) -> dict[str, Entry]:
     fields = _fields(table["fields"])
     groups = table.get("architectures") or table["builders"]
-    return {name: Entry(f"models.{home}", fields) for home, names in groups.items() for name in names.split()}
+    return {name: Entry(section, fields) for section, names in groups.items() for name in names.split()}
 
 
 def _configurations(table: Mapping[str, Any]) -> dict[str, Entry]:
@@ -98,7 +98,7 @@ def _configurations(table: Mapping[str, Any]) -> dict[str, Entry]:
         section = sections[kind]
         nested = {name: entry(of) for name, of in section.get("nested", {}).items()}
         given = {k: v for k, v in section.items() if k not in ("classes", "nested")}
-        return Entry(f"models.{kind}", {**common, **_fields(given), "model_type": one_of({kind})}, nested)
+        return Entry(kind, {**common, **_fields(given), "model_type": one_of({kind})}, nested)
 
     return {name: entry(kind) for kind, section in sections.items() for name in section["classes"].split()}
 
