@@ -4,12 +4,15 @@
     python benchmarks/bundle_fuzz.py --case 31415        one of them again, with its traceback
 
 Some mutations leave the checksums as they were, most mend them, so that the checks behind them are reached: bytes,
-lengths, JSON values, keys, shapes, dtypes and offsets, tensors of another bundle, files that are missing or empty.
+lengths, JSON values, keys, shapes, dtypes and offsets, tensors of another bundle, files that are missing or empty; and
+well-formed files that lie: masks that are not those of their patterns, levels of other sparsities, sizes, couplings,
+statistics, example inputs and build records.
 
 What counts as a failure: any other exception, a crash, more than so much time of the processor or so much memory (the
 process may take no more address space), a model changed by a bundle that was refused, and a bundle that was accepted
 but whose networks differ from those that examples/read_bundle.py, which shares no code with the package, finds in the
-same files, or that cannot be switched, counted, saved and loaded again.
+same files, whose masks do not have exactly the counts that their patterns ask for, or that cannot be switched, counted,
+saved and loaded again.
 
 The cases are numbered and depend on nothing else; those done are kept in a file, and the next call goes on.
 """
@@ -32,7 +35,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,7 @@ from cocktailsdk import BundleError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from read_bundle import Bundle  # noqa: E402
+from read_bundle import Bundle, cut  # noqa: E402
 
 JSON, WEIGHTS, SUBNETS = "bundle.json", "weights.safetensors", "subnets.safetensors"
 FILES = (JSON, WEIGHTS, SUBNETS)
@@ -213,11 +217,144 @@ def values_of_tensors(rng: random.Random, files: dict[str, bytes]) -> bool:
     return True
 
 
+def masks_that_lie(rng: random.Random, files: dict[str, bytes]) -> bool:
+    """One network's mask as no pattern makes it, written in the smallest form that holds it."""
+    with tempfile.TemporaryDirectory() as beside:
+        folder = Path(beside) / "bundle"
+        written(files, folder)
+        net = cocktail.from_pretrained(folder, small(5))
+        name = rng.choice(net.names[1:])
+        elements = {k: v.clone() for k, v in net.masks[name].elements.items()}
+        removed = None if (units := net.masks[name].removed) is None else units.clone()
+        flat = [t.view(-1) for t in elements.values()] + ([] if removed is None else [removed])
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            if flat:
+                of = rng.choice(flat)
+                at = rng.randrange(of.numel())
+                of[at] = ~of[at]
+                if rng.random() < 0.3:  # as many as before, elsewhere
+                    other = rng.randrange(of.numel())
+                    of[other] = ~of[other]
+        if rng.random() < 0.2:
+            elements, removed = rng.choice(
+                (({}, removed), (elements, None), ({}, torch.zeros(net.coupling.n_units) > 0))
+            )
+        statistics, metrics = dict(net.statistics), dict(net.metrics)
+        net.set_mask(name, cocktail.Mask(elements, removed))
+        net.statistics.update(statistics)
+        net.metrics.update(metrics)
+        with unchecked():
+            net.save_pretrained(folder)
+        files.update({file: (folder / file).read_bytes() for file in FILES})
+    return True
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Let bundles be written that the package would not write."""
+    from cocktailsdk.bundle import write
+
+    check: Any = write.check_masks
+    write.check_masks = lambda *_: None
+    try:
+        yield
+    finally:
+        write.check_masks = check
+
+
+def another_level(rng: random.Random, files: dict[str, bytes]) -> bool:
+    """A level of a pattern as one of another sparsity, or an N:M as another, under its new name everywhere."""
+    meta = json.loads(files[JSON])
+    row = rng.choice(meta["subnets"][1:])
+    old = row["name"]
+    if row["pattern"] in ("n:m", "transposable"):
+        new, pair = rng.choice((("3:4", [3, 4]), ("1:4", [1, 4]), ("2:3", [2, 3]), ("2:8", [2, 8])))
+        new = new if row["pattern"] == "n:m" else row["pattern"] + new
+        config = {"pairs": [pair if f"{n}:{m}" in old else [n, m] for n, m in config_of(meta, row)["pairs"]]}
+        row["options"] |= {"n": pair[0], "m": pair[1]}
+        row["sparsity"] = 1 - pair[0] / pair[1]
+    elif row["pattern"] == "product":
+        return True
+    else:
+        levels = [r["sparsity"] for r in meta["subnets"] if r["pattern"] == row["pattern"]]
+        other = round(min(1.0, max(0.0, row["sparsity"] + rng.choice((-0.2, -0.01, 0.01, 0.2)))), 3)
+        levels[levels.index(row["sparsity"])] = other
+        given = config_of(meta, row)
+        config = {k: v for k, v in given.items() if k not in ("rounds", "rate")} | {"sparsities": sorted(levels)}
+        new, row["sparsity"] = f"{old.split('@')[0]}@{f'{other:.3f}'.rstrip('0').rstrip('.')}", other
+    next(p for p in meta["patterns"] if p["name"] == row["pattern"])["config"] = config
+    for entry in meta["masks"]:
+        for key in ("runs", "zeroed"):
+            if entry.get(key) == old:
+                entry[key] = new
+                if "n" in entry and rng.random() < 0.7:
+                    entry |= {"n": row["options"]["n"], "m": row["options"]["m"]}
+        if "levels" in entry:
+            entry["levels"] = [new if n == old else n for n in entry["levels"]]
+    for entry in meta["statistics"]:
+        if entry["subnet"] == old:
+            entry["subnet"] = new
+    row["name"] = new
+    files[JSON] = dumped(rng, meta)
+    return True
+
+
+def config_of(meta: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a subnetwork's pattern."""
+    config: dict[str, Any] = next(p for p in meta["patterns"] if p["name"] == row["pattern"])["config"]
+    return config
+
+
+PARTS = ("coupling", "statistics", "example", "selection", "masks", "model", "files", "build", "patterns", "provenance")
+
+
+def one_part(rng: random.Random, files: dict[str, bytes]) -> bool:
+    """Values of one part of bundle.json, as likely in each."""
+    meta = json.loads(files[JSON])
+    part = rng.choice(PARTS)
+    if part == "build":  # read only where no model is given
+        meta["build"] = {"adapter": "timm", "record": {"name": "resnet18"}, "dtype": "float32"}
+    for _ in range(rng.choice((1, 1, 2))):
+        change(rng, meta[part])
+    if rng.random() < 0.1:
+        meta["example"] = {
+            "tuple": [{"tuple": [{"tensor": "float32", "shape": [0]}] * rng.choice((3, 20_000))}, {"dict": []}]
+        }
+    files[JSON] = dumped(rng, meta)
+    return True
+
+
+def numbers(rng: random.Random, files: dict[str, bytes]) -> bool:
+    """Small changes to numbers of the coupling, masks and statistics: axes, groups, units, places, starts."""
+    meta = json.loads(files[JSON])
+    found = [place for part in ("coupling", "masks", "statistics", "selection") for place in whole_numbers(meta[part])]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        of, key = rng.choice(found)
+        of[key] = max(0, of[key] + rng.choice((-1, 1, 1, 2, 8)))
+    files[JSON] = dumped(rng, meta)
+    return True
+
+
+def whole_numbers(tree: Any) -> list[tuple[Any, Any]]:
+    """Every whole number in a JSON value, as what holds it and where."""
+    out = []
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if type(value) is int:
+            out.append((tree, key))
+        elif isinstance(value, dict | list):
+            out += whole_numbers(value)
+    return out
+
+
 MUTATIONS: tuple[tuple[Mutate, int], ...] = (
-    (values_of_the_json, 50),
-    (values_of_a_header, 14),
-    (values_of_tensors, 14),
-    (bytes_of_a_file, 14),
+    (values_of_the_json, 20),
+    (masks_that_lie, 12),
+    (another_level, 8),
+    (one_part, 16),
+    (numbers, 12),
+    (values_of_a_header, 10),
+    (values_of_tensors, 10),
+    (bytes_of_a_file, 8),
     (of_another_bundle, 4),
     (other_files, 4),
 )
@@ -334,6 +471,13 @@ OTHER = small(99)  # what is loaded into
 MODELS: list[Small] = []  # copies of it that nothing was loaded into yet
 
 
+def written(files: dict[str, bytes], folder: Path) -> None:
+    """Write files into a new folder."""
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
 def case(number: int, folder: Path) -> str:
     """Make a case's bundle and read it.
 
@@ -349,15 +493,22 @@ def case(number: int, folder: Path) -> str:
         mutate = rng.choices([m for m, _ in MUTATIONS], [w for _, w in MUTATIONS])[0]
         try:
             mend = mutate(rng, files)
-        except (KeyError, ValueError, TypeError, RecursionError, AttributeError):  # nothing left to change
-            mend = True
+        except (
+            KeyError,
+            ValueError,
+            TypeError,
+            RecursionError,
+            AttributeError,
+            LookupError,
+            BundleError,
+            StopIteration,
+        ):
+            mend = True  # there is nothing left to change
     if mend:
         mended(files)
     unchanged = files in KNOWN
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
+    written(files, folder)
     model = MODELS.pop() if MODELS else copy.deepcopy(OTHER)
     try:
         net = cocktail.from_pretrained(folder, model)
@@ -373,6 +524,38 @@ def case(number: int, folder: Path) -> str:
         return "refused, " + ("mended" if mend else "not mended")
     examine(net, folder, number)
     return "accepted, unchanged" if unchanged else "accepted, as its files say"
+
+
+def miscounted(found: Bundle, row: dict[str, Any]) -> str | None:
+    """What is wrong with the counts of a network's mask, by another reader and another way of counting."""
+    name, pattern, sparsity, options = row["name"], row["pattern"], row["sparsity"], row.get("options", {})
+    elements, removed = found.mask(name)
+    weights = [found.weight(found.tensors[i]) for i in found.meta["selection"]["eligible"]]
+    masks = [elements.get(found.tensors[i]) for i in found.meta["selection"]["eligible"]]
+    if pattern == "unstructured":
+        zeros = sum(int((~m).sum()) for m in masks if m is not None)
+        wanted = round(sparsity * sum(int(np.prod(w.shape)) for w in weights))
+        return None if zeros == wanted else f"{zeros} zeros, not {wanted}"
+    if pattern in ("n:m", "transposable"):
+        for w, m in zip(weights, masks, strict=True):
+            kept = cut(w, {"runs": name, **options}, np.ones(w.shape, bool) if m is None else m).sum(-1)
+            if (kept != options["n"]).any():
+                return f"a run keeps {kept[kept != options['n']][0]}"
+    if pattern == "block":
+        blocks = np.concatenate(
+            [cut(w, options, m).reshape(-1, prod(options["block"])) for w, m in zip(weights, masks, strict=True)]
+        )
+        if (blocks.any(1) != blocks.all(1)).any() or int((~blocks.any(1)).sum()) != round(sparsity * len(blocks)):
+            return "blocks in part, or another number of them"
+    if pattern in ("channel", "product"):
+        if removed is None:
+            return "no units"
+        share = 0.5 if pattern == "product" else sparsity
+        for _, start, stop, *_ in found.meta["coupling"]["groups"]:
+            size = stop - start
+            if int(removed[start:stop].sum()) != min(round(share * size), size - 1):
+                return f"{int(removed[start:stop].sum())} of {size} units are gone"
+    return None
 
 
 def examine(net: cocktail.CocktailNet, folder: Path, number: int) -> None:
@@ -395,6 +578,9 @@ def examine(net: cocktail.CocktailNet, folder: Path, number: int) -> None:
     metrics = {n: repr(float(r["metric"])) for n, r in rows.items() if "metric" in r}
     if metrics != {n: repr(v) for n, v in net.metrics.items()} or net.provenance != found.meta["provenance"]:
         raise Wrong("accepted with other metrics or provenance than its files have")
+    for name in net.names[1:]:
+        if wrong := miscounted(found, rows[name]):
+            raise Wrong(f"accepted, but the mask of {name!r} has another count than its pattern asks for: {wrong}")
     for name in random.Random(number).sample(net.names, 2):
         net.switch(name)
         state = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..printable import printable
 from .bundles import bundle_folder
 from .console import command, log_to, messages, print_json, results
 from .options import AsData, Bundle
@@ -36,8 +37,8 @@ def list_subnets(
     for s in subnets:
         metric = s.get("metric")
         table.add_row(
-            Text(s["name"], style=STYLES.get(s["pattern"], "")),
-            s["pattern"],
+            Text(printable(s["name"]), style=STYLES.get(s["pattern"], "")),
+            printable(s["pattern"]),
             f"{s['sparsity']:.3f}",
             f"{metric:.4f}" if isinstance(metric, float | int) else "–" if metric is None else metric,
         )

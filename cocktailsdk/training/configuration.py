@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import TrainingError
+from ..io import open_regular
 from ..net import CocktailNet
 from .factories import check_optimizer, check_schedule
 from .options import Options
@@ -138,8 +139,9 @@ def stored_configuration(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
+        with open_regular(path) as file:
+            stored = json.loads(file.read())
+    except (ValueError, OSError, RecursionError) as error:
         raise TrainingError(
             f"{path} is no JSON ({error}): remove {folder} to start anew, or train into another folder"
         ) from error

@@ -26,6 +26,7 @@ from .course import names_until, networks_of, round_masks, step_of
 from .distill import Classes, Distillation, DistillFn, find_classes
 from .execution import Execution
 from .finite import not_finite
+from .foreign import Foreign, check_masks
 from .forward import ForwardFn, default_forward, detached
 from .kept import pack_masks, unpack_masks
 from .left_out import weight_sums
@@ -358,14 +359,30 @@ class CoLoop:
         Raises:
             TrainingError: The state is of another loop; says what differs.
         """
-        if state.get("format") != 1:
-            raise TrainingError(f"this is no state of a CoLoop that this release reads: format {state.get('format')!r}")
+        if not isinstance(state, Mapping) or state.get("format") != 1:
+            said = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+            raise TrainingError(f"this is no state of a CoLoop that this release reads: format {said!r}")
+        try:
+            self._check(state)
+        except Foreign as error:
+            raise TrainingError(f"this is no state of a CoLoop: {error}") from error
         if lines := differences(state["configuration"], self._configuration):
             raise TrainingError(f"the state is of another loop ({'; '.join(lines)}): build the loop as it was")
         for name, mask in unpack_masks(state["masks"], self._net).items():
             self._net.set_mask(name, mask)
         self._classes = None if state["classes"] is None else Classes(**state["classes"])
         self.done, self._entered, self._led = state["done"], state["entered"], None
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        kinds = {"configuration": Mapping, "masks": Mapping, "done": int, "entered": int}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
+            raise Foreign(f"its {wrong[0]!r} is {type(state.get(wrong[0])).__name__}")
+        if not all(isinstance(t, Tensor) for t in state["masks"].values()) or not 0 <= state["done"] <= self.total:
+            raise Foreign(f"{state['done']} of {self.total} steps are done")
+        check_masks({name: tuple(t.shape) for name, t in state["masks"].items()}, self._net)
+        classes = state.get("classes")
+        if classes is not None and not (isinstance(classes, Mapping) and "axis" in classes):
+            raise Foreign(f"its classes are {classes!r:.60}")
 
     def _round(self) -> tuple[int, int]:
         """The round of the next step, and how many of its steps are done; after the last step, of that one."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..sharding import is_sharded, whole
 from .ranks import Ranks
-from .state import Store
+from .state import Check, Store
 
 __all__ = ["SharedStore"]
 
@@ -93,10 +93,10 @@ class SharedStore:
             return type(value)(self._gathered(part) for part in value)
         return value
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole, or ``None``."""
+    def load(self, check: Check | None = None) -> dict[str, Any] | None:
+        """The newest state that is whole and of this run, or ``None``."""
         found: list[dict[str, Any]] = []
-        if not self._ranks.from_main(lambda: self._load(found)):
+        if not self._ranks.from_main(lambda: self._load(found, check)):
             return None
         if found:
             buffer = io.BytesIO()
@@ -107,7 +107,7 @@ class SharedStore:
         state: dict[str, Any] = torch.load(io.BytesIO(data.data), map_location="cpu", weights_only=True)
         return state
 
-    def _load(self, found: list[dict[str, Any]]) -> bool:
-        state = self._main.load()
+    def _load(self, found: list[dict[str, Any]], check: Check | None) -> bool:
+        state = self._main.load(check)
         found += [] if state is None else [state]
         return state is not None

@@ -27,16 +27,19 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..io import open_regular
+from ..printable import printable
 from .configuration import CONFIGURATION, differences, stored_configuration
+from .foreign import Foreign
 from .locking import locked
 from .writing import Sink, Written, clean, read_sum, write_atomic, write_tensors, write_whole
 
-__all__ = ["FolderStore", "MemoryStore", "Store", "write_atomic"]
+__all__ = ["Check", "FolderStore", "MemoryStore", "Store", "write_atomic"]
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ MAGIC = b"cocktail-state-2 "
 OLD_MAGIC = b"cocktail-state-1 "
 """Of release 0.1.0, whose files had no checksum in their names."""
 KEEP = 2
+Check = Callable[[dict[str, Any], Mapping[str, bool], Callable[[str], Mapping[str, tuple[int, ...]]]], None]
+"""Sees that a state is one of the run: see :meth:`FolderStore.load`."""
 _OURS = re.compile(r"(rewind|round-\d+|masks-\d+|weights-.+?)(-[0-9a-f]{12})?\.safetensors")
 
 
@@ -80,8 +85,9 @@ class MemoryStore:
         del state, needed
         return None
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, check: Check | None = None) -> dict[str, Any] | None:
         """Nothing was saved."""
+        del check
         return None
 
 
@@ -190,24 +196,26 @@ class FolderStore:
         self._remove_old()
         return path
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole, with all files that it needs; ``None`` where none was saved.
+    def load(self, check: Check | None = None) -> dict[str, Any] | None:
+        """The newest state that is whole and of this run, with all files that it needs; ``None`` where none was saved.
 
-        Where the newest is damaged, a warning says so and the one before it is taken.
+        Where the newest is damaged or of something else, a warning says so and the one before it is taken.
+
+        Args:
+            check: Raises :class:`~cocktailsdk.training.foreign.Foreign` for a state that is not of this run. It is
+                called with the state, the files that it names (and whether it needs them) and a function that gives
+                the shapes of the tensors in one of them.
 
         Raises:
-            TrainingError: Where all that was saved is damaged.
+            TrainingError: Where all that was saved is damaged, or of something else.
         """
         found: list[str] = []
         saved = self._saved()
         for number, path in reversed(saved):
             try:
-                state = _read(path)
-                files = {name: _compatible(name, entry) for name, entry in state.pop("files").items()}
-                why = next((w for e in files.values() if e["needed"] and (w := self._wrong(e))), None)
-            except _Damaged as error:
-                why, state, files = str(error), {}, {}
-            if why is not None:
+                state, files = self._whole(path, check)
+            except (_Damaged, Foreign) as error:
+                why = printable(str(error))
                 found.append(f"{path.name}: {why}")
                 if number > saved[0][0]:
                     log.warning("%s cannot be gone on from (%s); going back to the state before it", path, why)
@@ -221,6 +229,25 @@ class FolderStore:
                 "remove it to start anew"
             )
         return None
+
+    def _whole(self, path: Path, check: Check | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """A state and the files that it names.
+
+        Raises:
+            _Damaged: It, or a file that it needs, is not as it was written.
+            Foreign: It is no state of this run.
+        """
+        state = _read(path)
+        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
+            raise Foreign("it holds something else than a run's state")
+        files = {name: _compatible(name, entry) for name, entry in state.pop("files").items()}
+        for entry in files.values():
+            if entry["needed"] and (why := self._wrong(entry)):
+                raise _Damaged(why)
+        if check is not None:
+            needed = {name: bool(entry["needed"]) for name, entry in files.items()}
+            check(state, needed, lambda name: _shapes(self.folder / files[name]["file"]))
+        return state, files
 
     def _state(self, number: int) -> Path:
         return self.folder / f"state-{number:06d}.pt"
@@ -267,14 +294,41 @@ def _entry(written: Written) -> dict[str, Any]:
     return {"file": written.path.name, "sha256": written.sha256, "bytes": written.bytes, "needed": True}
 
 
-def _compatible(name: str, entry: Any) -> dict[str, Any]:
-    """A file as release 0.1.0 named it: by its checksum alone."""
+def _compatible(name: Any, entry: Any) -> dict[str, Any]:
+    """What a state says of a file; release 0.1.0 named it by its checksum alone.
+
+    Raises:
+        Foreign: It makes no sense, or names a file that is no file of a run.
+    """
     if isinstance(entry, str):
-        return {"file": f"{name}.safetensors", "sha256": entry, "needed": True}
+        entry = {"file": f"{name}.safetensors", "sha256": entry, "needed": True}
+    kinds = {"file": str, "sha256": str, "needed": bool}
+    if not isinstance(name, str) or not isinstance(entry, dict):
+        raise Foreign("it names files in another way than a run's state")
+    if any(type(entry.get(key)) is not kind for key, kind in kinds.items()) or not _is_ours(entry["file"]):
+        raise Foreign(f"it names {str(entry.get('file'))[:60]!r}, which is no file of a run")
     return dict(entry)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _is_ours(name: str) -> bool:
+    """Whether a file has a name that a run gives, and lies in the run's folder."""
+    return _OURS.fullmatch(name) is not None and not {"/", "\\", "\0"} & set(name)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a file, from its header.
+
+    Raises:
+        Foreign: It is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise Foreign(f"{path} is no safetensors file ({error})") from error
+
+
+def _read(path: Path) -> Any:
     """A state, in pieces as far as the checksum goes, its tensors on the CPU.
 
     Raises:
@@ -282,16 +336,18 @@ def _read(path: Path) -> dict[str, Any]:
     """
     length = len(_head("0" * 64))
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(length)
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
             if head not in (_head(checksum), _head(checksum).replace(MAGIC, OLD_MAGIC)):
                 raise _Damaged("its checksum is wrong")
             file.seek(length)
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise _Damaged(f"it cannot be read: {error}") from error
-    return state
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _Damaged:
+        raise
+    except Exception as error:  # of pickle, zip files and torch; the checksum is right, so somebody wrote it so
+        said = " ".join(str(error).split())
+        raise _Damaged(f"it cannot be read: {said[:300]}") from error
 
 
 def _check_readable(path: Path) -> None:

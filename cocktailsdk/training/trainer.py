@@ -23,6 +23,7 @@ from .distill import Classes, DistillFn
 from .events import Callback, Finished, TrainingStarted
 from .execution import Execution
 from .first_look import choose_metric, look, try_metric
+from .foreign import check_state
 from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
@@ -438,7 +439,8 @@ class CoTrainer:
 
     def _session(self, interrupts: Interrupts, store: Store | SharedStore) -> Session:
         options, net, ranks = self._options, self.net, self.ranks
-        state = store.load()
+        generators = generator_states(self._train_loader)
+        state = store.load(lambda state, files, shapes: check_state(state, net, options, generators, files, shapes))
         first = ranks.from_main(lambda: generator_states(self._train_loader))
         if state is not None:
             first = state["first_generators"]

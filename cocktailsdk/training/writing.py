@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..io import open_regular
 
 __all__ = ["Sink", "Written", "clean", "read_sum", "tensor_bytes", "write_atomic", "write_tensors", "write_whole"]
 
@@ -194,7 +195,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def read_sum(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
