@@ -55,7 +55,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
     """
     args: tuple[Any, ...] = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    selection = Selection()
+    selection = Selection.of(model) if isinstance(model, nn.Module) else Selection()
     if isinstance(model, CocktailNet):
         if not args and not kwargs and model.example is not None:
             args, kwargs = model.example
