@@ -33,6 +33,7 @@ class Swap:
         dense: By name, the dense values, in the memory that is the tensor's own.
         values: By the same names in the same order, others of the same shapes, strides and dtypes.
         ours: By name, how often a tensor's version went up because of us; kept up to date here.
+        samples: Whether to notice values that are written through ``.data`` while the tensors have the others.
 
     Attributes:
         dense: As given.
@@ -44,6 +45,8 @@ class Swap:
         dense: Mapping[str, Tensor],
         values: Mapping[str, Tensor],
         ours: Counter[str],
+        *,
+        samples: bool,
     ) -> None:
         self.dense = dict(dense)
         self.names = frozenset(dense)
@@ -53,7 +56,8 @@ class Swap:
         self._ours = ours
         self._old, self._new = list(dense.values()), list(values.values())
         self._old_at, self._new_at = _pointers(self._old), _pointers(self._new)
-        self._samples = Samples(self._new)
+        self._samples = Samples(self._new if samples else [])
+        self._seen = False
         self._given: list[int] = []
         self._changes = self._changed()
 
@@ -82,7 +86,12 @@ class Swap:
 
     def untouched(self) -> bool:
         """Whether nothing shows that somebody has changed the tensors since they were given the other values."""
-        return self._has_new() and versions_of(self._own) == self._given and self._samples.unchanged()
+        self._seen = self._has_new()
+        return self._seen and versions_of(self._own) == self._given and self._samples.unchanged()
+
+    def doubt(self) -> None:
+        """Let :meth:`take_back` look for itself, though :meth:`untouched` was called before."""
+        self._seen = False
 
     def writes(self, name: str) -> int | None:
         """How often a tensor was written since; ``None`` where it does not have the other value's memory any more."""
@@ -92,7 +101,7 @@ class Swap:
 
     def take_back(self) -> bool:
         """Give the tensors their dense values, if they still have the others' memory."""
-        fits = self._has_new()
+        fits, self._seen = self._seen or self._has_new(), False
         if fits:
             self._put(self._old)
         return fits

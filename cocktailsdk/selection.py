@@ -11,6 +11,7 @@ from torch import nn
 
 from .errors import PatternError
 from .graph import Coupling, Weight
+from .tuners import adapter_weights, rank_modules
 
 Modules = str | Iterable[str] | None
 """One regular expression, or names and suffixes, or nothing."""
@@ -30,12 +31,14 @@ class Selection:
         whole: Paths of the modules that keep their output channels.
         chosen: Names of the weights that are eligible, where that is known: a bundle holds them, so that no expression
             from a file is ever run.
+        adapters: Names of the weights of adapters (LoRA), eligible only where the user names them.
     """
 
     target: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
     whole: frozenset[str] = frozenset()
     chosen: frozenset[str] | None = field(default=None, compare=False)
+    adapters: frozenset[str] = field(default=frozenset(), compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, target: Modules = None, exclude: Modules = None) -> Selection:
@@ -57,7 +60,8 @@ class Selection:
                 for name, p in model.named_parameters()
                 if p.ndim >= 2 and owner_of(name) and not _match(wanted, owner_of(name), name)
             }
-        return cls(wanted, unwanted, frozenset(whole))
+        whole |= rank_modules(model) if wanted is None else set()
+        return cls(wanted, unwanted, frozenset(whole), adapters=adapter_weights(model))
 
     def keeps_channels(self, module: str) -> bool:
         """Whether the module at this path keeps its output channels."""
@@ -91,7 +95,8 @@ class Selection:
             return "not targeted"
         if weight.unmaskable:
             return weight.unmaskable
-        return f"{weight.role} (name it in target_modules to prune it)"
+        role = weight.role or "an adapter's"
+        return f"{role} (name it in target_modules to prune it)"
 
     def _takes(self, w: Weight) -> bool:
         return not w.unmaskable and self._names(w)
@@ -99,11 +104,12 @@ class Selection:
     def _names(self, w: Weight) -> bool:
         if self.exclude is not None and _match(self.exclude, w.module, w.name):
             return False
+        by_default = not w.role and w.name not in self.adapters
         if self.target is None:
-            return not w.role
+            return by_default
         how = _match(self.target, w.module, w.name)
         # A container does not name the first convolution in it; the module's own name does.
-        return how == "itself" or (how == "inside" and not w.role)
+        return how == "itself" or (how == "inside" and by_default)
 
 
 def owner_of(parameter: str) -> str:

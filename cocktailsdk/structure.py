@@ -23,25 +23,23 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._end = (self,)  # after the last: that no list is longer than it was shows without counting
         self._record()
 
     def _record(self) -> None:
         modules = dict(self._model.named_modules())
         self._children = [m._modules for m in modules.values()]
-        self._held = list(itertools.chain.from_iterable(map(dict.values, self._children)))
+        self._held = [*itertools.chain.from_iterable(map(dict.values, self._children)), self]
         self._tables = [m._parameters for m in modules.values()]
-        self._keys = list(itertools.chain.from_iterable(self._tables))
+        self._keys = [*itertools.chain.from_iterable(self._tables), self]
         self._owners = {path: m for path, m in modules.items() if _tensors(m)}
         self._shapes = {path: {n: t.shape for n, t in _tensors(m).items()} for path, m in self._owners.items()}
 
     def unchanged(self) -> bool:
         """Whether every module and every parameter's name is what it was; quick, all loops are C's."""
-        held = itertools.chain.from_iterable(map(dict.values, self._children))
-        return (
-            sum(map(len, self._children)) == len(self._held)
-            and all(map(operator.is_, held, self._held))
-            and list(itertools.chain.from_iterable(self._tables)) == self._keys
-        )
+        held = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._children)), self._end)
+        keys = itertools.chain(itertools.chain.from_iterable(self._tables), self._end)
+        return all(map(operator.is_, held, self._held)) and all(map(operator.is_, keys, self._keys))
 
     def check(self) -> bool:
         """See that the networks still fit the model.
@@ -79,9 +77,8 @@ class Structure:
                 if name not in now:
                     return f"{_called(path, old)} has no {name!r} any more"
                 if now[name].shape != shape:
-                    return (
-                        f"{name!r} of {_called(path, old)} had the shape {tuple(shape)}, now {tuple(now[name].shape)}"
-                    )
+                    found = f"the shape {tuple(now[name].shape)}, not {tuple(shape)}"
+                    return f"{name!r} of {_called(path, old)} has {found} any more"
             if more := now.keys() - self._shapes[path].keys():
                 return f"{_called(path, old)} got {min(more)!r}"
         for path, new in modules.items():

@@ -24,6 +24,7 @@ from .selection import owner_of, some_of
 from .sharding import local
 from .statistics import statistics_of
 from .switching import Switcher
+from .tuners import MergeGuard
 from .weight_caches import forget_derived
 
 Changes = Literal["refuse", "keep", "discard"]
@@ -59,6 +60,7 @@ class SwitchableNet(nn.Module):
         self._placed = PlacedMasks(coupling, self._switcher.tensors)
         self._gate = Gate()
         self._hooked = tuple(m for m in model.modules() if m._forward_pre_hooks)
+        self._merges = MergeGuard(model)
         self._active = self._statistics_active = DENSE
         self.training = model.training
 
@@ -240,6 +242,7 @@ class SwitchableNet(nn.Module):
             if self._active != DENSE or self._statistics_active != DENSE:
                 with self._gate.alone():
                     self._switcher.abandon()
+                    self._merges.lift()
                     self._active = self._statistics_active = DENSE
             raise
 
@@ -258,6 +261,8 @@ class SwitchableNet(nn.Module):
         if inside:
             self._same_model()
         switcher, active = self._switcher, self._active
+        switcher.weights.doubt()
+        switcher.norms.doubt()
         if changes == "discard":
             if name != active and switcher.weights.swapped and not switcher.weights.untouched():
                 switcher.forget([active])
@@ -295,11 +300,14 @@ class SwitchableNet(nn.Module):
         if name != self._active:
             masks = {} if name == DENSE or name in switcher.prepared else self._device_masks(name)
             switcher.to_dense(statistics=False)
+            self._merges.lift()
             self._active = DENSE  # true if what follows fails
             if name != DENSE and not switcher.swap(name):
                 switcher.mask(masks or self._device_masks(name))
             self._active = name
             refresh(self._hooked)  # whoever looks at a weight before the next pass sees this subnetwork's
+            if name != DENSE:
+                self._merges.arm(name)
             if watch:
                 switcher.weights.watch(switcher.tensors)
         if statistics not in (None, self._statistics_active):
@@ -485,6 +493,8 @@ class SwitchableNet(nn.Module):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if new._active != DENSE:
+            new._merges.arm(new._active)
         return new
 
     def extra_repr(self) -> str:
@@ -518,7 +528,7 @@ def _changed(names: Sequence[str], active: str, wanted: str, inside: bool) -> Su
         )
     return SubnetError(
         f"{what}: a switch would lose that. Keep the values as they are now for the dense network's, "
-        f"net.switch({wanted!r}, changes='keep'), or drop them, changes='discard'; switch('dense') before changing weights"
+        f"net.switch({wanted!r}, changes='keep'), or drop them, changes='discard'. Another time, switch('dense') first"
     )
 
 

@@ -91,13 +91,14 @@ class Stash:
     the tensors touched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, samples: bool) -> None:
         self.saved: dict[str, Tensor] = {}
         self._lent: AbstractSet[str] = set()  # those that have other memory for a while
         self._spare: dict[str, Tensor] = {}
         self._kept = False
         self._swap: Swap | None = None
         self._watch: Watch | None = None
+        self._samples = samples
 
     def swap(self, swap: Swap) -> bool:
         """Give tensors values that were made before, if these are still right; once everything before was restored."""
@@ -121,12 +122,18 @@ class Stash:
 
     def watch(self, tensors: Tensors) -> None:
         """Note what the changed tensors are now, to tell later whether somebody else has changed them."""
-        self._watch = None if self._swap is not None or not self.saved else Watch(tensors.where, list(self.saved))
+        watched = self._swap is None and bool(self.saved)
+        self._watch = Watch(tensors.where, list(self.saved), samples=self._samples) if watched else None
 
     def untouched(self) -> bool:
         """Whether nothing shows that somebody else has changed the tensors that this stash holds dense values of."""
         seen = self._watch if self._swap is None else self._swap
         return seen is None or seen.untouched()
+
+    def doubt(self) -> None:
+        """What :meth:`untouched` saw may be so no longer."""
+        if self._swap is not None:
+            self._swap.doubt()
 
     @property
     def swapped(self) -> bool:
@@ -232,7 +239,8 @@ class Switcher:
     def __init__(self, model: nn.Module) -> None:
         self.tensors = Tensors(model)
         self.norm_buffers = frozenset(norm_buffers(model))
-        self.weights, self.norms = Stash(), Stash()
+        # what forward passes write to running statistics shows in their counters
+        self.weights, self.norms = Stash(samples=True), Stash(samples=False)
         self._ready: dict[str, Ready] = {}
         self._swappable: tuple[tuple[int, ...], bool] | None = None
         self._ours: Counter[str] = Counter()  # how often a tensor's version went up because of us
@@ -387,7 +395,8 @@ class Switcher:
                 if n not in masked:
                     values[n].copy_(instead.get(n, dense[n]))
             zero_masked(masks, {n: values[n] for n in names if n in masks and n in instead})
-        return Swap(self.tensors.where, dense, values, self._ours)
+        weights = self.norm_buffers.isdisjoint(names)
+        return Swap(self.tensors.where, dense, values, self._ours, samples=weights)
 
     def ready(self, name: str) -> Ready | None:
         """What was made before of a subnetwork; ``None`` where there are no weights that are still right."""

@@ -47,6 +47,7 @@ def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch
             float16.
     """
     stored = _storage(dtype)
+    net._same_model()
     names = [n for n in net.names if n != DENSE]
     missing = [n for n in names if n not in net.masks]
     if missing:

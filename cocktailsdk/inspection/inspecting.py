@@ -59,7 +59,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
     if not isinstance(model, nn.Module):
         raise PatternError(f"inspect takes an nn.Module, not {type(model).__name__}")
     example: Example = ((), {})
-    selection = Selection()
+    selection = Selection.of(model)
     if isinstance(model, CocktailNet):
         if not _given(example_inputs) and not example_kwargs and model.example is not None:
             example_inputs, example_kwargs = model.example

@@ -42,8 +42,8 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "position": (dict,),
     "history": (dict,),
     "classes": (dict, type(None)),
-    "first_generators": (list,),
-    "generators": (list,),
+    "first_generators": (dict, list),
+    "generators": (dict, list),
     "losses": (dict,),
     "judged": (list,),
     "held_examples": (Tensor, type(None)),
@@ -66,7 +66,7 @@ def check_state(
     state: Any,
     net: CocktailNet,
     options: Options,
-    generators: Sequence[Tensor],
+    generators: Mapping[str, Any],
     files: Mapping[str, bool],
     shapes: Callable[[str], Shapes],
 ) -> None:
@@ -170,10 +170,25 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _check_generators(key: str, said: list[Any], generators: Sequence[Tensor]) -> None:
-    like = [(g.dtype, g.shape) for g in generators]
-    if [(g.dtype, g.shape) if isinstance(g, Tensor) else None for g in said] != like:
-        _refuse(f"{key!r} are not the states of {len(like)} generators but", said)
+def _check_generators(key: str, said: dict[str, Any] | list[Any], now: Mapping[str, Any]) -> None:
+    if isinstance(said, list):  # as release 0.1.0 wrote them
+        now = {str(i): state for i, state in enumerate(s for s in now.values() if isinstance(s, Tensor))}
+        said = {str(i): state for i, state in enumerate(said)}
+    if not _alike(said, now):
+        _refuse(f"{key!r} are not the states of {len(now)} generators but", said)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values differ in numbers and texts alone."""
+    if type(a) is not type(b):
+        return {type(a), type(b)} <= {float, type(None)}  # the second number of a pair that Python's generator keeps
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_alike(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return True
 
 
 def _check_tensors(what: str, said: Mapping[Any, Any], shapes: Shapes, *, whole: bool = False) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CocktailError, TrainingError
+from ..errors import CocktailError, SubnetError, TrainingError
 from ..modes import TrainingModes, modes_kept
 from ..net import CocktailNet
 from ..norms import running_norms
@@ -453,7 +453,12 @@ class CoLoop:
 
     def _close(self) -> None:
         self.current = None
-        self._stack.close()
+        try:
+            self._stack.close()
+        except SubnetError as error:
+            raise TrainingError(
+                f"step the optimizer after `with loop.step(batch):` (after end()), not inside: {error}"
+            ) from error
 
 
 def _same(batch: Any, other: Any) -> bool:
