@@ -103,7 +103,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
 
     def umg(self, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> UMG:
         """What a pattern sees of this net: the dense weights, whatever is active."""
-        names = dict.fromkeys([*(w.name for w in self.eligible), *(p.weight for p in self.coupling.producers)])
+        weights = [*self.eligible, *(w for w in self.coupling.weights if w.unmaskable)]
+        names = dict.fromkeys([*(w.name for w in weights), *(p.weight for p in self.coupling.producers)])
         values: Mapping[str, Tensor]
         if self._switcher.tensors.sharded:
             values = self._sharded_values(tuple(names))

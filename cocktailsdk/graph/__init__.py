@@ -1,6 +1,7 @@
 """From a model to its weights, channel units and groups. Knows nothing of sparsity."""
 
 from .coupling import (
+    EXCLUDED,
     STAYS,
     Branch,
     Contraction,
@@ -21,6 +22,7 @@ from .prove import couple
 from .slim import slim_module
 
 __all__ = [
+    "EXCLUDED",
     "STAYS",
     "Branch",
     "Contraction",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .export import module_of, op_name, shape_of
+from .export import op_name, shape_of
 
 if TYPE_CHECKING:
     from .rules import Context
@@ -136,13 +136,9 @@ def reason_lost(ctx: Context, value: fx.Node, name: str) -> str:
             continue
         seen.add(node)
         if name not in carried(ctx, node) and any(name in carried(ctx, a) for a in node.all_input_nodes):
-            where = module_of(node) or "the model"
-            return (
-                f"its zeros would not be zeros of the weight that is computed from it: {op_name(node)} in {where} "
-                "does not keep them"
-            )
+            return f"its zeros would not be zeros of the weight that is computed from it ({op_name(node)} changes them)"
         pending += node.all_input_nodes
-    return "the weight that is computed from it does not keep its zeros"
+    return "its zeros would not be zeros of the weight that is computed from it"
 
 
 def computed(graph: fx.Graph, tensors: Callable[[str], Tensor]) -> Tensor:
