@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .errors import PatternError
 from .graph import Coupling
@@ -20,7 +21,7 @@ from .selection import Selection
 if TYPE_CHECKING:
     from .net import CocktailNet
 
-__all__ = ["LITTLE", "check_coverage", "nothing_to_prune", "nothing_to_remove", "share_of_channels"]
+__all__ = ["LITTLE", "check_coverage", "nothing_to_prune", "nothing_to_remove", "warn_of_few_channels"]
 
 log = logging.getLogger(__name__)
 
@@ -46,42 +47,46 @@ def check_coverage(net: CocktailNet, asked: Iterable[str | Pattern], umg: UMG) -
         PatternError: One of them can touch no weight and no channel.
     """
     found = {s.name: _touched(p, s, net.masks[s.name], umg) for p in net.patterns for s in p.subnets()}
-    idle, others = [], []
+    idle: list[str | Pattern] = []
+    others: list[str | Pattern] = []
     for item in asked:
         finds = any(found.get(s.name, 1.0) for p in resolve_patterns(item) for s in p.subnets())
         (others if finds else idle).append(item)
     if idle:
-        names = [item if isinstance(item, str) else item.name for item in others]
+        names = [_called(item) for item in others]
         leave = f", or ask for patterns={names} alone" if names else ""
-        text = idle[0] if isinstance(idle[0], str) else idle[0].name
+        (pattern,) = resolve_patterns(idle[0])
         raise PatternError(
-            f"{text!r} finds nothing to prune in {type(net.model).__name__}: {_why(net, idle[0], umg)}; name weights in "
-            f"target_modules=[...]{leave} (cocktailsdk.inspect lists every weight with its reason)"
+            f"{_called(idle[0])!r} finds nothing to prune in {type(net.model).__name__}: "
+            f"{_why(net, pattern, umg, pattern.subnets())}; name weights in target_modules=[...]{leave} "
+            "(cocktailsdk.inspect lists every weight with its reason)"
         )
     for pattern in net.patterns:
         _warn(net, pattern, found, umg)
 
 
+def _called(item: str | Pattern) -> str:
+    return item if isinstance(item, str) else item.name
+
+
 def _warn(net: CocktailNet, pattern: Pattern, found: Mapping[str, float], umg: UMG) -> None:
-    nothing = [s.name for s in pattern.subnets() if s.sparsity > 0 and _removes_nothing(net.masks[s.name])]
+    nothing = [s for s in pattern.subnets() if s.sparsity > 0 and _removes_nothing(net.masks[s.name])]
     if nothing:
-        idle = any(not found[name] for name in nothing)
+        idle = [s for s in nothing if not found[s.name]]
         log.warning(
             "%s: nothing is removed, so %s dense: %s",
-            ", ".join(map(repr, nothing)),
+            ", ".join(repr(s.name) for s in nothing),
             "this subnetwork is" if len(nothing) == 1 else "these subnetworks are",
-            _why(net, pattern, umg)
-            if idle
-            else "so small a share is no whole weight or channel; ask for a higher sparsity",
+            _why(net, pattern, umg, idle) if idle else "so small a share is no whole weight or channel; ask for more",
         )
-    little = [s.name for s in pattern.subnets() if 0 < found[s.name] < LITTLE]
+    little = [s for s in pattern.subnets() if 0 < found[s.name] < LITTLE]
     if little:
         log.warning(
             "%s can touch %.2g%% of the weights of %s: %s",
-            ", ".join(map(repr, little)),
-            100 * max(found[name] for name in little),
+            ", ".join(repr(s.name) for s in little),
+            100 * max(found[s.name] for s in little),
             type(net.model).__name__,
-            _why(net, pattern, umg),
+            _why(net, pattern, umg, little),
         )
 
 
@@ -94,20 +99,15 @@ def _touched(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         return share_of_channels(umg.coupling)
     covered = pattern.coverage(subnet, mask, umg)
     if isinstance(pattern, Product):
-        return covered * min(1.0, share_of_channels(umg.coupling) or 0.0) if umg.eligible else 0.0
+        return covered * share_of_channels(umg.coupling) if umg.eligible else 0.0
     return covered * sum(w.numel for w in umg.eligible) / total
 
 
 def share_of_channels(coupling: Coupling) -> float:
-    """The share of a model's weights that belongs to channels which can be removed."""
-    total = _total(coupling)
-    keep = coupling.left(torch.ones(coupling.n_units, dtype=torch.bool))
-    gone = sum(
-        prod(coupling.shapes[n]) * (1 - float(k.float().mean()))
-        for n, k in keep.items()
-        if len(coupling.shapes.get(n, ())) > 1
-    )
-    return gone / total if total else 0.0
+    """The share of a model's parameters that goes with channels which can be removed."""
+    total = coupling.params()
+    left = coupling.params(torch.ones(coupling.n_units, dtype=torch.bool))
+    return 1.0 - left / total if total else 0.0
 
 
 def _total(coupling: Coupling) -> int:
@@ -119,23 +119,35 @@ def _removes_nothing(mask: Mask) -> bool:
     return not units and all(bool(keep.all()) for keep in mask.elements.values())
 
 
+def warn_of_few_channels(model: str, coupling: Coupling, removed: Tensor) -> None:
+    """Warns where no channel is removed, or few can be.
+
+    Args:
+        model: What the model is called.
+        coupling: Its coupling.
+        removed: The units that go.
+    """
+    share = share_of_channels(coupling)
+    if not bool(removed.any()):
+        log.warning("no channel of %s is removed: so small a share of each group is no whole channel", model)
+    elif share < LITTLE:
+        log.warning("%.2g%% of the weights of %s can be removed: %s", 100 * share, model, nothing_to_remove(coupling))
+
+
 def nothing_to_remove(coupling: Coupling) -> str:
     """Why no channels can be removed."""
     reasons = [(k.reason, k.where, prod(coupling.shapes.get(k.where, (1,)))) for k in coupling.kept]
     return _told(reasons) or "no weight makes channels that another layer reads"
 
 
-def _why(net: CocktailNet, asked: str | Pattern, umg: UMG) -> str:
-    """Why a pattern can touch no more of the model, the reasons that hold for most weights first."""
-    if any(p.removes_units or isinstance(p, Product) for p in resolve_patterns(asked)):
+def _why(net: CocktailNet, pattern: Pattern, umg: UMG, subnets: Sequence[Subnet]) -> str:
+    """Why some subnetworks of a pattern can touch no more of the model."""
+    if pattern.removes_units or (isinstance(pattern, Product) and not net.coupling.n_units):
         return nothing_to_remove(net.coupling)
-    eligible = {w.name for w in net.eligible}
-    if eligible and max(_covers(net, asked, umg), default=0.0) > SOME:
-        eligible = set()  # these are covered: the reasons are those of the others
-        covered = frozenset(w.name for w in net.eligible)
-    else:
-        covered = frozenset()
-    return nothing_to_prune(net.coupling, net.selection, eligible, covered)
+    names = frozenset(w.name for w in net.eligible)
+    if max(pattern.coverage(s, net.masks[s.name], umg) for s in subnets) > SOME:
+        return nothing_to_prune(net.coupling, net.selection, covered=names)
+    return nothing_to_prune(net.coupling, net.selection, without_place=names)
 
 
 def nothing_to_prune(
@@ -166,13 +178,6 @@ def nothing_to_prune(
             reason = selection.why_not(w) or "not eligible"
         reasons.append((reason, name, prod(shape)))
     return _told(reasons) or "it has no weight of two dimensions"
-
-
-def _covers(net: CocktailNet, asked: str | Pattern, umg: UMG) -> Iterator[float]:
-    for p in resolve_patterns(asked):
-        for s in p.subnets():
-            if s.name in net.masks:
-                yield p.coverage(s, net.masks[s.name], umg)
 
 
 def _told(reasons: Sequence[tuple[str, str, int]]) -> str:

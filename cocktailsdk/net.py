@@ -106,7 +106,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
         """What a pattern sees of this net: the dense weights, whatever is active."""
         self._same_model()
         self._refuse_changed()
-        names = dict.fromkeys([*(w.name for w in self.eligible), *(p.weight for p in self.coupling.producers)])
+        weights = [*self.eligible, *(w for w in self.coupling.weights if w.unmaskable)]
+        names = dict.fromkeys([*(w.name for w in weights), *(p.weight for p in self.coupling.producers)])
         values: Mapping[str, Tensor]
         if self._switcher.tensors.sharded:
             values = self._sharded_values(tuple(names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -116,6 +117,8 @@ def write_coupling(coupling: Coupling, tensors: Sequence[str]) -> tuple[dict[str
     }
     if coupling.scales:  # few models have any
         meta["scales"] = [[at[n], at[s.name] if s.name else None, s.axis] for n, s in coupling.scales.items()]
+    if any(w.unmaskable for w in coupling.weights):
+        meta["unmaskable"] = [[at[w.name], w.unmaskable] for w in coupling.weights if w.unmaskable]
     meta["units"] = vectors.table
     return meta, vectors.tensor(coupling.n_units)
 
@@ -139,7 +142,7 @@ def read_coupling(
     Raises:
         BundleError: It does not fit the model.
     """
-    keyed(meta, "its coupling", _KEYS, ("branches", "scales"))  # older bundles have no branches
+    keyed(meta, "its coupling", _KEYS, ("branches", "scales", "unmaskable"))  # older bundles have no branches
     return _Reader(tensors, {**buffers, **shapes}, shapes).coupling(meta, data)
 
 
@@ -173,7 +176,13 @@ class _Reader:
         self.vectors = UnitVectors.read(self.entries(meta["units"], "its vectors of units"), data, ends[-1], most)
         fields = [self.field(f) for f in self.entries(meta["fields"], "its unit fields")]
         distinct([name for name, _ in fields], "its unit fields")
-        weights = tuple(self.weight(w) for w in self.entries(meta["weights"], "its weights"))
+        reasons = [
+            items(r, "a weight that is not masked", 2)
+            for r in self.entries(meta.get("unmaskable", []), "its weights that are not masked")
+        ]
+        why = {self.parameter(place): label(reason, "why a weight is not masked") for place, reason in reasons}
+        found = (self.weight(w) for w in self.entries(meta["weights"], "its weights"))
+        weights = tuple(replace(w, unmaskable=why.get(w.name, "")) for w in found)
         distinct([w.name for w in weights], "its weights")
         unknown = meta["unknown_ops"]
         if type(unknown) is not dict or len(unknown) > self.left:

@@ -1,6 +1,7 @@
 """From a model to its weights, channel units and groups. Knows nothing of sparsity."""
 
 from .coupling import (
+    EXCLUDED,
     STAYS,
     Branch,
     Contraction,
@@ -22,6 +23,7 @@ from .prove import couple
 from .slim import slim_module
 
 __all__ = [
+    "EXCLUDED",
     "STAYS",
     "Branch",
     "Contraction",

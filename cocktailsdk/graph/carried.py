@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .export import module_of, op_name, shape_of
+from .export import op_name, shape_of
 
 if TYPE_CHECKING:
     from .rules import Context
@@ -129,20 +129,13 @@ def _as_large(value: Any, node: fx.Node) -> bool:
 
 def reason_lost(ctx: Context, value: fx.Node, name: str) -> str:
     """Why a parameter's zeros are not zeros of a value: the call that loses them."""
-    pending, seen = [value], set()
-    while pending:
-        node = pending.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        if name not in carried(ctx, node) and any(name in carried(ctx, a) for a in node.all_input_nodes):
-            where = module_of(node) or "the model"
-            return (
-                f"its zeros would not be zeros of the weight that is computed from it: {op_name(node)} in {where} "
-                "does not keep them"
-            )
-        pending += node.all_input_nodes
-    return "the weight that is computed from it does not keep its zeros"
+    node: Any = value
+    while isinstance(node, fx.Node) and node.args:
+        source = node.args[0]
+        if name in carried(ctx, source):
+            return f"its zeros would not be zeros of the weight that is computed from it ({op_name(node)} changes them)"
+        node = source
+    return "its zeros would not be zeros of the weight that is computed from it"
 
 
 def computed(graph: fx.Graph, tensors: Callable[[str], Tensor]) -> Tensor:
@@ -153,16 +146,16 @@ def computed(graph: fx.Graph, tensors: Callable[[str], Tensor]) -> Tensor:
         tensors: A parameter or buffer by its name; none is changed.
     """
     values: dict[fx.Node, Any] = {}
+    *nodes, end = graph.nodes
     with torch.no_grad():
-        for node in graph.nodes:
+        for node in nodes:
             if node.op == "placeholder":
                 # a copy, since observers of fake quantization write into their buffers
                 values[node] = tensors(node.meta["tensor"]).detach().clone()
-            elif node.op == "output":
-                result: Tensor = values[node.args[0]]
             elif not op_name(node).startswith("_assert"):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)
+    result: Tensor = values[end.args[0]]
     return result
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor, fx, nn
 
 from .assemble import assemble, making_axes
-from .coupling import Coupling
+from .coupling import EXCLUDED, Coupling
 from .export import Exported, export, module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
 from .mend import READS_SIZES
@@ -65,7 +65,7 @@ class Pass:
             for module, name, axis in made:
                 field = self._ctx.axis_field(self._ctx.axis_fields(name), axis)
                 if exclude(module) and field is not None:
-                    self._ctx.labels.stay(field.labels, "excluded by the user")
+                    self._ctx.labels.stay(field.labels, EXCLUDED)
         self._pinned: dict[str, int] = {}
 
     def coupling(self) -> Coupling:

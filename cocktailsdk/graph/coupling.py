@@ -21,6 +21,10 @@ STAYS = -1
 """In place of a unit's number: this position belongs to something that must stay."""
 
 
+EXCLUDED = "excluded by the user"
+"""Why channels stay that the user keeps."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """A parameter that is contracted with activations (a convolution, a linear layer, …).

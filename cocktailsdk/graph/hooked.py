@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -31,5 +32,8 @@ def hooked(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def refresh(modules: Iterable[nn.Module]) -> None:
     """Computes these attributes anew: after tensors were cut, or changed in place, they are those of before."""
     for module in modules:
-        for name, value in hooked(module):
-            setattr(module, name, value)
+        with suppress(
+            RuntimeError
+        ):  # a hook that reads what a later one computes may find it in another dtype or shape
+            for name, value in hooked(module):
+                setattr(module, name, value)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..errors import SlimError
 from .attention import SlimMultiheadAttention
 from .coupling import Node, Norm, Trace
 from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
@@ -149,6 +150,11 @@ def mend(
         elif isinstance(module, nn.MultiheadAttention):
             changed = any(p.shape != q.shape for p, q in zip(module.parameters(), was.parameters(), strict=True))
             if changed:
+                if module.in_proj_weight is not None and not isinstance(module.in_proj_weight, nn.Parameter):
+                    raise SlimError(
+                        f"the input projection of {path!r} is computed before each pass, which no slim attention does",
+                        module=path,
+                    )
                 stand_in = SlimMultiheadAttention(module, was.head_dim)
                 _put(slim, path, stand_in.train(module.training))
         elif path in trace.pads:
@@ -218,8 +224,7 @@ def _mend_known(module: nn.Module, was: Any) -> bool:
             module.num_channels = module.weight.shape[0]
             module.num_groups = module.num_channels // size
     elif isinstance(module, nn.RNNBase):
-        weights = dict(module.named_parameters(recurse=False))
-        module.hidden_size, module.input_size = (weights[f"weight_{to}_l0"].shape[1] for to in ("hh", "ih"))
+        module.hidden_size, module.input_size = (getattr(module, f"weight_{to}_l0").shape[1] for to in ("hh", "ih"))
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
     else:

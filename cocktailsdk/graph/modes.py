@@ -142,7 +142,7 @@ def joined(exported: Exported, training: Exported) -> Exported:
                 inputs.append(new)
         else:
             same[_key(new)].append(new)
-    ends = list(exported.graph.find_nodes(op="output"))[0].all_input_nodes
+    ends = next(n for n in exported.graph.nodes if n.op == "output").all_input_nodes
     outputs = [copies[n] for n in ends]
 
     free = iter(inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatternError
-from ..graph import Branch, Coupling, Weight
+from ..graph import EXCLUDED, Branch, Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .channel import checked_beta, terms_of
@@ -24,6 +24,9 @@ __all__ = ["Depth", "branch_scores", "removable_branches"]
 def removable_branches(coupling: Coupling, eligible: Sequence[Weight]) -> tuple[Branch, ...]:
     """The residual branches that may go: those of eligible weights alone."""
     names = {w.name for w in eligible}
+    excluded = {k.where for k in coupling.kept if EXCLUDED in k.reason}
+    # weights whose elements cannot be masked (standardised ones) go with a whole branch
+    names |= {w.name for w in coupling.weights if w.unmaskable and not w.role and w.name not in excluded}
     return tuple(b for b in coupling.branches if names.issuperset(b.weights))
 
 
@@ -34,7 +37,7 @@ def branch_scores(umg: UMG, branches: Sequence[Branch], beta: float) -> list[flo
     under the masks made this round, in the channel score's terms.
     """
     terms = terms_of(umg, beta)
-    weights = {w.name: w for w in umg.eligible}
+    weights = {w.name: w for w in umg.coupling.weights}
     return [sum(_strength(weights[n], umg.values[n], terms) for n in b.weights) / len(b.weights) for b in branches]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import after_slim
+from ..coverage import nothing_to_remove, warn_of_few_channels
 from ..errors import PatternError, SlimError
 from ..graph import Coupling, slim_module
 from ..net import CocktailNet, Example, couple_model, example_of
@@ -105,12 +106,15 @@ def slim(
 
     def slimmed(coupling: Coupling) -> nn.Module:
         if not coupling.groups:
-            why = "; ".join(f"{k.where}: {k.reason}" for k in coupling.kept[:3])
-            raise PatternError(f"no channels of {type(model).__name__} can be removed" + (f" ({why})" if why else ""))
+            raise PatternError(f"no channels of {type(model).__name__} can be removed ({nothing_to_remove(coupling)})")
         proportions = 1.0 if target and isinstance(ratios, float) else ratios
         found = pools(proportions, scope, model, coupling)
         choice = Choice(coupling, scores_of(model, coupling, importance, scope), found, multiple, min_width)
-        return _cut(model, coupling, target.meet(choice) if target else choice.removed(), example)
+        removed = target.meet(choice) if target else choice.removed()
+        made = _cut(model, coupling, removed, example)
+        if target or any(ratios.values() if isinstance(ratios, dict) else [ratios]):
+            warn_of_few_channels(type(model).__name__, coupling, removed)
+        return made
 
     if isinstance(ratios, dict):  # groups are named as inspect names them: those that can be shown to be removable
         return slimmed(couple_model(model, example, selection))

@@ -6,7 +6,7 @@ Everything is looked at before the run takes any of it over, so that the state b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, Never
 

@@ -44,9 +44,9 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
             at = (layer * directions + direction) * per_cell
             w_ih, w_hh, *biases = weights[at : at + per_cell]
             for matrix, fields in ((w_ih, inputs), (w_hh, (Field(labels, zero=True),))):
-                name = ctx.tensor_name(matrix)
-                if name is not None:
-                    macs = steps * prod(ctx.shape(matrix))
+                found = ctx.weight_of(matrix, 0, 1)
+                if found is not None:
+                    name, macs = found[0], steps * prod(ctx.shape(matrix))
                     ctx.products.append(Product(node, module_of(node), name, macs, ()))
                     ctx.uses.setdefault(name, WeightUse(name, module_of(node), "linear", 0, 1, 1))
                 consume(ctx, fields, ctx.fields(matrix), last if matrix is w_ih else 0, 1)
