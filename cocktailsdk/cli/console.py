@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import CocktailError
+from ..report.numbers import json_values
 
 __all__ = ["INTERRUPTED", "TERMINATED", "command", "log_to", "messages", "print_json", "results"]
 
@@ -44,7 +45,7 @@ def messages(*, main_process_only: bool = False) -> Console:
 
 def print_json(value: Any) -> None:
     """JSON on standard output, and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(json.dumps(json_values(value), indent=1, allow_nan=False) + "\n")
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
