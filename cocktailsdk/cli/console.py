@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..errors import CocktailError
 from ..printable import printable
+from ..report.numbers import json_values
 
 __all__ = ["INTERRUPTED", "TERMINATED", "command", "log_to", "messages", "print_json", "results"]
 
@@ -55,7 +56,7 @@ def messages(*, main_process_only: bool = False) -> Console:
 
 def print_json(value: Any) -> None:
     """JSON on standard output, and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(json.dumps(json_values(value), indent=1, allow_nan=False) + "\n")
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

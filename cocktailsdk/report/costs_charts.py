@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -22,14 +23,15 @@ __all__ = ["command_for", "cost_charts", "front", "metric_text", "safe_name", "s
 
 def scale_of(report: RunReport) -> tuple[float, str]:
     """By what a metric is multiplied to be shown, and its name with the unit: percent where it is a share."""
-    shares = report.metric_mode == "max" and all(0 <= r.metric <= 1 for r in report.networks)
+    metrics = [r.metric for r in report.networks if math.isfinite(r.metric)]
+    shares = report.metric_mode == "max" and all(0 <= metric <= 1 for metric in metrics)
     return (100.0, f"{report.metric_name}, %") if shares else (1.0, report.metric_name)
 
 
 def metric_text(report: RunReport, value: float | None) -> str:
     """``99.72 %`` for a share, ``4.2092`` for others."""
-    if value is None:
-        return "–"
+    if value is None or not math.isfinite(value):
+        return "–" if value is None else "nan"
     return percent_text(value, 2) if scale_of(report)[0] == 100 else f"{value:.4f}"
 
 
@@ -47,7 +49,7 @@ def command_for(folder: Path, network: str) -> str:
 def front(costs: Mapping[str, float], metrics: Mapping[str, float], mode: str) -> frozenset[str]:
     """Networks that no other beats: none is as cheap and better, or as good and cheaper."""
     sign = 1 if mode == "max" else -1
-    good = {n: sign * m for n, m in metrics.items() if n in costs}
+    good = {n: sign * m for n, m in metrics.items() if n in costs and math.isfinite(m)}
 
     def beaten(n: str) -> bool:
         return any(
@@ -116,12 +118,15 @@ def _chart(
         ]
         return "\n".join(lines)
 
+    def drawn(of: list[NetworkRow]) -> list[NetworkRow]:
+        return [r for r in of if math.isfinite(r.metric)]
+
     series = tuple(
         Series(
             pattern,
             pattern,
-            tuple(Mark(costs[r.name], scale * r.metric, told(r), strong=r.name in best) for r in of),
-            tuple((costs[r.name], scale * r.metric) for r in of)
+            tuple(Mark(costs[r.name], scale * r.metric, told(r), strong=r.name in best) for r in drawn(of)),
+            tuple((costs[r.name], scale * r.metric) for r in drawn(of))
             if _joined(pattern, [costs[r.name] for r in of])
             else (),
             networks=tuple(r.name for r in of),
@@ -154,7 +159,7 @@ def _chart(
         y=f"test {label}",
         series=series,
         table=table,
-        level=None if dense is None else (scale * dense.metric, "dense"),
+        level=None if dense is None or not math.isfinite(dense.metric) else (scale * dense.metric, "dense"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def _held_out(report: RunReport, rounds: Sequence[Mapping[str, Any]], patterns: 
     end = max((record["round"] for record in rounds), default=0) + 1
     ended = any(r.held_out is not None for r in report.networks)
     for row in report.networks:
-        if row.held_out is not None:
+        if row.held_out is not None and math.isfinite(row.held_out):
             points.setdefault(row.name, []).append((end, row.held_out))
     names = [n for n in patterns if n in points]
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_text", "count_text", "duration_text", "flops_text", "percent_text", "shape_text"]
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["bytes_text", "count_text", "duration_text", "flops_text", "json_values", "percent_text", "shape_text"]
 
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -46,3 +50,14 @@ def duration_text(seconds: float) -> str:
 def shape_text(shape: tuple[int, ...] | list[int]) -> str:
     """``64x3x7x7``."""
     return "x".join(map(str, shape)) or "scalar"
+
+
+def json_values(value: Any) -> Any:
+    """Nested containers with ``None`` for what is infinite or NaN, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: json_values(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([json_values(v) for v in value])
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -185,12 +186,13 @@ class _Page:
 
 def _facts(run: ReportedRun, _: int) -> str:
     r = run.report
-    best = max(r.networks, key=lambda n: n.metric if r.metric_mode == "max" else -n.metric)
+    known = [n for n in r.networks if math.isfinite(n.metric)]
+    best = max(known, key=lambda n: n.metric if r.metric_mode == "max" else -n.metric, default=None)
     dense = next((n for n in r.networks if n.pattern == "dense"), None)
     told = {
         "networks in one bundle": str(len(r.networks)),
         f"dense {r.metric_name}": metric_text(r, dense.metric) if dense is not None else "–",
-        f"best {r.metric_name}": f"{metric_text(r, best.metric)} ({best.name})",
+        f"best {r.metric_name}": "–" if best is None else f"{metric_text(r, best.metric)} ({best.name})",
         "bundle": f"{bytes_text(r.bundle_bytes)}, {r.bundle_bytes / max(r.dense_bytes, 1):.2f} × one dense checkpoint",
         "training time": duration_text(r.seconds),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
 from ..printable import all_printable
+from .numbers import json_values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +35,7 @@ class NetworkRow:
         pattern: ``"dense"`` or its pattern's registered name.
         sparsity: The sparsity asked for.
         sparsity_exact: The sparsity its mask has.
-        metric: The metric on the test data.
+        metric: The metric on the test data; NaN where it was not finite.
         params: Parameters kept.
         flops: FLOPs (2 x multiply-adds) of one forward pass on one example, as dense kernels run them.
         nonzero_macs: Multiply-adds by weights that are not masked.
@@ -95,8 +97,9 @@ class RunReport:
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+        """As JSON values; a metric that is not finite is ``None``."""
+        values: dict[str, Any] = json_values(asdict(self))
+        return values
 
     def write(self, folder: Path) -> Path:
         """Write ``report.json`` into a folder, all of it or nothing."""
@@ -121,11 +124,15 @@ def read_report(path: Path) -> RunReport | None:
         data = all_printable(json.loads(path.read_text(encoding="utf-8")))
         if data["format"] != FORMAT:
             raise TrainingError(f"{path} has format {data['format']!r}; this release of cocktailsdk reads {FORMAT}")
-        rows = tuple(NetworkRow(**row) for row in data.pop("networks"))
+        rows = tuple(_row(row) for row in data.pop("networks"))
         alphas, kept = tuple(data.pop("alphas")), tuple(data.pop("kept", ()))
         return RunReport(networks=rows, alphas=alphas, kept=kept, **data)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(f"{path} is no report of a run ({type(error).__name__}: {error}); remove it") from error
+
+
+def _row(row: dict[str, Any]) -> NetworkRow:
+    return NetworkRow(**{**row, "metric": math.nan if row["metric"] is None else row["metric"]})
 
 
 def network_rows(

@@ -98,9 +98,13 @@ def find_classes(
     if best is None or loss is None or (ignored is not None and 0 <= ignored < (best.size or 0)):
         return best
     # a wrapper may leave out a class, whatever the index of the loss that it wraps
-    rows, labels = best.positions(logits.detach().float(), target)
-    seen = ignored_by_value(rows, labels, float(loss.detach()))
+    seen = _seen(best, logits, target, float(loss.detach()))
     return best if seen is None else replace(best, ignored=seen)
+
+
+def _seen(classes: Classes, logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: float) -> int | None:
+    """The class that the loss leaves out, if it is a cross-entropy read so."""
+    return ignored_by_value(*classes.positions(logits.detach().float(), target), loss)
 
 
 def _in_range(target: Int[Tensor, "..."], size: int) -> bool:
@@ -127,6 +131,10 @@ def _closest(
     wanted = float(loss.detach())
     off = {classes: abs(_cross_entropy(logits, target, classes) - wanted) for classes in fits}
     best = min(fits, key=off.__getitem__)
+    if not off[best] <= 1e-5 * abs(wanted) + 1e-7:  # also where all labels are ignored, and nothing is known
+        seen = [replace(c, ignored=v) for c in fits if (v := _seen(c, logits, target, wanted)) is not None]
+        if len(seen) == 1:
+            return seen[0]
     return best if off[best] <= 1e-2 * abs(wanted) + 1e-4 else None
 
 

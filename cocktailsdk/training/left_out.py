@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..errors import TrainingError
 from ..sharding import local
 from .history import RoundHistory
 
-__all__ = ["check_all_trained", "check_round", "note_step", "weight_sums"]
+__all__ = ["check_trained", "note_step", "weight_sums"]
 
 
 def note_step(record: RoundHistory, names: Iterable[str], *, made: bool) -> None:
@@ -24,42 +24,35 @@ def note_step(record: RoundHistory, names: Iterable[str], *, made: bool) -> None
         counts[name] = counts.get(name, 0) + 1
 
 
-def check_round(record: RoundHistory, *, scaled: bool, standing: str) -> None:
-    """See that a round trained something.
+def check_trained(records: Sequence[RoundHistory], *, scaled: bool, standing: str) -> None:
+    """See that each round trained something, and each network was trained in some round.
 
     Args:
-        record: Of the round, its steps counted.
+        records: Of the rounds, their steps counted.
         scaled: Whether a gradient scaler leaves steps out.
         standing: What is said of the last state.
 
     Raises:
-        TrainingError: All its steps were left out.
+        TrainingError: All steps of a round, or of some networks, were left out.
     """
-    if record.made is None or record.made or not record.left_out:
+    if any(record.made is None for record in records):
         return
-    raise TrainingError(
-        f"nothing was trained in round {record.round}: all {max(record.left_out.values())} steps of "
-        f"{_listed(record.left_out)} were left out, since {_reason(scaled)}. {standing}"
-    )
-
-
-def check_all_trained(records: Iterable[RoundHistory], *, scaled: bool, standing: str) -> None:
-    """See that each network was trained in some round.
-
-    Raises:
-        TrainingError: All steps of some networks were left out.
-    """
-    made: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
     for record in records:
-        if record.made is None:
-            return
-        made.update(record.made)
+        if record.left_out and not record.made:
+            raise TrainingError(
+                f"nothing was trained in round {record.round}: all steps were left out ({_counts(record.left_out)}), "
+                f"since {_reason(scaled)}. {standing}"
+            )
+    made = Counter[str]()
+    left_out = Counter[str]()
+    for record in records:
+        made.update(record.made or {})
         left_out.update(record.left_out)
     if never := {name: count for name, count in left_out.items() if not made[name]}:
+        one = len(never) == 1
         raise TrainingError(
-            f"{_listed(never)} {'was' if len(never) == 1 else 'were'} never trained: all {max(never.values())} of "
-            f"{'its' if len(never) == 1 else 'their'} steps were left out, since {_reason(scaled)}. {standing}"
+            f"{_listed(never)} {'was' if one else 'were'} never trained: all {max(never.values())} of "
+            f"{'its' if one else 'their'} steps were left out, since {_reason(scaled)}. {standing}"
         )
 
 
@@ -67,6 +60,11 @@ def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more
+
+
+def _counts(left_out: Mapping[str, int]) -> str:
+    more = ", …" if len(left_out) > 3 else ""
+    return ", ".join(f"{count} of {name!r}" for name, count in list(left_out.items())[:3]) + more
 
 
 def _reason(scaled: bool) -> str:

@@ -13,7 +13,7 @@ from ..statistics import statistics_of
 from .candidates import Candidates, hardest_first, regrouped
 from .events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from .layerwise import refine
-from .left_out import check_all_trained
+from .left_out import check_trained
 from .search import Choice, choose_alpha, interpolate
 from .session import Session, load_tensors
 
@@ -30,6 +30,7 @@ def merge_rounds(session: Session) -> None:
     if session.position.phase != "merge":
         return
     options, history = session.options, session.history
+    check_trained(history.rounds, scaled=session.scaled, standing=session.store.standing)
     session.modes.apply()
     if options.merges:
         shares = len(set(options.alphas))
@@ -72,7 +73,7 @@ def _round(session: Session, k: int) -> dict[str, Tensor]:
 
 def _arrange(session: Session, merged: Mapping[str, Tensor]) -> None:
     """Choose in which order held-out examples are judged, or take the order of the run that is gone on with."""
-    if session.options.rounds < 2:
+    if session.options.rounds < 2 or not session.names(1):
         return
     if not session.held_scores:
         load_tensors(session.net.model, merged)
@@ -127,7 +128,7 @@ def _search(
 def finish(session: Session) -> None:
     """Give every network its own statistics and its held-out metric; those that have them already keep them."""
     net, position = session.net, session.position
-    check_all_trained(session.history.rounds, scaled=session.scaled, standing=session.store.standing)
+    check_trained(session.history.rounds, scaled=session.scaled, standing=session.store.standing)
     session.modes.apply()
     names = [DENSE, *session.names(session.options.rounds)]
     own, tracked = session.history.weights, _tracked(session)

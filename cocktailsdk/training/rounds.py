@@ -18,7 +18,7 @@ from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
 from .history import RoundHistory
 from .kept import pack_masks
-from .left_out import check_round, note_step
+from .left_out import note_step
 from .loader_state import set_epoch
 from .optimization import Optimization
 from .recipes import Step
@@ -233,7 +233,6 @@ def _end_round(session: Session) -> None:
     position, options, net = session.position, session.options, session.net
     k, recipe = position.round, options.recipe
     own = recipe.weights == "own"
-    check_round(session.history.rounds[-1], scaled=session.scaled, standing=session.store.standing)
     finished = k > options.rounds or recipe.rounds == "one"  # all networks are measured right after
     if not finished and session.held_out is not None:
         session.save()  # measuring runs the user's code, which may fail or never return

@@ -424,7 +424,8 @@ class Session:
                     return
                 except Exception as error:
                     self.stop_if_asked()
-                    raise LoaderFailed(f"{of} raised {type(error).__name__} ({error}) for batch {i}, from 0") from error
+                    said = " ".join(str(error).split())
+                    raise LoaderFailed(f"{of} raised {type(error).__name__} ({said}) for batch {i}, from 0") from error
                 yield batch
                 i += 1
         finally:

@@ -242,8 +242,9 @@ def _stepped(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
         try:
             optimizer.step()
         except (TypeError, AssertionError) as error:  # of those whose closure has a default all the same (SAM)
+            said = " ".join(str(error).split())
             raise TrainingError(
-                f"{type(optimizer).__name__}.step() raised {type(error).__name__} ({error}): give an optimizer that "
+                f"{type(optimizer).__name__}.step() raised {type(error).__name__} ({said}): give an optimizer that "
                 "steps without arguments, for example optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
             ) from error
         return False
