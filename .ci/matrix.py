@@ -111,7 +111,7 @@ def run_cell(cell: Cell, folder: Path, processes: int) -> dict[str, Any]:
     """Install, look, test: one row of the table."""
     inside, versions = prepare(cell, folder)
     began = time.monotonic()
-    counts = run_tests(inside, folder, [] if cell.full else [f"tests/test_{name}.py" for name in TESTS], processes)
+    counts = run_tests(inside, folder, tests_of(cell), processes)
     tests = "all" if cell.full else "selection"
     return {
         **versions,
@@ -122,7 +122,12 @@ def run_cell(cell: Cell, folder: Path, processes: int) -> dict[str, Any]:
     }
 
 
-def prepare(cell: Cell, folder: Path) -> tuple[Path, dict[str, str]]:
+def tests_of(cell: Cell) -> list[str]:
+    """The files that a cell runs; none stands for all."""
+    return [] if cell.full else [f"tests/test_{name}.py" for name in TESTS]
+
+
+def prepare(cell: Cell, folder: Path, *, upgrade: bool = False) -> tuple[Path, dict[str, str]]:
     """An environment with the tree of the last commit, and its versions."""
     tree, environment = folder.resolve() / "tree", folder.resolve() / "venv"
     shutil.rmtree(tree, ignore_errors=True)
@@ -134,7 +139,8 @@ def prepare(cell: Cell, folder: Path) -> tuple[Path, dict[str, str]]:
         subprocess.run([interpreter(cell.python), "-m", "venv", str(environment)], check=True)
     constraints = folder.resolve() / "constraints.txt"
     constraints.write_text(constraints_of(cell, (tree / "constraints.txt").read_text(encoding="utf-8")))
-    command = [inside, "-m", "pip", "install", "--quiet", "-c", constraints, "-e", f"{tree}[dev]"]
+    newer = ["--upgrade", "--upgrade-strategy", "eager"] if upgrade else []
+    command = [inside, "-m", "pip", "install", "--quiet", *newer, "-c", constraints, "-e", f"{tree}[dev]"]
     subprocess.run(command, check=True)
     return inside, look(inside)
 

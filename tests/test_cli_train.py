@@ -224,7 +224,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished: tuple[Path, Result]
         "main()\n"
     )
     command = [sys.executable, "-c", program, "train", "--preset", "digits", "--out", str(folder)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stderr is not None
     said = ""
