@@ -21,6 +21,19 @@ from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
 from .sharding import local
 from .switching import Switcher
+from .utils.undo import unchanged
+
+
+@contextlib.contextmanager
+def model_unchanged(net: SwitchableNet) -> Iterator[None]:
+    """:func:`~cocktailsdk.utils.undo.unchanged` for a net's model, while subnetworks of it may be switched.
+
+    Tensors that switching gives other values or memory are left alone: the net restores these.
+    """
+    tensors = net._switcher.tensors
+    names = {*net.coupling.fields, *net.coupling.shapes, *net._switcher.norm_buffers}
+    with unchanged(net.model, but=[tensors.given(name) for name in names if name in tensors]):
+        yield
 
 
 class SwitchableNet(nn.Module):

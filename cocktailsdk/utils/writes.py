@@ -65,11 +65,16 @@ class Writes:
         place = _place(value)
         if place is None or place not in self._known or self._undoing:
             return
-        self._changed.add(place)
         if place not in self._saved:
-            storage = value.untyped_storage()
-            memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
-            self._saved[place] = (memory, memory.clone())
+            try:
+                memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+                copied = memory.clone()
+            except RuntimeError:  # inside a fake tensor's kernel, where all operations are redirected to meta tensors
+                return
+            if copied.device != value.device:  # the same: nothing is really written there
+                return
+            self._saved[place] = (memory, copied)
+        self._changed.add(place)
 
     def undo(self) -> bool:
         """Put the values back that were there at first, and say whether there was anything to undo."""
