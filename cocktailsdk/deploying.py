@@ -60,17 +60,20 @@ class Deployable:
             SlimError: It cannot be slimmed.
         """
         from .exporting import export_subnet
+        from .switchable import model_unchanged
 
-        return export_subnet(
-            cast("CocktailNet", self),
-            name,
-            path,
-            int8=int8,
-            calibration=calibration,
-            evaluation=evaluation,
-            metric=metric,
-            dynamic_batch=dynamic_batch,
-        )
+        net = cast("CocktailNet", self)
+        with model_unchanged(net):
+            return export_subnet(
+                net,
+                name,
+                path,
+                int8=int8,
+                calibration=calibration,
+                evaluation=evaluation,
+                metric=metric,
+                dynamic_batch=dynamic_batch,
+            )
 
     def pick(
         self,

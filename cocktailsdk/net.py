@@ -23,7 +23,7 @@ from .patterns.sharded import ShardedValues, sharded_mask
 from .selection import Modules, Selection
 from .sharding import is_sharded, rows_of, total
 from .statistics import Forward, device_of, measure, statistics_of, to_device
-from .switchable import SwitchableNet
+from .switchable import SwitchableNet, model_unchanged
 
 if TYPE_CHECKING:
     from .slimming import Views
@@ -161,7 +161,7 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
             CocktailError: There are no batches.
         """
         name = self._ready(name)
-        with self.using(DENSE):
+        with self.using(DENSE), model_unchanged(self):
             if name == DENSE:
                 self._recalibrate_dense(batches, forward)
                 return
@@ -227,7 +227,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
         """
         from .slimming import slim_subnet
 
-        return slim_subnet(self, self._ready(name))
+        with model_unchanged(self):
+            return slim_subnet(self, self._ready(name))
 
     def views(self, subnets: str | Iterable[str] = "channel") -> Views:
         """Channel subnetworks as slim models that all share one copy of the weights; checked as :meth:`slim` checks.
@@ -247,7 +248,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
         """
         from .slimming import channel_views
 
-        return channel_views(self, subnets)
+        with model_unchanged(self):
+            return channel_views(self, subnets)
 
 
 def sparsify(

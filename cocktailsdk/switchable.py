@@ -25,10 +25,23 @@ from .sharding import local
 from .statistics import statistics_of
 from .switching import Switcher
 from .tuners import MergeGuard
+from .utils.undo import unchanged
 from .weight_caches import forget_derived
 
 Changes = Literal["refuse", "keep", "discard"]
 """What is done with values that were written into a subnetwork's tensors while it was active."""
+
+
+@contextlib.contextmanager
+def model_unchanged(net: SwitchableNet) -> Iterator[None]:
+    """:func:`~cocktailsdk.utils.undo.unchanged` for a net's model, while subnetworks of it may be switched.
+
+    Tensors that switching gives other values or memory are left alone: the net restores these.
+    """
+    tensors = net._switcher.tensors
+    names = {*net.coupling.fields, *net.coupling.shapes, *net._switcher.norm_buffers}
+    with unchanged(net.model, but=[tensors.given(name) for name in names if name in tensors]):
+        yield
 
 
 class SwitchableNet(nn.Module):

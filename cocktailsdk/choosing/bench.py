@@ -24,6 +24,7 @@ from ..graph.export import evaluating
 from ..net import CocktailNet
 from ..patterns import DENSE
 from ..statistics import device_of, to_device
+from ..switchable import model_unchanged
 from .layers import layers_used, use_counts
 from .memory import peak_bytes
 from .profile import DeviceProfile, SubnetCost, Timing, machine_of, pareto_front
@@ -110,7 +111,7 @@ def bench(
             progress(done, total, what)
 
     timings: dict[str, list[Timing]] = {n: [] for n in wanted}
-    with evaluating(net.model), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with model_unchanged(net), evaluating(net.model), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runners: dict[str, _Runner] = {}
         for name in wanted:
             told(f"preparing {name}")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..adapters import Inputs, example_inputs_for
 from ..errors import AdapterError
+from ..graph.export import evaluating
+from ..utils.undo import unchanged
 
 __all__ = ["inputs_for"]
 
@@ -73,16 +75,11 @@ def _candidates(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _runs(model: nn.Module, x: Tensor) -> bool:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with unchanged(model), evaluating(model), torch.no_grad():
             model(x)
     except Exception:  # whatever the model says of an input that it cannot take
         return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return True
 
 

@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -113,6 +113,9 @@ def _bound(value: Any, copies: dict[int, Any], within: tuple[Any, ...] = ()) -> 
     if isinstance(value, weakref.ReferenceType):
         target = copies.get(id(value()))
         return value if target is None else weakref.ref(target)
+    if type(value) is MethodType:
+        target = copies.get(id(value.__self__))
+        return value if target is None else MethodType(value.__func__, target)
     if type(value) is functools.partial:
         function, args = _bound(value.func, copies, within), tuple(copies.get(id(a), a) for a in value.args)
         if function is value.func and all(a is b for a, b in zip(args, value.args, strict=True)):

@@ -54,7 +54,8 @@ def without_branches(
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        want, returned = _run(model, branches, args, kwargs)
+        with unchanged(model):
+            want, returned = _run(model, branches, args, kwargs)
         done = _replaced(model, branches, returned, want, args, kwargs)
         left = () if done else [b for b in branches if not _replaced(model, [b], returned, want, args, kwargs)]
     finally:
@@ -75,7 +76,7 @@ def _run(
         for path in returned
     ]
     try:
-        with unchanged(model), torch.no_grad():
+        with torch.no_grad():
             return tensors_of(model(*args, **kwargs)), returned
     finally:
         for hook in hooks:

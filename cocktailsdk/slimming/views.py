@@ -23,6 +23,7 @@ from ..net import CocktailNet
 from ..norms import norm_buffers
 from ..patterns import DENSE
 from ..statistics import device_of, to_device
+from ..utils.undo import unchanged
 from .subnets import traced_coupling
 
 __all__ = ["Views", "channel_views"]
@@ -200,7 +201,8 @@ def _settle(view: nn.Module, slim: nn.Module, name: str, args: Sequence[Any], kw
 def _run(view: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     while True:
         try:
-            return leaves_of(view(*args, **kwargs))
+            with unchanged(view):
+                return leaves_of(view(*args, **kwargs))
         except RuntimeError:
             at = failing_module(view, args, kwargs)
             apart = [p for p in view.get_submodule(at).parameters() if not p.is_contiguous()]

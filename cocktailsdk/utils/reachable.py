@@ -36,6 +36,9 @@ __all__ = ["Walk"]
 DEEPEST = 8
 """Steps from a module through objects and containers that are no modules."""
 
+NEAREST = 3
+"""The same for functions and classes: code that a model's code calls, and what that calls, not all of a library."""
+
 LONGEST = 10_000
 """Elements of a container beyond which only the container itself is restored (a vocabulary, a data set)."""
 
@@ -134,7 +137,8 @@ class Walk:
         elif kind is _Local:
             self._push((value.__dict__,), depth)  # this thread's
         elif issubclass(kind, type):
-            self._object_class(value)
+            if depth < NEAREST:
+                self._object_class(value)
         elif not (_of_library(kind) or issubclass(kind, enum.Enum)):  # type: ignore[arg-type]
             self._object(value, kind, depth)
 
@@ -178,7 +182,7 @@ class Walk:
         if function.__kwdefaults__:
             self._push((function.__kwdefaults__,), depth)
         namespace = function.__globals__
-        if str(namespace.get("__name__")).partition(".")[0] in _LIBRARIES:
+        if depth > NEAREST or str(namespace.get("__name__")).partition(".")[0] in _LIBRARIES:
             return
         held = HeldDict(vars(function))
         self._container(held, held.saved.values(), depth)

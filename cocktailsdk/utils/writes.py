@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -16,6 +18,9 @@ __all__ = ["Writes", "is_plain"]
 UNDECLARED = frozenset({"running_mean", "running_var"})
 """Arguments that old batch-norm kernels write though their schemas do not say so."""
 
+Place = tuple[torch.device, int]
+"""A tensor's memory."""
+
 _PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 
@@ -24,47 +29,52 @@ def is_plain(value: Tensor) -> bool:
     return type(value) in _PLAIN and value.layout == torch.strided
 
 
-class Writes(TorchDispatchMode):
+class Writes:
     """Inside, each of some tensors is copied before the first operation that writes it.
 
     Buffers can be large (a cache for 128 k positions), and almost none are written, so copying all of them beforehand
-    would double a model's memory. A dispatch mode sees every operation, also those of hooks and of compiled modules'
-    Python code; only writes past PyTorch (through ``tensor.numpy()``) escape it.
+    would double a model's memory. A dispatch mode sees every operation, also those of hooks; only writes past PyTorch
+    (through ``tensor.numpy()``) and by code that was compiled escape it.
 
     Args:
         tensors: The tensors. They must stay alive, with the memory they have now.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
         self._known = {place for t in tensors if (place := _place(t)) is not None}
-        self._saved: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
-        self._changed: set[tuple[torch.device, int]] = set()  # since the last undo
+        self._saved: dict[Place, tuple[Tensor, Tensor]] = {}
+        self._changed: set[Place] = set()  # since the last undo
         self._undoing = False
+        self._stack = ExitStack()
 
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        """It only looks on, so ``torch.export`` and higher-order operators need not care."""
-        return True
+    def __enter__(self) -> Writes:
+        outer: _Watch | None = getattr(_local, "watch", None)
+        if outer is None:  # one mode for all that are nested: each would cost every operation the same again
+            outer = _local.watch = _Watch()
+            self._stack.callback(setattr, _local, "watch", None)
+            self._stack.enter_context(outer)
+        outer.told.append(self)
+        self._stack.callback(outer.told.remove, self)
+        return self
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._known and not self._undoing:
-            for value in _written(func, args, kwargs):
-                self._save(value)
-        return func(*args, **kwargs)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
-    def _save(self, value: Tensor) -> None:
+    def before(self, value: Tensor) -> None:
+        """Told of a tensor that is about to be written."""
         place = _place(value)
-        if place is None or place not in self._known:
+        if place is None or place not in self._known or self._undoing:
             return
-        self._changed.add(place)
         if place not in self._saved:
-            storage = value.untyped_storage()
-            memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
-            self._saved[place] = (memory, memory.clone())
+            try:
+                memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+                copied = memory.clone()
+            except RuntimeError:  # inside a fake tensor's kernel, where all operations are redirected to meta tensors
+                return
+            if copied.device != value.device:  # the same: nothing is really written there
+                return
+            self._saved[place] = (memory, copied)
+        self._changed.add(place)
 
     def undo(self) -> bool:
         """Put the values back that were there at first, and say whether there was anything to undo."""
@@ -79,7 +89,33 @@ class Writes(TorchDispatchMode):
         return bool(changed)
 
 
-def _place(value: Tensor) -> tuple[torch.device, int] | None:
+class _Watch(TorchDispatchMode):
+    """Tells of every write that is about to happen in this thread."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Writes] = []
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It only looks on, so ``torch.export`` and higher-order operators need not care."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _writers(func):
+            for value in _written(func, args, kwargs):
+                for writes in self.told:
+                    writes.before(value)
+        return func(*args, **kwargs)
+
+
+_local = threading.local()
+
+
+def _place(value: Tensor) -> Place | None:
     if not is_plain(value) or value.is_meta:
         return None
     try:
@@ -111,7 +147,7 @@ def _training(func: Any) -> int | None:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     writers, training = _writers(func), _training(func)
-    if writers and training is not None and not (args[training] if training < len(args) else kwargs.get("training")):
+    if training is not None and not (args[training] if training < len(args) else kwargs.get("training")):
         return
     for i, name in writers:
         value = args[i] if i < len(args) else kwargs.get(name)
