@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ def _blocks(tensor: Tensor) -> list[memoryview]:
     if not plain or not tensor.numel() or not _dense(tensor):
         return []
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    memory = memoryview(flat.view(torch.uint8).numpy())
+    values: Any = flat.view(torch.uint8).numpy()
+    memory = memoryview(values)
     if len(memory) <= _SMALL:
         return [memory]
     starts = (round(i * (len(memory) - _BLOCK) / (_BLOCKS - 1)) for i in range(_BLOCKS))

@@ -159,7 +159,8 @@ class Stash:
         """Give the tensors themselves their dense values, wherever the model has them now; not those that changed."""
         with _in_place():
             for n, dense in self.saved.items():
-                t = self._swap.tensor(n) if self._swap is not None else self._watch and self._watch.tensors.get(n)
+                watched = self._watch.tensors.get(n) if self._watch is not None else None
+                t = self._swap.tensor(n) if self._swap is not None else watched
                 if t is not None and self.writes(n) == 0 and _alike(t, dense):
                     _give(t, dense)
         self.saved, self._lent, self._kept, self._swap, self._watch = {}, set(), False, None, None

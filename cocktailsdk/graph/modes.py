@@ -206,7 +206,7 @@ def with_training(
 
     Where training mode can be run but not exported, nothing is unreached: slim models are compared there by values.
     """
-    from .cut import duplicate
+    from .copies import duplicate
 
     try:
         return joined(exported, followed(duplicate(model), args, kwargs))

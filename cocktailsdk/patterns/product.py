@@ -124,12 +124,12 @@ class Product(Pattern):
                 refuse(subnet, f"elements of {n!r} are kept that the removed units take")
         # Where no slice can hold what units leave, the weight is whole, and what they take is masked besides.
         hidden = {n: h for n, w in weights.items() if n in mask.elements and (h := left.hidden(w)) is not None}
-        for pattern, own, part, seen in (
+        for pattern, own, factor, seen in (
             (first, a, Mask(removed=mask.removed), umg),
             (second, b, inner, replace(_seen(left, umg), hidden=hidden)),
         ):
             try:
-                pattern.check(own, part, seen)
+                pattern.check(own, factor, seen)
             except PatternError as error:
                 refuse(subnet, str(error))
 
