@@ -18,6 +18,7 @@ __all__ = [
     "draw_groups",
     "epoch_length",
     "generator_states",
+    "loader_length",
     "set_generator_states",
     "to_device",
 ]
@@ -73,19 +74,24 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
         )
     if not isinstance(loader, Iterable):
         raise TrainingError(f"train_loader must be an iterable of batches, got {type(loader).__name__}")
-    if steps is None:
-        try:
-            steps = len(loader)  # type: ignore[arg-type]
-        except TypeError:
-            states = generator_states(loader)
-            steps = sum(1 for _ in loader)
-            set_generator_states(loader, states)
-    if steps < 1:
+    if steps is None and (steps := loader_length(loader)) is None:
+        states = generator_states(loader)
+        steps = sum(1 for _ in loader)
+        set_generator_states(loader, states)
+    if steps < 1 or loader_length(loader) == 0:
         raise TrainingError(
             "train_loader has no batches: an epoch needs at least one (is batch_size with drop_last "
             "larger than the data?)"
         )
     return steps
+
+
+def loader_length(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader says that it has; ``None`` where it cannot say."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -137,13 +143,15 @@ def draw(loader: Iterable[Any], key: tuple[int | str, ...], steps: int | None = 
         yield batch
 
 
-def draw_groups(loader: Iterable[Any], key: tuple[int | str, ...], batches: int, size: int) -> Iterator[list[Any]]:
+def draw_groups(
+    loader: Iterable[Any], key: tuple[int | str, ...], batches: int | None, size: int
+) -> Iterator[list[Any]]:
     """One pass over a loader, several batches at a time; the last group of a pass may be smaller.
 
     Args:
         loader: As in :func:`draw`.
         key: As in :func:`draw`.
-        batches: Stop after so many.
+        batches: Stop after so many; ``None`` at the loader's end.
         size: Batches of a group.
     """
     drawn = draw(loader, key, batches)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..net import CocktailNet
+from .batches import loader_length
 
 __all__ = ["note_training"]
 
@@ -22,5 +23,6 @@ def note_training(net: CocktailNet, training: Mapping[str, Any], loader: Iterabl
     net.provenance["training"] = dict(training)
     if "data" not in net.provenance:
         data = getattr(loader, "dataset", loader)
-        size = {"length": len(data)} if isinstance(data, Sized) else {}
+        length = loader_length(data)
+        size = {} if length is None else {"length": length}
         net.provenance["data"] = {"class": type(data).__qualname__, **size}

@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import TrainingError
 from ..masks import Mask
 from ..patterns.base import DENSE
 from ..sharding import local
-from .batches import draw_groups, to_device
-from .course import round_masks, step_of
+from .course import round_masks
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
 from .history import RoundHistory
@@ -23,7 +21,7 @@ from .recipes import Step
 from .session import Session, load_tensors, model_tensors
 from .stepper import Stepper, Trained
 
-__all__ = ["step_at", "train_rounds"]
+__all__ = ["train_rounds"]
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +37,11 @@ def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None
             _resume_round(session)
         else:
             _enter_round(session)
-        _train_round(session, stepper)
+        try:
+            _train_round(session, stepper)
+        finally:
+            session.stream.close()  # what comes next may iterate over the same loader
         _end_round(session)
-
-
-def step_at(session: Session, round_: int, step: int) -> Step:
-    """What a round's step does, by the recipe."""
-    options, networks = session.options, session.networks(round_)
-    return step_of(options.recipe, networks, round_, step, options.steps_of(round_), options.seed, options.rounds)
 
 
 def _enter_round(session: Session) -> None:
@@ -118,33 +113,20 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     session.verify(f"the weights and masks of round {k}")
     started, ran = time.monotonic(), 0
     while position.epoch < options.epochs_of(k).stop:
-        session.set_generators()
-        _set_epoch(session, (k - options.first_round) * options.epochs + position.epoch)
-        groups = session.guarded(
-            draw_groups(
-                session.shared_loader, (options.seed, "epoch", k, position.epoch), options.batches, options.accumulate
-            ),
-            f"train_loader, in round {k}, epoch {position.epoch},",
-        )
-        batches, drawn, led, taught = None, -1, False, Trained({}, None)
-        for i in range(options.steps_per_epoch):
+        batches: list[Any] = []
+        at, led, taught = 0, False, Trained({}, None)
+        steps = options.steps_in(k, position.epoch)
+        for i in range(position.step, steps):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
-            step = step_at(session, k, number)
+            step = session.step_at(k, number)
             follows = led and step.follows
-            led = options.recipe.same_batch and step.leads and i + 1 < options.steps_per_epoch
+            led = options.recipe.same_batch and step.leads and i + 1 < steps
             if not follows:
-                if (batches := next(groups, None)) is None:
-                    break
-                drawn += 1
-            assert batches is not None
-            if i < position.step:
-                continue
-            if not follows:
-                batches = to_device(batches, session.device)
+                batches, at = session.next_batches()
             _prepare(session, step)
             session.seed("step", k, position.epoch, i, *session.own)
             teacher = taught.teacher if follows else None
-            place = Place(k, position.epoch, i, drawn * options.accumulate, session.history.steps)
+            place = Place(k, position.epoch, i, at, session.history.steps)
             before = None if session.skips is None else Before(session.net, step)
             taught = stepper.step(step, batches, optimization.optimizer, teacher, optimization.scaler)
             if not (taught.skipped or taught.left_out):
@@ -163,8 +145,6 @@ def _train_round(session: Session, stepper: Stepper) -> None:
                 names = "+".join(taught.losses)
                 session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
             session.save_if_late()
-        if position.step == 0:
-            raise TrainingError("train_loader gave no batches in this epoch: it must be iterable again and again")
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 
 
@@ -217,7 +197,6 @@ def _end_epoch(session: Session, rate: float) -> None:
     record.learning_rates.append(optimization.rate)
     epoch = position.epoch
     position.epoch, position.step, session.losses = epoch + 1, 0, {}
-    session.keep_generators()
     session.align_buffers()
     _keep_rewind_point(session)
     session.save_if_due()
@@ -271,11 +250,3 @@ def _measure(session: Session, k: int) -> dict[str, float]:
     net.statistics.clear()  # of these weights; the merged ones get their own
     load_tensors(net.model, kept)
     return metrics
-
-
-def _set_epoch(session: Session, epoch: int) -> None:
-    """Tell samplers that shuffle by the epoch's number (distributed ones) which it is."""
-    loader: Any = session.train_loader
-    for part in (loader, getattr(loader, "sampler", None)):
-        if callable(set_epoch := getattr(part, "set_epoch", None)):
-            set_epoch(epoch)
