@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -16,6 +15,7 @@ from .gate import Gate
 from .graph import Coupling
 from .levels import Level, nested_levels
 from .masks import Mask
+from .nearest import loose, no_subnet
 from .packed import PackedMasks
 from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
@@ -89,13 +89,11 @@ class SwitchableNet(nn.Module):
         if isinstance(name, str):
             if name in self._subnets:
                 return self._subnets[name]
-            loose = _loose(name)
+            wanted = loose(name)
             for known, s in self._subnets.items():
-                if loose is not None and loose == _loose(known):
+                if wanted is not None and wanted == loose(known):
                     return s
-        text = str(name)
-        near = difflib.get_close_matches(text, self._subnets, n=3, cutoff=0.4) or list(self._subnets)[:3]
-        raise SubnetError(f"no subnet {text!r}; nearest: {', '.join(near)} (net.names lists all {len(self._subnets)})")
+        raise SubnetError(no_subnet(name, self.names))
 
     def switch(self, name: str) -> Self:
         """Make a subnetwork the active one, in place.
@@ -379,13 +377,3 @@ def _without_waiting(net: SwitchableNet) -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._current_graph_task_id() != -1 or getattr(net, "_is_replica", False)
-
-
-def _loose(name: str) -> tuple[str, float] | None:
-    pattern, at, level = name.partition("@")
-    if not at:
-        return None
-    try:
-        return pattern.strip(), round(float(level), 3)
-    except ValueError:
-        return None
