@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
@@ -17,6 +16,7 @@ from .graph import Coupling
 from .graph.hooked import refresh
 from .levels import Level, nested_levels
 from .masks import Mask
+from .nearest import loose, no_subnet
 from .packed import PackedMasks
 from .patterns import DENSE, Subnet
 from .placed import Placed, PlacedMasks, placed_bytes, zero_masked
@@ -112,13 +112,11 @@ class SwitchableNet(nn.Module):
         if isinstance(name, str):
             if name in self._subnets:
                 return self._subnets[name]
-            loose = _loose(name)
+            wanted = loose(name)
             for known, s in self._subnets.items():
-                if loose is not None and loose == _loose(known):
+                if wanted is not None and wanted == loose(known):
                     return s
-        text = str(name)
-        near = difflib.get_close_matches(text, self._subnets, n=3, cutoff=0.4) or list(self._subnets)[:3]
-        raise SubnetError(f"no subnet {text!r}; nearest: {', '.join(near)} (net.names lists all {len(self._subnets)})")
+        raise SubnetError(no_subnet(name, self.names))
 
     def switch(self, name: str, *, changes: Changes = "refuse") -> Self:
         """Make a subnetwork the active one, in place.
@@ -543,13 +541,3 @@ def _changed(names: Sequence[str], active: str, wanted: str, inside: bool) -> Su
         f"{what}: a switch would lose that. Keep the values as they are now for the dense network's, "
         f"net.switch({wanted!r}, changes='keep'), or drop them, changes='discard'. Another time, switch('dense') first"
     )
-
-
-def _loose(name: str) -> tuple[str, float] | None:
-    pattern, at, level = name.partition("@")
-    if not at:
-        return None
-    try:
-        return pattern.strip(), round(float(level), 3)
-    except ValueError:
-        return None

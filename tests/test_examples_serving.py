@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import io
+import json
 import os
 import re
 import signal
@@ -412,6 +414,96 @@ def test_slow_clients_are_closed_and_hold_nobody_up(networks: list[Network]) -> 
                 networks,
                 x,
             )
+
+
+def header_of(shape: str, descr: str = "'<f4'", order: str = "False") -> bytes:
+    """An array's header with anything for its shape, and 256 bytes of zeros."""
+    head = f"{{'descr':{descr},'fortran_order':{order},'shape':{shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(256)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(
+            header_of(s)
+            for s in ("(True,True,8,8)", "(1,True,8,8)", "(-1,1,8,8)", "(1,1,-8,-8)", "(1.0,1,8,8)", "1", "")
+        ),
+        *(header_of(s) for s in ("(1e99,1,8,8)", "(None,1,8,8)", "[1,1,8,8]", "('1',1,8,8)", "(" * 90, "(0,1,8,8)")),
+        header_of(f"({10**30},1,8,8)"),
+        header_of(f"({10**200},)"),
+        *(header_of("(1,1,8,8)", d) for d in ("'|O'", "'O'", "'<f8'", "'<c16'", "[('a','<f4')]", "None", "'<M8[s]'")),
+        header_of("(1,1,8,8)", order="True"),
+        header_of("(1,1,8,8)", order="1"),
+        header_of("(1,1,8,8)")[:-1],
+        header_of("(1,1,8,8)") + b"x",
+        header_of("(1,1,8,8)")[:12],
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(64),
+        b"\x93NUMPY\x09\x00" + bytes(64),
+        body(torch.full((1, 1, 8, 8), float("nan"))),
+        body(torch.full((1, 1, 8, 8), -float("inf"))),
+        b"",
+        b"PK\x03\x04" + bytes(99),
+    ],
+)
+def test_bodies_that_are_no_array_for_the_model_are_refused_with_4xx(wrong: bytes) -> None:
+    with pytest.raises(Refused) as refused:
+        Expected((1, 8, 8), np.dtype("float32"), 8).read(wrong)
+    assert 400 <= refused.value.status < 500 and "\n" not in str(refused.value)
+
+
+def test_whoever_sends_too_much_in_one_go_reads_the_answer(networks: list[Network]) -> None:
+    service = Service(networks)
+    with listening(service) as port:
+        for headers in (HEADERS, {"content-type": "text/plain"}):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+            connection.request("POST", "/predict", bytes(12 * service.limits.body_bytes), headers)
+            answer = connection.getresponse()
+            assert answer.status == (413 if headers is HEADERS else 415)
+            assert json.loads(answer.read())["error"]
+            connection.close()
+
+
+def test_idle_and_busy_clients_leave_the_health_check_alone(networks: list[Network]) -> None:
+    service, x = Service(networks, connections=4, head_seconds=20.0, queue=64), images(1)
+    with listening(service) as port, contextlib.ExitStack() as stack:
+
+        def live() -> int:
+            return httpx.get(f"http://127.0.0.1:{port}/health/live", timeout=WAIT, trust_env=False).status_code
+
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=WAIT)) for _ in range(9)]
+        assert live() == 200
+        same(sent(port, x), networks, x)
+        assert until_closed(idle[0]) == b""  # the oldest made room
+        answers: list[httpx.Response] = []
+        with held(networks[0]) as go:
+            clients = [threading.Thread(target=lambda: answers.append(sent(port, x))) for _ in range(4)]
+            for client in clients:
+                client.start()
+            waited = time.monotonic()
+            while service.engine._examples < 4:
+                assert time.monotonic() - waited < WAIT
+                time.sleep(0.01)
+            assert live() == 200
+            assert sent(port, x).status_code == 503
+            assert live() == 200
+            go.set()
+            for client in clients:
+                client.join(WAIT)
+        assert [a.status_code for a in answers] == [200] * 4
+
+
+def test_unknown_paths_methods_and_parameters_get_one_line(networks: list[Network]) -> None:
+    async def run() -> None:
+        async with Service(networks).client() as client:
+            for answer, status in (
+                (await client.get("/nothing"), 404),
+                (await client.delete("/predict"), 405),
+                (await client.get("/history", params={"after": "yesterday"}), 422),
+            ):
+                assert answer.status_code == status and isinstance(answer.json()["error"], str)
+
+    asyncio.run(run())
 
 
 def test_a_service_that_is_stopped_answers_what_it_let_in(networks: list[Network]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -65,24 +64,13 @@ def follow(net: cocktail.CocktailNet, loop: cocktail.CoLoop, loader: Any) -> lis
     return seen
 
 
-class Halves:
-    """Epochs as the trainer's where a dense and a sparse step share a batch: the dense round takes all batches."""
-
-    def __init__(self, data: list[Any]) -> None:
-        self.data, self.passes = data, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.passes += 1
-        return iter(self.data if self.passes <= 2 else self.data[:2])
-
-
 @pytest.mark.parametrize("recipe", ["cocktail", SAME_BATCH], ids=["cocktail", "same-batch"])
 def test_a_loop_of_ones_own_gives_the_trainers_weights_bit_for_bit(recipe: Any) -> None:
     data, net, theirs = batches(), plain_net(), plain_net()
     trainer = tiny_trainer(theirs, recipe=recipe, train_loader=data, val_loader=data[:2], seed=5)
     trainer.fit()
     loop = cocktail.CoLoop(net, 48, recipe=recipe, seed=5)
-    seen = follow(net, loop, data if recipe == "cocktail" else Halves(data))
+    seen = follow(net, loop, data)
     assert loop.finished and loop.done == trainer.history.steps
     assert seen[:11] == ["dense"] * 9 + ["unstructured@0.3", "dense"] and set(seen) == set(net.names)
     loop.finish(data, data[:2], recalibration_batches=2)

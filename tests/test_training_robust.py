@@ -361,7 +361,7 @@ def test_the_first_bad_step_is_found_though_losses_are_looked_at_later() -> None
         losses = {"dense": torch.tensor(float(i)), "2:4": torch.tensor(float("inf") if bad else 0.5)}
         assert watch.add(Place(3, 1, i, i // 2, 100 + i), losses) is None
     assert watch.look() == (
-        "the training loss of 2:4 became inf in round 3, epoch 1, step 17, on batch 8 of the epoch "
+        "the training loss of 2:4 became inf in round 3, epoch 1, step 17, on batch 8 of the loader "
         "(all from 0; step 117 of the run)"
     )
     assert watch.look() is None
@@ -374,7 +374,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(tmp_path: Pat
     with pytest.raises(TrainingError) as caught:
         few(tmp_path, loss_fn=loss, save_minutes=0).fit()
     said = str(caught.value)
-    assert "became nan in round 1, epoch 1, step 0, on batch 0 of the epoch (all from 0; step 18 of the run)" in said
+    assert "became nan in round 1, epoch 1, step 0, on batch 0 of the loader (all from 0; step 18 of the run)" in said
     assert f"The last good state, {states(tmp_path)[-1]}, stands" in said
     assert 'on_nan="skip"' in said
     for path in states(tmp_path):
@@ -453,7 +453,7 @@ def test_too_many_in_a_row_stop_the_run_all_the_same(tmp_path: Path) -> None:
         few(tmp_path, loss_fn=Loss(8, no_number, 99), on_nan="skip").fit()
     with pytest.raises(TrainingError, match='on_nan must be "raise" or "skip", got \'no\''):
         few(on_nan="no")
-    with pytest.raises(TrainingError, match="save_minutes must not be negative"):
+    with pytest.raises(TrainingError, match="save_minutes must be at least 0, got -1"):
         few(save_minutes=-1)
 
 

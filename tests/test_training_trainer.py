@@ -211,12 +211,13 @@ def test_fewer_rounds_than_levels_train_several_subnets_in_one() -> None:
     assert list(trainer.net.metrics) == trainer.net.names
 
 
-def test_a_budget_of_steps_buys_whole_epochs() -> None:
+def test_a_budget_of_steps_is_divided_among_rounds() -> None:
     trainer = tiny_trainer(epochs=None, total_steps=100)
     trainer.fit()
-    assert all(len(r.losses) == 4 for r in trainer.history.rounds)  # 4 rounds of 4 epochs of 6 steps
-    with pytest.raises(TrainingError, match="total_steps=10 is too small: .* takes 24 steps"):
-        tiny_trainer(epochs=None, total_steps=10)
+    assert all(len(r.losses) == 5 for r in trainer.history.rounds)  # 4 rounds of 25 steps, 6 in an epoch
+    assert trainer.history.steps == 100
+    with pytest.raises(TrainingError, match="total_steps=3 is too small: 4 rounds need at least one step each; give"):
+        tiny_trainer(epochs=None, total_steps=3)
     with pytest.raises(TrainingError, match=r"give one of epochs, .*; got epochs=2, total_steps=100"):
         tiny_trainer(total_steps=100)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BundleError, CocktailError, PatternError, SubnetError
 from ..graph import Coupling
+from ..nearest import no_subnet
 from ..net import CocktailNet
 from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
 from ..printable import printable
@@ -278,7 +279,7 @@ def _wanted(only: Iterable[str], names: Collection[str]) -> list[str]:
     chosen = [only] if isinstance(only, str) else list(only)
     odd = [n for n in chosen if n != DENSE and n not in names]
     if odd:
-        raise SubnetError(f"the bundle has no subnet {odd[0]!r}; it has {', '.join(names)}")
+        raise SubnetError(f"the bundle has {no_subnet(odd[0], [DENSE, *names], 'cocktail-cli subnets lists')}")
     return [n for n in chosen if n != DENSE]
 
 

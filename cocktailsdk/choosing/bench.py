@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ def bench(
     runtime: str = "torch",
     repeats: int = 20,
     warmup: int = 3,
+    keep: DeviceProfile | None = None,
     progress: Progress | None = None,
 ) -> DeviceProfile:
     """Measure subnetworks as they would be deployed: slim where channels are removed, with their zeros elsewhere, and
@@ -79,10 +81,12 @@ def bench(
         runtime: ``"torch"``, ``"onnxruntime"`` or ``"openvino"`` (both on the CPU, through files that are checked).
         repeats: Timed runs of each network and batch size.
         warmup: Runs before.
+        keep: An earlier profile, measured with the same settings: its other networks are kept.
         progress: Called with what is done, of how many, and what is done next.
 
     Raises:
-        CocktailError: A number makes no sense, the runtime is not known, or there are no example inputs.
+        CocktailError: A number makes no sense, the runtime is not known, there are no example inputs, or ``keep`` was
+            measured with other settings.
         SubnetError: There is no such subnetwork.
         SlimError: One cannot be slimmed.
         ExportFailed: One cannot be exported.
@@ -101,6 +105,10 @@ def bench(
         )
     asked = [net.subnet(n).name for n in names] if names is not None else [n for n in net.names if n in net.masks]
     wanted = list(dict.fromkeys([DENSE, *asked]))
+    plain = _unmeasured(net, sizes, runtime, repeats)
+    if keep is not None:
+        keep.updated(plain)  # to refuse before anything is measured
+        _check_kept(net, keep)
     device, example = device_of(net.model), Inputs.of(net.model, *net.example)
     done, total = 0, len(wanted) * (1 + len(sizes) * (warmup + repeats))
 
@@ -149,8 +157,32 @@ def bench(
         if r.name in timings
     ]
     front = pareto_front(rows)
+    found = replace(plain, networks=tuple(replace(r, front=r.name in front) for r in rows))
+    return found if keep is None else keep.updated(found)
+
+
+def _check_kept(net: CocktailNet, keep: DeviceProfile) -> None:
+    """See that a profile's networks are still those of the net.
+
+    Raises:
+        CocktailError: One has other costs, or is gone.
+    """
+    now = {r.name: (r.flops, r.params) for r in net.subnets()}
+    if gone := [n.name for n in keep.networks if now.get(n.name) != (n.flops, n.params)]:
+        raise CocktailError(
+            f"the earlier profile was measured on another bundle ({', '.join(gone[:3])} differ): measure all networks "
+            "anew (no NAME), or write to another file (--out FILE)"
+        )
+
+
+def _unmeasured(net: CocktailNet, sizes: Sequence[int], runtime: str, repeats: int) -> DeviceProfile:
+    """The profile of a benchmark that begins: its settings, and the dense network without measurements."""
+    device = device_of(net.model)
+    timings = tuple(Timing(size, math.nan, math.nan, math.nan, 0) for size in sizes)
+    dense = next(r for r in net.subnets() if r.name == DENSE)
+    row = SubnetCost(DENSE, DENSE, 0.0, None, dense.params, dense.flops, dense.nonzero_macs, 0, timings)
     return DeviceProfile(
-        networks=tuple(replace(r, front=r.name in front) for r in rows),
+        networks=(row,),
         model=type(net.model).__qualname__,
         runtime=format_of(Path(f"net{RUNTIMES[runtime] or '.pt2'}")).runtime(),
         threads=torch.get_num_threads(),

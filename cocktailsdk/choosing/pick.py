@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from os import PathLike
 
 from ..counts import SubnetReport
 from ..errors import CocktailError, PatternError, SubnetError
+from ..nearest import shown
 from ..net import CocktailNet
 from .profile import DeviceProfile, read_profile
 from .sizes import deployed_bytes
@@ -48,7 +50,9 @@ def pick(
     reports = [r for r in net.subnets() if pattern is None or r.pattern == pattern]
     if not reports:
         patterns = dict.fromkeys(r.pattern for r in net.subnets())
-        raise PatternError(f"no subnet has the pattern {pattern!r}; there are {', '.join(patterns)}")
+        near = difflib.get_close_matches(str(pattern), patterns, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PatternError(f"no subnet has the pattern {shown(pattern)}; there are {', '.join(patterns)}{hint}")
     measured = None
     if max_latency_ms is not None:
         if profile is None:

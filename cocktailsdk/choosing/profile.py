@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ class SubnetCost:
         raise CocktailError(f"the profile has no batch size {batch}; it has {known}")
 
 
+MACHINE = ("processor", "cores", "device", "machine", "torch")
+"""What of a machine two profiles must share to be one."""
+
+
 @dataclass(frozen=True)
 class DeviceProfile:
     """Every subnetwork on one machine.
@@ -113,6 +117,45 @@ class DeviceProfile:
     def cost(self, name: str) -> SubnetCost | None:
         """A subnetwork's costs; ``None`` where it was not measured."""
         return next((n for n in self.networks if n.name == name), None)
+
+    def differences(self, other: DeviceProfile) -> list[str]:
+        """In which settings another profile was measured differently, as readable lines; its networks aside."""
+        mine, theirs = self._settings(), other._settings()
+        return [f"{k}: {mine[k]}, now {theirs[k]}" for k in mine if mine[k] != theirs[k]]
+
+    def updated(self, newer: DeviceProfile) -> DeviceProfile:
+        """This profile, with what a newer one measured in place of the same networks, and the others kept.
+
+        Args:
+            newer: Measured on the same machine, with the same settings; the numbers of repeats may differ.
+
+        Raises:
+            CocktailError: Something else differs, or a network is not the one that it was; says what.
+        """
+        lines = self.differences(newer)
+        for n in newer.networks:
+            old = self.cost(n.name)
+            if old is not None and (old.flops, old.params) != (n.flops, n.params):
+                lines.append(f"{n.name}: {old.flops} FLOPs, now {n.flops}")
+        if lines:
+            raise CocktailError(
+                f"the earlier profile was measured differently ({'; '.join(lines[:4])}): use the same settings, "
+                "write to another file (--out FILE), or measure all networks anew (no NAME)"
+            )
+        rows = {n.name: n for n in (*self.networks, *newer.networks)}
+        front = pareto_front(list(rows.values()))
+        networks = tuple(replace(n, front=n.name in front) for n in rows.values())
+        return replace(self, networks=networks, repeats=min(self.repeats, newer.repeats))
+
+    def _settings(self) -> dict[str, Any]:
+        batches = ", ".join(str(t.batch) for t in self.networks[0].timings) if self.networks else ""
+        return {
+            "model": self.model,
+            "runtime": self.runtime,
+            "threads": self.threads,
+            "batch sizes": batches,
+            **{k: self.machine.get(k) for k in sorted({*self.machine} & {*MACHINE})},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

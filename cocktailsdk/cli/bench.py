@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from ..errors import CocktailError
 from .bundles import bundle_folder
+from .checks import check_device, check_subnets, needs_extra, output_file
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
 from .options import AsData, Bundle, Model, TrustBuildRecord
@@ -24,6 +26,9 @@ class Runtime(StrEnum):
     TORCH = "torch"
     ONNXRUNTIME = "onnxruntime"
     OPENVINO = "openvino"
+
+
+RUNTIME_EXTRAS = {Runtime.ONNXRUNTIME: "onnx", Runtime.OPENVINO: "openvino"}
 
 
 @command
@@ -42,12 +47,12 @@ def bench_bundle(
     trust_build_record: TrustBuildRecord = False,
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", min=1, help="Examples in a batch; may be repeated.", show_default="1 and 8"),
+        typer.Option("--batch", min=1, max=2**20, help="Examples in a batch; may be repeated.", show_default="1 and 8"),
     ] = None,
     runtime: Annotated[Runtime, typer.Option(help="What runs the networks.")] = Runtime.TORCH,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each network and batch size.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, max=10**6, help="Timed runs of each network and batch size.")] = 20,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Processor threads.", show_default="PyTorch's own choice")
+        int | None, typer.Option(min=1, max=4096, help="Processor threads.", show_default="PyTorch's own choice")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")] = None,
     layers: Annotated[
@@ -58,15 +63,28 @@ def bench_bundle(
     ] = None,
     as_json: AsData = False,
 ) -> None:
-    """Measure every network of a bundle on this machine, and save what was found as a device profile."""
+    """Measure every network of a bundle on this machine, and save what was found as a device profile.
+
+    With NAMEs, an earlier profile keeps its other networks; it must have been measured with the same settings.
+    """
     console = messages()
     log_to(console)
     folder = bundle_folder(bundle)
+    check_subnets(folder, names or [])
+    target = out if out is not None else folder.with_name(f"{folder.name}.profile.json")
+    output_file(target, "--out")
+    if runtime is not Runtime.TORCH:
+        needs_extra((runtime.value,), RUNTIME_EXTRAS[runtime], f"--runtime {runtime.value}")
+        if device not in (None, "cpu"):
+            raise CocktailError(f"--device {device} does not apply to --runtime {runtime.value}, which runs on the CPU")
+    check_device(device)
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..choosing import bench, layers_used
+    from ..choosing import bench, layers_used, read_profile
     from .nets import load_net
+
+    keep = read_profile(target) if names and target.is_file() else None
 
     net = load_net(bundle, model, trust_build_record)
     if device is not None:
@@ -85,9 +103,10 @@ def bench_bundle(
             batch_sizes=batch or (1, 8),
             runtime=runtime.value,
             repeats=repeats,
+            keep=keep,
             progress=lambda done, total, what: bars.update(bar, completed=done, total=total, what=what),
         )
-    file = profile.write(out if out is not None else folder.with_name(f"{folder.name}.profile.json"))
+    file = profile.write(target)
     uses = {n.name: layers_used(net, n.name) for n in profile.networks} if layers else {}
     if as_json:
         from dataclasses import asdict

@@ -19,12 +19,14 @@ from ..errors import CocktailError
 from ..printable import printable
 from ..report.numbers import json_values
 
-__all__ = ["INTERRUPTED", "TERMINATED", "command", "log_to", "messages", "print_json", "results"]
+__all__ = ["INTERRUPTED", "TERMINATED", "command", "error_line", "log_to", "messages", "print_json", "results"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 TERMINATED = 143
 """Exit code after SIGTERM, as shells have it."""
+
+_STEERING = (typer.Exit, typer.Abort, *(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,8 +61,25 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(json_values(value), indent=1, allow_nan=False) + "\n")
 
 
+MOST = 300
+"""Characters of an error's line: longer ones lose their middle."""
+TRACEBACK = "COCKTAIL_TRACEBACK"
+"""Set in the environment, errors that nobody expected keep their traceback."""
+
+
+def error_line(message: str) -> None:
+    """Print one line about what went wrong, whatever the message holds."""
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in message).split())
+    if len(line) > MOST:
+        line = f"{line[: MOST * 3 // 5]} … {line[-MOST * 2 // 5 :]}"
+    messages().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+
+
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Errors of this package and of the file system become one message and exit code 1; Ctrl-C becomes 130."""
+    """Errors become one line and exit code 1; Ctrl-C becomes 130.
+
+    What nobody expected, from a model's own code say, keeps its traceback where ``COCKTAIL_TRACEBACK`` is set.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -69,10 +88,16 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except BrokenPipeError:
             raise
         except (CocktailError, OSError) as error:
-            messages().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+            error_line(str(error))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            # typer's own classes steer it: exits, and options that make no sense
+            if TRACEBACK in os.environ or isinstance(error, _STEERING):
+                raise
+            error_line(f"{type(error).__name__}: {error} (set {TRACEBACK}=1 to see where)")
+            raise typer.Exit(1) from None
 
     return run
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .bundles import bundle_folder, run_folder
+from .checks import check_preset, check_subnets
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
 from .options import AsData, Bundle
@@ -47,6 +48,9 @@ def evaluate(
                 f"there is no report beside {folder} that says it: name the preset", param_hint="--preset"
             )
         preset = report.preset
+
+    check_preset(preset, data=data, model=model)
+    check_subnets(folder, names or [])
 
     from .measure import measure, takes_model
 

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..errors import CocktailError
+from .bundles import bundle_folder
+from .checks import check_format, check_subnets, input_folder, output_file
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
 from .options import AsData, Bundle, Model, TrustBuildRecord
@@ -44,6 +47,14 @@ def export_subnet(
 ) -> None:
     """Write one network for another runtime, and check it there. If anything fails, no file is left."""
     log_to(messages())
+    folder = bundle_folder(bundle)
+    if data is not None and not int8:
+        raise CocktailError("--data is for --int8, which calibrates on it: give --int8 too, or leave --data out")
+    check_format(path, int8=int8, fixed_batch=fixed_batch)
+    output_file(path, "PATH")
+    check_subnets(folder, [name])
+    if data is not None:
+        input_folder(data, "--data")
 
     from ..exporting import format_of
     from .nets import load_net

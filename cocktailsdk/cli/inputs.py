@@ -50,6 +50,13 @@ def _resized(known: Inputs, sizes: Sequence[tuple[int, ...]]) -> Inputs:
     if len(sizes) > len(places):
         raise AdapterError(f"{len(sizes)} input sizes are given, but the model takes {len(places)} tensors")
     for (holder, at), size in zip(places, sizes, strict=False):
+        if holder[at].ndim != len(size) + 1:
+            name = f"input {at!r}" if isinstance(at, str) else f"input {at + 1}"
+            like = ",".join(map(str, holder[at].shape[1:])) or "none"
+            raise AdapterError(
+                f"--input-size {','.join(map(str, size))} does not fit {name} of this model, which has "
+                f"{holder[at].ndim - 1} dimensions without the batch: write it like {like}"
+            )
         whole = holder[at].dtype.is_floating_point
         holder[at] = _noise((1, *size)) if whole else torch.ones(1, *size, dtype=holder[at].dtype)
     return tuple(args), kwargs

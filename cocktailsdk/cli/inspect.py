@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .checks import output_file
 from .console import command, log_to, messages, print_json, results
 from .options import AsData
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from ..inspection import ChannelGroup, Inspection
 
 __all__ = ["inspect_model"]
+
+MOST_ELEMENTS = 10**8
+"""Elements of an example: more are a slip of the finger."""
 
 
 @command
@@ -81,6 +86,8 @@ def inspect_model(
     """Show what of a model is prunable, what is coupled, and what is kept whole and why."""
     log_to(messages())
     sizes = [_size(text) for text in input_size or []]
+    _check_views(full=full, groups=groups, group=bool(group), why=bool(why), svg=svg is not None, as_json=as_json)
+    output_file(svg, "--svg")
 
     from ..inspection import inspect
     from .inputs import inputs_for
@@ -128,8 +135,31 @@ def _chosen(found: Inspection, names: list[str]) -> list[ChannelGroup]:
     return [g for g in found.groups if any(fnmatchcase(g.name, name) for name in names)]
 
 
+def _check_views(*, full: bool, groups: bool, group: bool, why: bool, svg: bool, as_json: bool) -> None:
+    """See that options say what is shown, and that each has an effect.
+
+    Raises:
+        CocktailError: One has none.
+    """
+    from ..errors import CocktailError
+
+    if as_json and (groups or full):
+        option = "--groups" if groups else "--full"
+        raise CocktailError(f"{option} is for the tables, and --json prints all: leave one of them out")
+    if groups and group:
+        raise CocktailError("--groups explains every group, and --group some: give one of them")
+    if full and (groups or group or why or svg):
+        raise CocktailError("--full does not go with --groups, --group, --why and --svg: leave it out")
+
+
 def _size(text: str) -> tuple[int, ...]:
     parts = [p for p in re.split(r"[,x\s]+", text.strip()) if p]
     if not parts or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise typer.BadParameter(f"{text!r} is no shape; write it like 3,224,224", param_hint="--input-size")
-    return tuple(int(p) for p in parts)
+    size = tuple(int(p) for p in parts)
+    if math.prod(size) > MOST_ELEMENTS:
+        raise typer.BadParameter(
+            f"{text!r} has {math.prod(size):.0e} elements; at most {MOST_ELEMENTS:.0e} are tried",
+            param_hint="--input-size",
+        )
+    return size

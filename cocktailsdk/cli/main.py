@@ -12,6 +12,7 @@ from .. import __version__
 from .bench import bench_bundle
 from .evaluate import evaluate
 from .export import export_subnet
+from .group import Group
 from .inspect import inspect_model
 from .report import report_run
 from .subnets import list_subnets
@@ -22,6 +23,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="cocktail-cli",
     help="One checkpoint, every sparse pattern, every ratio.",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .checks import input_file, input_folder, output_file, output_folder
 from .console import command, log_to, messages, print_json, results
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ def report_run(
         raise typer.BadParameter(
             "profiles are found in each run's folder where two are compared", param_hint="--profile"
         )
+    for file in profile or []:
+        input_file(file, "--profile")
+    for folder in filter(None, folders):
+        _home(Path(folder))
+    output_file(html, "--html")
+    output_folder(figures, "--figures")
 
     from ..report.files import write_bytes
     from ..report.page import report_page
@@ -82,14 +89,24 @@ def report_run(
         screen.print(f"figures: {len(written['figures'])} files in {figures}", soft_wrap=True)
 
 
+def _home(folder: Path) -> None:
+    """See that a run's folder is there and can be read."""
+    from ..errors import TrainingError
+
+    if not folder.exists():
+        raise TrainingError(f"{folder} does not exist; give the folder of a finished run")
+    if folder.is_dir():
+        input_folder(folder, "RUN")
+    else:
+        input_file(folder, "RUN")
+
+
 def _read(folder: Path, profiles: list[Path] | None) -> ReportedRun:
     """A run, its report read, with the device profiles given, or else those that lie in its folder."""
     from ..errors import TrainingError
     from ..report.page import ReportedRun
     from ..report.run import read_report
 
-    if not folder.exists():
-        raise TrainingError(f"{folder} does not exist; give the folder of a finished run")
     report = read_report(folder)
     if report is None:
         raise TrainingError(

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import TrainingError
+from .checks import check_device, check_preset, needs_extra, output_folder
 from .completing import presets
 from .console import INTERRUPTED, TERMINATED, command, log_to, messages, print_json, results
 
@@ -47,7 +49,9 @@ def train(
         Start | None,
         typer.Option(help="pretrained skips round 0; it is the default with --weights.", show_default=False),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all randomness.", show_default="the preset's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.", show_default="the preset's")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")] = None,
     tensorboard: Annotated[
         Path | None,
@@ -65,6 +69,12 @@ def train(
     if start is Start.PRETRAINED and weights is None:
         raise typer.BadParameter("'pretrained' needs the trained weights: give --weights FILE", param_hint="--start")
     folder = out if out is not None else Path("runs") / preset
+    check_preset(preset, data=data, model=model, epochs_scale=epochs_scale, weights=weights)
+    output_folder(folder, "--out")
+    output_folder(tensorboard, "--tensorboard")
+    if tensorboard is not None:
+        needs_extra(("tensorboard",), "tensorboard", "--tensorboard", TrainingError)
+    check_device(device)
 
     from .runs import train_preset
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ..utils.nested import nbytes, to_device
 from .forward import mapped
-from .loader_state import epoch_length, generator_states, set_epoch, set_generator_states
+from .loader_state import epoch_length, generator_states, loader_length, set_epoch, set_generator_states
 from .randomness import seed_everything
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "draw_groups",
     "epoch_length",
     "generator_states",
+    "loader_length",
     "set_generator_states",
     "to_device",
 ]
@@ -49,13 +50,15 @@ def draw(loader: Iterable[Any], key: tuple[int | str, ...], steps: int | None = 
         yield batch
 
 
-def draw_groups(loader: Iterable[Any], key: tuple[int | str, ...], batches: int, size: int) -> Iterator[list[Any]]:
+def draw_groups(
+    loader: Iterable[Any], key: tuple[int | str, ...], batches: int | None, size: int
+) -> Iterator[list[Any]]:
     """One pass over a loader, several batches at a time; the last group of a pass may be smaller.
 
     Args:
         loader: As in :func:`draw`.
         key: As in :func:`draw`.
-        batches: Stop after so many.
+        batches: Stop after so many; ``None`` at the loader's end.
         size: Batches of a group.
     """
     drawn = draw(loader, key, batches)

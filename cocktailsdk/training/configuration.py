@@ -61,6 +61,8 @@ def describe(net: CocktailNet, options: Options, config: Mapping[str, Any] | Non
     plain = {"mixed_precision": None, "accumulate": 1, "clip_norm": None, "sync_batch_norm": False, "ema": None}
     chosen = {**{name: getattr(options, name, None) for name in plain}, "mixed_precision": options.precision.name}
     training |= {name: value for name, value in chosen.items() if value != plain[name]}
+    if options.budget:
+        training["steps"] = list(options.budget)
     return {
         "format": 1,
         "patterns": {p.name: p.config() for p in net.patterns},
@@ -81,7 +83,7 @@ def _optimization(net: CocktailNet, options: Options) -> dict[str, Any]:
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
-    steps = options.epochs * options.steps_per_epoch
+    steps = options.schedule_steps(options.first_round)
     schedule = options.schedule(optimizer, steps)
     check_schedule(schedule)
     rates = []

@@ -103,7 +103,7 @@ class StepSkipped(Event):
         round: Number of the round.
         epoch: Epoch in the round, from 0.
         step: Step in the epoch, from 0.
-        batch: Index of its batch in the epoch, from 0.
+        batch: Index of its batch in the pass over the loader, from 0.
         network: The network whose loss it was, or the first that the step trained.
         loss: Its loss.
     """

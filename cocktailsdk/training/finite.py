@@ -32,7 +32,7 @@ class Place:
         round: Its round.
         epoch: Its epoch in the round, from 0.
         step: Its number in the epoch, from 0.
-        batch: The index of its batch in the epoch, from 0: where steps share batches, below ``step``.
+        batch: The index of its batch in the pass over the loader, from 0.
         done: Optimizer steps of the whole run before it.
     """
 
@@ -44,7 +44,7 @@ class Place:
 
     def __str__(self) -> str:
         return (
-            f"in round {self.round}, epoch {self.epoch}, step {self.step}, on batch {self.batch} of the epoch "
+            f"in round {self.round}, epoch {self.epoch}, step {self.step}, on batch {self.batch} of the loader "
             f"(all from 0; step {self.done} of the run)"
         )
 

@@ -94,6 +94,7 @@ def check_state(
     _check_history(state, files)
     for key in ("first_generators", "generators"):
         _check_generators(key, state[key], generators)
+    _check_stream(state.get("stream"))
     _check_tensors("model", state["model"], tensors, whole=True)
     _check_tensors("gradients", state["gradients"], parameters)
     for name, own in _of_networks("statistics", state["statistics"], net):
@@ -176,6 +177,18 @@ def _check_generators(key: str, said: dict[str, Any] | list[Any], now: Mapping[s
         said = {str(i): state for i, state in enumerate(said)}
     if not _alike(said, now):
         _refuse(f"{key!r} are not the states of {len(now)} generators but", said)
+
+
+def _check_stream(said: Any) -> None:
+    """A state of release 0.1.0 has none."""
+    if said is None:
+        return
+    known = isinstance(said, dict) and said.keys() == {"begun", "drawn", "passes"}
+    begun = said["begun"] if known else None
+    if not known or not (begun is None or (isinstance(begun, list | tuple) and len(begun) == 3)):
+        _refuse("its place in the training loader is", said)
+    if any(type(n) is not int or n < 0 for n in (said["drawn"], said["passes"], *(begun or ()))):
+        _refuse("its place in the training loader is", said)
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..devices import available_device
 from ..errors import TrainingError
 from ..sharding import reshard_after_forward, sharded
 from .precision import MixedPrecision, Precision
@@ -56,9 +57,9 @@ def launched(accelerator: Any = None, device: str | torch.device | None = None) 
         device: The user's choice. Of several processes each has its own device of that kind.
 
     Raises:
-        TrainingError: ``accelerator`` is none, or of a kind that cannot train here.
+        TrainingError: There is no such device, or ``accelerator`` is none, or of a kind that cannot train here.
     """
-    wanted = None if device is None else torch.device(device)
+    wanted = None if device is None else available_device(device, error=TrainingError)
     if accelerator is None:
         if not several_processes():
             return Launch(device=wanted)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import TrainingError
 
-__all__ = ["attribute", "epoch_length", "generator_states", "set_epoch", "set_generator_states"]
+__all__ = ["attribute", "epoch_length", "generator_states", "loader_length", "set_epoch", "set_generator_states"]
 
 log = logging.getLogger(__name__)
 
@@ -156,11 +156,8 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
         raise TrainingError(f"train_loader must be an iterable of batches, got {type(loader).__name__}")
     if isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools"):
         raise _spent(loader)
-    if steps is None:
-        try:
-            steps = len(loader)  # type: ignore[arg-type]
-        except Exception:  # a loader may raise what it likes where it cannot tell
-            steps = None
+    length = loader_length(loader)
+    steps = length if steps is None else steps
     states = generator_states(loader)
     try:
         if _one_iterator(loader):
@@ -178,12 +175,20 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
             "counted: give steps_per_epoch if it has no length"
         ) from error
     set_generator_states(loader, states)
-    if steps < 1:
+    if steps < 1 or length == 0:
         raise TrainingError(
             "train_loader has no batches: an epoch needs at least one (is batch_size with drop_last "
             "larger than the data?)"
         )
     return steps
+
+
+def loader_length(loader: Any) -> int | None:
+    """How many batches a loader says that it has; ``None`` where it cannot tell."""
+    try:
+        return len(loader)
+    except Exception:  # a loader may raise what it likes where it cannot tell
+        return None
 
 
 def _one_iterator(loader: Any) -> bool:

@@ -20,7 +20,9 @@ from ..patterns.base import DENSE
 from ..sharding import reshard_after_forward
 from ..statistics import device_of
 from ..weight_caches import forget_derived
+from .arguments import check_numbers
 from .batches import HeldBatches, to_device
+from .budget import round_steps
 from .configuration import differences
 from .course import names_until, networks_of, round_masks, step_of
 from .distill import Classes, Distillation, DistillFn, find_classes
@@ -30,7 +32,7 @@ from .foreign import Foreign, check_masks
 from .forward import ForwardFn, default_forward, detached
 from .kept import pack_masks, unpack_masks
 from .left_out import weight_sums
-from .loop_step import LoopStep, beyond, lengths, needs_trainer
+from .loop_step import LoopStep, beyond, needs_trainer
 from .metrics import MetricFn, accuracy_of, mean_score
 from .precision import without_autocast
 from .provenance import note_training
@@ -103,6 +105,7 @@ class CoLoop:
     ) -> None:
         if not isinstance(net, CocktailNet):
             raise TrainingError(f"net must be what cocktailsdk.sparsify() returned, got {type(net).__name__}")
+        check_numbers(steps=steps, rounds=rounds, distill_weight=distill_weight, seed=seed)
         recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
         if why := needs_trainer(recipe):
             raise TrainingError(f"recipe {recipe.name!r} {why}: CoTrainer does that, CoLoop does not")
@@ -114,7 +117,7 @@ class CoLoop:
         self._modes, self._norms = TrainingModes(net.model), list(running_norms(net.model).values())
         self._plan = recipe.plan(net.patterns, rounds)
         self._first = 0 if start == "scratch" and recipe.rounds == "levels" else 1
-        self._lengths = lengths(steps, len(self._plan) + 1 - self._first, recipe.finishing)
+        self._lengths = round_steps(steps, len(self._plan) + 1 - self._first, recipe.finishing)
         share = recipe.distill
         weight = distill_weight if share is True or not distill_weight else float(share)
         self._weight, self._distill_fn = weight, distill_fn

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import TrainingError
 from .recipes import Recipe, Step
 
-__all__ = ["LoopStep", "beyond", "lengths", "needs_trainer"]
+__all__ = ["LoopStep", "beyond", "needs_trainer"]
 
 
 class LoopStep:
@@ -71,12 +71,3 @@ def needs_trainer(recipe: Recipe) -> str | None:
 def beyond(recipe: Recipe, what: str) -> TrainingError:
     """The error for what a recipe does beyond a loop."""
     return TrainingError(f"recipe {recipe.name!r} {what}: CoTrainer does that, CoLoop does not")
-
-
-def lengths(steps: int, rounds: int, finishing: float) -> list[int]:
-    """Steps of each round, and of finishing where there is some."""
-    last = [max(1, round(finishing * steps))] if finishing else []
-    each, more = divmod(steps - sum(last), rounds)
-    if each < 1:
-        raise TrainingError(f"steps={steps} is too small: {rounds} rounds{' and finishing' * bool(last)} need one each")
-    return [each + (k < more) for k in range(rounds)] + last

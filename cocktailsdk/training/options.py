@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch.optim import SGD, Optimizer
 
 from ..errors import TrainingError
+from .budget import epochs_in
 from .distill import DistillFn
 from .events import Callback
 from .forward import ForwardFn, LossFn
@@ -17,7 +18,7 @@ from .precision import FULL, Precision
 from .recipes import Recipe
 from .schedules import ScheduleFactory
 
-__all__ = ["OptimizerFactory", "Options", "default_optimizer", "finishing_epochs"]
+__all__ = ["OptimizerFactory", "Options", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Start = Literal["scratch", "pretrained"]
@@ -26,7 +27,15 @@ OnNan = Literal["raise", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The arguments of :class:`~cocktailsdk.CoTrainer`, which documents them."""
+    """The arguments of :class:`~cocktailsdk.CoTrainer`, which documents them, and what follows from them.
+
+    Attributes:
+        epochs: Epochs of the longest round; the last may be a part of one, where there is a budget of steps.
+        finishing_epochs: The same of finishing; 0 for none.
+        steps_per_epoch: Optimizer steps of an epoch.
+        budget: Optimizer steps of every round and of finishing; empty where all have whole epochs.
+        pass_length: Batches of a pass over the training loader; ``None`` where it cannot say.
+    """
 
     recipe: Recipe
     loss_fn: LossFn | None
@@ -56,7 +65,8 @@ class Options:
     callbacks: Sequence[Callback]
     precision: Precision = FULL
     accumulate: int = 1
-    batches_per_epoch: int = 0
+    budget: tuple[int, ...] = ()
+    pass_length: int | None = None
     clip_norm: float | None = None
     ema: float | None = None
     sync_batch_norm: bool = False
@@ -95,11 +105,6 @@ class Options:
             )
 
     @property
-    def batches(self) -> int:
-        """Batches of an epoch, of which every optimizer step takes ``accumulate``."""
-        return self.batches_per_epoch or self.steps_per_epoch * self.accumulate
-
-    @property
     def first_round(self) -> int:
         """0, or 1 where the given weights are the rewind point."""
         return 0 if self.start == "scratch" and self.recipe.rounds == "levels" else 1
@@ -128,19 +133,32 @@ class Options:
         return float(distill)
 
     def epochs_of(self, round_: int) -> range:
-        """The epochs that a round trains."""
-        if round_ > self.rounds:
-            return range(self.finishing_epochs)
-        rewound = self.rewind_schedule and self.rewinds and self.start == "scratch"
-        return range(self.rewind_epoch if rewound and round_ > 0 else 0, self.epochs)
+        """The epochs that a round trains; the last may be a part of one."""
+        begin = self._begin(round_)
+        if self.budget:
+            return range(begin, begin + epochs_in(self.steps_of(round_), self.steps_per_epoch))
+        return range(begin, self.finishing_epochs if round_ > self.rounds else self.epochs)
 
     def steps_of(self, round_: int) -> int:
         """Optimizer steps of a round."""
+        if self.budget:
+            at = round_ - self.first_round
+            return self.budget[at] if at < len(self.budget) else 0
         return len(self.epochs_of(round_)) * self.steps_per_epoch
+
+    def steps_in(self, round_: int, epoch: int) -> int:
+        """Optimizer steps of an epoch of a round: fewer where the round's budget ends in it."""
+        before = (epoch - self._begin(round_)) * self.steps_per_epoch
+        return min(self.steps_per_epoch, self.steps_of(round_) - before)
 
     def schedule_steps(self, round_: int) -> int:
         """Optimizer steps that a round's learning-rate schedule is made for; a rewound one began before the round."""
-        return (self.finishing_epochs if round_ > self.rounds else self.epochs) * self.steps_per_epoch
+        return self._begin(round_) * self.steps_per_epoch + self.steps_of(round_)
+
+    def _begin(self, round_: int) -> int:
+        """The epoch with which a round begins."""
+        rewound = self.rewind_schedule and self.rewinds and self.start == "scratch"
+        return self.rewind_epoch if rewound and 0 < round_ <= self.rounds else 0
 
     def steps_before(self, round_: int) -> int:
         """Optimizer steps of all rounds before one."""
@@ -156,8 +174,3 @@ def default_optimizer(start: Start) -> OptimizerFactory:
     """The paper's SGD: rate 0.1 (0.01 from pretrained weights), momentum 0.9, weight decay 1e-4."""
     rate = 0.1 if start == "scratch" else 0.01
     return lambda parameters: SGD(parameters, lr=rate, momentum=0.9, weight_decay=1e-4)
-
-
-def finishing_epochs(epochs: int, rounds: int, share: float) -> int:
-    """Epochs that finishing takes to be a share of the whole run, at least one; 0 where the share is."""
-    return max(1, round(epochs * rounds * share / (1 - share))) if share else 0

@@ -17,10 +17,9 @@ from ..errors import TrainingError
 from ..modes import train_as_handed
 from ..patterns.base import DENSE
 from ..sharding import local
+from .budget import finishing_epochs
 from .optimization import Optimization
-from .options import finishing_epochs
 from .recipes import Step, Turn
-from .rounds import step_at
 from .session import Session, load_tensors, model_tensors
 from .stepper import Stepper
 
@@ -128,7 +127,7 @@ def _training(session: Session, costs: Costs) -> float:
         looked = [i * steps // min(steps, LOOKS) for i in range(min(steps, LOOKS))]
         seconds = 0.0
         for i in looked:
-            step = step_at(session, k, i)
+            step = session.step_at(k, i)
             taught = (recipe.same_batch and step.follows) or step.turns[0].network == DENSE
             for turn in step.turns:
                 teacher = turn.network != DENSE and not taught

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..net import CocktailNet
-from .loader_state import attribute
+from .loader_state import attribute, loader_length
 
 __all__ = ["note_training"]
 
@@ -25,8 +24,6 @@ def note_training(net: CocktailNet, training: Mapping[str, Any], loader: Iterabl
     if "data" not in net.provenance:
         data = attribute(loader, "dataset")
         data = loader if data is None else data
-        size = {}
-        if isinstance(data, Sized):
-            with contextlib.suppress(Exception):  # some loaders have no length before they are gone through
-                size = {"length": len(data)}
+        length = loader_length(data)
+        size = {} if length is None else {"length": length}
         net.provenance["data"] = {"class": type(data).__qualname__, **size}

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from ..errors import TrainingError
 from ..masks import Mask
 from ..patterns.base import DENSE
 from ..sharding import local
-from .batches import draw_groups, to_device
-from .course import round_masks, step_of
+from .course import round_masks
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .finite import Before, Place
 from .history import RoundHistory
 from .kept import pack_masks
 from .left_out import note_step
-from .loader_state import set_epoch
 from .optimization import Optimization
 from .recipes import Step
 from .session import Session, load_tensors, model_tensors
 from .stepper import Stepper, Trained
 
-__all__ = ["step_at", "train_rounds"]
+__all__ = ["train_rounds"]
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +38,11 @@ def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None
             _resume_round(session)
         else:
             _enter_round(session)
-        _train_round(session, stepper)
+        try:
+            _train_round(session, stepper)
+        finally:
+            session.stream.close()  # what comes next may iterate over the same loader
         _end_round(session)
-
-
-def step_at(session: Session, round_: int, step: int) -> Step:
-    """What a round's step does, by the recipe."""
-    options, networks = session.options, session.networks(round_)
-    return step_of(options.recipe, networks, round_, step, options.steps_of(round_), options.seed, options.rounds)
 
 
 def _enter_round(session: Session) -> None:
@@ -120,33 +114,20 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     session.verify(f"the weights and masks of round {k}")
     started, ran = time.monotonic(), 0
     while position.epoch < options.epochs_of(k).stop:
-        session.set_generators()
-        set_epoch(session.train_loader, (k - options.first_round) * options.epochs + position.epoch)
-        groups = session.guarded(
-            draw_groups(
-                session.shared_loader, (options.seed, "epoch", k, position.epoch), options.batches, options.accumulate
-            ),
-            f"train_loader, in round {k}, epoch {position.epoch},",
-        )
-        batches, drawn, led, taught = None, -1, False, Trained({}, None)
-        for i in range(options.steps_per_epoch):
+        batches: list[Any] = []
+        at, led, taught = 0, False, Trained({}, None)
+        steps = options.steps_in(k, position.epoch)
+        for i in range(position.step, steps):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
-            step = step_at(session, k, number)
+            step = session.step_at(k, number)
             follows = led and step.follows
-            led = options.recipe.same_batch and step.leads and i + 1 < options.steps_per_epoch
+            led = options.recipe.same_batch and step.leads and i + 1 < steps
             if not follows:
-                if (batches := next(groups, None)) is None:
-                    break
-                drawn += 1
-            assert batches is not None
-            if i < position.step:
-                continue
-            if not follows:
-                batches = to_device(batches, session.device)
+                batches, at = session.next_batches()
             _prepare(session, step)
             session.seed("step", k, position.epoch, i, *session.own)
             teacher = taught.teacher if follows else None
-            place = Place(k, position.epoch, i, drawn * options.accumulate, session.history.steps)
+            place = Place(k, position.epoch, i, at, session.history.steps)
             before = None if session.skips is None else Before(session.net, step)
             taught = stepper.step(step, batches, optimization.optimizer, teacher, optimization.scaler)
             if not (taught.skipped or taught.left_out):
@@ -165,8 +146,6 @@ def _train_round(session: Session, stepper: Stepper) -> None:
                 names = "+".join(taught.losses)
                 session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
             session.save_if_late()
-        if position.step == 0:
-            raise TrainingError("train_loader gave no batches in this epoch: it must be iterable again and again")
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 
 
@@ -220,7 +199,6 @@ def _end_epoch(session: Session, rate: float) -> None:
     record.learning_rates.append(optimization.rate)
     epoch = position.epoch
     position.epoch, position.step, session.losses = epoch + 1, 0, {}
-    session.keep_generators()
     session.align_buffers()
     _keep_rewind_point(session)
     session.save_if_due()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -22,8 +22,8 @@ from ..patterns.base import DENSE
 from ..sharding import is_sharded, local, rows_of
 from ..weight_caches import forget_derived
 from .averaging import Average
-from .batches import HeldBatches, generator_states, set_generator_states
-from .course import Plan, names_until, networks_of
+from .batches import HeldBatches, to_device
+from .course import Plan, names_until, networks_of, step_of
 from .distill import Classes
 from .events import Event, Saved, StepSkipped
 from .execution import Execution
@@ -37,9 +37,11 @@ from .options import Options
 from .randomness import seed_everything
 from .ranks import SINGLE, Ranks, digest
 from .recalibration import recalibrate
+from .recipes import Step
 from .shared_store import SharedStore
 from .sharing import inputs_of
 from .state import Store
+from .stream import Stream
 
 __all__ = ["LoaderFailed", "Session", "load_tensors", "model_tensors"]
 
@@ -85,7 +87,7 @@ class Session:
         interrupts: Whether the user asked to stop.
         device: Of the model.
         first_generators: States of the training loader's own generators when the run began.
-        generators: The same at the start of the epoch.
+        stream: The training batches, pass after pass over the loader.
         position: Where the run stands.
         history: What came out of it.
         optimization: Optimizer and schedule of the current round.
@@ -119,7 +121,7 @@ class Session:
     interrupts: Interrupts
     device: torch.device
     first_generators: Mapping[str, Any]
-    generators: Mapping[str, Any]
+    stream: Stream
     position: Position
     history: History = field(default_factory=History)
     optimization: Optimization | None = None
@@ -312,7 +314,8 @@ class Session:
             "history": self.history.to_dict(),
             "classes": None if self.classes is None else asdict(self.classes),
             "first_generators": self.first_generators,
-            "generators": self.generators,
+            "generators": self.stream.generators,
+            "stream": self.stream.state_dict(),
             "losses": self.losses,
             "judged": [
                 [alpha, *cell, str(score.value), None if score.maximum is None else str(score.maximum)]
@@ -335,7 +338,8 @@ class Session:
         """Stand where a saved state stood; a round's optimizer is built by the round."""
         self.position = Position(**state["position"])
         self.history = History.from_dict(state["history"])
-        self.generators = state["generators"]
+        self.stream.generators = state["generators"]
+        self.stream.load_state_dict(state.get("stream") or self._old_stream())
         self.losses = {k: v.to(self.device) for k, v in state["losses"].items()}
         self.judged = {
             (alpha, (name, part)): Score(Fraction(value), None if maximum is None else Fraction(maximum))
@@ -361,6 +365,25 @@ class Session:
         if self.skips is not None:
             self.skips.in_a_row = state.get("skipped_in_a_row", 0)
 
+    def _old_stream(self) -> dict[str, Any]:
+        """Where the stream is in a state of release 0.1.0, in which every epoch began a pass of its own."""
+        at, options = self.position, self.options
+        passes = (at.round - options.first_round) * options.epochs + at.epoch
+        if not (at.entered and at.step):
+            return {"begun": None, "drawn": 0, "passes": passes}
+        first = (at.epoch - options.epochs_of(at.round).start) * options.steps_per_epoch
+        drawn, led = 0, False
+        for i in range(at.step):
+            step = self.step_at(at.round, first + i)
+            drawn += not (led and step.follows)
+            led = options.recipe.same_batch and step.leads
+        return {"begun": (at.round, at.epoch, 0), "drawn": drawn, "passes": passes + 1}
+
+    def step_at(self, round_: int, step: int) -> Step:
+        """What a round's step does, by the recipe."""
+        options, networks = self.options, self.networks(round_)
+        return step_of(options.recipe, networks, round_, step, options.steps_of(round_), options.seed, options.rounds)
+
     def networks(self, round_: int) -> dict[str, tuple[str, ...]]:
         """Names of a round's subnets by pattern, in the net's order; none in round 0, all in finishing."""
         return networks_of(self.net, self.plan, round_)
@@ -383,14 +406,6 @@ class Session:
         finally:
             load_tensors(model, kept)
 
-    def set_generators(self) -> None:
-        """Put the training loader's own generators where they were at the start of the epoch."""
-        set_generator_states(self.train_loader, self.generators)
-
-    def keep_generators(self) -> None:
-        """Note where the training loader's own generators are, an epoch being over."""
-        self.generators = generator_states(self.train_loader)
-
     def optimization_state(self) -> dict[str, Any] | None:
         """A copy of the state of the round's optimizer and schedule."""
         state: dict[str, Any] | None = None if self.optimization is None else to_cpu(self.optimization.state_dict())
@@ -400,14 +415,30 @@ class Session:
         """Seed all generators for what is about to be done."""
         seed_everything(self.options.seed, *what)
 
-    def guarded(self, batches: Iterable[Any], of: str) -> Iterator[Any]:
+    def next_batches(self) -> tuple[list[Any], int]:
+        """The next step's training batches, on the device, and the index of the first in its pass over the loader.
+
+        Raises:
+            Stopped, LoaderFailed: As of :meth:`guarded`.
+            TrainingError: The loader gives no batches.
+        """
+        at = self.position
+
+        def of() -> str:
+            return f"train_loader, in round {at.round}, epoch {at.epoch},"
+
+        place = at.round, at.epoch, at.step
+        batches, first = self.stream.draw(place, lambda drawn: self.guarded(drawn, of))
+        return to_device(batches, self.device), first
+
+    def guarded(self, batches: Iterable[Any], of: str | Callable[[], str]) -> Iterator[Any]:
         """Batches, none any more once the run was asked to stop.
 
         Only to be used where the run can be resumed from between two batches.
 
         Args:
             batches: From a loader.
-            of: What they are, for errors.
+            of: What they are, for errors; or a function that says so.
 
         Raises:
             Stopped: The run was asked to stop; also where a loader breaks because the same Ctrl-C ended its workers.
@@ -424,8 +455,11 @@ class Session:
                     return
                 except Exception as error:
                     self.stop_if_asked()
+                    what = of if isinstance(of, str) else of()
                     said = " ".join(str(error).split())
-                    raise LoaderFailed(f"{of} raised {type(error).__name__} ({said}) for batch {i}, from 0") from error
+                    raise LoaderFailed(
+                        f"{what} raised {type(error).__name__} ({said}) for batch {i}, from 0"
+                    ) from error
                 yield batch
                 i += 1
         finally:

@@ -17,7 +17,9 @@ from ..errors import TrainingError
 from ..net import CocktailNet
 from ..patterns.base import DENSE
 from ..sharding import is_sharded, sharded
-from .batches import HeldBatches, epoch_length, generator_states, set_generator_states
+from .arguments import check_kinds, check_numbers, one_budget
+from .batches import HeldBatches, epoch_length, generator_states, loader_length, set_generator_states
+from .budget import Division, divide_steps, finishing_epochs, rewind_epoch_of
 from .configuration import describe, fingerprint, stored_configuration
 from .distill import Classes, DistillFn
 from .events import Callback, Finished, TrainingStarted
@@ -30,7 +32,7 @@ from .interrupt import Interrupts, Stopped
 from .launch import accumulated, connected, launched, precision_of, shard
 from .merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
-from .options import OptimizerFactory, Options, default_optimizer, finishing_epochs
+from .options import OptimizerFactory, Options, default_optimizer
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .precision import MixedPrecision, without_autocast
 from .provenance import note_training
@@ -45,6 +47,7 @@ from .shared_store import SharedStore
 from .sharing import held_out_loader, shared_loader
 from .state import FolderStore, MemoryStore, Store
 from .stored import parameters_stored
+from .stream import Stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,8 +91,8 @@ class CoTrainer:
             :mod:`cocktailsdk.training.schedules`.
         epochs: Epochs of every round (paper, CIFAR-10: 150). Finishing comes on top, as long as its share of the run
             says.
-        total_steps: A budget of optimizer steps for the whole run, instead of ``epochs``: every round gets as many
-            whole epochs as fit beside finishing, which has the rest.
+        total_steps: A budget of optimizer steps for the whole run, instead of ``epochs``; exactly so many are made.
+            Finishing gets the recipe's share of them, rounds the rest in equal parts.
         total_hours: A budget of time instead of ``epochs``, merging included: a few steps are measured, and every round
             gets as many whole epochs as fit. A run that goes on keeps the epochs that it began with.
         rewind_epoch: The rounds rewind to the weights after so many epochs of round 0. Default: 7 of 150.
@@ -101,8 +104,9 @@ class CoTrainer:
         merge: Whether to merge the rounds, where the recipe does; without, the last round's weights are the result.
         alphas: The shares that merging tries.
         recalibration_batches: Training batches from which batch-norm statistics are computed.
-        steps_per_epoch: Batches of an epoch. Default: the loader's length. With ``accumulate`` every optimizer step
-            takes several of them.
+        steps_per_epoch: Batches of an epoch. Default: the loader's length. The next epoch goes on in the loader where
+            the last one stopped, so that every batch is used whatever the number. With ``accumulate`` every optimizer
+            step takes several of them.
         out_dir: Where the run keeps its state, in ``state/``. With it, the same call goes on after a crash or Ctrl-C,
             bit-identically to never having stopped. One run at a time may train there.
         device: Where to train; the net is moved there. Default: where the model is; of several processes each has its
@@ -208,6 +212,25 @@ class CoTrainer:
                 made = isinstance(value, Optimizer | LRScheduler)
                 hint = ": give a function that makes one, since each round needs its own" if made else ""
                 raise TrainingError(f"{name} must be callable, got {type(value).__name__}{hint}")
+        check_numbers(
+            epochs=epochs,
+            total_steps=total_steps,
+            total_hours=total_hours,
+            rewind_epoch=rewind_epoch,
+            rounds=rounds,
+            recalibration_batches=recalibration_batches,
+            steps_per_epoch=steps_per_epoch,
+            accumulate=accumulate,
+            distill_weight=distill_weight,
+            clip_norm=clip_norm,
+            ema=ema,
+            seed=seed,
+            save_seconds=save_seconds,
+            save_minutes=save_minutes,
+            event_seconds=event_seconds,
+        )
+        check_kinds(alphas=alphas, callbacks=callbacks, out_dir=out_dir)
+        one_budget(epochs=epochs, total_steps=total_steps, total_hours=total_hours)
         if not isinstance(recipe, Recipe):
             recipe = recipe_named(recipe)
         if merge and recipe.merges and val_loader is None:
@@ -224,17 +247,36 @@ class CoTrainer:
         self._out_dir = Path(out_dir) if out_dir is not None else None
         self._classes: Classes | None = None
         batches = self.ranks.least(epoch_length(train_loader, steps_per_epoch))
+        length: int | None = batches
+        if steps_per_epoch is not None:
+            length = self.ranks.least(loader_length(train_loader) or 0) or None
         accumulate = accumulated(self._launch, accumulate)
         steps = -(-batches // max(accumulate, 1))
         self._shared_loader = shared_loader(train_loader, self.ranks, shard_loader)
         self._shared_held_out = None if val_loader is None else held_out_loader(val_loader, self.ranks)
         rounds_in_all = len(self._plan) + (start == "scratch" and recipe.rounds == "levels")
-        epochs, finishing = _epochs(epochs, total_steps, total_hours, steps, rounds_in_all, recipe.finishing)
+
+        def of_epochs(count: int) -> Division:
+            finishing = finishing_epochs(count, rounds_in_all, recipe.finishing)
+            return Division(count, finishing, rewind_epoch_of(rewind_epoch, start, count))
+
         # a budget of hours is turned into epochs once a step can be measured, unless the run has begun
         begun = None if total_hours is None else self._begun(total_hours)
         unknown = total_hours is not None and begun is None
-        if begun is not None:
-            epochs, finishing = begun, finishing_epochs(begun, rounds_in_all, recipe.finishing)
+        if unknown:
+            division = Division(epochs=1, finishing_epochs=0, rewind_epoch=0)
+        elif total_steps is not None:
+            division = divide_steps(
+                total_steps,
+                rounds_in_all,
+                recipe.finishing,
+                steps,
+                rewind_epoch=rewind_epoch,
+                start=start,
+                rewound=rewind_schedule and recipe.rewind and rounds_in_all > len(self._plan),
+            )
+        else:
+            division = of_epochs(begun or epochs or 150)
         self._options = Options(
             recipe=recipe,
             loss_fn=loss_fn,
@@ -245,10 +287,11 @@ class CoTrainer:
             metric_mode=metric_mode,
             optimizer=optimizer or default_optimizer(start),
             schedule=schedule or cosine_restarts(),
-            epochs=epochs,
-            finishing_epochs=finishing,
+            epochs=division.epochs,
+            finishing_epochs=division.finishing_epochs,
+            budget=division.budget,
             total_hours=total_hours,
-            rewind_epoch=0 if unknown else _rewind_epoch(rewind_epoch, start, epochs),
+            rewind_epoch=division.rewind_epoch,
             rewind_schedule=rewind_schedule,
             rounds=len(self._plan),
             steps_per_epoch=steps,
@@ -264,19 +307,19 @@ class CoTrainer:
             callbacks=tuple(callbacks),
             precision=precision_of(self._launch, mixed_precision),
             accumulate=accumulate,
-            batches_per_epoch=batches,
+            pass_length=length,
             clip_norm=clip_norm,
             ema=ema,
             sync_batch_norm=sync_batch_norm,
         )
         if unknown:
             assert total_hours is not None
-            epochs = self._epochs_for(total_hours)
+            division = of_epochs(self._epochs_for(total_hours))
             self._options = replace(
                 self._options,
-                epochs=epochs,
-                finishing_epochs=finishing_epochs(epochs, rounds_in_all, recipe.finishing),
-                rewind_epoch=_rewind_epoch(rewind_epoch, start, epochs),
+                epochs=division.epochs,
+                finishing_epochs=division.finishing_epochs,
+                rewind_epoch=division.rewind_epoch,
             )
         self.configuration = describe(net, self._options, config)
         self.fingerprint = fingerprint(self.configuration)
@@ -472,7 +515,14 @@ class CoTrainer:
             interrupts=interrupts,
             device=self._device,
             first_generators=first,
-            generators=first,
+            stream=Stream(
+                self._train_loader,
+                self._shared_loader,
+                options.seed,
+                size=options.accumulate,
+                length=options.pass_length,
+                generators=first,
+            ),
             position=Position("train", options.first_round),
             ranks=ranks,
             execution=self._execution(),
@@ -538,38 +588,6 @@ def _stopping(session: Session, configuration: Mapping[str, Any]) -> Iterator[No
         else:
             where = rescued_run(session, configuration) or session.store.standing
         raise TrainingError(f"{failed}. {where}") from failed.__cause__
-
-
-def _epochs(
-    epochs: int | None, total_steps: int | None, total_hours: float | None, steps: int, rounds: int, finishing: float
-) -> tuple[int, int]:
-    """Epochs of a round and of finishing, as given or as steps allow; 1 until hours are turned into them."""
-    given = {"epochs": epochs, "total_steps": total_steps, "total_hours": total_hours}
-    if len(several := [f"{name}={value}" for name, value in given.items() if value is not None]) > 1:
-        raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(several)}")
-    if total_hours is not None:
-        return 1, 0
-    if total_steps is None:
-        epochs = 150 if epochs is None else epochs
-        return epochs, finishing_epochs(epochs, rounds, finishing)
-    least = steps * (rounds + (finishing > 0))
-    if total_steps < least:
-        also = " and of finishing" if finishing else ""
-        raise TrainingError(
-            f"total_steps={total_steps} is too small: one epoch of every round{also} takes {least} steps"
-        )
-    in_all = total_steps // steps
-    if not finishing:
-        return in_all // rounds, 0
-    epochs = max(1, (in_all - max(1, round(finishing * in_all))) // rounds)
-    return epochs, in_all - rounds * epochs
-
-
-def _rewind_epoch(given: int | None, start: str, epochs: int) -> int:
-    """As given, or the paper's 7 of 150; given weights are a rewind point of their own."""
-    if start == "pretrained":
-        return 0
-    return max(round(epochs * 7 / 150), min(epochs, 1)) if given is None else given
 
 
 def _device_of(net: CocktailNet) -> torch.device:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 
+from .answers import Lingering
 from .engine import Engine
 from .history import History
 from .inputs import Expected, Refused, read_body
@@ -19,6 +22,8 @@ from .settings import Limits
 
 __all__ = ["create_app"]
 
+DISCARDED = 16
+"""Times a body's limit that is read of a larger one, so that whoever sends it sees the answer."""
 PAGE = Path(__file__).with_name("page.html")
 SAFE = {
     "Content-Security-Policy": (
@@ -58,10 +63,22 @@ def create_app(engine: Engine, expected: Expected, limits: Limits) -> FastAPI:
     async def refuse(request: Request, error: Refused) -> Response:
         for w in engine.watchers:
             w.refused(error.status)
-        headers = {"Connection": "close"} if error.status in (408, 413, 415) else {}  # what is left of the body
-        if error.retry_after is not None:
-            headers["Retry-After"] = str(error.retry_after)
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        if error.status in (408, 413, 415):  # a part of the body may still be on its way
+            return Lingering(
+                {"error": str(error)}, error.status, headers, limits.body_seconds, DISCARDED * limits.body_bytes
+            )
         return JSONResponse({"error": str(error)}, error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        said = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": said}, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:

@@ -15,7 +15,8 @@ class Limits:
         body_bytes: Bytes of a request's body.
         batch: Examples in a request.
         queue: Requests that wait; one more is told to come back later.
-        connections: Open connections; requests on more are told the same by the web server.
+        connections: Open connections, and requests at once. For one more the connection that has been idle longest
+            is closed; where none is idle, requests are told to come back later, except those for the process's health.
         head_seconds: How long a client may take to send a request's head.
         body_seconds: How long it may take to send the body.
         answer_seconds: How long a request may wait and run.

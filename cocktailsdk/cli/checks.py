@@ -1,0 +1,248 @@
+"""What can be seen wrong with a command line before torch is imported and anything is built."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import CocktailError, ExportFailed, SubnetError, TrainingError
+from ..nearest import loose, no_subnet, shown
+from .bundles import bundle_folder
+from .completing import PRESETS
+
+__all__ = [
+    "FORMATS",
+    "SETTINGS",
+    "check_device",
+    "check_format",
+    "check_preset",
+    "check_subnets",
+    "input_file",
+    "input_folder",
+    "needs_extra",
+    "output_file",
+    "output_folder",
+]
+
+KINDS = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone", "meta", "ipu", "xla", "vulkan", "maia")
+"""Kinds of devices that PyTorch has names for."""
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "cifar10": ("model", "epochs_scale", "weights"),
+    "fashion-mnist": ("model", "epochs_scale", "weights"),
+}
+"""What each preset can be given; the others are no options of it."""
+MODELS = ("resnet20", "resnet18")
+"""Models of the image sets."""
+
+FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
+    ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    ".xml": (("openvino", "onnx", "onnxscript"), "openvino"),
+    ".pt2": ((), ""),
+    ".safetensors": ((), ""),
+}
+"""By suffix what must be installed, and the extra that has it."""
+
+
+def check_device(device: str | None, option: str = "--device") -> None:
+    """See that a device is here.
+
+    Raises:
+        CocktailError: It is not; says which are.
+    """
+    if device is None or device == "cpu":
+        return
+    kind, _, index = device.partition(":")
+    if kind not in KINDS or (":" in device and not index.isdecimal()):
+        raise CocktailError(f"{option} {shown(device)} is no device that PyTorch knows; use {option} cpu, cuda or mps")
+    from ..devices import available_device
+
+    available_device(device, of=f"{option} ")
+
+
+def check_preset(
+    preset: str,
+    *,
+    data: Path | None = None,
+    model: str | None = None,
+    epochs_scale: float | None = None,
+    weights: Path | None = None,
+    loads_data: bool = True,
+) -> None:
+    """See that there is such a preset, that it takes what it is given, and that its data are there.
+
+    Raises:
+        TrainingError: Something is wrong; says what.
+    """
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TrainingError(f"no preset {shown(preset)}{hint}: there are {', '.join(PRESETS)}")
+    takes = SETTINGS[preset]
+    given = {"model": model, "epochs_scale": epochs_scale, "weights": weights}
+    for name, value in given.items():
+        if value is not None and name not in takes:
+            others = f"it takes {', '.join(_option(t) for t in takes)}" if takes else "leave it out"
+            raise TrainingError(f"preset {preset!r} has no option {_option(name)}: {others}")
+    if model is not None and model not in MODELS:
+        raise TrainingError(f"preset {preset!r} has no model {shown(model)}: it has --model {' or '.join(MODELS)}")
+    if epochs_scale is not None and not 0 < epochs_scale < math.inf:
+        raise TrainingError(f"--epochs-scale must be greater than 0 and finite, got {epochs_scale}")
+    if weights is not None:
+        input_file(weights, "--weights")
+    if not takes and data is not None:
+        raise TrainingError(f"preset {preset!r} takes no data folder (it comes with scikit-learn): leave out --data")
+    if takes and data is None and loads_data:
+        raise TrainingError(f"preset {preset!r} needs the folder that holds its images (--data PATH)")
+    if data is not None:
+        input_folder(data, "--data")
+
+
+def check_subnets(bundle: Path, names: Sequence[str]) -> None:
+    """See that a bundle has networks of these names, from its ``bundle.json`` alone.
+
+    Raises:
+        SubnetError: It has not; says which come nearest.
+        BundleError: There is no bundle.
+    """
+    if not names:
+        return
+    from ..bundle.files import read_meta
+
+    try:
+        known = ["dense", *(str(s["name"]) for s in read_meta(bundle_folder(bundle))[1]["subnets"])]
+    except (KeyError, TypeError):  # reading all of it says what is wrong
+        return
+    known = list(dict.fromkeys(known))
+    values = {loose(n) for n in known} - {None}
+    for name in names:
+        if name not in known and loose(name) not in values:
+            raise SubnetError(no_subnet(name, known, "cocktail-cli subnets lists"))
+
+
+def check_format(path: Path, *, int8: bool, fixed_batch: bool) -> None:
+    """See that a suffix names a format, that its packages are installed, and that the options are for it.
+
+    Raises:
+        ExportFailed: They are not.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        return  # exporting says which formats there are
+    packages, extra = FORMATS[suffix]
+    needs_extra(packages, extra, f"exporting to {suffix}", ExportFailed)
+    if int8 and suffix not in (".onnx", ".xml"):
+        raise ExportFailed(f"--int8 does not apply to {suffix}, which has no quantizer here: use .onnx or .xml")
+    if fixed_batch and suffix == ".safetensors":
+        raise ExportFailed("--fixed-batch does not apply to .safetensors, which holds no graph: leave it out")
+
+
+def needs_extra(packages: Sequence[str], extra: str, what: str, error: type[CocktailError] = CocktailError) -> None:
+    """See that packages are installed, without importing them.
+
+    Raises:
+        CocktailError: One is not; says which command installs it.
+    """
+    missing = [p for p in packages if not installed(p)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise error(
+            f'{what} needs {" and ".join(missing)}, which {verb} not installed: pip install "cocktailsdk[{extra}]"'
+        )
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported, as far as can be seen without doing so."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # half-loaded, or a part of what is not there
+        return False
+
+
+def input_file(path: Path, option: str) -> Path:
+    """A file that is read.
+
+    Raises:
+        CocktailError: It is not there, is no file, or cannot be read.
+    """
+    if not _exists(path, option):
+        raise CocktailError(f"{option} {path}: no such file")
+    if path.is_dir():
+        raise CocktailError(f"{option} {path} is a folder; give a file")
+    if not os.access(path, os.R_OK):
+        raise CocktailError(f"{option} {path} cannot be read: permission denied")
+    return path
+
+
+def input_folder(path: Path, option: str) -> Path:
+    """A folder that is read.
+
+    Raises:
+        CocktailError: It is not there, is no folder, or cannot be read.
+    """
+    if not _exists(path, option):
+        raise CocktailError(f"{option} {path}: no such folder")
+    if not path.is_dir():
+        raise CocktailError(f"{option} {path} is a file; give a folder")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise CocktailError(f"{option} {path} cannot be read: permission denied")
+    return path
+
+
+def output_file(path: Path | None, option: str) -> None:
+    """See that a file can be written, without touching anything.
+
+    Raises:
+        CocktailError: It cannot be.
+    """
+    if path is None:
+        return
+    if _exists(path, option) and path.is_dir():
+        raise CocktailError(f"{option} {path} is a folder; give a file's path")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise CocktailError(f"{option} {path} cannot be written: permission denied; choose another path")
+    _writable(path.parent, path, option)
+
+
+def output_folder(path: Path | None, option: str) -> None:
+    """See that files can be written into a folder, which may not be there yet.
+
+    Raises:
+        CocktailError: They cannot be.
+    """
+    if path is None:
+        return
+    if _exists(path, option) and not path.is_dir():
+        raise CocktailError(f"{option} {path} is a file; give a folder")
+    _writable(path, path, option)
+
+
+def _writable(folder: Path, path: Path, option: str) -> None:
+    """See that the nearest folder that is there can be written to."""
+    here = folder.expanduser().absolute()
+    while not here.exists() and here != here.parent:
+        here = here.parent
+    if not here.is_dir():
+        raise CocktailError(f"{option} {path} cannot be written: {here} is a file; choose another path")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise CocktailError(f"{option} {path} cannot be written: {here} is read-only here; choose another path")
+
+
+def _exists(path: Path, option: str) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CocktailError(f"{option} {shown(path)}: {reason}; give another path") from None
+    return True
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
