@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 __all__ = ["check_regular", "open_regular"]
 
@@ -21,7 +21,7 @@ _KINDS = (
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
 
 
-def open_regular(path: Path | str, folder: int | None = None) -> BinaryIO:
+def open_regular(path: Path | str, folder: int | None = None) -> BufferedReader:
     """Open a regular file, or a link to one, for reading.
 
     Args:
