@@ -8,7 +8,7 @@ from __future__ import annotations
 MAX_JSON_BYTES = 16 << 20
 """Of ``bundle.json``; that of 24 networks of a ResNet-18 has 30 kB."""
 
-MAX_JSON_VALUES = 1 << 21
+MAX_JSON_VALUES = 1_500_000
 """In ``bundle.json`` and in a header, counted as commas and opening brackets before either is parsed."""
 
 MAX_HEADER_BYTES = 16 << 20

@@ -119,8 +119,8 @@ class Product(Pattern):
             refuse(subnet, f"{min(odd)!r} is masked, which is no eligible weight" if odd else "it removes no units")
         left = Remaining(umg.coupling, mask.removed)
         inner = Mask({n: left.slice(weights[n], k) for n, k in mask.elements.items()})
-        for n, part in inner.elements.items():
-            if not torch.equal(left.spread(weights[n], part), mask.elements[n]):
+        for n, kept in inner.elements.items():
+            if not torch.equal(left.spread(weights[n], kept), mask.elements[n]):
                 refuse(subnet, f"elements of {n!r} are kept that the removed units take")
         # Where no slice can hold what units leave, the weight is whole, and what they take is masked besides.
         hidden = {n: h for n, w in weights.items() if n in mask.elements and (h := left.hidden(w)) is not None}
