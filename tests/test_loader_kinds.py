@@ -339,3 +339,25 @@ def test_states_that_do_not_fit_are_left_alone() -> None:
     set_generator_states(loader, {"rng": {"x": 1}, "other": torch.zeros(3)})
     set_generator_states(loader, [])
     assert loader.order() == Each("torch").order()
+
+
+def test_a_loop_does_not_take_a_batch_in_reused_memory_for_the_one_before() -> None:
+    def trained(loader: Any) -> dict[str, Tensor]:
+        net = tiny_net(patterns=["1:2"])
+        torch.manual_seed(0)
+        loop = cocktail.CoLoop(net, steps=10)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        while not loop.finished:
+            for x, y in loader:
+                if loop.finished:
+                    break
+                with loop.step((x, y)) as step:
+                    output = net.model(x)
+                    optimizer.zero_grad()
+                    step.loss(F.cross_entropy(output, y), output, y).backward()
+                optimizer.step()
+        return {name: value.clone() for name, value in net.state_dict().items()}
+
+    expected = trained(batches())
+    for name, value in trained(Reusing()).items():
+        assert torch.equal(value, expected[name]), name
