@@ -153,8 +153,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
         Args:
             name: The subnetwork, or ``"dense"``.
             batches: Any iterable of batches, each weighing the same.
-            forward: ``forward(model, batch)``; by default tensors, tuples that begin with the inputs, and dicts are
-                understood.
+            forward: ``forward(model, batch)``; by default batches are read as in training
+                (:func:`~cocktailsdk.utils.nested.default_forward`); of longer tuples the first element is the input.
 
         Raises:
             SubnetError: There is no such subnetwork.

@@ -28,7 +28,7 @@ from cocktailsdk.training.loader_state import epoch_length, generator_states, se
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=40)
 CPU = torch.device("cpu")
-N = 6
+N = 4
 
 
 def data(n: int = 8 * N) -> TensorDataset:
@@ -95,9 +95,12 @@ class Restarts:
 class Reusing:
     """Writes every batch into the memory of the one before."""
 
+    def __init__(self) -> None:
+        self.inner = batches()
+
     def __iter__(self) -> Iterator[Any]:
-        x, y = (torch.empty_like(tensor) for tensor in batches()[0])
-        for image, label in batches():
+        x, y = (torch.empty_like(tensor) for tensor in self.inner[0])
+        for image, label in self.inner:
             yield x.copy_(image), y.copy_(label)
 
 
@@ -113,7 +116,7 @@ class Shrinking(Each):
 
     def __iter__(self) -> Iterator[Any]:
         self.passes += 1
-        return itertools.islice(super().__iter__(), max(2, N - self.passes))
+        return itertools.islice(super().__iter__(), max(1, N - self.passes))
 
 
 class ClosesBadly(Each):
@@ -164,15 +167,11 @@ def run(loader: Any, out: Path | None = None, **options: Any) -> cocktail.CoTrai
     return tiny_trainer(tiny_net(patterns=["1:2"]), out, recipe="cocktail", train_loader=loader, **settings)
 
 
-class Crash(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_with_any_loader_ends_as_if_it_had_never_been_stopped(kind: str, tmp_path: Path) -> None:
     whole = run(KINDS[kind]())
     whole.fit()
-    left = [9]  # in the second epoch
+    left = [6]  # in the second epoch
 
     def crash(event: ev.Event) -> None:
         left[0] -= isinstance(event, ev.StepDone)
@@ -189,7 +188,7 @@ def test_a_run_with_any_loader_ends_as_if_it_had_never_been_stopped(kind: str, t
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_loaders_train_to_the_end(kind: str) -> None:
     held = batches()[:2]
-    trainer = run(ODD[kind](), val_loader=held, steps_per_epoch=4)
+    trainer = run(ODD[kind](), val_loader=held, steps_per_epoch=3)
     if kind == "closes badly":  # at the end of a pass nobody can tell that from a loader that fails
         with pytest.raises(TrainingError, match="cannot close"):
             run(ODD[kind](), val_loader=held).fit()
@@ -293,18 +292,17 @@ wrappers = st.recursive(
 def test_passes_with_one_key_are_equal_and_leave_the_loader_where_it_was(make: Any, size: int) -> None:
     loader = make()
     assert epoch_length(loader, None) == N
-    held = HeldBatches(loader, (0, "held out"), CPU, limit=4, keep_bytes=0)
+    held = HeldBatches(loader, (0, "held out"), CPU, limit=3, keep_bytes=0)
     before = repr(generator_states(loader))
     first = list(held)
-    hidden = "generator" in before or before != "{}"
-    assert not hidden or repr(generator_states(loader)) == before
-    kept = HeldBatches(loader, (0, "kept"), CPU, limit=4)
+    assert before == "{}" or repr(generator_states(loader)) == before  # what is hidden cannot be put back
+    kept = HeldBatches(loader, (0, "kept"), CPU, limit=3)
     assert_equal(list(kept), list(kept))
     if not reuses(loader):
         assert_equal(first, list(held))
     states = generator_states(loader)
     set_epoch(loader, 1)
-    one = [copied(b) for group in draw_groups(loader, (1,), 6, size) for b in group]
+    one = [copied(b) for group in draw_groups(loader, (1,), N, size) for b in group]
     set_generator_states(loader, states)
     set_epoch(loader, 1)
     assert_equal(one, [copied(b) for b in draw(loader, (1,))])
@@ -339,3 +337,25 @@ def test_states_that_do_not_fit_are_left_alone() -> None:
     set_generator_states(loader, {"rng": {"x": 1}, "other": torch.zeros(3)})
     set_generator_states(loader, [])
     assert loader.order() == Each("torch").order()
+
+
+def test_a_loop_does_not_take_a_batch_in_reused_memory_for_the_one_before() -> None:
+    def trained(loader: Any) -> dict[str, Tensor]:
+        net = tiny_net(patterns=["1:2"])
+        torch.manual_seed(0)
+        loop = cocktail.CoLoop(net, steps=10)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        while not loop.finished:
+            for x, y in loader:
+                if loop.finished:
+                    break
+                with loop.step((x, y)) as step:
+                    output = net.model(x)
+                    optimizer.zero_grad()
+                    step.loss(F.cross_entropy(output, y), output, y).backward()
+                optimizer.step()
+        return {name: value.clone() for name, value in net.state_dict().items()}
+
+    expected = trained(batches())
+    for name, value in trained(Reusing()).items():
+        assert torch.equal(value, expected[name]), name

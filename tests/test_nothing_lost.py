@@ -331,8 +331,7 @@ class Held:
 
 
 @pytest.mark.parametrize("what", ["metric", "val_loader", "forward_fn"])
-@pytest.mark.parametrize("recipe", ["cocktail", "paper"])
-@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize(("recipe", "folder"), [("cocktail", True), ("paper", False)])
 def test_a_failure_after_training_loses_no_step(what: str, recipe: str, folder: bool, tmp_path: Path) -> None:
     fails = Fails()
     steps = [0]

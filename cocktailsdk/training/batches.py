@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ __all__ = [
     "to_device",
 ]
 
+log = logging.getLogger(__name__)
+
 KEEP_BYTES = 1 << 30
 """Held-out batches up to this size are kept in memory instead of being loaded again for every candidate."""
 
@@ -39,15 +42,27 @@ def draw(loader: Iterable[Any], key: tuple[int | str, ...], steps: int | None = 
     """
     seed_everything(*key, "pass")
     batches = iter(loader)
-    for i in itertools.count():
-        if steps is not None and i >= steps:
-            return
-        seed_everything(*key, i)
+    try:
+        for i in itertools.count():
+            if steps is not None and i >= steps:
+                return
+            seed_everything(*key, i)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+    finally:
+        _close(batches)
+
+
+def _close(batches: Iterator[Any]) -> None:
+    """Close a loader's generator; what it raises then comes after its last batch, and loses none."""
+    if isinstance(batches, Generator):
         try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        yield batch
+            batches.close()
+        except Exception as error:
+            log.warning("a loader raised %s (%s) when it was closed", type(error).__name__, error)
 
 
 def draw_groups(

@@ -19,6 +19,7 @@ from ..norms import running_norms
 from ..patterns.base import DENSE
 from ..sharding import reshard_after_forward
 from ..statistics import device_of
+from ..utils.nested import tensors_in
 from ..weight_caches import forget_derived
 from .arguments import check_numbers
 from .batches import HeldBatches, to_device
@@ -130,7 +131,7 @@ class CoLoop:
             reshard_after_forward(net.model)  # masks act on the shards
         self._stack = ExitStack()
         self._accumulated = False
-        self._led: tuple[Any, Any] | None = None
+        self._led: tuple[Any, Any, list[int]] | None = None
         self._entered = 0
         self._configuration = {
             "recipe": recipe.describe(),
@@ -250,7 +251,7 @@ class CoLoop:
         finally:
             self._close()
         if self._recipe.same_batch and step.said is not None and self._last and not self._accumulated:
-            self._led = (self._batch, step.said)
+            self._led = (self._batch, step.said, _versions(self._batch))
         self._accumulated = not self._last
         self.done += self._last
 
@@ -416,8 +417,11 @@ class CoLoop:
         self._entered, self._led = round_, None
 
     def _teacher(self, step: Step, batch: Any) -> Any:
-        if step.follows and self._led is not None and _same(batch, self._led[0]):
-            return self._led[1]
+        if step.follows and self._led is not None:
+            led, said, versions = self._led
+            # a loader may write the next batch into the same memory
+            if _same(batch, led) and _versions(batch) == versions:
+                return said
         if batch is None:
             raise TrainingError(
                 "sparse steps learn from the dense network's output for the same batch: give it, `loop.step(batch)`; "
@@ -468,6 +472,14 @@ def _same(batch: Any, other: Any) -> bool:
     """Whether two batches hold the very same objects."""
     mine, theirs = tree_leaves(batch), tree_leaves(other)
     return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch was written to."""
+    try:
+        return [tensor._version for tensor in tensors_in(batch)]
+    except RuntimeError:  # inference tensors are not counted, and cannot be written to outside of inference mode
+        return []
 
 
 def _no_dense_round() -> None:

@@ -67,7 +67,7 @@ class CoTrainer:
     Args:
         net: From :func:`~cocktailsdk.sparsify`. Its masks are made anew.
         train_loader: Any iterable of batches that can be gone through again and again. Tensors, ``(inputs, target)``
-            and mappings are understood; for others give ``forward_fn``.
+            and mappings are understood, of tensors or NumPy arrays; for others give ``forward_fn``.
         recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
             :class:`~cocktailsdk.training.recipes.Recipe` of your own. ``"paper"`` is the method as published.
         loss_fn: ``loss_fn(output, target) -> scalar``, or a mapping of scalars, which are added; ``target`` is ``None``
@@ -75,8 +75,9 @@ class CoTrainer:
             ``output["loss"]``, or a mapping of losses).
         val_loader: Held-out batches: needed for merging, and measures every network.
         metric: ``metric(output, target) -> scores``: a tensor with one number for each example (or token, or pixel),
-            whose mean over all batches is the metric. Default: accuracy for classification, otherwise the negative
-            loss.
+            whose mean over all batches is the metric; or a scalar, the batch's mean. Default: accuracy for
+            classification, otherwise the negative loss; labels that the loss ignores do not count. One that is not
+            finite is recorded as NaN, and not chosen by.
         metric_mode: ``"max"`` where more is better, ``"min"`` where less is.
         forward_fn: ``forward_fn(model, batch) -> (output, target)``: how a batch is used. Found by itself for the
             forms above.
@@ -84,8 +85,8 @@ class CoTrainer:
             for classification and language models with integer labels; needed elsewhere unless ``distill_weight=0``.
         distill_weight: Share of the distillation loss on sparse steps, where the recipe names none; 0 for none in any
             recipe.
-        optimizer: ``optimizer(parameters) -> Optimizer``, called once a round. Default: the paper's SGD with momentum
-            0.9, weight decay 1e-4 and rate 0.1, or 0.01 from pretrained weights.
+        optimizer: ``optimizer(parameters) -> Optimizer``, called once a round; one that steps without a closure.
+            Default: the paper's SGD with momentum 0.9, weight decay 1e-4 and rate 0.1, or 0.01 from pretrained weights.
         schedule: ``schedule(optimizer, steps) -> LRScheduler``, called once a round with the round's optimizer steps;
             it is stepped after *every optimizer step*. Default: the paper's cosine with warm restarts. See
             :mod:`cocktailsdk.training.schedules`.
@@ -108,7 +109,8 @@ class CoTrainer:
             the last one stopped, so that every batch is used whatever the number. With ``accumulate`` every optimizer
             step takes several of them.
         out_dir: Where the run keeps its state, in ``state/``. With it, the same call goes on after a crash or Ctrl-C,
-            bit-identically to never having stopped. One run at a time may train there.
+            bit-identically to never having stopped. One run at a time may train there. Without it, a run that fails
+            after training is saved to a temporary folder, which the error names.
         device: Where to train; the net is moved there. Default: where the model is; of several processes each has its
             own.
         accelerator: An ``accelerate.Accelerator`` of your own. Under ``torchrun`` or ``accelerate launch`` one is made
