@@ -292,6 +292,47 @@ def test_plain_models_are_checked_by_what_they_multiply_with(wrap: str) -> None:
         assert int((net.model[2].weight != 0).sum(1).max()) <= 6  # also before the next pass
 
 
+def test_training_keeps_masks_exact_and_weights_finite() -> None:
+    model = sequences(["weight_norm", "weight_norm of old", "l1_unstructured"])
+    x, y = torch.randn(16, 8), torch.arange(16) % 3
+    net = cocktail.sparsify(model, ["unstructured@0.9", "2:4", "channel@0.5"], (x,))
+    loader = [(x, y)] * 2
+    cocktail.CoTrainer(net, loader, F.cross_entropy, total_steps=44, rounds=2).fit()
+    model.eval()
+    for name in net.names[1:]:
+        with net.using(name):
+            now = multiplied(net.model, x)
+            assert name != "2:4" or cocktail.verify_nm(net, 2, 4)
+        assert all(bool(t.isfinite().all()) for t in now.values())
+        for w in net.eligible:
+            keep = net.masks[name].elements.get(w.name)
+            assert keep is None or not now[w.module.partition(".parametrizations")[0]][~keep].any()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: of_old(nn.utils.weight_norm, m, name="weight_hh_l0"),
+        lambda m: prune.l1_unstructured(m, "weight_ih_l0", 0.2),
+    ],
+)
+def test_recurrent_layers_with_computed_weights_are_pruned(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.lstm, self.last = nn.Linear(8, 8), nn.LSTM(8, 12, batch_first=True), nn.Linear(12, 3)
+            wrap(self.lstm)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.lstm(self.first(x))[0][:, -1])
+
+    x = torch.randn(2, 5, 8)
+    net = cocktail.sparsify(Recurrent().eval(), ["channel@0.5", "2:4"], (x,))
+    assert len(net.eligible) == 3 and [g.size for g in net.coupling.groups] == [8, 12]
+    with net.using("channel@0.5"), torch.no_grad():
+        torch.testing.assert_close(net.slim("channel@0.5")(x), net(x))
+
+
 def test_a_direction_that_is_used_elsewhere_keeps_its_channels() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

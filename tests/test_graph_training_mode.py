@@ -175,9 +175,25 @@ def test_what_cannot_go_in_training_mode_is_left_unpruned_with_the_reason(kind: 
 def test_where_training_mode_wants_targets_what_its_parts_may_read_is_left_unpruned() -> None:
     model, x = Targets(), torch.randn(IMAGE)
     net = cocktail.sparsify(model, ["channel@0.5"], (x,))
-    assert sorted(g.size for g in net.coupling.groups) == [8, 12]
+    assert [g.size for g in net.coupling.groups] == [12]
     assert "'aux' never runs" in {k.where: k.reason for k in net.coupling.kept}["b.weight"]
     slim = net.slim("channel@0.5").train()
+    slim(x, torch.tensor([0, 1])).backward()
+
+
+def test_a_part_that_no_trace_reaches_may_read_flattened_channels() -> None:
+    class Flat(Targets):
+        def build(self, width: int) -> None:
+            self.aux = nn.Linear(width * 64, 5)
+
+        def forward(self, x, target=None):
+            if self.training:
+                h = torch.relu(self.norm(self.b(torch.relu(self.a(x)))))
+                return F.cross_entropy(self.aux(h.flatten(1)), target)
+            return Trunk.forward(self, x)
+
+    x = torch.randn(IMAGE)
+    slim = cocktail.slim(Flat(), (x,)).train()
     slim(x, torch.tensor([0, 1])).backward()
 
 

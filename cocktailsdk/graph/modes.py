@@ -210,9 +210,7 @@ def with_training(
 
     try:
         return joined(exported, followed(duplicate(model), args, kwargs))
-    except (
-        Exception
-    ) as error:  # targets that are missing, or control flow that depends on values: anything may be raised
+    except Exception as error:  # for want of targets, or where control flow depends on values
         why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         log.info("training mode of %s cannot be followed: %s", type(model).__name__, why)
     if any(p.is_meta for p in model.parameters()):
@@ -244,19 +242,17 @@ def _widths(model: nn.Module, unread: Idle) -> dict[str, frozenset[int]]:
 
 
 def keep_for(ctx: Context, unreached: Unreached) -> None:
-    """Nothing may go of tensors that are as wide as what modules read which no trace reaches."""
-    by_width: dict[int, list[str]] = {}
-    for path, widths in unreached.modules.items():
-        for n in widths:
-            by_width.setdefault(n, []).append(path)
-    for node in ctx.exported.graph.nodes if by_width else ():
-        shape = shape_of(node)
-        for f in ctx.fields(node) if node.op == "call_function" and shape is not None else ():
-            for d in f.dims:
-                if len(f.dims) == 1 and shape[d] in by_width:  # type: ignore[index]
-                    path = by_width[shape[d]][0]  # type: ignore[index]
+    """Nothing may go of what modules that no trace reaches may read: as wide as their inputs, or so once flattened."""
+    widths = [(n, path) for path, held in unreached.modules.items() for n in sorted(held)]
+    told = [node for node in ctx.exported.graph.nodes if node.op == "call_function" and shape_of(node) is not None]
+    for node in told if widths else ():
+        shape = shape_of(node) or ()
+        for f in ctx.fields(node):
+            for d in f.dims if len(f.dims) == 1 else ():
+                reader = next((path for n, path in widths if n % shape[d] == 0), None)
+                if reader is not None:
                     ctx.labels.stay(
                         f.labels,
-                        f"{path!r} never runs on the example inputs, takes {shape[d]} channels, and training mode "  # type: ignore[index]
-                        f"cannot be run to see whether it takes these ({unreached.why})",
+                        f"{reader!r} never runs on the example inputs and may take these {shape[d]} channels; training "
+                        f"mode cannot be run to see whether it does ({unreached.why})",
                     )
