@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .counts import SubnetReport, flops_left, nonzero_macs, params_kept
 from .deploying import Deployable
 from .errors import PatternError
-from .graph import Coupling, Weight
+from .graph import Coupling, Weight, obstacles
 from .hub import HubMixin
 from .masks import Mask
 from .patterns import DENSE, UMG, Pattern, Subnet, make_all_masks, resolve_patterns
@@ -266,9 +266,10 @@ def sparsify(
     coupling = couple_model(model, example, selection)
     eligible = selection.eligible(coupling)
     if not eligible and not coupling.groups:
+        kinds = "".join(f"; {k.where}: {k.reason}" for k in obstacles(model)[:2])
         raise PatternError(
-            "nothing in the model can be pruned: no weight is eligible and no channels can go; the first convolution "
-            "and the classifier become eligible when target_modules names them"
+            f"nothing in the model can be pruned: no weight is eligible and no channels can go{kinds}; the first "
+            "convolution and the classifier become eligible when target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
     umg = net.umg()
