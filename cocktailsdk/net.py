@@ -13,7 +13,7 @@ from .counts import SubnetReport, flops_left, nonzero_macs, params_kept
 from .coverage import check_coverage, nothing_to_prune
 from .deploying import Deployable
 from .errors import PatternError
-from .graph import Coupling, Weight
+from .graph import Coupling, Weight, obstacles
 from .graph.carried import computed
 from .hub import HubMixin
 from .masks import Mask
@@ -292,10 +292,11 @@ def sparsify(
     coupling = couple_model(model, example, selection)
     eligible = selection.eligible(coupling)
     if not eligible and not coupling.groups:
+        kinds = "".join(f"; {k.where}: {k.reason}" for k in obstacles(model)[:2])
         raise PatternError(
             "nothing in the model can be pruned: no weight is eligible and no channels can go "
-            f"({nothing_to_prune(coupling, selection)}); the first convolution and the classifier become eligible when "
-            "target_modules names them"
+            f"({nothing_to_prune(coupling, selection)}){kinds}; the first convolution and the classifier become eligible "
+            "when target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
     umg = net.umg()

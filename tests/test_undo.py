@@ -37,24 +37,27 @@ def photo(model: nn.Module) -> dict[str, object]:
             seen[path] = (id(value), [(repr(k), id(v)) for k, v in value.items()])
             for key, held in list(value.items()) if depth else []:
                 look(f"{path}[{key!r}]", held, depth - 1)
-        elif isinstance(value, list | tuple | set) or type(value).__name__ == "deque":
+        elif isinstance(value, tuple):  # also what is made here to be looked at
+            for i, held in enumerate(value if depth else ()):
+                look(f"{path}[{i}]", held, depth - 1)
+        elif isinstance(value, list | set) or type(value).__name__ == "deque":
             seen[path] = (type(value), [id(v) for v in value])
             for i, held in enumerate(value if depth else []):
                 look(f"{path}[{i}]", held, depth - 1)
         elif callable(value) and hasattr(value, "__closure__"):
             seen[path] = id(value)
-            cells = [c.cell_contents for c in value.__closure__ or ()]
-            look(f"{path} closure", [*cells, value.__defaults__, dict(vars(value))], depth - 1) if depth else None
+            cells = (c.cell_contents for c in value.__closure__ or ())
+            look(f"{path} closure", (*cells, value.__defaults__, *vars(value).items()), depth - 1) if depth else None
         elif isinstance(value, awkward_models.Helper):
-            look(f"{path} slots", {n: getattr(value, n, None) for n in value.__slots__}, depth - 1)
+            look(f"{path} slots", tuple(getattr(value, n, None) for n in value.__slots__), depth - 1)
         elif isinstance(value, functools.partial):
-            look(f"{path} partial", [value.func, value.args, value.keywords], depth - 1)
+            look(f"{path} partial", (value.func, value.args, value.keywords), depth - 1)
         else:
             seen[path] = value if isinstance(value, int | float | str | torch.Size) else id(value)
 
     look("model", model)
-    look("class", {k: v for k, v in vars(type(model)).items() if not k.startswith("__")})
-    look("beside", [awkward_models.BESIDE, awkward_models.COUNT])
+    look("class", tuple((k, v) for k, v in vars(type(model)).items() if not k.startswith("__")))
+    look("beside", (awkward_models.BESIDE, awkward_models.COUNT))
     return seen
 
 
@@ -155,8 +158,10 @@ def test_a_model_whose_forward_fails_is_left_as_it_was(call, error, n):
     before, state = photo(model), globals_now()
     try:
         CALLS[call](model)
-    except (cocktail.CocktailError, KeyboardInterrupt) as raised:
-        assert call != "inspect" or isinstance(raised, KeyboardInterrupt)
+    except KeyboardInterrupt:
+        assert error is KeyboardInterrupt
+    except cocktail.CocktailError:
+        assert call in ("sparsify", "slim")  # inspect gives the reason
     assert photo(model) == before
     assert globals_now() == state
     assert not fakes_in(model)

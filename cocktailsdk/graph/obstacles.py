@@ -19,7 +19,7 @@ _ScriptModule: type | None = getattr(torch.jit, "ScriptModule", None)  # TorchSc
 _QUANTIZED = re.compile(r"(^|[._])(quantized|bitsandbytes|gptq|awq|hqq|auto_round)([._]|$)", re.IGNORECASE)
 """Packages of modules that hold packed integers in place of floating-point weights."""
 
-_OBSERVING = re.compile(r"FakeQuant|Observer$|^QuantStub$|^DeQuantStub$")
+_OBSERVING = re.compile(r"FakeQuant|Observer$")
 """Classes of modules that preparing for quantization puts into a model, in PyTorch and in torchao."""
 
 

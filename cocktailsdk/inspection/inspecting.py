@@ -34,6 +34,11 @@ RUNS = (2, 4, 8, 16)
 HALF = 0.5
 """The sparsity for which savings are told."""
 
+NOTHING_RETURNED = (
+    "no weight takes part in a tensor that the model returns; return tensors, alone or in tuples, lists, mappings or "
+    "dataclasses"
+)
+
 LONGEST_REASON = 400
 """Characters kept of why a model cannot be followed; the exporter's own words can fill pages."""
 
@@ -99,6 +104,8 @@ def _found(model: nn.Module, example: Example, selection: Selection) -> Inspecti
 def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, selection: Selection) -> Inspection:
     stays = _stays(coupling)
     kept = (*kept_whole(coupling), *obstacles(model))
+    if not kept and not coupling.weights and any(True for _ in model.parameters()):
+        kept = (Kept("", NOTHING_RETURNED),)
     reasons = {k.where: k.reason for k in kept}
     made: dict[str, list[str]] = {}
     read: dict[str, list[str]] = {}
