@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cocktailsdk import CocktailError
+from cocktailsdk.devices import available_device
 from cocktailsdk.training.state import write_atomic
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style"
@@ -137,6 +139,11 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--run", nargs=3, metavar=("TASK", "METHOD", "SEED"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if not asked.table:
+        try:
+            available_device(asked.device, of="--device ")
+        except CocktailError as error:
+            parser.error(str(error))
     if asked.run:
         task, method, seed = asked.run
         folder = _folder(asked, task, method, int(seed))

@@ -32,7 +32,9 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 import cocktailsdk as cocktail
+from cocktailsdk import CocktailError
 from cocktailsdk.datasets import Images, TensorLoader, cifar10
+from cocktailsdk.devices import available_device
 from cocktailsdk.presets.models import ResNet18
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality_gpu.json"
@@ -163,6 +165,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
     asked = parser.parse_args()
+    if not asked.table:
+        try:
+            available_device(asked.device, of="--device ")
+        except CocktailError as error:
+            parser.error(str(error))
     if asked.data is None and "COCKTAIL_DATA" in os.environ:
         asked.data = Path(os.environ["COCKTAIL_DATA"]) / "cifar10"
     console = Console(width=150)

@@ -44,7 +44,9 @@ def nearest_subnets(asked: str, names: Iterable[str], most: int = 3) -> list[str
         return by_pattern[near[0]][:most]
     if any(value is not None for _, value, _ in want):
         firsts = [group[0] for group in by_pattern.values() if known[group[0]][0][1] is not None]
-        return sorted(firsts, key=lambda name: _apart(want, known[name]))[:most] or list(known)[:most]
+        form = [bool(numbers) for _, _, numbers in want]  # N:M for N:M, levels for levels, products for products
+        firsts.sort(key=lambda name: ([bool(n) for _, _, n in known[name]] != form, _apart(want, known[name])))
+        return firsts[:most] or list(known)[:most]
     return difflib.get_close_matches(asked[:MOST_READ], known, n=most, cutoff=0.4) or list(known)[:most]
 
 

@@ -149,6 +149,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-4, help="AdamW's learning rate in co-training")
     parser.add_argument("--seed", type=int, default=0, help="of all randomness")
     options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if isinstance(value, int | float) and name != "seed" and not isinstance(value, bool) and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if options.data is None and not options.tiny:
         if "COCKTAIL_DATA" not in os.environ:
             parser.error("give --data FOLDER, or let COCKTAIL_DATA name the folder that holds clinc150/")

@@ -127,6 +127,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of training")
     options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if isinstance(value, int | float) and name != "seed" and not isinstance(value, bool) and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if options.model is None:
         if "COCKTAIL_DATA" not in os.environ:
             parser.error("give --model FOLDER, or let COCKTAIL_DATA name the folder that holds llama_stories260k/")

@@ -95,17 +95,27 @@ def bench_bundle(
         TimeRemainingColumn(),
         TextColumn("{task.fields[what]}"),
     )
-    with _threads(threads), Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task("", total=None, what="")
-        profile = bench(
-            net,
-            names,
-            batch_sizes=batch or (1, 8),
-            runtime=runtime.value,
-            repeats=repeats,
-            keep=keep,
-            progress=lambda done, total, what: bars.update(bar, completed=done, total=total, what=what),
-        )
+    bars = Progress(*columns, console=console, transient=True)
+    bar = bars.add_task("", total=None, what="")
+
+    def shown(done: int, total: int, what: str) -> None:
+        bars.start()  # once there is something to show: what is refused before is one line
+        bars.update(bar, completed=done, total=total, what=what)
+
+    try:
+        with _threads(threads):
+            profile = bench(
+                net,
+                names,
+                batch_sizes=batch or (1, 8),
+                runtime=runtime.value,
+                repeats=repeats,
+                keep=keep,
+                progress=shown,
+            )
+    finally:
+        if bars.live.is_started:
+            bars.stop()
     file = profile.write(target)
     uses = {n.name: layers_used(net, n.name) for n in profile.networks} if layers else {}
     if as_json:

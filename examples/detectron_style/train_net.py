@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+# before the imports below, which would end in a traceback
+if missing := [p for p in ("yaml", "pycocotools") if importlib.util.find_spec(p) is None]:
+    sys.exit(f'error: detection needs {" and ".join(missing)}: pip install "cocktailsdk[detection]"')
 
 import torch
 from cocktail_detection.catalog import DatasetError, register_builtin, register_from

@@ -17,9 +17,15 @@ it once the requests that were let in are answered.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
+import math
 import sys
 from pathlib import Path
+
+# before the imports below, which would end in a traceback
+if missing := [p for p in ("fastapi", "prometheus_client", "uvicorn") if importlib.util.find_spec(p) is None]:
+    sys.exit(f'error: serving needs {" and ".join(missing)}: pip install "cocktailsdk[serving]"')
 
 import torch
 from cocktail_serving.app import create_app
@@ -74,8 +80,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="a limit")
     options = parser.parse_args(arguments)
     for name in ("goal_ms", "typical_batch", "threads", *vars(Limits())):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0 and finite, not {getattr(options, name)}")
+    if not 0 <= options.port < 2**16:
+        parser.error(f"--port must lie in 0 … 65535, not {options.port}")
     return options
 
 

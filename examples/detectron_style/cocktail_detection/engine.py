@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.utils.data import Subset
 
 import cocktailsdk as cocktail
+from cocktailsdk.devices import available_device
 from cocktailsdk.training.events import Callback
 from cocktailsdk.training.ranks import SINGLE, Ranks
 from cocktailsdk.training.recipes import recipe_named
@@ -56,7 +57,12 @@ class Setup:
 
     @classmethod
     def of(cls, cfg: Config, classes: int = 0) -> Setup:
-        """Check a configuration as far as that is possible without reading data."""
+        """Check a configuration as far as that is possible without reading data.
+
+        Raises:
+            CocktailError: Its device is not here.
+        """
+        available_device(cfg.MODEL.DEVICE or "cpu", of="MODEL.DEVICE=")
         sets = CATALOG.get(cfg.DATASETS.TRAIN), CATALOG.get(cfg.DATASETS.TEST)
         return cls(cfg, architecture_of(cfg), *sets, classes)
 

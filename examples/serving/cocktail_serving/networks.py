@@ -62,10 +62,15 @@ def networks_of(
         repeats: How often.
 
     Raises:
-        ValueError: The model takes or returns something else.
+        ValueError: The model takes or returns something else, or the net has no such pattern.
         CocktailError: The subnetworks cannot be views of each other.
     """
     example = example_of(net)
+    patterns = [p.name for p in net.patterns]
+    if not only and pattern not in patterns:
+        raise ValueError(
+            f"the bundle has no pattern {pattern!r}; it has {', '.join(patterns)}: name one with --pattern"
+        )
     names = list(only) or ["dense", *(s.name for p in net.patterns if p.name == pattern for s in p.subnets())]
     net.eval()
     views = net.views(names)
