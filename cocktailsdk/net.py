@@ -295,8 +295,8 @@ def sparsify(
         kinds = "".join(f"; {k.where}: {k.reason}" for k in obstacles(model)[:2])
         raise PatternError(
             "nothing in the model can be pruned: no weight is eligible and no channels can go "
-            f"({nothing_to_prune(coupling, selection)}){kinds}; the first convolution and the classifier become eligible "
-            "when target_modules names them"
+            f"({nothing_to_prune(coupling, selection)}){kinds}; the first convolution and the classifier become "
+            "eligible when target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
     umg = net.umg()
