@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +30,13 @@ from cocktailsdk.training.score_sizes import check_size
 from cocktailsdk.training.search import choose_alpha
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rescued_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("rescued"))
+    yield
+    tempfile.tempdir = before
 
 
 def run(out: Path | None = None, **options: Any) -> cocktail.CoTrainer:
