@@ -92,8 +92,8 @@ def slim(
         raise PatternError(f"backend must be 'cocktail' or 'torch-pruning', not {backend!r}")
     if any(p.is_meta for p in model.parameters()):
         raise SlimError(
-            f"{type(model).__name__} is on the meta device, without values, so a slim model cannot be checked; build the "
-            "model with values, or use inspect"
+            f"{type(model).__name__} is on the meta device, without values, so a slim model cannot be checked; build "
+            "the model with values, or use inspect"
         )
     selection = Selection.of(model, target_modules, exclude_modules)
     example = example_of(model, example_inputs, example_kwargs)
