@@ -32,14 +32,20 @@ class Structure:
         self._held = [*itertools.chain.from_iterable(map(dict.values, self._children)), self]
         self._tables = [m._parameters for m in modules.values()]
         self._keys = [*itertools.chain.from_iterable(self._tables), self]
+        self._parameters = [*itertools.chain.from_iterable(map(dict.values, self._tables)), self]
         self._owners = {path: m for path, m in modules.items() if _tensors(m)}
         self._shapes = {path: {n: t.shape for n, t in _tensors(m).items()} for path, m in self._owners.items()}
 
     def unchanged(self) -> bool:
-        """Whether every module and every parameter's name is what it was; quick, all loops are C's."""
+        """Whether every module and every parameter is what it was; quick, all loops are C's."""
         held = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._children)), self._end)
         keys = itertools.chain(itertools.chain.from_iterable(self._tables), self._end)
-        return all(map(operator.is_, held, self._held)) and all(map(operator.is_, keys, self._keys))
+        parameters = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._tables)), self._end)
+        return (
+            all(map(operator.is_, held, self._held))
+            and all(map(operator.is_, keys, self._keys))
+            and all(map(operator.is_, parameters, self._parameters))
+        )
 
     def check(self) -> bool:
         """See that the networks still fit the model.

@@ -252,7 +252,8 @@ class SwitchableNet(nn.Module):
         except CocktailError:
             if self._active != DENSE or self._statistics_active != DENSE:
                 with self._gate.alone():
-                    self._switcher.abandon()
+                    active = self._masks.get(self._active, Mask())
+                    self._switcher.abandon(active.tensors(self.coupling))
                     self._merges.lift()
                     self._active = self._statistics_active = DENSE
             raise

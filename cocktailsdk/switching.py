@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -155,13 +155,19 @@ class Stash:
                 else:
                     self.saved[n] = now.clone()
 
-    def abandon(self) -> None:
-        """Give the tensors themselves their dense values, wherever the model has them now; not those that changed."""
+    def abandon(self, masked: Callable[[str, Tensor], Tensor] | None) -> None:
+        """Give the tensors themselves their dense values, wherever the model has them now.
+
+        Args:
+            masked: From a name and its dense value what a tensor should have; those that have something else keep it.
+        """
         with _in_place():
             for n, dense in self.saved.items():
                 watched = self._watch.tensors.get(n) if self._watch is not None else None
                 t = self._swap.tensor(n) if self._swap is not None else watched
-                if t is not None and self.writes(n) == 0 and _alike(t, dense):
+                if t is None or not _alike(t, dense):
+                    continue
+                if masked is None or same_values(t.detach(), masked(n, dense)):
                     _give(t, dense)
         self.saved, self._lent, self._kept, self._swap, self._watch = {}, set(), False, None, None
 
@@ -308,10 +314,19 @@ class Switcher:
         self.norms.become(self.tensors, statistics)
         self._ready.clear()
 
-    def abandon(self) -> None:
-        """Give the dense values back to the tensors that were changed, though the model has other ones now."""
-        self.weights.abandon()
-        self.norms.abandon()
+    def abandon(self, kept: Mapping[str, Tensor]) -> None:
+        """Give the dense values back to the tensors that were changed, though the model has other ones now.
+
+        Args:
+            kept: The active subnetwork's masks, as they are stored.
+        """
+
+        def masked(name: str, dense: Tensor) -> Tensor:
+            keep = kept[name].to(dense.device)
+            return torch.where(keep, dense, torch.zeros_like(dense))
+
+        self.weights.abandon(masked)
+        self.norms.abandon(None)
         self._ready.clear()
 
     def to_dense(self, *, statistics: bool) -> None:

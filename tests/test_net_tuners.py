@@ -27,7 +27,7 @@ def adapted(**options):
 def test_adapters_are_neither_masked_nor_are_their_ranks_channels(options):
     model = adapted(**options)
     net = cocktail.sparsify(model, ["2:4", "unstructured@0.5", "channel@0.5"], (X,))
-    assert [w.name for w in net.eligible] == ["base_model.model.2.base_layer.weight"]
+    assert [w.name for w in net.eligible] == ["base_model.model.0.weight", "base_model.model.2.base_layer.weight"]
     assert {tuple(p.weight for p in net.coupling.producers if "lora_A" in p.weight)} == {()}
     small = net.slim("channel@0.5")
     with net.using("channel@0.5"), torch.no_grad():

@@ -213,6 +213,7 @@ class CoLoop:
     def begin(self, batch: Any = None, *, last: bool = True) -> LoopStep:
         """Open a :meth:`step` where a ``with`` does not fit; :meth:`end` closes it, after ``backward()``."""
         net = self._net
+        net._same_model()
         if self.current is not None:
             raise TrainingError("a step is open already: call end(), or leave its `with`, before the next one")
         if net.active != DENSE:
@@ -225,6 +226,7 @@ class CoLoop:
         if self._before is None and not self.done:
             self._before = weight_sums(net.model)
         self._enter(round_)
+        forget_derived()  # the optimizer has stepped, inside the caller's autocast perhaps
         if self._modes.frozen or not all(norm.training for norm in self._norms):
             self._modes.observe()
         opened = LoopStep(self._loss, step, round_, number == 0 and not self._accumulated, round_ > len(self._plan))
@@ -233,8 +235,6 @@ class CoLoop:
         self._stack = ExitStack()
         if opened.network != DENSE:
             self._stack.enter_context(net.using(opened.network, statistics=False))
-        else:
-            forget_derived()  # the optimizer has stepped, inside the caller's autocast perhaps
         if opened.network == DENSE and self._recipe.same_batch:
             self._led = None
         self._batch, self._last, self.current = batch, last, opened
