@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from .selection import Modules, Selection
 from .sharding import is_sharded, rows_of, total
 from .statistics import Forward, device_of, measure, statistics_of, to_device
 from .switchable import SwitchableNet, model_unchanged
+from .utils.undo import Snapshot, unchanged
 
 if TYPE_CHECKING:
     from .slimming import Views
@@ -144,22 +146,27 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
             CocktailError: There are no batches.
         """
         name = self._ready(name)
-        with self.using(DENSE), model_unchanged(self):
+        with self.using(DENSE):
             if name == DENSE:
                 self._recalibrate_dense(batches, forward)
                 return
-            with self.using(name):
+            with self.using(name), self._unchanged_but_statistics():
                 measure(self.model, batches, forward)
                 own = statistics_of(self.model)
             # What a removed channel measured means nothing; as zeros it need not be stored.
             self.zero_masked(name, own)
             self.statistics[name] = own
 
+    def _unchanged_but_statistics(self) -> AbstractContextManager[Snapshot]:
+        tensors = self._switcher.tensors
+        return unchanged(self.model, but=[tensors.given(n) for n in self._switcher.norm_buffers])
+
     def _recalibrate_dense(self, batches: Iterable[Any], forward: Forward | None) -> None:
         tensors = self._switcher.tensors
         before = {n: tensors[n].clone() for n in self._switcher.norm_buffers}
         try:
-            measure(self.model, batches, forward)
+            with self._unchanged_but_statistics():
+                measure(self.model, batches, forward)
         except BaseException:
             with torch.no_grad():
                 for n, value in before.items():
