@@ -21,13 +21,15 @@ class Snapshot:
 
     Args:
         *roots: Modules (or anything else).
-        but: Tensors to leave alone, since something else changes their values or memory meanwhile: subnetworks that
-            are switched, or statistics that are measured.
+        but: Tensors of which only the flags are restored, since something else changes their values or memory
+            meanwhile: subnetworks that are switched, or statistics that are measured.
     """
 
     def __init__(self, *roots: Any, but: Iterable[Tensor] = ()) -> None:
         found, left_alone = Walk(roots), {id(t) for t in but}
-        self._held = [h for h in found.held if not (isinstance(h, HeldTensor) and id(h.tensor) in left_alone)]
+        self._held = [
+            h.leave_values() if isinstance(h, HeldTensor) and id(h.tensor) in left_alone else h for h in found.held
+        ]
         self.writes = Writes(t for t in found.tensors if id(t) not in left_alone)
 
     def restore(self) -> bool:
