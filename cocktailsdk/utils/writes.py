@@ -44,9 +44,12 @@ class Writes:
 
     Args:
         tensors: The tensors. They must stay alive, with the memory they have now.
+        watch: Whether to watch operations, which costs each some microseconds. Without, all tensors but parameters are
+            copied beforehand, and writes into parameters are not seen.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], *, watch: bool = True) -> None:
+        self._watched = watch
         self._known: set[Place] = set()
         self._saved: dict[Place, tuple[Tensor, Tensor]] = {}
         self._small: set[Place] = set()
@@ -55,7 +58,8 @@ class Writes:
             if place is None or place in self._known:
                 continue
             self._known.add(place)
-            if not isinstance(tensor, nn.Parameter) and tensor.untyped_storage().nbytes() <= SMALL:
+            small = not watch or tensor.untyped_storage().nbytes() <= SMALL
+            if small and not isinstance(tensor, nn.Parameter):
                 memory = _memory(tensor)
                 self._saved[place] = (memory, memory.clone())
                 self._small.add(place)
@@ -64,6 +68,8 @@ class Writes:
         self._stack = ExitStack()
 
     def __enter__(self) -> Writes:
+        if not self._watched:
+            return self
         outer: _Watch | None = getattr(_local, "watch", None)
         if outer is None:  # one mode for all that are nested: each would cost every operation the same again
             outer = _local.watch = _Watch()
