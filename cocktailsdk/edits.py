@@ -48,7 +48,7 @@ def _blocks(tensor: Tensor) -> list[memoryview]:
     if not plain or not tensor.numel() or not _dense(tensor):
         return []
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    memory = memoryview(flat.view(torch.uint8).numpy())
+    memory = flat.view(torch.uint8).numpy().data
     if len(memory) <= _SMALL:
         return [memory]
     starts = (round(i * (len(memory) - _BLOCK) / (_BLOCKS - 1)) for i in range(_BLOCKS))
