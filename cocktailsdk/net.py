@@ -159,7 +159,8 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
 
     def _unchanged_but_statistics(self) -> AbstractContextManager[Snapshot]:
         tensors = self._switcher.tensors
-        return unchanged(self.model, but=[tensors.given(n) for n in self._switcher.norm_buffers])
+        # The batches are the user's: what their hooks collect outside of the model on the way may be what they want.
+        return unchanged(self.model, but=[tensors.given(n) for n in self._switcher.norm_buffers], beyond=False)
 
     def _recalibrate_dense(self, batches: Iterable[Any], forward: Forward | None) -> None:
         tensors = self._switcher.tensors

@@ -23,10 +23,11 @@ class Snapshot:
         *roots: Modules (or anything else).
         but: Tensors of which only the flags are restored, since something else changes their values or memory
             meanwhile: subnetworks that are switched, or statistics that are measured.
+        beyond: Whether to restore also what hooks and other functions refer to, and classes.
     """
 
-    def __init__(self, *roots: Any, but: Iterable[Tensor] = ()) -> None:
-        found, left_alone = Walk(roots), {id(t) for t in but}
+    def __init__(self, *roots: Any, but: Iterable[Tensor] = (), beyond: bool = True) -> None:
+        found, left_alone = Walk(roots, beyond=beyond), {id(t) for t in but}
         self._held = [
             h.leave_values() if isinstance(h, HeldTensor) and id(h.tensor) in left_alone else h for h in found.held
         ]
@@ -41,7 +42,7 @@ class Snapshot:
 
 
 @contextmanager
-def unchanged(*roots: Any, but: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
+def unchanged(*roots: Any, but: Iterable[Tensor] = (), beyond: bool = True) -> Iterator[Snapshot]:
     """Inside, models may be run, traced and fail; afterwards they are what they were, attribute for attribute.
 
     A forward pass may do anything: keep anchors, masks and attention maps in attributes, register buffers, count,
@@ -56,11 +57,12 @@ def unchanged(*roots: Any, but: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
     Args:
         *roots: The models.
         but: See :class:`Snapshot`.
+        beyond: See :class:`Snapshot`.
 
     Yields:
         The snapshot, to restore in between.
     """
-    before = Snapshot(*roots, but=but)
+    before = Snapshot(*roots, but=but, beyond=beyond)
     with settings_kept():
         try:
             with before.writes:
