@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,7 @@ def _blocks(tensor: Tensor) -> list[memoryview]:
     if not plain or not tensor.numel() or not _dense(tensor):
         return []
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    values: Any = flat.view(torch.uint8).numpy()
-    memory = memoryview(values)
+    memory = flat.view(torch.uint8).numpy().data
     if len(memory) <= _SMALL:
         return [memory]
     starts = (round(i * (len(memory) - _BLOCK) / (_BLOCKS - 1)) for i in range(_BLOCKS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from .selection import Modules, Selection
 from .sharding import is_sharded, rows_of, total
 from .statistics import Forward, device_of, measure, statistics_of, to_device
 from .switchable import SwitchableNet, model_unchanged
+from .utils.undo import Snapshot, unchanged
 
 if TYPE_CHECKING:
     from .slimming import Views
@@ -161,14 +163,14 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
             CocktailError: There are no batches.
         """
         name = self._ready(name)
-        with self.using(DENSE), model_unchanged(self):
+        with self.using(DENSE):
             if name == DENSE:
                 self._recalibrate_dense(batches, forward)
                 return
             frozen = frozen_norms(self.model)
             before = self.statistics.pop(name, None)  # frozen norms have the dense network's statistics, not older ones
             try:
-                with self.using(name, changes="discard"):
+                with self.using(name, changes="discard"), self._unchanged_but_statistics():
                     measure(self.model, batches, forward, frozen)
                     own = statistics_of(self.model)
             except BaseException:
@@ -179,11 +181,18 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
             self.zero_masked(name, own)
             self.statistics[name] = own
 
+    def _unchanged_but_statistics(self) -> AbstractContextManager[Snapshot]:
+        tensors = self._switcher.tensors
+        # The batches are the user's: what their hooks collect outside of the model on the way may be what they want.
+        statistics = [tensors.given(n) for n in self._switcher.norm_buffers]
+        return unchanged(self.model, but=statistics, watch=False, beyond=False)
+
     def _recalibrate_dense(self, batches: Iterable[Any], forward: Forward | None) -> None:
         tensors = self._switcher.tensors
         before = {n: tensors[n].clone() for n in self._switcher.norm_buffers}
         try:
-            measure(self.model, batches, forward)
+            with self._unchanged_but_statistics():
+                measure(self.model, batches, forward)
         except BaseException:
             with torch.no_grad():
                 for n, value in before.items():

@@ -33,14 +33,14 @@ Changes = Literal["refuse", "keep", "discard"]
 
 
 @contextlib.contextmanager
-def model_unchanged(net: SwitchableNet) -> Iterator[None]:
+def model_unchanged(net: SwitchableNet, *, watch: bool = True) -> Iterator[None]:
     """:func:`~cocktailsdk.utils.undo.unchanged` for a net's model, while subnetworks of it may be switched.
 
     Tensors that switching gives other values or memory are left alone: the net restores these.
     """
     tensors = net._switcher.tensors
     names = {*net.coupling.fields, *net.coupling.shapes, *net._switcher.norm_buffers}
-    with unchanged(net.model, but=[tensors.given(name) for name in names if name in tensors]):
+    with unchanged(net.model, but=[tensors.given(name) for name in names if name in tensors], watch=watch):
         yield
 
 

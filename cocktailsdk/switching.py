@@ -163,8 +163,9 @@ class Stash:
         """
         with _in_place():
             for n, dense in self.saved.items():
-                watched = self._watch.tensors.get(n) if self._watch is not None else None
-                t = self._swap.tensor(n) if self._swap is not None else watched
+                t = None if self._watch is None else self._watch.tensors.get(n)
+                if self._swap is not None:
+                    t = self._swap.tensor(n)
                 if t is None or not _alike(t, dense):
                     continue
                 if masked is None or same_values(t.detach(), masked(n, dense)):

@@ -16,8 +16,9 @@ from torch import nn
 import cocktailsdk as cocktail
 from cocktailsdk import NM, Block, BundleError, Channel, Depth, Heads, Mask, Product, Transposable, Unstructured, Vector
 from cocktailsdk.bundle import write
+from cocktailsdk.bundle.mask_checks import check_masks
 from cocktailsdk.net import CocktailNet
-from cocktailsdk.patterns import make_all_masks, resolve_patterns
+from cocktailsdk.patterns import make_all_masks, parse_pattern, resolve_patterns
 from cocktailsdk.training.regrowth import regrown
 
 LEVELS = st.lists(st.floats(0, 1), min_size=1, max_size=3, unique_by=lambda s: round(s, 3)).map(sorted)
@@ -255,3 +256,16 @@ def test_a_users_pattern_with_another_sparsity_than_it_says_is_warned_about_and_
     caplog.clear()
     assert cocktail.from_pretrained(tmp_path / "bundle", TinyNet()).names == ["dense", "lazy"]
     assert "the mask of 'lazy' has a sparsity of 0.000, and its pattern asks for 0.500" in caplog.text
+
+
+def test_masks_load_that_release_0_1_0_fine_tuned_under_a_rounded_level():
+    net = tiny_net([Unstructured()])
+    name = "unstructured@0.672"  # exactly 0.67232, so one more of 1,408 weights goes
+    rounded, mask = parse_pattern(name), net.masks[name]
+    with pytest.raises(cocktail.PatternError):
+        rounded.check(rounded.subnets()[0], mask, net.umg())
+    check_masks([rounded], {name: mask}, net.umg(), "")
+    one_more = {n: keep.clone() for n, keep in mask.elements.items()}
+    next(keep for keep in one_more.values() if not keep.all()).fill_(True)
+    with pytest.raises(BundleError, match=name):
+        check_masks([rounded], {name: Mask(one_more)}, net.umg(), "")

@@ -42,7 +42,8 @@ def test_slim_equals_masked_on_timm(name: str) -> None:
 
     torch.manual_seed(0)
     model = timm.create_model(name)
-    coupling, _ = check(model, torch.randn(1, 3, 224, 224))
+    side = 224 if name.endswith("_224") else 64  # convolutions take any size, and counts are exact for each
+    coupling, _ = check(model, torch.randn(1, 3, side, side))
     kept = [k.where for k in coupling.kept]
     assert not coupling.unknown_ops
     assert len(kept) <= 2, kept  # the classifier, and nothing that matters

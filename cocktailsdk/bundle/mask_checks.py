@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import BundleError, PatternError
 from ..masks import Mask
-from ..patterns import UMG, Pattern
+from ..patterns import UMG, Pattern, Subnet
 
 __all__ = ["check_masks"]
 
@@ -26,7 +26,32 @@ def check_masks(patterns: Sequence[Pattern], masks: Mapping[str, Mask], umg: UMG
     for pattern in patterns:
         for subnet in pattern.subnets():
             if subnet.name in masks:
-                try:
-                    pattern.check(subnet, masks[subnet.name], umg)
-                except PatternError as error:
-                    raise BundleError(f"{error}; {advice}") from error
+                _check(pattern, subnet, masks[subnet.name], umg, advice)
+
+
+def _check(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG, advice: str) -> None:
+    try:
+        pattern.check(subnet, mask, umg)
+    except PatternError as error:
+        exact = _before_rounding(pattern, subnet)
+        if exact is None:
+            raise BundleError(f"{error}; {advice}") from error
+        try:
+            pattern.check(exact, mask, umg)
+        except PatternError:
+            raise BundleError(f"{error}; {advice}") from error
+
+
+def _before_rounding(pattern: Pattern, subnet: Subnet) -> Subnet | None:
+    """The default level of a subnetwork's name.
+
+    ``finetune`` of release 0.1.0 recorded the sparsity that is in the name, with three decimals; the mask has the exact
+    one.
+    """
+    if len(pattern.subnets()) > 1:
+        return None
+    try:
+        levels = type(pattern)().subnets()
+    except (TypeError, PatternError):  # a pattern that needs arguments has no default levels
+        return None
+    return next((s for s in levels if s.name == subnet.name and s.sparsity != subnet.sparsity), None)

@@ -119,7 +119,9 @@ def bench(
             progress(done, total, what)
 
     timings: dict[str, list[Timing]] = {n: [] for n in wanted}
-    with model_unchanged(net), evaluating(net.model), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    # without watching operations, which would be timed with them
+    unharmed = model_unchanged(net, watch=False)
+    with unharmed, evaluating(net.model), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runners: dict[str, _Runner] = {}
         for name in wanted:
             told(f"preparing {name}")

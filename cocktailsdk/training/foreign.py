@@ -278,10 +278,10 @@ def _check_optimization(state: dict[str, Any], net: CocktailNet, options: Option
         round_ = state["position"]["round"]
         fresh = Optimization.begin(net.model, options, round_, next(net.model.parameters()).device)
         like, said = fresh.state_dict(), state[key]
-        if said.keys() != like.keys() or not all(isinstance(p, dict) for k, p in said.items() if k != "foreign"):
+        if said.keys() != like.keys() or any(type(part) is not type(like[k]) for k, part in said.items()):
             _refuse(f"{key!r} is", said)
-        if not _alike(said.get("foreign"), [p.to("cpu") for p in like["foreign"]] if "foreign" in like else None):
-            _refuse("the parameters that its optimizer trains beside the model's are", said["foreign"])
+        if not _alike(said.get("foreign"), like.get("foreign")):
+            _refuse("parameters that its optimizer trains beside the model's are", said["foreign"])
         if said["scheduler"].keys() != like["scheduler"].keys():
             _refuse("its schedule holds", sorted(map(str, said["scheduler"])))
         own = [p for group in fresh.optimizer.param_groups for p in group["params"]]

@@ -285,6 +285,11 @@ class HeldTensor:
         self._requires_grad = thing.requires_grad
         self._grad = thing.grad if self._leaf else None
 
+    def leave_values(self) -> HeldTensor:
+        """Restore flags only, not the memory."""
+        self._memory = None
+        return self
+
     def __call__(self) -> bool:
         """Put it back."""
         thing, changed = self.tensor, False

@@ -21,14 +21,18 @@ class Snapshot:
 
     Args:
         *roots: Modules (or anything else).
-        but: Tensors to leave alone, since something else changes their values or memory meanwhile: subnetworks that
-            are switched, or statistics that are measured.
+        but: Tensors of which only the flags are restored, since something else changes their values or memory
+            meanwhile: subnetworks that are switched, or statistics that are measured.
+        watch: See :class:`~cocktailsdk.utils.writes.Writes`. False where operations are timed, or run in great number.
+        beyond: Whether to restore also what hooks and other functions refer to, and classes.
     """
 
-    def __init__(self, *roots: Any, but: Iterable[Tensor] = ()) -> None:
-        found, left_alone = Walk(roots), {id(t) for t in but}
-        self._held = [h for h in found.held if not (isinstance(h, HeldTensor) and id(h.tensor) in left_alone)]
-        self.writes = Writes(t for t in found.tensors if id(t) not in left_alone)
+    def __init__(self, *roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyond: bool = True) -> None:
+        found, left_alone = Walk(roots, beyond=beyond), {id(t) for t in but}
+        self._held = [
+            h.leave_values() if isinstance(h, HeldTensor) and id(h.tensor) in left_alone else h for h in found.held
+        ]
+        self.writes = Writes((t for t in found.tensors if id(t) not in left_alone), watch=watch)
 
     def restore(self) -> bool:
         """Put everything back, and say whether anything had changed. It can be done again and again."""
@@ -39,7 +43,7 @@ class Snapshot:
 
 
 @contextmanager
-def unchanged(*roots: Any, but: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
+def unchanged(*roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyond: bool = True) -> Iterator[Snapshot]:
     """Inside, models may be run, traced and fail; afterwards they are what they were, attribute for attribute.
 
     A forward pass may do anything: keep anchors, masks and attention maps in attributes, register buffers, count,
@@ -54,11 +58,13 @@ def unchanged(*roots: Any, but: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
     Args:
         *roots: The models.
         but: See :class:`Snapshot`.
+        watch: Likewise.
+        beyond: Likewise.
 
     Yields:
         The snapshot, to restore in between.
     """
-    before = Snapshot(*roots, but=but)
+    before = Snapshot(*roots, but=but, watch=watch, beyond=beyond)
     with settings_kept():
         try:
             with before.writes:

@@ -18,6 +18,12 @@ __all__ = ["Writes", "is_plain"]
 UNDECLARED = frozenset({"running_mean", "running_var"})
 """Arguments that old batch-norm kernels write though their schemas do not say so."""
 
+SMALL = 1 << 16
+"""Bytes of memory that is copied beforehand, unless it is a parameter's: counters and statistics.
+
+While a model is traced, a tensor in a plain attribute is really written, at a point where nothing can be copied.
+"""
+
 Place = tuple[torch.device, int]
 """A tensor's memory."""
 
@@ -38,16 +44,32 @@ class Writes:
 
     Args:
         tensors: The tensors. They must stay alive, with the memory they have now.
+        watch: Whether to watch operations, which costs each some microseconds. Without, all tensors but parameters are
+            copied beforehand, and writes into parameters are not seen.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._known = {place for t in tensors if (place := _place(t)) is not None}
+    def __init__(self, tensors: Iterable[Tensor], *, watch: bool = True) -> None:
+        self._watched = watch
+        self._known: set[Place] = set()
         self._saved: dict[Place, tuple[Tensor, Tensor]] = {}
+        self._small: set[Place] = set()
+        for tensor in tensors:
+            place = _place(tensor)
+            if place is None or place in self._known:
+                continue
+            self._known.add(place)
+            small = not watch or tensor.untyped_storage().nbytes() <= SMALL
+            if small and not isinstance(tensor, nn.Parameter):
+                memory = _memory(tensor)
+                self._saved[place] = (memory, memory.clone())
+                self._small.add(place)
         self._changed: set[Place] = set()  # since the last undo
         self._undoing = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Writes:
+        if not self._watched:
+            return self
         outer: _Watch | None = getattr(_local, "watch", None)
         if outer is None:  # one mode for all that are nested: each would cost every operation the same again
             outer = _local.watch = _Watch()
@@ -67,18 +89,19 @@ class Writes:
             return
         if place not in self._saved:
             try:
-                memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+                memory = _memory(value)
                 copied = memory.clone()
-            except RuntimeError:  # inside a fake tensor's kernel, where all operations are redirected to meta tensors
+            except RuntimeError:  # inside a fake tensor's kernel, where operations are redirected to meta tensors
                 return
-            if copied.device != value.device:  # the same: nothing is really written there
+            if copied.device != value.device:  # the same
                 return
             self._saved[place] = (memory, copied)
         self._changed.add(place)
 
     def undo(self) -> bool:
         """Put the values back that were there at first, and say whether there was anything to undo."""
-        changed, self._changed, self._undoing = self._changed, set(), True
+        small = {place for place in self._small if not torch.equal(*self._saved[place])}
+        changed, self._changed, self._undoing = self._changed - self._small | small, set(), True
         try:
             with torch.no_grad():
                 for place in changed:
@@ -113,6 +136,11 @@ class _Watch(TorchDispatchMode):
 
 
 _local = threading.local()
+
+
+def _memory(value: Tensor) -> Tensor:
+    """All of a tensor's memory, as bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
 
 
 def _place(value: Tensor) -> Place | None:
