@@ -85,7 +85,8 @@ def test_adapters_put_on_after_sparsify_are_named():
     base = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     net = cocktail.sparsify(base, ["2:4", "channel@0.5"], (X,))
     peft.get_peft_model(net.model, peft.LoraConfig(r=4, target_modules=["2"]))
-    for call in (net.subnets, net.state_dict, lambda: net.switch("2:4"), lambda: net.slim("channel@0.5")):
+    calls = (net.subnets, net.state_dict, lambda: net.switch("2:4"), lambda: net.slim("channel@0.5"))
+    for call in (*calls, lambda: cocktail.verify_nm(net, 2, 4)):
         with pytest.raises(CocktailError, match=r"'2' \(Linear\) was replaced by a peft\.[\w.]+: *|adapters"):
             call()
 
