@@ -183,7 +183,9 @@ class CocktailNet(Deployable, SwitchableNet, HubMixin):
 
     def _unchanged_but_statistics(self) -> AbstractContextManager[Snapshot]:
         tensors = self._switcher.tensors
-        return unchanged(self.model, but=[tensors.given(n) for n in self._switcher.norm_buffers], watch=False)
+        # The batches are the user's: what their hooks collect outside of the model on the way may be what they want.
+        statistics = [tensors.given(n) for n in self._switcher.norm_buffers]
+        return unchanged(self.model, but=statistics, watch=False, beyond=False)
 
     def _recalibrate_dense(self, batches: Iterable[Any], forward: Forward | None) -> None:
         tensors = self._switcher.tensors

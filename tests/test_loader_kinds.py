@@ -188,7 +188,8 @@ def test_a_run_with_any_loader_ends_as_if_it_had_never_been_stopped(kind: str, t
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_loaders_train_to_the_end(kind: str) -> None:
     held = batches()[:2]
-    trainer = run(ODD[kind](), val_loader=held, steps_per_epoch=3)
+    steps = 1 if kind == "closes badly" else 3  # a pass goes on in the next epoch, and must not come to its end
+    trainer = run(ODD[kind](), val_loader=held, steps_per_epoch=steps, epochs=1)
     if kind == "closes badly":  # at the end of a pass nobody can tell that from a loader that fails
         with pytest.raises(TrainingError, match="cannot close"):
             run(ODD[kind](), val_loader=held).fit()

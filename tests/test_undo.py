@@ -124,12 +124,24 @@ def test_calls_of_a_net_leave_its_model_as_it_was(make):
     slim = [net.slim("channel@0.5"), net.slim("2:4"), net.views("channel")["channel@0.5"]]
     with net.using("2:4"):
         assert cocktail.verify_nm(net, 2, 4)
-    net.recalibrate("2:4", [X, X])
     net.subnets()
     assert photo(model) == before
     assert not fakes_in(model)
     for made in slim:
         assert made(*X).shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("make", [awkward_models.CountsInTensors, awkward_models.MaskInDict, awkward_models.SavedMap])
+def test_recalibrating_leaves_all_but_the_statistics_as_it_was(make):
+    torch.manual_seed(0)
+    model, seen = make(), []
+    net = cocktail.sparsify(model, ["2:4"], X)
+    model.b.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    before = photo(model)
+    net.recalibrate("2:4", [X, X])
+    assert len(seen) == 2  # what a hook collects of the user's own batches is the user's
+    seen.clear()
+    assert photo(model) == before
 
 
 class Fails(Body):

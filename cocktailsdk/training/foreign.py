@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..net import CocktailNet
-from .distill import Classes
 from .history import History, Position, RoundHistory
 from .optimization import Optimization
 from .options import Options
@@ -235,11 +234,17 @@ def _check_numbers(state: dict[str, Any], net: CocktailNet) -> None:
             _refuse("it has judged", row)
         if name not in net.names:
             _refuse("it has judged", row)
-    classes = state["classes"]
-    if classes is not None and not {"axis"} <= classes.keys() <= {f.name for f in dataclasses.fields(Classes)}:
-        _refuse("its classes are", classes)
+    _check_classes(state["classes"])
     if type(state.get("skipped_in_a_row", 0)) is not int:
         _refuse("its skipped steps are", state["skipped_in_a_row"])
+
+
+def _check_classes(said: dict[str, Any] | None) -> None:
+    if said is None:
+        return
+    kinds = {"axis": (int,), "shift": (bool,), "ignored": (int, type(None)), "size": (int, type(None))}
+    if not {"axis"} <= said.keys() <= kinds.keys() or any(type(v) not in kinds[k] for k, v in said.items()):
+        _refuse("its classes are", said)
 
 
 def _check_average(said: Any, parameters: Shapes, options: Options) -> None:
@@ -263,8 +268,10 @@ def _check_optimization(state: dict[str, Any], net: CocktailNet, options: Option
         round_ = state["position"]["round"]
         fresh = Optimization.begin(net.model, options, round_, next(net.model.parameters()).device)
         like, said = fresh.state_dict(), state[key]
-        if said.keys() != like.keys() or not all(isinstance(part, dict) for part in said.values()):
+        if said.keys() != like.keys() or any(type(part) is not type(like[k]) for k, part in said.items()):
             _refuse(f"{key!r} is", said)
+        if not _alike(said.get("foreign"), like.get("foreign")):
+            _refuse("parameters that its optimizer trains beside the model's are", said["foreign"])
         if said["scheduler"].keys() != like["scheduler"].keys():
             _refuse("its schedule holds", sorted(map(str, said["scheduler"])))
         own = [p for group in fresh.optimizer.param_groups for p in group["params"]]

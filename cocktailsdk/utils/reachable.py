@@ -59,6 +59,7 @@ _LIBRARIES = (frozenset(sys.stdlib_module_names) - {"__main__", "collections", "
 """Packages whose objects, classes and globals a model's forward pass does not change in a way that matters here."""
 
 _LruCache: Any = type(lru_cache(lambda: None))
+_CODE = frozenset({FunctionType, MethodType, functools.partial, _LruCache})
 _Local = type(__import__("threading").local())
 _ScriptModule: type = getattr(torch.jit, "ScriptModule", type(None))
 
@@ -69,12 +70,17 @@ class Walk:
     Modules, containers, objects with attributes or slots, closures, default arguments, the globals that functions name,
     classes outside of libraries, and the caches of ``functools``.
 
+    Args:
+        roots: Modules, or anything else.
+        beyond: Whether to look at what functions, methods and classes hold, too.
+
     Attributes:
         held: For each thing found, a function that puts it back as it is now, and says whether it had changed.
         tensors: The tensors found.
     """
 
-    def __init__(self, roots: Iterable[Any]) -> None:
+    def __init__(self, roots: Iterable[Any], *, beyond: bool = True) -> None:
+        self._beyond = beyond
         self.held: list[Callable[[], bool]] = []
         self.tensors: list[Tensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used twice
@@ -119,6 +125,8 @@ class Walk:
             self._visit_other(value, kind, depth)
 
     def _visit_other(self, value: Any, kind: type, depth: int) -> None:
+        if kind in _CODE and not self._beyond:
+            return
         if kind is FunctionType:
             self._function(value, depth)
         elif kind is MethodType:
@@ -178,7 +186,7 @@ class Walk:
 
     def _object_class(self, kind: type) -> None:
         """The data of a class and its bases, and the globals of its methods."""
-        for cls in kind.__mro__:
+        for cls in kind.__mro__ if self._beyond else ():
             if cls in self._classes or _of_library(cls):
                 continue
             self._classes.add(cls)

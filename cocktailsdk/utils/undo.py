@@ -24,10 +24,11 @@ class Snapshot:
         but: Tensors of which only the flags are restored, since something else changes their values or memory
             meanwhile: subnetworks that are switched, or statistics that are measured.
         watch: See :class:`~cocktailsdk.utils.writes.Writes`. False where operations are timed, or run in great number.
+        beyond: Whether to restore also what hooks and other functions refer to, and classes.
     """
 
-    def __init__(self, *roots: Any, but: Iterable[Tensor] = (), watch: bool = True) -> None:
-        found, left_alone = Walk(roots), {id(t) for t in but}
+    def __init__(self, *roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyond: bool = True) -> None:
+        found, left_alone = Walk(roots, beyond=beyond), {id(t) for t in but}
         self._held = [
             h.leave_values() if isinstance(h, HeldTensor) and id(h.tensor) in left_alone else h for h in found.held
         ]
@@ -42,7 +43,7 @@ class Snapshot:
 
 
 @contextmanager
-def unchanged(*roots: Any, but: Iterable[Tensor] = (), watch: bool = True) -> Iterator[Snapshot]:
+def unchanged(*roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyond: bool = True) -> Iterator[Snapshot]:
     """Inside, models may be run, traced and fail; afterwards they are what they were, attribute for attribute.
 
     A forward pass may do anything: keep anchors, masks and attention maps in attributes, register buffers, count,
@@ -58,11 +59,12 @@ def unchanged(*roots: Any, but: Iterable[Tensor] = (), watch: bool = True) -> It
         *roots: The models.
         but: See :class:`Snapshot`.
         watch: Likewise.
+        beyond: Likewise.
 
     Yields:
         The snapshot, to restore in between.
     """
-    before = Snapshot(*roots, but=but, watch=watch)
+    before = Snapshot(*roots, but=but, watch=watch, beyond=beyond)
     with settings_kept():
         try:
             with before.writes:
