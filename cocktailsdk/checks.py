@@ -20,6 +20,7 @@ from .patterns.layout import tiles
 from .patterns.nm import runs
 from .patterns.remaining import Remaining
 from .selection import Modules, Selection
+from .utils.undo import unchanged
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _weights(model: nn.Module) -> list[tuple[Weight, Tensor]]:
     """Weights by the class of their module, for want of a graph; each parameter once. Computed ones as they are now."""
     seen: set[int] = set()
     out = []
-    with evaluating(model), torch.no_grad():
+    with unchanged(model), evaluating(model), torch.no_grad():
         for path, module in model.named_modules():
             now = dict(hooked(module))
             for name, t, op, out_axis, in_axis in _of(module):

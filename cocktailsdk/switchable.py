@@ -38,6 +38,7 @@ def model_unchanged(net: SwitchableNet, *, watch: bool = True) -> Iterator[None]
 
     Tensors that switching gives other values or memory are left alone: the net restores these.
     """
+    net._same_model()
     tensors = net._switcher.tensors
     names = {*net.coupling.fields, *net.coupling.shapes, *net._switcher.norm_buffers}
     with unchanged(net.model, but=[tensors.given(name) for name in names if name in tensors], watch=watch):
