@@ -20,6 +20,7 @@ from .patterns.layout import tiles
 from .patterns.nm import runs
 from .patterns.remaining import Remaining
 from .selection import Modules, Selection
+from .utils.undo import unchanged
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def verify_nm(
     if isinstance(model, CocktailNet):
         if target_modules is not None or exclude_modules is not None:
             raise PatternError("a net knows its eligible weights; leave target_modules and exclude_modules out")
+        model._same_model()
         weights, tensors = _left(model)
         selection = model.selection
     else:
@@ -170,7 +172,7 @@ def _weights(model: nn.Module) -> list[tuple[Weight, Tensor]]:
     """Weights by the class of their module, for want of a graph; each parameter once. Computed ones as they are now."""
     seen: set[int] = set()
     out = []
-    with evaluating(model), torch.no_grad():
+    with unchanged(model), evaluating(model), torch.no_grad():
         for path, module in model.named_modules():
             now = dict(hooked(module))
             for name, t, op, out_axis, in_axis in _of(module):

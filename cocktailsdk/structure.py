@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .errors import CocktailError
+from .graph.obstacles import is_scripted
 from .norms import Norm
 
 __all__ = ["Structure"]
@@ -26,8 +27,12 @@ class Structure:
         self._end = (self,)  # after the last: that no list is longer than it was shows without counting
         self._record()
 
+    def _modules(self) -> dict[str, nn.Module]:
+        # TorchScript keeps its parts and tensors outside Python, where nobody can replace them.
+        return {path: m for path, m in self._model.named_modules() if not is_scripted(m)}
+
     def _record(self) -> None:
-        modules = dict(self._model.named_modules())
+        modules = self._modules()
         self._children = [m._modules for m in modules.values()]
         self._held = [*itertools.chain.from_iterable(map(dict.values, self._children)), self]
         self._tables = [m._parameters for m in modules.values()]
@@ -71,7 +76,7 @@ class Structure:
 
     def _difference(self) -> str | None:
         """In words, the first change that does harm."""
-        modules = dict(self._model.named_modules())
+        modules = self._modules()
         for path, old in self._owners.items():
             new = modules.get(path)
             if new is None:

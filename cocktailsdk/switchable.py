@@ -24,7 +24,7 @@ from .selection import owner_of, some_of
 from .sharding import local
 from .statistics import statistics_of
 from .switching import Switcher
-from .tuners import MergeGuard
+from .tuners import MergeGuard, adapter_caches
 from .utils.undo import unchanged
 from .weight_caches import forget_derived
 
@@ -78,6 +78,7 @@ class SwitchableNet(nn.Module):
         self._gate = Gate()
         self._hooked = tuple(m for m in model.modules() if m._forward_pre_hooks)
         self._merges = MergeGuard(model)
+        self._adapter_caches = adapter_caches(model)
         self._active = self._statistics_active = DENSE
         self.training = model.training
 
@@ -321,6 +322,8 @@ class SwitchableNet(nn.Module):
             if name != DENSE and not switcher.swap(name):
                 switcher.mask(masks or self._device_masks(name))
             self._active = name
+            for cache in self._adapter_caches:
+                cache.clear()
             refresh(self._hooked)  # whoever looks at a weight before the next pass sees this subnetwork's
             if name != DENSE:
                 self._merges.arm(name)

@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import SubnetError
 
-__all__ = ["MergeGuard", "adapter_weights", "rank_modules", "tuner_layers"]
+__all__ = ["MergeGuard", "adapter_caches", "adapter_weights", "rank_modules", "tuner_layers"]
 
 _LOW_RANK = "lora_"  # how parts of LoRA layers are called in peft, loralib, torchtune and diffusers
 
@@ -20,6 +20,15 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     module = sys.modules.get("peft.tuners.tuners_utils")
     kind = getattr(module, "BaseTunerLayer", None)
     return {} if kind is None else {path: m for path, m in model.named_modules() if isinstance(m, kind)}
+
+
+def adapter_caches(model: nn.Module) -> list[dict[str, Any]]:
+    """What DoRA layers keep of the weights that they adapt, inside ``peft.helpers.DoraCaching``, until they train.
+
+    There is no public way to drop that. A release of peft that keeps it elsewhere is found by ``test_net_tuners.py``.
+    """
+    inner = (m for layer in tuner_layers(model).values() for m in layer.modules())
+    return [kept for m in inner if isinstance(kept := getattr(m, "_dora_cache", None), dict)]
 
 
 def adapter_weights(model: nn.Module) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from array import array
 from collections import deque
 
 import torch
@@ -88,6 +89,19 @@ class CountsInTensors(Body):
         return self.norm(y)
 
 
+class FillsLargeTensors(Body):
+    """Large tensors in plain attributes, which a trace writes for real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.more = torch.zeros(20_000), {"values": [torch.ones(20_000)]}
+
+    def extra(self, y):
+        self.keys[3] = 1
+        self.more["values"][0].mul_(2).add_(1)
+        return y
+
+
 class ConstrainedWeights(Body):
     def extra(self, y):
         self.b.weight.data = torch.renorm(self.b.weight.data, 2, 0, 0.5)
@@ -146,6 +160,32 @@ class ParentKnown(Body):
 
     def extra(self, y):
         return y + self.features * 0.5
+
+
+class InSlots(Body):
+    __slots__ = ("last",)
+
+    def extra(self, y):
+        self.last = y
+        return y
+
+
+class NotesOnTensors(Body):
+    def extra(self, y):
+        self.b.weight.seen = [*getattr(self.b.weight, "seen", ()), y]
+        return y
+
+
+class CountsInBytes(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits, self.counts = bytearray(2), array("l", [0])
+
+    def extra(self, y):
+        self.bits[0] += 1
+        self.counts[0] += 1
+        self.counts.append(1)
+        return y
 
 
 class Unlocked(Body):
@@ -214,11 +254,15 @@ MAKERS = [
     MaskInDict,
     BufferOnFirstUse,
     CountsInTensors,
+    FillsLargeTensors,
     ConstrainedWeights,
     CachedFunctions,
     PlainObject,
     Globals,
     ParentKnown,
+    InSlots,
+    NotesOnTensors,
+    CountsInBytes,
     Unlocked,
     ChangesModes,
     hook_on_module,

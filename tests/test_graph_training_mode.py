@@ -148,7 +148,27 @@ def agree(model: nn.Module, coupling: Coupling, x: Tensor) -> nn.Module:
     return slim
 
 
-@pytest.mark.parametrize("kind", [Auxiliary, Flattened, Functional, Deep, Depth, Unused])
+class WhereGradients(Trunk):
+    """An auxiliary head wherever gradients are recorded, in eval mode, too."""
+
+    def build(self, width: int) -> None:
+        self.aux = nn.Linear(width, 5)
+
+    def finish(self, h, y):
+        return (y, self.aux(h.mean((2, 3)))) if torch.is_grad_enabled() else y
+
+
+class ModeOfAPart(Trunk):
+    """Asks a part of PyTorch's own for the mode."""
+
+    def build(self, width: int) -> None:
+        self.aux = nn.Sequential(nn.Linear(width, 6), nn.ReLU(), nn.Linear(6, 5))
+
+    def finish(self, h, y):
+        return {"out": y, "aux": self.aux(h.mean((2, 3)))} if self.aux.training else {"out": y}
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, Flattened, Functional, Deep, Depth, Unused, WhereGradients, ModeOfAPart])
 def test_every_channel_of_the_trunk_goes_and_both_modes_agree(kind: type[Trunk]) -> None:
     model, x = kind(), torch.randn(IMAGE)
     coupling = couple(model, (x,))

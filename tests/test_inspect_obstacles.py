@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 
 import pytest
@@ -169,3 +170,70 @@ def test_inspect_answers_for_every_module(make):
 def test_inspect_answers_whatever_inputs_it_is_given(inputs):
     found = cocktail.inspect(Body(), inputs)
     assert not found.followed and found.kept[0].reason
+
+
+class MergesInEval(Body):
+    """As loralib does: ``train(False)`` adds the adapter to the weights, and a cache goes with ``train(True)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.delta, self.merged, self.kept = 1.0, False, {}
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.kept.clear()
+        if mode is self.merged:
+            self.b.weight.data += -self.delta if mode else self.delta
+            self.merged = not mode
+        return super().train(mode)
+
+    def extra(self, y):
+        return self.kept.setdefault(y.shape, torch.ones(())) * y
+
+
+@pytest.mark.parametrize("call", ["inspect", "sparsify", "verify_nm"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_models_that_change_with_their_mode_are_what_they_were(call, kept):
+    model = MergesInEval()
+    if kept:
+        model(*X)
+    before, cache = copy.deepcopy(model.state_dict()), dict(model.kept)
+    {
+        "inspect": lambda: cocktail.inspect(model, X),
+        "sparsify": lambda: cocktail.sparsify(model, "2:4", X),
+        "verify_nm": lambda: cocktail.verify_nm(model, 2, 4),
+    }[call]()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.kept == cache and not model.merged and model.training
+
+
+def test_a_model_with_a_scripted_part_is_sparsified_around_it():
+    net = cocktail.sparsify(scripted_part(), "2:4", X, target_modules=["a", "o"])
+    dense = net(*X)
+    with net.using("2:4"):
+        assert cocktail.verify_nm(net, 2, 4)
+        assert not torch.equal(net(*X), dense)
+    net.model.act = nn.ReLU()  # without parameters: no harm
+    assert torch.equal(net.switch("dense")(*X), dense)
+
+
+def test_a_graph_of_torch_export_is_followed_though_it_refuses_to_change_its_mode():
+    graph = torch.export.export(Body().eval(), X).module()
+    assert {layer.name for layer in cocktail.inspect(graph, X).layers} == {"a.weight", "b.weight", "o.weight"}
+    net = cocktail.sparsify(graph, "2:4", X)
+    with net.using("2:4"):
+        assert cocktail.verify_nm(net, 2, 4)
+
+
+def test_a_frozen_script_has_no_weights_to_check():
+    model = torch.jit.freeze(scripted(Body().eval()))
+    before = set(vars(model))
+    with pytest.raises(cocktail.PatternError, match="no convolution and no linear layer"):
+        cocktail.verify_nm(model, 2, 4)
+    assert set(vars(model)) == before
+
+
+def test_a_float_model_that_could_be_quantized_is_not_called_quantized():
+    model = Body()
+    model.add = quantization() and torch.ao.nn.quantized.FloatFunctional()
+    assert not [k for k in cocktail.inspect(model, X).kept if "quantized" in k.reason]

@@ -23,10 +23,8 @@ def adapted(**options):
     return peft.get_peft_model(base, config)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
-def test_adapters_are_neither_masked_nor_are_their_ranks_channels(options):
-    model = adapted(**options)
-    net = cocktail.sparsify(model, ["2:4", "unstructured@0.5", "channel@0.5"], (X,))
+def test_adapters_are_neither_masked_nor_are_their_ranks_channels():
+    net = cocktail.sparsify(adapted(), ["2:4", "unstructured@0.5", "channel@0.5"], (X,))
     assert [w.name for w in net.eligible] == ["base_model.model.0.weight", "base_model.model.2.base_layer.weight"]
     assert {tuple(p.weight for p in net.coupling.producers if "lora_A" in p.weight)} == {()}
     small = net.slim("channel@0.5")
@@ -34,6 +32,27 @@ def test_adapters_are_neither_masked_nor_are_their_ranks_channels(options):
         assert torch.allclose(small(X), net(X), atol=1e-5)
     chosen = cocktail.sparsify(adapted(), "2:4", (X,), target_modules=["lora_B.default"])
     assert [w.name for w in chosen.eligible] == ["base_model.model.2.lora_B.default.weight"]
+
+
+def test_channels_that_dora_divides_by_their_norm_stay_and_weights_go():
+    with pytest.raises(CocktailError, match="divided by channels that masking would make zero"):
+        cocktail.sparsify(adapted(use_dora=True), "channel@0.5", (X,))
+    net = cocktail.sparsify(adapted(use_dora=True), ["2:4", "unstructured@0.5"], (X,))
+    assert [w.name for w in net.eligible] == ["base_model.model.0.weight", "base_model.model.2.base_layer.weight"]
+
+
+def test_norms_that_dora_keeps_are_those_of_the_active_subnetwork():
+    helpers = pytest.importorskip("peft.helpers")
+    net = cocktail.sparsify(adapted(use_dora=True).eval(), "2:4", (X,))
+    with torch.no_grad():
+        want = {}
+        for name in net.names:
+            with net.using(name):
+                want[name] = net(X)
+        with helpers.DoraCaching():
+            for name in (*net.names, *net.names):
+                net.switch(name)
+                assert torch.equal(net(X), want[name]), name
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
@@ -85,7 +104,8 @@ def test_adapters_put_on_after_sparsify_are_named():
     base = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     net = cocktail.sparsify(base, ["2:4", "channel@0.5"], (X,))
     peft.get_peft_model(net.model, peft.LoraConfig(r=4, target_modules=["2"]))
-    for call in (net.subnets, net.state_dict, lambda: net.switch("2:4"), lambda: net.slim("channel@0.5")):
+    calls = (net.subnets, net.state_dict, lambda: net.switch("2:4"), lambda: net.slim("channel@0.5"))
+    for call in (*calls, lambda: cocktail.verify_nm(net, 2, 4)):
         with pytest.raises(CocktailError, match=r"'2' \(Linear\) was replaced by a peft\.[\w.]+: *|adapters"):
             call()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import random
+from array import array
 
 import awkward_models
 import numpy as np
@@ -28,9 +29,11 @@ def photo(model: nn.Module) -> dict[str, object]:
         if isinstance(value, Tensor):
             data = value.detach()
             seen[path] = (id(value), type(value), str(data.dtype), data.flatten().tolist(), value.requires_grad)
+            look(f"{path} attributes", tuple(vars(value).items()), depth - 1) if depth else None
         elif isinstance(value, nn.Module):
             if f"module {id(value)}" not in seen:
                 seen[f"module {id(value)}"] = (type(value), list(vars(value)))
+                look(f"{path} slots", tuple(getattr(value, n, None) for n in getattr(value, "__slots__", ())))
                 for key, held in vars(value).items():
                     look(f"{path}.{key}", held)
         elif isinstance(value, dict):
@@ -53,7 +56,8 @@ def photo(model: nn.Module) -> dict[str, object]:
         elif isinstance(value, functools.partial):
             look(f"{path} partial", (value.func, value.args, value.keywords), depth - 1)
         else:
-            seen[path] = value if isinstance(value, int | float | str | torch.Size) else id(value)
+            by_value = isinstance(value, int | float | str | torch.Size | bytearray | array)
+            seen[path] = repr(value) if by_value else id(value)
 
     look("model", model)
     look("class", tuple((k, v) for k, v in vars(type(model)).items() if not k.startswith("__")))

@@ -67,15 +67,23 @@ class Exported:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and back as it was; what modules keep of earlier runs is forgotten."""
-    was = [(m, m.training) for m in model.modules()]
+    modules = list(model.modules())
+    was = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has no mode
+    without = [m for m in modules if not hasattr(m, "training")]
     try:
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError:  # graphs of torch.export refuse: they are of one mode
+            for m, _ in was:
+                m.training = False
         _forget(model)
         yield
     finally:
         _forget(model)
         for m, training in was:
             m.training = training
+        for m in without:
+            vars(m).pop("training", None)
 
 
 def _forget(model: nn.Module) -> None:

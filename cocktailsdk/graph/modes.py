@@ -42,6 +42,11 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_GRADIENTS = "is_grad_enabled"
+
+_INDIFFERENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Linear, _ConvNd, nn.Embedding)
+"""PyTorch's modules that compute the same in both modes."""
+
 
 @dataclass(frozen=True)
 class Idle:
@@ -67,8 +72,13 @@ def idle(exported: Exported) -> Idle:
 
 
 def reads_training(model: nn.Module) -> bool:
-    """Whether code that is not PyTorch's own asks for the mode."""
-    return any("training" in _names_read(cls) for cls in {type(m) for m in model.modules()} if not _known(cls))
+    """Whether code that is not PyTorch's own asks for the mode, or whether gradients are recorded."""
+    return not _asked(model).isdisjoint(("training", _GRADIENTS))
+
+
+def _asked(model: nn.Module) -> set[str]:
+    classes = {type(m) for m in model.modules()}
+    return set().union(*(_names_read(cls) for cls in classes if not _known(cls)))
 
 
 def _names_read(cls: type) -> set[str]:
@@ -86,7 +96,9 @@ def in_training(model: nn.Module) -> Iterator[None]:
     """Training mode for the model's own code, and back.
 
     PyTorch's layers stay in eval mode, batch norms and dropouts derived from them too: each channel's batch statistics
-    are its own, and what is drawn at random is no matter of channels.
+    are its own, and what is drawn at random is no matter of channels. Layers that compute the same in both modes are in
+    training mode, since the model's code may ask for that of a part (``self.head.training``). Gradients are recorded
+    only where the model's code asks whether they are.
     """
     was = [(m, m.training) for m in model.modules()]
     try:
@@ -94,8 +106,9 @@ def in_training(model: nn.Module) -> Iterator[None]:
             draws = isinstance(m, _NormBase | _DropoutNd) or any(
                 isinstance(hook, SpectralNorm) for hook in m._forward_pre_hooks.values()
             )
-            m.training = not draws and not _known(type(m))
-        yield
+            m.training = not draws and (isinstance(m, _INDIFFERENT) or not _known(type(m)))
+        with torch.set_grad_enabled(_GRADIENTS in _asked(model)):
+            yield
     finally:
         for m, training in was:
             m.training = training
@@ -112,7 +125,7 @@ def followed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     Raises:
         Exception: Whatever ``torch.export`` or the model raises: targets may be missing.
     """
-    with in_training(model), warnings.catch_warnings(), _quiet(), torch.no_grad():
+    with torch.no_grad(), in_training(model), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         program = _whole(model, (tuple(args), dict(kwargs or {})))
         return _placed(model, _merged(model, {"": program}, {}))
@@ -217,7 +230,7 @@ def with_training(
         return Unreached(_widths(model, unread), why)
     copy = duplicate(model)
     try:
-        with in_training(copy), torch.no_grad(), unchanged_randomness():
+        with torch.no_grad(), in_training(copy), unchanged_randomness():
             copy(*args, **dict(kwargs or {}))
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

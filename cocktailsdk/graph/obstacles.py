@@ -19,6 +19,9 @@ _ScriptModule: type | None = getattr(torch.jit, "ScriptModule", None)  # TorchSc
 _QUANTIZED = re.compile(r"(^|[._])(quantized|bitsandbytes|gptq|awq|hqq|auto_round)([._]|$)", re.IGNORECASE)
 """Packages of modules that hold packed integers in place of floating-point weights."""
 
+_FLOAT = frozenset({"FloatFunctional", "FXFloatFunctional"})
+"""Of such packages, what models hold before they are quantized."""
+
 _OBSERVING = re.compile(r"FakeQuant|Observer$")
 """Classes of modules that preparing for quantization puts into a model, in PyTorch and in torchao."""
 
@@ -63,7 +66,7 @@ def _why(module: nn.Module) -> str:
             "fake quantizers or observers; sparsify the float model first, and prepare it for quantization afterwards"
         )
     packed = any(t.is_quantized for t in module.buffers(recurse=False))
-    if packed or _QUANTIZED.search(kind.__module__):
+    if packed or (_QUANTIZED.search(kind.__module__) and kind.__name__ not in _FLOAT):
         return (
             f"{kind.__name__} is quantized: it holds packed integers in place of floating-point weights; sparsify the "
             "float model first, and quantize it afterwards"

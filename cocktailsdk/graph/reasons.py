@@ -18,7 +18,9 @@ __all__ = ["because", "stays"]
 DOES = {
     "normalises over these channels": "softmax log_softmax _softmax _log_softmax _safe_softmax normalize",
     "compares these channels with one another": "topk sort argsort argmax argmin max min median kthvalue amax amin",
-    "combines these channels into one": "sum mean prod var std norm linalg_vector_norm logsumexp var_mean std_mean",
+    "combines these channels into one": (
+        "sum mean prod var std norm linalg_norm linalg_vector_norm logsumexp var_mean std_mean"
+    ),
 }
 """What ops that take channels together do, in words."""
 

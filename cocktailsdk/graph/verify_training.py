@@ -38,7 +38,7 @@ def check_training(masked: nn.Module, slim: nn.Module, args: Sequence[Any], kwar
     if not reads_training(masked):
         return False
     precision = Precision()
-    with in_training(masked), in_training(slim), torch.no_grad():
+    with torch.no_grad(), in_training(masked), in_training(slim):
         want, failed = _outcome(masked, args, kwargs, precision)
         got, error = _outcome(slim, args, kwargs, precision)
         if error is not None:

@@ -27,6 +27,7 @@ __all__ = [
     "MISSING",
     "HeldArray",
     "HeldAttribute",
+    "HeldBytes",
     "HeldCache",
     "HeldCell",
     "HeldClass",
@@ -133,6 +134,20 @@ class HeldArray:
         if not self._thing.flags.writeable or self._thing.tobytes() == self._saved.tobytes():
             return False
         self._thing[...] = self._saved
+        return True
+
+
+class HeldBytes:
+    """A ``bytearray`` or an ``array.array``, by value."""
+
+    def __init__(self, thing: Any) -> None:
+        self._thing, self._saved = thing, thing[:]
+
+    def __call__(self) -> bool:
+        """Put it back."""
+        if self._thing == self._saved:
+            return False
+        self._thing[:] = self._saved
         return True
 
 

@@ -6,6 +6,7 @@ import enum
 import functools
 import sys
 import weakref
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .held import (
     HeldArray,
     HeldAttribute,
+    HeldBytes,
     HeldCache,
     HeldCell,
     HeldClass,
@@ -100,6 +102,8 @@ class Walk:
             if not torch.nn.parameter.is_lazy(value):
                 self.held.append(HeldTensor(value))
                 self.tensors.append(value)
+                noted = HeldDict(vars(value))
+                self._container(noted, noted.saved.values(), depth)
         elif issubclass(kind, nn.Module):
             self._module(value, kind)
         elif issubclass(kind, dict):
@@ -140,6 +144,9 @@ class Walk:
         elif kind is np.ndarray:
             if value.nbytes <= LARGEST_ARRAY and value.dtype != object:
                 self.held.append(HeldArray(value))
+        elif kind in (bytearray, array):
+            if len(value) <= LARGEST_ARRAY:
+                self.held.append(HeldBytes(value))
         elif kind is torch.Generator:
             self.held.append(HeldGenerator(value))
         elif kind is _Local:
@@ -160,6 +167,7 @@ class Walk:
         held = HeldDict(vars(module))
         self.held += [held, HeldAttribute(module, "__class__")]
         self._push(held.saved.values(), 0)
+        self._in_slots(module, kind, 0)
         if not issubclass(kind, _ScriptModule):
             self._object_class(kind)
 
@@ -168,10 +176,13 @@ class Walk:
         if isinstance(attributes, dict):
             held = HeldDict(attributes)
             self._container(held, held.saved.values(), depth)
+        self._in_slots(value, kind, depth)
+        self._object_class(kind)
+
+    def _in_slots(self, value: Any, kind: type, depth: int) -> None:
         for name in _slots(kind):
             slot = HeldAttribute(value, name)
             self._container(slot, (slot.saved,), depth)
-        self._object_class(kind)
 
     def _object_class(self, kind: type) -> None:
         """The data of a class and its bases, and the globals of its methods."""

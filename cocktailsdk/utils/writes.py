@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -53,6 +54,7 @@ class Writes:
         self._known: set[Place] = set()
         self._saved: dict[Place, tuple[Tensor, Tensor]] = {}
         self._small: set[Place] = set()
+        self._raw: dict[Place, tuple[torch.UntypedStorage, bytes]] = {}
         for tensor in tensors:
             place = _place(tensor)
             if place is None or place in self._known:
@@ -92,14 +94,27 @@ class Writes:
                 memory = _memory(value)
                 copied = memory.clone()
             except RuntimeError:  # inside a fake tensor's kernel, where operations are redirected to meta tensors
+                self._save_raw(place, value)
                 return
             if copied.device != value.device:  # the same
+                self._save_raw(place, value)
                 return
             self._saved[place] = (memory, copied)
         self._changed.add(place)
 
+    def _save_raw(self, place: Place, value: Tensor) -> None:
+        """Copy memory where no operation of PyTorch can: while a model is traced, tensors in plain attributes are."""
+        if value.device.type == "cpu" and place not in self._raw:
+            storage = value.untyped_storage()
+            self._raw[place] = storage, ctypes.string_at(place[1], storage.nbytes())
+
     def undo(self) -> bool:
         """Put the values back that were there at first, and say whether there was anything to undo."""
+        raw = False
+        for place, (_, saved) in self._raw.items():
+            if place not in self._saved and ctypes.string_at(place[1], len(saved)) != saved:
+                ctypes.memmove(place[1], saved, len(saved))
+                raw = True
         small = {place for place in self._small if not torch.equal(*self._saved[place])}
         changed, self._changed, self._undoing = self._changed - self._small | small, set(), True
         try:
@@ -109,7 +124,7 @@ class Writes:
                     memory.copy_(value)
         finally:
             self._undoing = False
-        return bool(changed)
+        return raw or bool(changed)
 
 
 class _Watch(TorchDispatchMode):

@@ -84,6 +84,7 @@ def _centred(ctx: Context, value: Any, dims: list[int], *, squared: bool) -> fx.
     "var",
     "std",
     "norm",
+    "linalg_norm",
     "linalg_vector_norm",
     "logsumexp",
     "nansum",
@@ -96,7 +97,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     """Values combined along dimensions, which then go."""
     name = node.target._opname  # type: ignore[union-attr]
     dims = _reduced_dims(ctx, node)
-    counts = name not in ("sum", "norm", "linalg_vector_norm", "nansum")
+    counts = name not in ("sum", "norm", "linalg_norm", "linalg_vector_norm", "nansum")
     source = ctx.fields(node.args[0])
     if name in ("mean", "var", "std") and module_of(node):
         centred = _centred(ctx, node.args[0], dims, squared=name == "mean")
@@ -115,6 +116,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
         "amin",
         "prod",
         "norm",
+        "linalg_norm",
         "linalg_vector_norm",
         "nansum",
         "var",
