@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import CocktailError
 from .modes import frozen_norms, modes_kept
 from .norms import Norm, running_norms
-from .utils.nested import outputs_of
+from .utils.blame import MISFITS, blamed
+from .utils.nested import form_of, outputs_of
 from .utils.nested import to_device as to_device
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -92,7 +93,7 @@ def measure(
         The number of batches.
 
     Raises:
-        CocktailError: There were no batches.
+        CocktailError: There were no batches, or the model does not take the first one.
     """
     run = forward or outputs_of
     frozen = frozen_norms(model) if frozen is None else frozen
@@ -101,7 +102,10 @@ def measure(
     with cumulative(model, measured) as begin, torch.no_grad():
         for batch in batches:
             begin()
-            run(model, batch)
+            if n or forward is not None:
+                run(model, batch)
+            else:
+                _run_first(model, batch)
             n += 1
     if n == 0:
         raise CocktailError(
@@ -109,3 +113,14 @@ def measure(
             "give a list or a loader"
         )
     return n
+
+
+def _run_first(model: nn.Module, batch: Any) -> None:
+    """The first batch: one that does not fit the model is named."""
+    with blamed(
+        "the model",
+        lambda: f"on the first batch, which is {form_of(batch)}",
+        "if the model takes such batches otherwise, give recalibrate(name, batches, forward=lambda model, batch: …)",
+        MISFITS,
+    ):
+        outputs_of(model, batch)

@@ -37,6 +37,9 @@ def model_unchanged(net: SwitchableNet, *, watch: bool = True) -> Iterator[None]
     """:func:`~cocktailsdk.utils.undo.unchanged` for a net's model, while subnetworks of it may be switched.
 
     Tensors that switching gives other values or memory are left alone: the net restores these.
+
+    Raises:
+        CocktailError: The model has other modules or parameters than it had.
     """
     net._same_model()
     tensors = net._switcher.tensors

@@ -266,3 +266,47 @@ def test_objects_with_a_method_to_are_moved_by_it_and_classes_are_not() -> None:
     thing = Moving()
     assert to_device([thing, Moving], CPU) == [thing, Moving]
     assert thing.moved == 1
+
+
+ARRAYS: dict[str, np.ndarray[Any, Any]] = {
+    "mirrored": np.arange(24, dtype=np.float32).reshape(4, 6)[:, ::-1],
+    "every other row": np.arange(48, dtype=np.float32).reshape(8, 6)[::2],
+    "transposed": np.arange(24, dtype=np.float32).reshape(6, 4).T,
+    "in Fortran's order": np.asfortranarray(np.arange(24, dtype=np.float32).reshape(4, 6)),
+    "in foreign byte order": np.arange(24, dtype=">f4").reshape(4, 6),
+    "read-only": np.broadcast_to(np.float32(3), (4, 6)),
+    "of no dimension": np.array(3.0, dtype=np.float32),
+    "without elements": np.zeros((0, 6), np.float32),
+}
+
+
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_in_any_layout_become_tensors(array: np.ndarray[Any, Any]) -> None:
+    tensor = to_device(array, CPU)
+    assert tensor.shape == array.shape and tensor.tolist() == array.tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch", "typed"),
+    [
+        ({"x": torch.ones(2, 4), "idx": torch.ones(2), "label": torch.ones(2)}, "model(x=batch['x']), batch['label'])"),
+        ({"idx": torch.ones(2), "jpg": torch.ones(2, 4), "cls": torch.ones(2)}, "model(batch['jpg']), None)"),
+        (({"mask": torch.ones(2), "image": torch.ones(2, 4)}, torch.ones(2)), "model(batch[0]['image']), batch[1])"),
+    ],
+)
+def test_the_function_that_is_proposed_uses_the_batch_as_it_is(batch: Any, typed: str) -> None:
+    class One(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(CocktailError) as error:
+        split(One(), batch)
+    assert typed in str(error.value)
+
+
+@pytest.mark.parametrize("batch", [np.ones((4, 16)), ([[1.0] * 16] * 2, [1, 2]), torch.ones(4, 16, dtype=torch.long)])
+def test_recalibration_names_a_batch_that_the_model_does_not_take(batch: Any) -> None:
+    net = cocktail.sparsify(Small(), ["2:4"], (torch.randn(4, 16),))
+    with pytest.raises(CocktailError, match="on the first batch, which is ") as error:
+        net.recalibrate("dense", [batch])
+    assert "\n" not in str(error.value) and not net.statistics

@@ -57,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net.save_pretrained(home / "bundle")
     (home / "file.txt").write_text("words")
     (home / "empty").mkdir()
+    (home / "link").symlink_to("nowhere")
     (home / "damaged").mkdir()
     (home / "damaged" / "bundle.json").write_text('{"format": ')
     return home
@@ -109,6 +110,12 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("inspect", "users_model:build", "--full", "--why", "0"), "--full"),
     (("inspect", "users_model:build", "--groups", "--group", "0"), "--group"),
     (("inspect", "users_model:build", "--svg", "empty"), "--svg empty"),
+    (("inspect", "users_model:build", "--svg", "graph.png"), "graph.svg"),
+    (("inspect", "users_model:build", "--svg", "link"), "--svg link is a link to nothing"),
+    (("inspect", "users_model:build", "--input-size", "3,,4"), "3,,4"),
+    (("inspect", "users_model:build", "--input-size", ""), "--input-size"),
+    (("train", "--preset", "digits", "--out", "link"), "--out link is a link to nothing"),
+    (("export", *BUNDLE, "2:4", "net.onnx", "--int8", "--data", "empty"), "--data empty"),
     (("inspect", "users_model:build", "--input-size", "100000,100000,100000"), "--input-size"),
     (("inspect", "users_model:build", "--why", "nothing"), "nothing"),
     (("inspect", "users_model:broken"), "RuntimeError"),

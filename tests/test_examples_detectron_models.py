@@ -289,10 +289,11 @@ def test_distillation_is_a_switch(mask_rcnn: tuple[Setup, cocktail.CocktailNet],
         trainer = trainer_of(changed(mask_rcnn[0], tmp_path / str(switch), "COCKTAIL.DISTILL", switch), net)
         trainer.fit()
         found[switch] = trainer.history.rounds
-    with_, without = ([r.losses for r in found[switch]] for switch in (True, False))
-    assert with_[0] == without[0]  # round 0 is dense alone
-    sparse = [name for name in with_[-1][-1] if name != "dense"]
-    assert sparse and all(with_[-1][-1][name] != without[-1][-1][name] for name in sparse)
+    assert found[True][0].losses == found[False][0].losses  # round 0 is dense alone
+    with_, without = ([epoch for r in found[switch] for epoch in r.losses] for switch in (True, False))
+    pairs = zip(with_, without, strict=True)
+    sparse = [(a[name], b[name]) for a, b in pairs for name in a if name != "dense"]
+    assert sparse and all(a != b for a, b in sparse)
 
 
 def test_mutualnet_draws_sides_of_images_and_boxes(
@@ -392,7 +393,7 @@ def test_a_process_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
     """By what ``--num-gpus 2`` starts: a process says what is wrong (a file that is not there), then the launcher."""
     program = "import sys, train_net; sys.exit(train_net.launch(1, sys.argv[1:]))"
     command = [sys.executable, "-c", program, "--config-file", str(tmp_path / "none.yaml"), "--num-gpus", "0"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(EXAMPLE), *sys.path])}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 1
     assert "none.yaml" in done.stderr and "process 0 of 1 ended with status 1" in done.stderr

@@ -142,6 +142,17 @@ def prepared() -> Any:
     return Accelerator(cpu=True, dataloader_config=configuration).prepare(DataLoader(data(), 8, shuffle=True))
 
 
+class Late(Each):
+    """Makes its generator in its first pass."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+
+    def order(self) -> list[int]:
+        self.rng = self.rng or np.random.default_rng(3)
+        return self.rng.permutation(N).tolist()
+
+
 KINDS: dict[str, Any] = {
     "list": batches,
     "tuple": lambda: tuple(batches()),
@@ -158,12 +169,15 @@ KINDS: dict[str, Any] = {
     "reused memory": Reusing,
     "hostile": Hostile,
     "prepared by Accelerate": prepared,
+    "generator made in the first pass": Late,
 }
 ODD: dict[str, Any] = {"endless": Endless, "shrinking": Shrinking, "closes badly": ClosesBadly}
 
 
 def run(loader: Any, out: Path | None = None, **options: Any) -> cocktail.CoTrainer:
-    settings = {"rounds": 1, "merge": False, "epochs": 2, "rewind_epoch": 1, "val_loader": loader, **options}
+    # another loader is measured by: a pass over the same one would make its generators before a state is read
+    held = {"val_loader": batches()[:2]}
+    settings = {"rounds": 1, "merge": False, "epochs": 2, "rewind_epoch": 1, **held, **options}
     return tiny_trainer(tiny_net(patterns=["1:2"]), out, recipe="cocktail", train_loader=loader, **settings)
 
 
@@ -249,6 +263,14 @@ def test_what_can_be_gone_through_only_once_is_refused_at_the_start(loader: Any,
     with pytest.raises(TrainingError, match="iterable again and again") as caught:
         run(loader(), val_loader=None, steps_per_epoch=steps)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "loader", [lambda: iter(batches()), lambda: (b for b in batches()), lambda: iter(DataLoader(data(), 8))]
+)
+def test_held_out_batches_that_can_be_gone_through_only_once_are_refused_at_the_start(loader: Any) -> None:
+    with pytest.raises(TrainingError, match="val_loader must be iterable again and again"):
+        run(batches(), val_loader=loader())
 
 
 @pytest.mark.parametrize("loader", [[], 7, None, DataLoader(data(4), 8, drop_last=True)])

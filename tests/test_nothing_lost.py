@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
@@ -267,6 +269,10 @@ class Sam(torch.optim.SGD):
             r"ReduceLROnPlateau\.step\(\) needs a metrics",
         ),
         ({"schedule": lambda o, n: None}, "must return a torch learning-rate scheduler"),
+        ({"optimizer": lambda p: Sam(p, lr=-1)}, r"optimizer\(parameters\) raised ValueError .* for a list of"),
+        ({"optimizer": lambda p: torch.optim.SparseAdam(list(p))}, r"SparseAdam\.step\(\) raised RuntimeError"),
+        ({"schedule": lambda o: None}, r"schedule\(optimizer, steps\) raised TypeError .* for steps="),
+        ({"out": ""}, "out_dir must be a folder's path, got ''"),
     ],
 )
 def test_what_cannot_be_stepped_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:
@@ -379,6 +385,71 @@ def test_a_failure_after_training_loses_no_step(what: str, recipe: str, folder: 
     again.fit()
     assert steps[0] == first  # not one step was made again
     assert_identical(result(again), result(whole))
+
+
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("event", ["StepDone", "EpochEnded", "RoundEnded", "NetworkFinished", "Finished"])
+def test_a_callback_that_raises_loses_no_step(event: str, active: bool, tmp_path: Path) -> None:
+    steps, left, broken = [0], [10**9], [False]
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        steps[0] += output.requires_grad
+        return F.cross_entropy(output, target)
+
+    def callback(told: Any) -> None:
+        if broken[0] and steps[0] >= left[0] and type(told).__name__ == event:
+            if active:
+                trainers[-1].net.switch("1:2")
+            raise ValueError("a callback's own error")
+
+    def trainer(out: Path | None) -> cocktail.CoTrainer:
+        made = run(out, loss_fn=loss_fn, save_minutes=60, save_seconds=1e6, event_seconds=0, callbacks=[callback])
+        trainers.append(made)
+        return made
+
+    trainers: list[cocktail.CoTrainer] = []
+    whole = trainer(None)
+    whole.fit()
+    first, left[0] = steps[0], 1 if event == "RoundEnded" else steps[0]
+    for folder in (tmp_path, None):
+        steps[0], broken[0] = 0, True
+        with pytest.raises(ValueError, match="a callback's own error") as caught:
+            trainer(folder).fit()
+        assert trainers[-1].net.active == "dense"
+        said = "".join(caught.value.__notes__)
+        assert "The run was saved in " in said
+        found = re.search(r"out_dir='([^']+)'", said)
+        broken[0] = False
+        again = trainer(folder or Path(found[1] if found else ""))
+        again.fit()
+        assert steps[0] == first  # not one step was made again
+        assert_identical(result(again), result(whole))
+
+
+def test_a_metric_that_stops_giving_scores_loses_no_step() -> None:
+    given = [0]
+
+    def metric(output: Tensor, target: Tensor) -> Tensor:
+        given[0] += 1
+        return (output.argmax(1) == target)[: 0 if given[0] > 4 else None]
+
+    with pytest.raises(TrainingError, match=r"nothing to evaluate on: .* The run was saved in .* goes on from there"):
+        run(None, metric=metric).fit()
+
+
+def test_a_disk_that_fails_after_training_leaves_a_bundle(tmp_path: Path) -> None:
+    def callback(event: Any) -> None:
+        if type(event).__name__ == "NetworkFinished" and event.done == event.total:
+            shutil.rmtree(tmp_path / "state")
+            (tmp_path / "state").touch()
+
+    trainer = run(tmp_path, callbacks=[callback])
+    with pytest.raises(TrainingError, match="cannot be written") as caught:
+        trainer.fit()
+    found = re.search(r"from_pretrained\('([^']+)', model\)", str(caught.value))
+    assert found and "\n" not in str(caught.value)
+    again = cocktail.from_pretrained(found[1], copy.deepcopy(trainer.net.model))
+    assert set(again.masks) == set(trainer.net.masks) and set(again.metrics) == set(trainer.net.metrics)
 
 
 def test_what_fails_in_finish_leaves_the_net_and_saves_it(tmp_path: Path) -> None:

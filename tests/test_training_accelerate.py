@@ -149,9 +149,8 @@ def test_half_precision_stays_inside_training_passes() -> None:
         assert output.dtype == torch.float32
         return output.argmax(1) == target
 
-    trainer = plain_trainer(
-        train_loader=uneven(), forward_fn=forward_fn, loss_fn=loss_fn, metric=metric, mixed_precision="bf16"
-    )
+    functions: dict[str, Any] = {"forward_fn": forward_fn, "loss_fn": loss_fn, "metric": metric}
+    trainer = plain_trainer(dtype=torch.float32, train_loader=uneven(), mixed_precision="bf16", **functions)
     with torch.autocast("cpu", torch.bfloat16):  # the caller's own does not leak in
         net = trainer.fit()
     assert torch.bfloat16 in dtypes["train"]
@@ -165,7 +164,7 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
     from cocktailsdk.training.recipes.steps import DENSE_STEP
     from cocktailsdk.training.stepper import Stepper
 
-    net = plain_net()
+    net = plain_net(dtype=torch.float32)
     huge: list[float] = [1.0]
     scaler = Precision("fp16").scaler(torch.device("cpu"))
     assert scaler is not None

@@ -44,7 +44,7 @@ class Loss:
         return self.act(loss) if self.at <= self.calls <= self.until and self.act is not None else loss
 
 
-class Crash(Exception):
+class Crash(BaseException):  # as a kill: an Exception of a callback is saved at
     pass
 
 

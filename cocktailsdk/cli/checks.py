@@ -237,6 +237,8 @@ def _exists(path: Path, option: str) -> bool:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CocktailError(f"{option} {path} is a link to nothing; give another path") from None
         return False
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -60,12 +60,12 @@ def export_subnet(
     from .nets import load_net
 
     format_of(path)  # before anything is built
-    net = load_net(bundle, model, trust_build_record)
     options = {}
     if int8:
         from .nets import preset_batches
 
         options = preset_batches(bundle, data)
+    net = load_net(bundle, model, trust_build_record)
     report = net.export(name, path, int8=int8, dynamic_batch=not fixed_batch, **options)
     if as_json:
         print_json(report.to_dict())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import CocktailError
 from .checks import output_file
 from .console import command, log_to, messages, print_json, results
 from .options import AsData
@@ -88,6 +89,8 @@ def inspect_model(
     sizes = [_size(text) for text in input_size or []]
     _check_views(full=full, groups=groups, group=bool(group), why=bool(why), svg=svg is not None, as_json=as_json)
     output_file(svg, "--svg")
+    if svg is not None and svg.suffix.lower() != ".svg":
+        raise CocktailError(f"--svg {svg} would hold an SVG drawing; write it to {svg.with_suffix('.svg')}")
 
     from ..inspection import inspect
     from .inputs import inputs_for
@@ -153,8 +156,8 @@ def _check_views(*, full: bool, groups: bool, group: bool, why: bool, svg: bool,
 
 
 def _size(text: str) -> tuple[int, ...]:
-    parts = [p for p in re.split(r"[,x\s]+", text.strip()) if p]
-    if not parts or not all(p.isdecimal() and int(p) > 0 for p in parts):
+    parts = re.split(r"\s*[,x]\s*|\s+", text.strip())
+    if not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise typer.BadParameter(f"{text!r} is no shape; write it like 3,224,224", param_hint="--input-size")
     size = tuple(int(p) for p in parts)
     if math.prod(size) > MOST_ELEMENTS:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import from_pretrained
-from ..errors import BundleError
+from ..errors import BundleError, TrainingError
 from ..net import CocktailNet
 from ..presets import PRESETS, get_preset
 from ..report.run import read_report
@@ -56,10 +56,15 @@ def preset_batches(path: Path, data: Path | None, most: int = 8) -> dict[str, An
         most: Training batches to calibrate on.
 
     Raises:
-        TrainingError: The data are not there.
+        TrainingError: The data are not there, or there is no preset that reads them.
     """
     report = read_report(run_folder(bundle_folder(path)))
     if report is None or report.preset not in PRESETS:
+        if data is not None:
+            raise TrainingError(
+                f"--data {data} is read by the preset of a run, and {path} is no run of a preset: leave it out, or "
+                "calibrate in Python, net.export(name, path, int8=True, calibration=batches)"
+            )
         return {}
     loaders = get_preset(report.preset).loaders(data)
     return {"calibration": list(islice(loaders.train, most)), "evaluation": list(loaders.test)}

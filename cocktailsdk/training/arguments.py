@@ -54,7 +54,7 @@ def check_kinds(*, alphas: Any, callbacks: Any, out_dir: Any) -> None:
         raise TrainingError(f"alphas must be numbers in (0, 1], like (1.0, 0.5), got {_short(alphas)}")
     if not isinstance(callbacks, Iterable):
         raise TrainingError(f"callbacks must be a list of functions, got {_short(callbacks)}")
-    if out_dir is not None and not isinstance(out_dir, str | PathLike):
+    if out_dir is not None and (not isinstance(out_dir, str | PathLike) or not str(out_dir)):
         raise TrainingError(f"out_dir must be a folder's path, got {_short(out_dir)}")
 
 

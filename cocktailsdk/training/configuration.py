@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..errors import TrainingError
 from ..io import open_regular
 from ..net import CocktailNet
-from .factories import check_optimizer, check_schedule
+from ..utils.blame import blamed
+from .factories import OPTIMIZER_HINT, SCHEDULE_HINT, check_optimizer, check_schedule
 from .options import Options
 
 __all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "stored_configuration"]
@@ -78,13 +79,15 @@ def _optimization(net: CocktailNet, options: Options) -> dict[str, Any]:
     parameters = [p for p in net.model.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError("the model has no parameter that requires a gradient: there is nothing to train")
-    optimizer = options.optimizer(parameters)
+    with blamed("optimizer(parameters)", lambda: f"for a list of {len(parameters)} parameters", OPTIMIZER_HINT):
+        optimizer = options.optimizer(parameters)
     check_optimizer(optimizer, net.model)
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
     steps = options.schedule_steps(options.first_round)
-    schedule = options.schedule(optimizer, steps)
+    with blamed("schedule(optimizer, steps)", lambda: f"for steps={steps}", SCHEDULE_HINT):
+        schedule = options.schedule(optimizer, steps)
     check_schedule(schedule)
     rates = []
     if isinstance(schedule, LambdaLR):

@@ -10,7 +10,16 @@ from torch import nn
 
 from ..errors import TrainingError
 
-__all__ = ["check_optimizer", "check_schedule", "foreign_parameters"]
+__all__ = ["OPTIMIZER_HINT", "SCHEDULE_HINT", "check_optimizer", "check_schedule", "foreign_parameters"]
+
+OPTIMIZER_HINT = (
+    "give a function that makes one of them, for example optimizer=lambda parameters: torch.optim.SGD(parameters, "
+    "lr=0.1)"
+)
+SCHEDULE_HINT = (
+    "give a function that makes one of both, for example schedule=lambda optimizer, steps: "
+    "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)"
+)
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:

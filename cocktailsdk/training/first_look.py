@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, TrainingError
 from ..modes import modes_kept, train_as_handed
+from ..utils.blame import blamed, one_line
 from ..utils.nested import default_forward, form_of
 from .distill import Classes, find_classes, no_soft_loss, untouched_buffers
 from .forward import loss_of, output_tensor
@@ -66,7 +67,9 @@ def _first(batches: Iterable[Any], what: str) -> Iterator[Iterable[Any]]:
         except CocktailError:
             raise
         except Exception as error:
-            raise TrainingError(f"{what} raised {type(error).__name__} ({_line(error)}) for its first batch") from error
+            raise TrainingError(
+                f"{what} raised {type(error).__name__} ({one_line(error)}) for its first batch"
+            ) from error
         if first is None:
             raise TrainingError(f"{what} gave no batches")
         yield first
@@ -85,13 +88,13 @@ def _pass(model: nn.Module, batch: Any, options: Options) -> tuple[Any, Any, Ten
     own = options.forward_fn is default_forward
     with modes_kept(model), torch.no_grad(), untouched_buffers(model):
         train_as_handed(model)
-        with _blamed(
+        with blamed(
             "the model" if own else "forward_fn(model, batch)",
             lambda: f"on the first batch, which is {form_of(batch)}",
             HINT if own else "it must return (output, target)",
         ):
             output, target = options.forward_fn(model, batch)
-        with _blamed(
+        with blamed(
             "loss_fn(output, target)",
             lambda: (
                 f"on the first batch, for an output that is {form_of(output)} and a target that is {form_of(target)}"
@@ -100,22 +103,6 @@ def _pass(model: nn.Module, batch: Any, options: Options) -> tuple[Any, Any, Ten
         ):
             loss = loss_of(output, target, options.loss_fn)
     return output, target, loss
-
-
-@contextmanager
-def _blamed(what: str, where: Any, hint: str) -> Iterator[None]:
-    """Name in one line what raised; errors that say so themselves pass."""
-    try:
-        yield
-    except (CocktailError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise TrainingError(f"{what} raised {type(error).__name__} ({_line(error)}) {where()}: {hint}") from error
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def try_metric(
@@ -147,7 +134,7 @@ def try_metric(
         nonlocal finite
         logits = output_tensor(output)
         finite = logits is None or bool(logits.isfinite().all())
-        with _blamed(
+        with blamed(
             "metric(output, target)",
             lambda: (
                 f"on the first batch of {names}, for an output that is {form_of(output)} and a target that is "
@@ -158,7 +145,7 @@ def try_metric(
             return metric(output, target)
 
     def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-        with _blamed("the model", lambda: f"on the first batch of {names}, which is {form_of(batch)}", HINT):
+        with blamed("the model", lambda: f"on the first batch of {names}, which is {form_of(batch)}", HINT):
             return options.forward_fn(model, batch)
 
     own = isinstance(metric, HeldOutLoss) or options.metric is None  # fits what the first look found

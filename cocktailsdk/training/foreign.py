@@ -18,7 +18,7 @@ from .history import History, Position, RoundHistory
 from .optimization import Optimization
 from .options import Options
 
-__all__ = ["Foreign", "check_masks", "check_state"]
+__all__ = ["Foreign", "check_classes", "check_masks", "check_state"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -129,6 +129,20 @@ def check_masks(shapes: Shapes, net: CocktailNet) -> None:
             _refuse("it has a mask that fits nothing,", key)
 
 
+def check_classes(said: Any) -> None:
+    """See that a state says where class logits are, or nothing of them.
+
+    Raises:
+        Foreign: It says something else.
+    """
+    if said is None:
+        return
+    kinds = {"axis": (int,), "shift": (bool,), "ignored": (int, type(None)), "size": (int, type(None))}
+    known = isinstance(said, Mapping) and "axis" in said and said.keys() <= kinds.keys()
+    if not known or any(type(value) not in kinds[key] for key, value in said.items()) or said["axis"] not in (1, -1):
+        _refuse("its classes are", said)
+
+
 def _refuse(what: str, found: Any) -> Never:
     said = " ".join(repr(found)[:200].split())
     raise Foreign(f"{what} {said[:57]}{'...' if len(said) > 57 else ''}")
@@ -174,8 +188,12 @@ def _check_generators(key: str, said: dict[str, Any] | list[Any], now: Mapping[s
     if isinstance(said, list):  # as release 0.1.0 wrote them
         now = {str(i): state for i, state in enumerate(s for s in now.values() if isinstance(s, Tensor))}
         said = {str(i): state for i, state in enumerate(said)}
-    if not _alike(said, now):
-        _refuse(f"{key!r} are not the states of {len(now)} generators but", said)
+        if said.keys() != now.keys():
+            _refuse(f"{key!r} are not the states of {len(now)} generators but", said)
+    # a loader may make its generators in its first pass, and drop them: only those on both sides can be compared
+    for path, state in said.items():
+        if not isinstance(path, str) or (path in now and not _alike(state, now[path])):
+            _refuse(f"{key!r} has another state of the generator {path!r:.40},", state)
 
 
 def _check_stream(said: Any) -> None:
@@ -234,17 +252,9 @@ def _check_numbers(state: dict[str, Any], net: CocktailNet) -> None:
             _refuse("it has judged", row)
         if name not in net.names:
             _refuse("it has judged", row)
-    _check_classes(state["classes"])
+    check_classes(state["classes"])
     if type(state.get("skipped_in_a_row", 0)) is not int:
         _refuse("its skipped steps are", state["skipped_in_a_row"])
-
-
-def _check_classes(said: dict[str, Any] | None) -> None:
-    if said is None:
-        return
-    kinds = {"axis": (int,), "shift": (bool,), "ignored": (int, type(None)), "size": (int, type(None))}
-    if not {"axis"} <= said.keys() <= kinds.keys() or any(type(v) not in kinds[k] for k, v in said.items()):
-        _refuse("its classes are", said)
 
 
 def _check_average(said: Any, parameters: Shapes, options: Options) -> None:

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import TrainingError
 
-__all__ = ["attribute", "epoch_length", "generator_states", "loader_length", "set_epoch", "set_generator_states"]
+__all__ = [
+    "attribute",
+    "epoch_length",
+    "generator_states",
+    "loader_length",
+    "make_generators",
+    "refuse_spent",
+    "set_epoch",
+    "set_generator_states",
+]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +80,24 @@ def _parts(thing: Any) -> list[tuple[str, Any]]:
 def generator_states(loader: Any) -> States:
     """States of the loader's own random generators (its samplers' included), as tensors and plain values."""
     return {path: _state(generator) for path, generator in _generators(loader).items()}
+
+
+def make_generators(loader: Any, states: Any) -> None:
+    """Draw one batch where a loader makes its generators in its first pass, so that their states can be put back.
+
+    Args:
+        loader: Any iterable.
+        states: From :func:`generator_states`, of the same loader in another process.
+    """
+    if not isinstance(states, Mapping) or states.keys() <= _generators(loader).keys():
+        return
+    try:
+        batches = iter(loader)
+        next(batches, None)
+        if isinstance(batches, Generator):
+            batches.close()
+    except Exception as error:  # the run meets it again, where it can say which batch it was
+        log.debug("a loader raised %s for its first batch", error)
 
 
 def set_generator_states(loader: Any, states: Mapping[str, Any] | Sequence[Tensor]) -> None:
@@ -154,8 +181,7 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
     """
     if not isinstance(loader, Iterable):
         raise TrainingError(f"train_loader must be an iterable of batches, got {type(loader).__name__}")
-    if isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools"):
-        raise _spent(loader)
+    refuse_spent(loader, "train_loader")
     length = loader_length(loader)
     steps = length if steps is None else steps
     states = generator_states(loader)
@@ -181,6 +207,17 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
             "larger than the data?)"
         )
     return steps
+
+
+def refuse_spent(loader: Any, name: str) -> None:
+    """Refuse what can be gone through only once, as far as its type says so: generators, ``iter(list)``, ``zip``, …
+
+    Raises:
+        TrainingError: It can.
+    """
+    once = ("builtins", "itertools", "torch.utils.data.dataloader")
+    if isinstance(loader, Iterator) and type(loader).__module__ in once:
+        raise _spent(loader, name)
 
 
 def loader_length(loader: Any) -> int | None:
@@ -216,8 +253,8 @@ def _count(loader: Iterable[Any], most: int | None) -> int:
     return count
 
 
-def _spent(loader: Any) -> TrainingError:
+def _spent(loader: Any, name: str = "train_loader") -> TrainingError:
     return TrainingError(
-        f"train_loader must be iterable again and again, but a {type(loader).__name__} is spent after one epoch; "
+        f"{name} must be iterable again and again, but a {type(loader).__name__} is spent after one epoch; "
         "give the loader itself, not iter(loader) or a generator"
     )

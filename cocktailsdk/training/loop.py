@@ -19,7 +19,8 @@ from ..norms import running_norms
 from ..patterns.base import DENSE
 from ..sharding import reshard_after_forward
 from ..statistics import device_of
-from ..utils.nested import tensors_in
+from ..utils.blame import MISFITS, blamed
+from ..utils.nested import form_of, tensors_in
 from ..weight_caches import forget_derived
 from .arguments import check_numbers
 from .batches import HeldBatches, to_device
@@ -29,10 +30,11 @@ from .course import names_until, networks_of, round_masks, step_of
 from .distill import Classes, Distillation, DistillFn, find_classes
 from .execution import Execution
 from .finite import not_finite
-from .foreign import Foreign, check_masks
+from .foreign import Foreign, check_classes, check_masks
 from .forward import ForwardFn, default_forward, detached
 from .kept import pack_masks, unpack_masks
 from .left_out import weight_sums
+from .loader_state import refuse_spent
 from .loop_step import LoopStep, beyond, needs_trainer
 from .metrics import MetricFn, accuracy_of, mean_score
 from .precision import without_autocast
@@ -283,6 +285,7 @@ class CoLoop:
         if self.current is not None or self._round()[0] < len(self._plan):
             raise TrainingError(f"finish() comes after the last round; {self.done} of {self.total} steps are done")
         self._check_trained()
+        refuse_spent(val_loader, "val_loader")
         device = device_of(net.model)
         statistics, metrics = dict(net.statistics), dict(net.metrics)
         try:
@@ -307,7 +310,8 @@ class CoLoop:
             net.metrics.clear()
             net.metrics.update(metrics)
             what = error if isinstance(error, CocktailError) else f"{type(error).__name__}: {error}"
-            where = rescued_bundle(net) or "The trained weights and masks are in the net: call finish() again"
+            saved = rescued_bundle(net, "call finish() again, or ")
+            where = saved or "The trained weights and masks are in the net: call finish() again"
             raise TrainingError(f"finish() failed ({' '.join(str(what).split())}). {where}") from error
         return net
 
@@ -384,9 +388,7 @@ class CoLoop:
         if not all(isinstance(t, Tensor) for t in state["masks"].values()) or not 0 <= state["done"] <= self.total:
             raise Foreign(f"{state['done']} of {self.total} steps are done")
         check_masks({name: tuple(t.shape) for name, t in state["masks"].items()}, self._net)
-        classes = state.get("classes")
-        if classes is not None and not (isinstance(classes, Mapping) and "axis" in classes):
-            raise Foreign(f"its classes are {classes!r:.60}")
+        check_classes(state.get("classes"))
 
     def _round(self) -> tuple[int, int]:
         """The round of the next step, and how many of its steps are done; after the last step, of that one."""
@@ -427,7 +429,13 @@ class CoLoop:
                 "sparse steps learn from the dense network's output for the same batch: give it, `loop.step(batch)`; "
                 "distill_weight=0 trains without"
             )
-        with torch.no_grad():
+        said = blamed(
+            "the model",
+            lambda: f"on the batch that step() was given, which is {form_of(batch)}",
+            "if the model takes such batches otherwise, give CoLoop a forward_fn(model, batch) -> (output, target)",
+            MISFITS if self._forward is default_forward else (),
+        )
+        with torch.no_grad(), said:
             return self._execution.teacher(to_device(batch, device_of(self._net.model)))
 
     def _loss(self, step: LoopStep, loss: Tensor, output: Any, target: Any) -> Tensor:

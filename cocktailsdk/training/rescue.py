@@ -1,4 +1,4 @@
-"""Work saved where it would be lost: something failed after training, and nowhere to save to was given."""
+"""Work saved where it would be lost: something failed after training."""
 
 from __future__ import annotations
 
@@ -8,18 +8,42 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import TrainingError
 from .state import FolderStore, MemoryStore
+from .writing import DiskFailed
 
 if TYPE_CHECKING:
     from ..net import CocktailNet
     from .session import Session
 
-__all__ = ["rescued_bundle", "rescued_run"]
+__all__ = ["rescued_bundle", "saved_run"]
 
 log = logging.getLogger(__name__)
 
 
-def rescued_run(session: Session, configuration: Mapping[str, Any]) -> str | None:
+def saved_run(session: Session, configuration: Mapping[str, Any], *, tell: bool = True) -> str:
+    """Save a run that failed: in its folder, or without one in a new temporary folder.
+
+    Args:
+        session: The run, at a moment from which it can be resumed.
+        configuration: Of the run.
+        tell: Whether to tell the callbacks.
+
+    Returns:
+        Where it is and how to resume it, or why it could not be saved.
+    """
+    try:
+        path = session.save(interrupted=True, tell=tell)
+    except DiskFailed as error:
+        return f"The run could not be saved: {error} {rescued_bundle(session.net) or ''}".rstrip()
+    except TrainingError as error:
+        return f"The run could not be saved: {error}"
+    if path is not None:
+        return f"The run was saved in {path}: the same call goes on from there"
+    return _rescued_run(session, configuration) or session.store.standing
+
+
+def _rescued_run(session: Session, configuration: Mapping[str, Any]) -> str | None:
     """Write the state of a run without ``out_dir`` to a new temporary folder.
 
     Returns:
@@ -41,8 +65,12 @@ def rescued_run(session: Session, configuration: Mapping[str, Any]) -> str | Non
     return f"The run was saved in {folder}: the same call with out_dir={str(folder)!r} goes on from there"
 
 
-def rescued_bundle(net: CocktailNet) -> str | None:
+def rescued_bundle(net: CocktailNet, hint: str = "") -> str | None:
     """Save a net's weights and masks to a new temporary folder.
+
+    Args:
+        net: The networks.
+        hint: What else may be typed.
 
     Returns:
         Where they are and what to type; ``None`` where they cannot be written.
@@ -51,7 +79,7 @@ def rescued_bundle(net: CocktailNet) -> str | None:
     if folder is None:
         return None
     return (
-        f"The trained weights and masks are in the net, and saved in {folder / 'bundle'}: call finish() again, or "
+        f"The trained weights and masks are in the net, and saved in {folder / 'bundle'}: {hint}"
         f"cocktailsdk.from_pretrained({str(folder / 'bundle')!r}, model)"
     )
 

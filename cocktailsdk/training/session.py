@@ -25,7 +25,7 @@ from .averaging import Average
 from .batches import HeldBatches, to_device
 from .course import Plan, names_until, networks_of, step_of
 from .distill import Classes
-from .events import Event, Saved, StepSkipped
+from .events import Callback, Event, Saved, StepSkipped
 from .execution import Execution
 from .finite import SECONDS, LossWatch, Place, Skips, not_finite
 from .history import History, Position
@@ -43,13 +43,17 @@ from .sharing import inputs_of
 from .state import Store
 from .stream import Stream
 
-__all__ = ["LoaderFailed", "Session", "load_tensors", "model_tensors"]
+__all__ = ["CallbackFailed", "LoaderFailed", "Session", "load_tensors", "model_tensors"]
 
 log = logging.getLogger(__name__)
 
 
 class LoaderFailed(Exception):
     """A loader or other code of the user's raised, at a moment from which the run can be resumed; it is the cause."""
+
+
+class CallbackFailed(Exception):
+    """A callback raised, at a moment from which the run can be resumed; its error is the cause."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -159,22 +163,37 @@ class Session:
         """Tell the callbacks. Only where the run can be resumed: an interrupt here saves, then stops the run.
 
         Of several processes the main one tells; all stop where one was interrupted.
+
+        Raises:
+            CallbackFailed: A callback raised, or left a subnetwork active.
+            Stopped: The run was asked to stop.
         """
         stop = False
         try:
             for callback in self.options.callbacks if self.ranks.is_main else ():
-                callback(event)
-                if self.net.active != DENSE:
-                    raise TrainingError(
-                        f"a callback left {self.net.active!r} active after {type(event).__name__}, and training would "
-                        f"go on in it: use it within `with net.using({self.net.active!r}):`"
-                    )
+                self._tell(callback, event)
         except KeyboardInterrupt:
             if self.interrupts.again:
                 raise
             stop = True
         if self.ranks.any(stop or self.interrupts.requested):
             raise Stopped
+
+    def _tell(self, callback: Callback, event: Event) -> None:
+        active = DENSE
+        try:
+            callback(event)
+        except Exception as error:
+            raise CallbackFailed from error
+        finally:
+            if self.net.active != DENSE:  # whose weights are the run's
+                active = self.net.active
+                self.net.switch(DENSE)
+        if active != DENSE:
+            raise CallbackFailed from TrainingError(
+                f"a callback left {active!r} active after {type(event).__name__}, and training would go on in it: use "
+                f"it within `with net.using({active!r}):`"
+            )
 
     def stop_if_asked(self) -> None:
         """End the run here if it was asked to stop, where it can be resumed; several processes do so at events."""
@@ -229,8 +248,12 @@ class Session:
     def _is_late(self) -> bool:
         return time.monotonic() - self._saved >= 60 * self.options.save_minutes
 
-    def save(self, *, interrupted: bool = False) -> Path | None:
+    def save(self, *, interrupted: bool = False, tell: bool = True) -> Path | None:
         """Write the run's state; where it went.
+
+        Args:
+            interrupted: Whether the run ends here.
+            tell: Whether to tell the callbacks.
 
         Raises:
             TrainingError: Where losses or weights are not finite any more, and where the disk fails. The states before
@@ -249,7 +272,7 @@ class Session:
             self.emit(event)
             return path
         log.info("interrupted; the same call goes on from %s", path)
-        for callback in self.options.callbacks if self.ranks.is_main else ():
+        for callback in self.options.callbacks if self.ranks.is_main and tell else ():
             callback(event)
         return path
 

@@ -17,6 +17,7 @@ from ..net import CocktailNet
 from ..patterns.base import DENSE
 from ..sharding import local
 from ..statistics import statistics_of
+from ..utils.blame import one_line
 from .distill import Classes, Distillation, DistillFn
 from .execution import Execution
 from .forward import ForwardFn, LossFn, detached, loss_of
@@ -241,11 +242,14 @@ def _stepped(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
     if scaler is None:
         try:
             optimizer.step()
-        except (TypeError, AssertionError) as error:  # of those whose closure has a default all the same (SAM)
-            said = " ".join(str(error).split())
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            # of those that want a closure although it has a default (SAM), or other gradients (SparseAdam)
             raise TrainingError(
-                f"{type(optimizer).__name__}.step() raised {type(error).__name__} ({said}): give an optimizer that "
-                "steps without arguments, for example optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+                f"{type(optimizer).__name__}.step() raised {type(error).__name__} ({one_line(error)}): give an "
+                "optimizer that steps without arguments and takes dense gradients, for example "
+                "optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
             ) from error
         return False
     scaler.step(optimizer)

@@ -18,7 +18,7 @@ from ..net import CocktailNet
 from ..patterns.base import DENSE
 from ..sharding import is_sharded, sharded
 from .arguments import check_kinds, check_numbers, one_budget
-from .batches import HeldBatches, epoch_length, generator_states, loader_length, set_generator_states
+from .batches import HeldBatches
 from .budget import Division, divide_steps, finishing_epochs, rewind_epoch_of
 from .configuration import describe, fingerprint, stored_configuration
 from .distill import Classes, DistillFn
@@ -30,24 +30,33 @@ from .forward import ForwardFn, LossFn, default_forward
 from .history import History, Position
 from .interrupt import Interrupts, Stopped
 from .launch import accumulated, connected, launched, precision_of, shard
+from .loader_state import (
+    epoch_length,
+    generator_states,
+    loader_length,
+    make_generators,
+    refuse_spent,
+    set_generator_states,
+)
 from .merging import finish, merge_rounds
-from .metrics import MetricFn, mean_score
+from .metrics import MetricFn, NothingScored, mean_score
 from .options import OptimizerFactory, Options, default_optimizer
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .precision import MixedPrecision, without_autocast
 from .provenance import note_training
 from .randomness import forked
 from .recipes import Recipe, recipe_named
-from .rescue import rescued_run
+from .rescue import rescued_bundle, saved_run
 from .rounds import train_rounds
 from .schedules import ScheduleFactory, cosine_restarts
 from .search import ALPHAS
-from .session import LoaderFailed, Session, model_tensors
+from .session import CallbackFailed, LoaderFailed, Session, model_tensors
 from .shared_store import SharedStore
 from .sharing import held_out_loader, shared_loader
 from .state import FolderStore, MemoryStore, Store
 from .stored import parameters_stored
 from .stream import Stream
+from .writing import DiskFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -235,6 +244,7 @@ class CoTrainer:
         one_budget(epochs=epochs, total_steps=total_steps, total_hours=total_hours)
         if not isinstance(recipe, Recipe):
             recipe = recipe_named(recipe)
+        refuse_spent(val_loader, "val_loader")
         if merge and recipe.merges and val_loader is None:
             raise TrainingError("merging needs held-out data: give val_loader, or merge=False")
         if start not in ("scratch", "pretrained"):
@@ -393,6 +403,7 @@ class CoTrainer:
             again = held_out_loader(loader, ranks)
             batches = HeldBatches(loader, (self._options.seed, "evaluation"), self._device, again=again)
             if self._options.metric is None and self._classes is None:
+                refuse_spent(loader, "loader")  # the look takes its first batch
                 self._classes = look(net.model, batches, self._options)
             metric = choose_metric(self._classes, self._options)
             chosen = [DENSE, *(n for n in net.names if n in net.masks)] if names is None else names
@@ -489,16 +500,15 @@ class CoTrainer:
         first = ranks.from_main(lambda: generator_states(self._train_loader))
         if state is not None:
             first = state["first_generators"]
+            make_generators(self._train_loader, first)
         if state is not None or ranks.world > 1:
             set_generator_states(self._train_loader, first)
         if ranks.world > 1:
             ranks.align(tensor for tensor in model_tensors(net.model).values() if not is_sharded(tensor))
-        recalibration = HeldBatches(
-            self._shared_loader, (options.seed, "recalibration"), self._device, options.recalibration_batches
-        )
         if state is None:
-            classes = look(net.model, recalibration, options)
+            classes = look(net.model, self._recalibration(), options)
             self._classes = ranks.from_main(lambda: classes)
+            first = ranks.from_main(lambda: {**generator_states(self._train_loader), **first})  # and those made now
         else:
             self._classes = None if state["classes"] is None else Classes(**state["classes"])
         session = Session(
@@ -507,7 +517,7 @@ class CoTrainer:
             plan=self._plan,
             train_loader=self._train_loader,
             shared_loader=self._shared_loader,
-            recalibration=recalibration,
+            recalibration=self._recalibration(),
             held_out=None
             if self._val_loader is None
             else HeldBatches(self._val_loader, (options.seed, "held out"), self._device, again=self._shared_held_out),
@@ -534,8 +544,14 @@ class CoTrainer:
         elif session.held_out is not None:
             try_metric(net.model, session.held_out, options, session.metric, ranks)
         if ranks.world > 1 and session.execution is not None and session.position.phase != "done":
-            session.execution.prepare(next(iter(recalibration)), options.loss_fn)
+            session.execution.prepare(next(iter(session.recalibration)), options.loss_fn)
         return session
+
+    def _recalibration(self) -> HeldBatches:
+        options = self._options
+        return HeldBatches(
+            self._shared_loader, (options.seed, "recalibration"), self._device, options.recalibration_batches
+        )
 
     def _execution(self) -> Execution:
         options = self._options
@@ -572,24 +588,28 @@ class CoTrainer:
 
 @contextmanager
 def _stopping(session: Session, configuration: Mapping[str, Any]) -> Iterator[None]:
-    """Save where the run was asked to stop, or a loader, a metric or the model raised; then end it."""
+    """Save where the run was asked to stop, or a loader, a metric, the model or a callback raised; then end it."""
     try:
         yield
     except Stopped:
         session.save(interrupted=True)
         raise session.interrupts.error() from None
-    except LoaderFailed as failed:
+    except (LoaderFailed, NothingScored) as failed:
         if session.ranks.world > 1:  # saving takes all of them, and the others' loaders did not fail
             raise TrainingError(str(failed)) from failed.__cause__
-        try:
-            saved = session.save(interrupted=True)
-        except TrainingError as error:
-            raise TrainingError(f"{failed}. The run could not be saved: {error}") from failed.__cause__
-        if saved:
-            where = f"The run was saved in {saved}: the same call goes on from there"
-        else:
-            where = rescued_run(session, configuration) or session.store.standing
-        raise TrainingError(f"{failed}. {where}") from failed.__cause__
+        said = str(failed).rstrip("?")
+        raise TrainingError(f"{said}. {saved_run(session, configuration)}") from failed.__cause__
+    except CallbackFailed as failed:
+        error = failed.__cause__
+        assert error is not None
+        if session.ranks.world == 1:
+            error.add_note(saved_run(session, configuration, tell=False))
+        raise error from error.__cause__
+    except DiskFailed as error:
+        trained = session.position.phase in ("finish", "done")
+        if not trained or session.ranks.world > 1 or (where := rescued_bundle(session.net)) is None:
+            raise
+        raise TrainingError(f"{error} {where}") from error.__cause__
 
 
 def _device_of(net: CocktailNet) -> torch.device:

@@ -18,7 +18,17 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..io import open_regular
 
-__all__ = ["Sink", "Written", "clean", "read_sum", "tensor_bytes", "write_atomic", "write_tensors", "write_whole"]
+__all__ = [
+    "DiskFailed",
+    "Sink",
+    "Written",
+    "clean",
+    "read_sum",
+    "tensor_bytes",
+    "write_atomic",
+    "write_tensors",
+    "write_whole",
+]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -92,6 +102,10 @@ class Sink:
         return self._sum.hexdigest()
 
 
+class DiskFailed(TrainingError):
+    """A file of a run cannot be written."""
+
+
 def write_whole(
     path: Path,
     fill: Callable[[Sink], None],
@@ -112,7 +126,7 @@ def write_whole(
         standing: What is said of the state before, where the disk fails.
 
     Raises:
-        TrainingError: Where the disk is full or fails otherwise. Nothing is left of the file then.
+        DiskFailed: The disk is full or fails otherwise. Nothing is left of the file then.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     sink: Sink | None = None
@@ -136,7 +150,7 @@ def write_whole(
         beside.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise TrainingError(_failed(path, error, 0 if sink is None else sink.bytes, standing)) from error
+        raise DiskFailed(_failed(path, error, 0 if sink is None else sink.bytes, standing)) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)

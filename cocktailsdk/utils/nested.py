@@ -53,8 +53,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def _from_numpy(array: np.ndarray[Any, Any], device: torch.device) -> Any:
     if array.dtype.kind not in "biufc":  # strings and objects have no tensor
         return array
-    # torch warns of read-only arrays and cannot take negative strides or foreign byte order
-    own = np.array(array, dtype=array.dtype.newbyteorder("="), copy=not array.flags.writeable, order="C")
+    # torch warns of read-only arrays and cannot take negative strides or foreign byte order: those are copied
+    own = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
     return torch.from_numpy(own).to(device)
 
 
@@ -150,7 +150,9 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     if isinstance(batch, tuple | list) and 1 <= len(batch) <= 2:
         x, target = (*batch, None)[:2]
         if isinstance(x, Mapping):
-            args, kwargs = _matched(model, dict(x), form_of(batch))
+            args, kwargs = _matched(
+                model, dict(x), form_of(batch), "batch[0]", "batch[1]" if len(batch) > 1 else "None"
+            )
             return args, kwargs, target
         if isinstance(x, tuple | list):
             return tuple(x), {}, target
@@ -183,12 +185,12 @@ def _split_named(model: nn.Module, batch: dict[str, Any]) -> tuple[tuple[Any, ..
         inputs = dict(batch)  # also for wrappers, which pass everything on
     elif key is not None and "labels" in names:
         inputs["labels"] = target  # as transformers' collators rename it
-    args, kwargs = _matched(model, inputs, form_of(batch), key)
+    args, kwargs = _matched(model, inputs, form_of(batch), target="None" if key is None else f"batch[{key!r}]")
     return args, kwargs, target
 
 
 def _matched(
-    model: nn.Module, inputs: dict[str, Any], form: str, key: str | None = None
+    model: nn.Module, inputs: dict[str, Any], form: str, source: str = "batch", target: str = "None"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keyword arguments as they are if ``forward`` takes them; a single tensor as its one input."""
     names, anything, required = _parameters(model)
@@ -200,10 +202,15 @@ def _matched(
     if len(tensors) == 1 and not others and len(required) <= 1 and names:
         return (tensors[0],), {}
     takes = ", ".join(names) or "nothing"
-    target = "None" if key is None else f"batch[{key!r}]"
+    known = [name for name in names if name in inputs]
+    if known:
+        given = ", ".join(f"{name}={source}[{name!r}]" for name in known)
+    else:  # the largest tensor is more likely the input than an index is
+        key = max(unknown, key=lambda name: value.numel() if isinstance(value := inputs[name], Tensor) else -1)
+        given = f"{source}[{key!r}]"
     raise TrainingError(
         f"the model's forward takes ({takes}) and the batch is {form}: say how to use it, for example "
-        f"forward_fn=lambda model, batch: (model(batch[{unknown[0]!r}]), {target})"
+        f"forward_fn=lambda model, batch: (model({given}), {target})"
     )
 
 
