@@ -119,6 +119,25 @@ def test_every_recipe_goes_on_identically(name: str, tmp_path: Path) -> None:
     assert run.parameters_stored == whole.parameters_stored
 
 
+def test_iterative_pruning_from_pretrained_weights_keeps_them_as_the_dense_network(tmp_path: Path) -> None:
+    recipe, patterns = RECIPES["imp"]
+    given = {name: tensor.clone() for name, tensor in tiny_net(0, patterns).model.named_parameters()}
+
+    def trainer(**options: Any) -> cocktail.CoTrainer:
+        return tiny_trainer(
+            tiny_net(0, patterns), recipe=recipe, start="pretrained", epochs=1, rewind_epoch=None, **options
+        )
+
+    whole = trainer()
+    whole.fit()
+    assert all(torch.equal(p, given[name]) for name, p in whole.net.model.named_parameters())
+    with pytest.raises(KeyboardInterrupt):
+        trainer(out_dir=tmp_path, callbacks=[StopAt(ev.NetworkFinished, 2)]).fit()
+    again = trainer(out_dir=tmp_path)
+    again.fit()
+    assert_identical(result(again), result(whole))
+
+
 def test_a_run_stopped_many_times_goes_on_identically(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     net = tiny_net()
     for n in range(100):

@@ -52,6 +52,8 @@ def _enter_round(session: Session) -> None:
     if 0 < k <= options.rounds:
         if k == 1 and options.start == "pretrained":
             store.put(REWIND, model_tensors(session.net.model))
+            if options.recipe.weights == "own" and options.recipe.rounds == "levels":
+                session.history.weights[DENSE] = REWIND  # no round trains the dense network
         store.put(f"masks-{k:02d}", pack_masks(_make_masks(session, k)))
         if options.rewinds:
             load_tensors(session.net.model, store.get(REWIND))
