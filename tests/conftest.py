@@ -28,6 +28,10 @@ from cocktailsdk.graph.rules import RULES
 from cocktailsdk.patterns import registry
 from cocktailsdk.presets import PRESETS
 
+# Tests send Ctrl-C, which a shell's background jobs ignore, and with them the processes that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 settings.register_profile(
     "ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
