@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import cocktailsdk as cocktail
-from cocktailsdk.adapters import build_model
 from cocktailsdk.bundle import bundle_bytes
+from cocktailsdk.models import build_model
 from cocktailsdk.report.run import dense_bytes
 
 OUT = Path(__file__).resolve().parent / "results" / "bundle_size.json"

@@ -30,7 +30,7 @@ import torch
 from deploy_rows import GOAL, RUNTIMES_WANTED, WANTED, goal, in_order
 
 import cocktailsdk as cocktail
-from cocktailsdk.training.writing import write_atomic
+from cocktailsdk.io.atomic import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deploy.json"
 MODEL, SIDE = "resnet50", 224

@@ -26,6 +26,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from cocktailsdk.training.state.store.store import FolderStore
 
 from cocktailsdk import CocktailNet, CoTrainer, presets
 from cocktailsdk.bundle import write
@@ -33,8 +34,8 @@ from cocktailsdk.cli import runs
 from cocktailsdk.cli.main import app
 from cocktailsdk.patterns import NM, Channel, Unstructured
 from cocktailsdk.presets import Preset, digits
-from cocktailsdk.training import merging, rounds
-from cocktailsdk.training.state import FolderStore
+from cocktailsdk.training import rounds
+from cocktailsdk.training.merge import merging
 
 STARTING = "starting"
 PHASES: dict[CodeType, str] = {

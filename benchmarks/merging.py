@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from cocktailsdk.training.state.store.store import write_atomic
 from quality import trainer_of
 from quality_rows import Run
 from quality_tasks import TASKS
@@ -34,11 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 import cocktailsdk as cocktail
-from cocktailsdk.training import merging
 from cocktailsdk.training.events import AlphaChosen, Event, MergeStarted
+from cocktailsdk.training.merge import merging
+from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha
 from cocktailsdk.training.metrics import Score
-from cocktailsdk.training.search import Choice, choose_alpha
-from cocktailsdk.training.state import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merging.json"
 

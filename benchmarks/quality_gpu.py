@@ -33,9 +33,9 @@ from torch.optim import SGD, Optimizer
 
 import cocktailsdk as cocktail
 from cocktailsdk import CocktailError
-from cocktailsdk.datasets import Images, TensorLoader, cifar10
-from cocktailsdk.devices import available_device
+from cocktailsdk.presets.datasets import Images, TensorLoader, cifar10
 from cocktailsdk.presets.models import ResNet18
+from cocktailsdk.utils.devices import available_device
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality_gpu.json"
 EPOCHS, REWIND, BATCH, HELD_OUT = 150, 7, 128, 2_500

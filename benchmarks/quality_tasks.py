@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
-from cocktailsdk.datasets import Images, TensorLoader, cifar10, digits, normalise, random_shift
 from cocktailsdk.presets import Loaders
+from cocktailsdk.presets.datasets import Images, TensorLoader, cifar10, digits, normalise, random_shift
 from cocktailsdk.presets.models import CifarResNet, DigitsNet
 from cocktailsdk.training.schedules import ScheduleFactory, cosine, cosine_restarts
 

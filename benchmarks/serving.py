@@ -41,8 +41,8 @@ import torch
 from serving_figure import write_figure
 from serving_load import Batch, capacity, offer, schedule, windows
 
+from cocktailsdk.io.atomic import write_atomic
 from cocktailsdk.presets import get_preset
-from cocktailsdk.training.writing import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "serving.json"

@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cocktailsdk as cocktail
-from cocktailsdk.training.writing import write_atomic
+from cocktailsdk.io.atomic import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "switch.json"
 MODELS = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16"}

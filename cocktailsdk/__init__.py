@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import moved as _moved
 from .errors import (
     AdapterError,
     BundleError,
@@ -19,18 +20,16 @@ from .errors import (
     SubnetError,
     TrainingError,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .bundle import from_pretrained as from_pretrained
-    from .checks import Failure as Failure
-    from .checks import NMCheck as NMCheck
-    from .checks import verify_nm as verify_nm
-    from .counts import SubnetReport as SubnetReport
+    from .api import CocktailNet as CocktailNet
+    from .api import from_pretrained as from_pretrained
+    from .api import sparsify as sparsify
     from .inspection import Inspection as Inspection
     from .inspection import inspect as inspect
     from .masks import Mask as Mask
-    from .net import CocktailNet as CocktailNet
-    from .net import sparsify as sparsify
+    from .net.costs import SubnetReport as SubnetReport
     from .patterns import NM as NM
     from .patterns import UMG as UMG
     from .patterns import Block as Block
@@ -48,37 +47,40 @@ if TYPE_CHECKING:
     from .training import CoLoop as CoLoop
     from .training import CoTrainer as CoTrainer
     from .training import finetune as finetune
+    from .verify import Failure as Failure
+    from .verify import NMCheck as NMCheck
+    from .verify import verify_nm as verify_nm
 
-__version__ = "0.1.0"
+_moved.install()
 
 _WHERE = {
     "Block": ".patterns",
     "Channel": ".patterns",
     "CoLoop": ".training",
     "CoTrainer": ".training",
-    "CocktailNet": ".net",
+    "CocktailNet": ".api",
     "Depth": ".patterns",
-    "Failure": ".checks",
+    "Failure": ".verify",
     "Heads": ".patterns",
     "Inspection": ".inspection",
     "Mask": ".masks",
     "NM": ".patterns",
-    "NMCheck": ".checks",
+    "NMCheck": ".verify",
     "Pattern": ".patterns",
     "Product": ".patterns",
     "Subnet": ".patterns",
-    "SubnetReport": ".counts",
+    "SubnetReport": ".net.costs",
     "Transposable": ".patterns",
     "UMG": ".patterns",
     "Unstructured": ".patterns",
     "Vector": ".patterns",
     "finetune": ".training",
-    "from_pretrained": ".bundle",
+    "from_pretrained": ".api",
     "inspect": ".inspection",
     "register_pattern": ".patterns",
     "slim": ".slimming",
-    "sparsify": ".net",
-    "verify_nm": ".checks",
+    "sparsify": ".api",
+    "verify_nm": ".verify",
 }
 
 __all__ = [

@@ -26,12 +26,12 @@ from training_tiny import augment, result, tiny_images, tiny_net, tiny_trainer, 
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError, presets
 from cocktailsdk.cli.main import app
-from cocktailsdk.datasets import TensorLoader
 from cocktailsdk.presets import digits
-from cocktailsdk.sharding import local
+from cocktailsdk.presets.datasets import TensorLoader
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.ranks import digest
+from cocktailsdk.training.distributed.ranks import digest
 from cocktailsdk.training.recipes import masks as recipe_masks
+from cocktailsdk.utils.fsdp import local
 
 TIMEOUT = 400  # seconds, of a launch
 

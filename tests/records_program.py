@@ -12,8 +12,8 @@ import sys
 
 from record_models import WIDE, every_record
 
-from cocktailsdk.adapters import rebuilt
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.models import rebuilt
 
 FAMILIES = ("socket.", "subprocess.", "urllib.", "http.client.", "shutil.", "pty.", "webbrowser.")
 EVENTS = ("pickle.find_class", "builtins.input", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn")

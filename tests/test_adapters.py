@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cocktailsdk import adapters as registry
-from cocktailsdk.adapters import Adapter, adapters, build_model, example_inputs_for
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.models import Adapter, adapters, build_model, example_inputs_for
 
 
 def runs(model: nn.Module) -> object:

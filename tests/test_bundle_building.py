@@ -9,7 +9,7 @@ from tiny import TinyNet
 
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError
-from cocktailsdk.adapters import rebuilt, record_of
+from cocktailsdk.models import rebuilt, record_of
 
 
 def bert(**options):

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError, CocktailError
 from cocktailsdk.bundle.files import _to_json, read_meta
-from cocktailsdk.bundle.values import quoted
 from cocktailsdk.cli.completing import networks
 from cocktailsdk.cli.console import messages, results
 from cocktailsdk.cli.main import app
+from cocktailsdk.io.values import quoted
 from cocktailsdk.printable import all_printable, printable
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[bold red]\u2066\r"

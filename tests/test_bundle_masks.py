@@ -15,11 +15,11 @@ from torch import nn
 
 import cocktailsdk as cocktail
 from cocktailsdk import NM, Block, BundleError, Channel, Depth, Heads, Mask, Product, Transposable, Unstructured, Vector
+from cocktailsdk.api import CocktailNet
 from cocktailsdk.bundle import write
 from cocktailsdk.bundle.mask_checks import check_masks
-from cocktailsdk.net import CocktailNet
 from cocktailsdk.patterns import make_all_masks, parse_pattern, resolve_patterns
-from cocktailsdk.training.regrowth import regrown
+from cocktailsdk.training.rivals.regrowth import regrown
 
 LEVELS = st.lists(st.floats(0, 1), min_size=1, max_size=3, unique_by=lambda s: round(s, 3)).map(sorted)
 

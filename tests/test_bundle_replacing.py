@@ -11,8 +11,8 @@ import torch
 from tiny import TinyNet, tiny_net
 
 import cocktailsdk as cocktail
-from cocktailsdk.bundle import replacing
 from cocktailsdk.bundle.files import FILES, write_folder
+from cocktailsdk.io import folders as replacing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 

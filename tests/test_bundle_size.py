@@ -12,7 +12,7 @@ import torchvision
 import cocktailsdk as cocktail
 from cocktailsdk.bundle import bundle_bytes
 from cocktailsdk.report.run import dense_bytes
-from cocktailsdk.statistics import statistics_of
+from cocktailsdk.utils.batchnorm import statistics_of
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from cocktailsdk.choosing import read_profile
 from cocktailsdk.cli import checks
 from cocktailsdk.cli.group import PIPE_CLOSED
 from cocktailsdk.cli.main import app
-from cocktailsdk.devices import available_device
 from cocktailsdk.exporting.formats import FORMATS
-from cocktailsdk.nearest import nearest_subnets
 from cocktailsdk.presets import PRESETS
 from cocktailsdk.presets.images import MODELS
+from cocktailsdk.utils.devices import available_device
+from cocktailsdk.utils.nearest import nearest_subnets
 
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 MODEL = """

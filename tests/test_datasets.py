@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cocktailsdk import TrainingError
-from cocktailsdk.datasets import (
+from cocktailsdk.presets.datasets import (
     Images,
     TensorLoader,
     cifar10,

@@ -135,7 +135,7 @@ def test_of_what_cannot_be_exported_the_parts_are_followed() -> None:
 
 @pytest.mark.slow
 def test_a_detection_model_is_told_of_in_few_words(capfd: pytest.CaptureFixture[str]) -> None:
-    from cocktailsdk.adapters import build_model
+    from cocktailsdk.models import build_model
 
     found = cocktail.inspect(build_model("torchvision:ssdlite320_mobilenet_v3_large"))
     assert found.followed

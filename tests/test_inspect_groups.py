@@ -15,10 +15,10 @@ from tiny import TinyNet
 from torch import Tensor, nn
 
 import cocktailsdk as cocktail
-from cocktailsdk.adapters import build_model
 from cocktailsdk.errors import AdapterError, CocktailError
 from cocktailsdk.inspection import Inspection
 from cocktailsdk.inspection.names import folded, pattern_of
+from cocktailsdk.models import build_model
 from cocktailsdk.report.groups import groups_view
 
 SVG = "{http://www.w3.org/2000/svg}"

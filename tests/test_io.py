@@ -13,8 +13,8 @@ from tiny import TinyNet, tiny_net
 
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError
-from cocktailsdk.bundle import replacing
 from cocktailsdk.bundle.files import FILES, is_bundle, read_meta
+from cocktailsdk.io import folders as replacing
 from cocktailsdk.io import open_regular
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and FIFOs are of POSIX systems")

@@ -23,8 +23,8 @@ from training_tiny import assert_identical, result, tiny_net, tiny_trainer
 import cocktailsdk as cocktail
 from cocktailsdk.errors import TrainingError
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.batches import HeldBatches, draw, draw_groups
-from cocktailsdk.training.loader_state import epoch_length, generator_states, set_epoch, set_generator_states
+from cocktailsdk.training.data.batches import HeldBatches, draw, draw_groups
+from cocktailsdk.training.data.loader_state import epoch_length, generator_states, set_epoch, set_generator_states
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=40)
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from training_tiny import assert_identical, result
 
 import cocktailsdk as cocktail
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.forward import detached
+from cocktailsdk.training.step.forward import detached
 
 
 class Body(nn.Module):

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_net
 
-from cocktailsdk.levels import Level, nested_levels
 from cocktailsdk.masks import Mask
-from cocktailsdk.packed import PackedMasks
+from cocktailsdk.masks.nested import Level, nested_levels
+from cocktailsdk.masks.packed import PackedMasks
 
 SHAPES = {"a": (5, 7), "b": (), "c": (3, 2, 9), "d": (0, 4)}
 

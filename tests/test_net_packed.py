@@ -13,7 +13,7 @@ from tiny import tiny_net
 from torch import nn
 
 import cocktailsdk as cocktail
-from cocktailsdk.packed import PackedMasks, zero_by_numbers
+from cocktailsdk.masks.packed import PackedMasks, zero_by_numbers
 
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=4)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import cocktailsdk as cocktail
 from cocktailsdk import AdapterError, PatternError
-from cocktailsdk.selection import Selection
+from cocktailsdk.net.target_modules import Selection
 
 
 def eligible(target=None, exclude=None):

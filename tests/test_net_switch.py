@@ -13,7 +13,7 @@ from torch import nn
 
 import cocktailsdk as cocktail
 from cocktailsdk import Mask, PatternError, SubnetError
-from cocktailsdk.net import CocktailNet
+from cocktailsdk.api import CocktailNet
 
 
 def values(model):

@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_net
 
 from cocktailsdk import SubnetError
-from cocktailsdk.gate import Gate
+from cocktailsdk.net.rwlock import Gate
 
 WAIT = 30.0  # seconds after which something hangs
 

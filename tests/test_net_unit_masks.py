@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_net
 
-from cocktailsdk import unit_masks
-from cocktailsdk.unit_masks import UnitMasks
+from cocktailsdk.masks import units as unit_masks
+from cocktailsdk.masks.units import UnitMasks
 
 LEVELS = ("channel@0.1", "channel@0.469", "channel@0.651")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cocktailsdk.training.state.store.history import RoundHistory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,11 +26,10 @@ from training_tiny import assert_identical, result, tiny_loaders, tiny_net, tiny
 import cocktailsdk as cocktail
 from cocktailsdk.errors import TrainingError
 from cocktailsdk.report.run import NetworkRow, RunReport, read_report
-from cocktailsdk.training.history import RoundHistory
 from cocktailsdk.training.left_out import check_trained, weight_sums
+from cocktailsdk.training.merge.alpha_search import choose_alpha
 from cocktailsdk.training.metrics import HeldOutLoss, Score, mean_score, readable
 from cocktailsdk.training.score_sizes import check_size
-from cocktailsdk.training.search import choose_alpha
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -38,7 +38,7 @@ def test_the_option_a_shortcut_subsamples_and_pads() -> None:
 
 
 def test_the_trained_resnet20_loads_and_classifies(data_folder: Path) -> None:
-    from cocktailsdk.datasets import cifar10
+    from cocktailsdk.presets.datasets import cifar10
 
     preset = get_preset("cifar10", weights=data_folder / "resnet_cifar10" / "resnet20.safetensors")
     model = preset.build_model().eval()

@@ -23,8 +23,8 @@ from torch import nn
 
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError
-from cocktailsdk.adapters import best_record, rebuilt
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.models import best_record, rebuilt
 from cocktailsdk.records import Bounds, check_record, check_version, fenced, library, tables
 
 WORDS = torch.arange(12).view(1, 12)

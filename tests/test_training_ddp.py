@@ -15,8 +15,8 @@ from training_tiny import assert_identical
 
 from cocktailsdk import TrainingError
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.ranks import SINGLE, Ranks
-from cocktailsdk.training.sharing import examples, held_out_loader, part_of, shared_loader
+from cocktailsdk.training.distributed.ranks import SINGLE, Ranks
+from cocktailsdk.training.distributed.sharing import examples, held_out_loader, part_of, shared_loader
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_tiny import TinyNet, tiny_images, tiny_net, to_float
 
-from cocktailsdk.training.distill import Classes, find_classes, soft_cross_entropy, untouched_buffers
-from cocktailsdk.training.forward import default_forward
 from cocktailsdk.training.recipes import Step, Turn
-from cocktailsdk.training.stepper import Stepper
+from cocktailsdk.training.step.distill import Classes, find_classes, soft_cross_entropy, untouched_buffers
+from cocktailsdk.training.step.forward import default_forward
+from cocktailsdk.training.step.stepper import Stepper
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ranks_program import ROUNDING, PlainNet, launch, outcome
 from training_tiny import assert_identical, tiny_net
 
 import cocktailsdk as cocktail
-from cocktailsdk.sharding import is_sharded, like, local, plain_class, sharded, whole
+from cocktailsdk.utils.fsdp import is_sharded, like, local, plain_class, sharded, whole
 
 pytestmark = [
     pytest.mark.slow,

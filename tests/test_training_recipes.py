@@ -15,11 +15,11 @@ import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import Moment, Recipe, Step, Turn, recipe_named, recipes
-from cocktailsdk.training.recipes.alternating import Alternating
-from cocktailsdk.training.recipes.phases import Phases
 from cocktailsdk.training.recipes.steps import Pivot, Sandwich, Single, rotation
-from cocktailsdk.training.regrowth import correct_gradients
-from cocktailsdk.training.resolution import resized
+from cocktailsdk.training.rivals.alternating import Alternating
+from cocktailsdk.training.rivals.phases import Phases
+from cocktailsdk.training.rivals.regrowth import correct_gradients
+from cocktailsdk.training.step.resolution import resized
 
 PATTERNS: dict[str, Any] = {
     "imp": (cocktail.Unstructured(sparsities=[0.3, 0.5, 0.7]),),
@@ -410,9 +410,9 @@ def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
 
 
 def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
-    from cocktailsdk.training.distill import Classes
-    from cocktailsdk.training.forward import default_forward
-    from cocktailsdk.training.stepper import Stepper
+    from cocktailsdk.training.step.distill import Classes
+    from cocktailsdk.training.step.forward import default_forward
+    from cocktailsdk.training.step.stepper import Stepper
 
     for active in (True, False):
         net = tiny_net()
@@ -431,9 +431,9 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
 
 
 def test_gradients_of_several_turns_are_added_each_under_its_own_mask() -> None:
-    from cocktailsdk.training.distill import Classes
-    from cocktailsdk.training.forward import default_forward
-    from cocktailsdk.training.stepper import Stepper
+    from cocktailsdk.training.step.distill import Classes
+    from cocktailsdk.training.step.forward import default_forward
+    from cocktailsdk.training.step.stepper import Stepper
 
     def gradients(*turns: str) -> dict[str, torch.Tensor]:
         net = tiny_net()

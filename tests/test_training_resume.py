@@ -26,8 +26,8 @@ import cocktailsdk as cocktail
 from cocktailsdk import CocktailNet, TrainingError
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import Recipe, recipe_named
-from cocktailsdk.training.recipes.alternating import Alternating
-from cocktailsdk.training.recipes.phases import Phases
+from cocktailsdk.training.rivals.alternating import Alternating
+from cocktailsdk.training.rivals.phases import Phases
 
 
 @pytest.fixture(scope="module")

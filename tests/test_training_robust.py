@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from cocktailsdk.training.state.store.encoding import pack_masks, unpack_masks
+from cocktailsdk.training.state.store.store import MAGIC, OLD_MAGIC, FolderStore
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from training_tiny import assert_identical, result, sgd, tiny_loaders, tiny_net, tiny_trainer
 
 from cocktailsdk import CoTrainer, TrainingError
+from cocktailsdk.io.atomic import Sink, write_tensors, write_whole
 from cocktailsdk.masks import Mask
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.finite import LossWatch, Place
-from cocktailsdk.training.kept import pack_masks, unpack_masks
-from cocktailsdk.training.state import MAGIC, OLD_MAGIC, FolderStore
-from cocktailsdk.training.writing import Sink, write_tensors, write_whole
+from cocktailsdk.training.step.nan_guard import LossWatch, Place
 
 FEW: dict[str, Any] = {"rounds": 2, "alphas": (1.0, 0.5)}
 
@@ -263,7 +263,7 @@ def test_other_processes_are_kept_out_and_forked_ones_end_as_they_should(tmp_pat
         "from pathlib import Path\n"
         "from cocktailsdk import TrainingError\n"
         "from cocktailsdk.training.interrupt import Interrupts\n"
-        "from cocktailsdk.training.locking import locked\n"
+        "from cocktailsdk.training.state.locking import locked\n"
         "path = Path(sys.argv[1])\n"
         "def status(act):\n"
         "    pid = os.fork()\n"

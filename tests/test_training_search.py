@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from training_tiny import assert_identical, tiny_images, tiny_net, tiny_trainer, to_float
 
 import cocktailsdk as cocktail
-from cocktailsdk.datasets import TensorLoader
+from cocktailsdk.presets.datasets import TensorLoader
 from cocktailsdk.training import events as ev
-from cocktailsdk.training import merging
-from cocktailsdk.training.candidates import Candidates, doubling, regrouped
-from cocktailsdk.training.layerwise import descended
+from cocktailsdk.training.merge import merging
+from cocktailsdk.training.merge.alpha_search import ALPHAS, Choice, choose_alpha, interpolate
+from cocktailsdk.training.merge.candidates import Candidates, doubling, regrouped
+from cocktailsdk.training.merge.layerwise import descended
 from cocktailsdk.training.metrics import Score
 from cocktailsdk.training.recipes import recipe_named
-from cocktailsdk.training.search import ALPHAS, Choice, choose_alpha, interpolate
 from cocktailsdk.training.session import model_tensors
 
 NAMES = ["a", "b", "c", "d"]

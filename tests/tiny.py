@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cocktailsdk.api import CocktailNet
 from cocktailsdk.graph import STAYS, Contraction, Coupling, Group, Producer, Touch, Weight
-from cocktailsdk.net import CocktailNet
+from cocktailsdk.net.target_modules import Selection
 from cocktailsdk.patterns import Pattern, make_all_masks, resolve_patterns
-from cocktailsdk.selection import Selection
 
 WIDTHS = (8, 16)
 IMAGE = 6

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cocktailsdk as cocktail
-from cocktailsdk.datasets import Images, TensorLoader
+from cocktailsdk.presets.datasets import Images, TensorLoader
 from cocktailsdk.training.schedules import cosine
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cocktailsdk.adapters import suggestions
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.models import suggestions
 from cocktailsdk.records import fenced
 
 from .images import example_images

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cocktailsdk.adapters import suggestions
 from cocktailsdk.errors import AdapterError
+from cocktailsdk.models import suggestions
 from cocktailsdk.records import fenced
 
 from .images import example_images

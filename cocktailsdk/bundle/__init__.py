@@ -14,19 +14,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ..moved import moved_names
 from .files import bundle_bytes
 
 if TYPE_CHECKING:
-    from .read import from_pretrained as from_pretrained
-    from .write import save_pretrained as save_pretrained
+    from .read import load_bundle as load_bundle
+    from .write import save_bundle as save_bundle
 
-__all__ = ["bundle_bytes", "from_pretrained", "save_pretrained"]
+__all__ = ["bundle_bytes", "load_bundle", "save_bundle"]
 
-_WHERE = {"from_pretrained": ".read", "save_pretrained": ".write"}
+_WHERE = {"load_bundle": ".read", "save_bundle": ".write"}
+_MOVED = moved_names(
+    __name__, {"from_pretrained": "cocktailsdk.from_pretrained", "save_pretrained": "cocktailsdk.bundle.save_bundle"}
+)
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that a bundle can be listed without loading torch.
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _MOVED(name)

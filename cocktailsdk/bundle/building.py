@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import rebuilt
 from ..errors import AdapterError, BundleError
+from ..io.limits import MAX_BUILT_TENSORS, MAX_FLEETING_BYTES, max_modules
+from ..io.safetensors_reader import TensorFile
+from ..io.values import items, more, quoted, shortened
+from ..models import rebuilt
 from ..records import Bounds
-from .limits import MAX_BUILT_TENSORS, MAX_FLEETING_BYTES, max_modules
 from .model import all_tensors, fingerprint, stored_names
-from .tensors import TensorFile
-from .values import items, more, quoted, shortened
 
 __all__ = ["built", "check_model"]
 

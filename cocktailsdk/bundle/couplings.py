@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Scale, Touch, Weight
+from ..io.limits import MAX_DIMS, MAX_FIELDS, max_coupling_entries, max_unit_entries
+from ..io.values import distinct, items, keyed, label, quoted, text, texts, whole
 from ..printable import printable
-from .limits import MAX_DIMS, MAX_FIELDS, max_coupling_entries, max_unit_entries
-from .values import distinct, items, keyed, label, quoted, text, texts, whole
 
 
 class UnitVectors:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError
-from .limits import MAX_DIMS, MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
-from .values import items, keyed, quoted, text, whole
+from ..io.limits import MAX_DIMS, MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
+from ..io.values import items, keyed, quoted, text, whole
 
 
 def describe(value: Any) -> Any:

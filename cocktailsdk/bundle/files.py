@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import BundleError
 from ..io import open_regular, usual_mode
-from .limits import MAX_JSON_BYTES, MAX_PIECES, MAX_TENSORS
-from .replacing import Replaced, flush, found, new_folder, steady
-from .values import items, keyed, parse, quoted, text, whole
+from ..io.folders import Replaced, flush, found, new_folder, steady
+from ..io.limits import MAX_JSON_BYTES, MAX_PIECES, MAX_TENSORS
+from ..io.values import items, keyed, parse, quoted, text, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .tensors import TensorFile
+    from ..io.safetensors_reader import TensorFile
 
 FORMAT = "cocktail-bundle"
 VERSION = 2
@@ -232,7 +232,7 @@ def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str, most: i
     Raises:
         BundleError: It cannot be read.
     """
-    from .tensors import TensorFile
+    from ..io.safetensors_reader import TensorFile
 
     said = meta["files"][name]
     if meta["format_version"] == 1:  # one checksum for all of a file

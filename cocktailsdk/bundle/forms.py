@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Weight
+from ..io.values import quoted
 from ..patterns.layout import covered_by_tiles, tiles, untiles
 from ..patterns.nm import covered, runs, unruns
 from .packing import MAX_RUN
-from .values import quoted
 
 __all__ = ["Form"]
 

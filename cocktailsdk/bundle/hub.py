@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError
+from ..io.folders import found
 from .files import FILES
-from .replacing import found
 
 __all__ = ["folder_of"]
 

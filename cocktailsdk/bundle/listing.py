@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import BundleError
-from .limits import MAX_SUBNETS
-from .values import distinct, items, keyed, label, quoted, text
+from ..io.limits import MAX_SUBNETS
+from ..io.values import distinct, items, keyed, label, quoted, text
 
 __all__ = ["listed_subnets", "model_class"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..errors import BundleError
+from ..version import __version__
 
 __all__ = ["completed"]
 

@@ -6,19 +6,21 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BundleError, CocktailError, PatternError, SubnetError
 from ..graph import Coupling
-from ..nearest import no_subnet
-from ..net import CocktailNet
+from ..io.safetensors_reader import TensorFile
+from ..io.values import distinct, flag, items, keyed, more, quoted, shortened, small, text, texts, whole
+from ..net.subnet_model import SubnetModel
+from ..net.target_modules import Selection
 from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
 from ..printable import printable
-from ..selection import Selection
-from ..statistics import statistics_of
+from ..utils.batchnorm import statistics_of
+from ..utils.nearest import no_subnet
 from .building import built, check_model
 from .couplings import read_coupling
 from .examples import remake
@@ -29,11 +31,11 @@ from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .statistics import read_statistics
 from .subnets import read_masks
-from .tensors import TensorFile
-from .values import distinct, flag, items, keyed, more, quoted, shortened, small, text, texts, whole
 from .write import row
 
 log = logging.getLogger(__name__)
+
+NetT = TypeVar("NetT", bound=SubnetModel)
 
 _KEYS = {
     "checksum",
@@ -53,10 +55,11 @@ _KEYS = {
 _SINCE_2 = {"build", "stored", "provenance"}
 
 
-def from_pretrained(
+def load_bundle(
     path: str | PathLike[str],
     model: nn.Module | None = None,
     *,
+    net_type: type[NetT],
     subnets: Iterable[str] | None = None,
     trust_build_record: bool = False,
     revision: str | None = None,
@@ -64,36 +67,22 @@ def from_pretrained(
     cache_dir: str | PathLike[str] | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
-) -> CocktailNet:
-    """Load a bundle into a freshly built model.
-
-    No code is run from the files. Everything is checked before the model is touched: if this raises, the model is as
-    it was.
+) -> NetT:
+    """Load a bundle into a freshly built model, as a net of a class; see :func:`cocktailsdk.from_pretrained`.
 
     Args:
-        path: The bundle's folder, or its name on the Hugging Face hub (``"user/name"``, where no such folder exists).
-        model: Of the class and configuration that the bundle was made from; its weights are replaced in place, on the
-            device where they lie. It may be left out where the bundle records how to build it, for the
-            :mod:`listed <cocktailsdk.records>` classes of timm, torchvision and transformers, in tested versions.
-        subnets: Names of the subnetworks to read; by default all. The others' masks and statistics are not read from
-            the disk, and cannot be switched to.
-        trust_build_record: Without a model, build any class of timm, torchvision and transformers that the bundle
-            records, in any version. Set this for bundles of your own. Hub access, remote code and pickle stay off.
-        revision: Of the hub's repository a branch, tag or commit.
-        token: The hub's access token; by default the one that its client has stored.
-        cache_dir: Where the hub's client keeps what it fetched.
-        force_download: Whether it fetches again what it has.
-        local_files_only: Whether it fetches nothing.
-
-    Returns:
-        A net with the dense network active.
-
-    Raises:
-        BundleError: The bundle is damaged, of an unknown version, of an unregistered pattern, or of another model; or
-            it is not here, and the hub cannot be reached or has none of that name.
-        SubnetError: It has no subnetwork of a name in ``subnets``.
+        path: As there, like all arguments but the next.
+        model: The model.
+        net_type: The class of the net that is returned.
+        subnets: Names to read.
+        trust_build_record: Whether unlisted classes may be built.
+        revision: Of the hub's repository.
+        token: The hub's access token.
+        cache_dir: Of the hub's client.
+        force_download: Whether the client fetches again what it has.
+        local_files_only: Whether the client fetches nothing.
     """
-    if isinstance(model, CocktailNet) or not isinstance(model, nn.Module | None):
+    if isinstance(model, SubnetModel) or not isinstance(model, nn.Module | None):
         raise BundleError(f"from_pretrained loads into a plain nn.Module, not into a {type(model).__name__}")
     folder = folder_of(
         path,
@@ -111,7 +100,7 @@ def from_pretrained(
             subnets_file = open_tensors(bundle, meta, SUBNETS_FILE, masks + _OTHER_TENSORS)
         if model is None:
             model = built(meta, weights_file, trust_build_record)
-        net, weights = _Bundle(meta, model, weights_file, subnets_file).net(subnets)
+        net, weights = _Bundle(meta, model, weights_file, subnets_file, net_type).net(subnets)
     except PatternError as e:
         raise BundleError(
             f"the bundle in {folder} does not fit this {type(model).__name__}: {shortened(e)}"
@@ -134,15 +123,16 @@ def from_pretrained(
 
 
 @dataclass(frozen=True)
-class _Bundle:
+class _Bundle(Generic[NetT]):
     """A bundle's parts, and the model that they should be of."""
 
     meta: Mapping[str, Any]
     model: nn.Module
     weights_file: TensorFile
     subnets_file: TensorFile
+    net_type: type[NetT]
 
-    def net(self, only: Iterable[str] | None) -> tuple[CocktailNet, dict[str, Tensor]]:
+    def net(self, only: Iterable[str] | None) -> tuple[NetT, dict[str, Tensor]]:
         """The net, and its weights, which are not in the model yet."""
         meta = self.meta
         first = meta["format_version"] == 1
@@ -167,7 +157,7 @@ class _Bundle:
         example = None if meta["example"] is None else _checked_example(remake(meta["example"]))
         flag(meta["dense_statistics"], "whether the dense network has statistics")
         provenance = {} if first else dict(keyed(meta["provenance"], "its provenance", (), meta["provenance"]))
-        net = CocktailNet(
+        net = self.net_type(
             self.model, patterns, coupling, selection, example, {n: m for n, m in masks.items() if n in wanted}
         )
         net.statistics.update({n: own for n, own in statistics.items() if n in wanted})

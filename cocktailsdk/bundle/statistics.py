@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Coupling
+from ..io.safetensors_reader import DTYPES, TensorFile
+from ..io.values import items, keyed, quoted, text, texts, whole
 from ..masks import Mask
-from .tensors import DTYPES, TensorFile
-from .values import items, keyed, quoted, text, texts, whole
 
 __all__ = ["read_statistics", "write_statistics"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Coupling, Weight
+from ..io.values import items, keyed, more, quoted, text, texts
 from ..masks import Mask
 from ..patterns import Pattern, Subnet
 from ..patterns.remaining import Remaining
@@ -24,7 +25,6 @@ from .packing import (
     to_ranks,
     unpack,
 )
-from .values import items, keyed, more, quoted, text, texts
 
 __all__ = ["read_masks", "write_masks"]
 

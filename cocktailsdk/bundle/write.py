@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import best_record
 from ..errors import BundleError
+from ..io.limits import MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
+from ..io.values import more
 from ..masks import Mask
-from ..net import CocktailNet
+from ..models import best_record
+from ..net.subnet_model import SubnetModel
 from ..patterns import DENSE, Subnet
-from ..sharding import is_main, plain_class
+from ..utils.fsdp import is_main, plain_class
 from .couplings import write_coupling
 from .examples import describe, elements, values
 from .files import write_folder
-from .limits import MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
 from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .provenance import completed
 from .statistics import write_statistics
 from .subnets import read_masks, write_masks
-from .values import more
 
 log = logging.getLogger(__name__)
 
 
-def save_pretrained(net: CocktailNet, path: str | PathLike[str], *, dtype: torch.dtype | str | None = None) -> None:
+def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dtype | str | None = None) -> None:
     """Write a net's bundle: the dense weights, whatever subnetwork is active. Two calls write the same bytes.
 
     Of a net whose weights are sharded (FSDP2) all processes must call this; the first of them writes.
@@ -134,7 +134,7 @@ def _storage(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _check_given(net: CocktailNet) -> None:
+def _check_given(net: SubnetModel) -> None:
     """What people may have put into a net's statistics and metrics fits it."""
     known = {n: tuple(b.shape) for n, b in net.model.named_buffers()}
     for of, own in net.statistics.items():
@@ -148,7 +148,7 @@ def _check_given(net: CocktailNet) -> None:
         raise BundleError(f"net.metrics names no subnet: {', '.join(unknown)}")
 
 
-def _metric(net: CocktailNet, name: str) -> dict[str, Any]:
+def _metric(net: SubnetModel, name: str) -> dict[str, Any]:
     if name not in net.metrics:
         return {}
     value = float(net.metrics[name])
@@ -167,7 +167,7 @@ def _plain(name: str, t: Tensor, stored: torch.dtype | None) -> Tensor:
     return small
 
 
-def _example(net: CocktailNet) -> Any:
+def _example(net: SubnetModel) -> Any:
     if net.example is None:
         return None
     try:

@@ -22,10 +22,11 @@ from ..exporting import export_subnet, format_of, job_of
 from ..exporting.inputs import Inputs
 from ..exporting.semi_structured import to_semi_structured
 from ..graph.export import evaluating
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
+from ..net.switchable import model_unchanged
 from ..patterns import DENSE
-from ..statistics import device_of, to_device
-from ..switchable import model_unchanged
+from ..utils.batchnorm import device_of
+from ..utils.nested import to_device
 from .layers import layers_used, use_counts
 from .memory import peak_bytes
 from .profile import DeviceProfile, SubnetCost, Timing, machine_of, pareto_front
@@ -58,7 +59,7 @@ class _Runner:
 
 
 def bench(
-    net: CocktailNet,
+    net: SubnetModel,
     names: Sequence[str] | None = None,
     *,
     batch_sizes: Sequence[int] = (1, 8),
@@ -163,7 +164,7 @@ def bench(
     return found if keep is None else keep.updated(found)
 
 
-def _check_kept(net: CocktailNet, keep: DeviceProfile) -> None:
+def _check_kept(net: SubnetModel, keep: DeviceProfile) -> None:
     """See that a profile's networks are still those of the net.
 
     Raises:
@@ -177,7 +178,7 @@ def _check_kept(net: CocktailNet, keep: DeviceProfile) -> None:
         )
 
 
-def _unmeasured(net: CocktailNet, sizes: Sequence[int], runtime: str, repeats: int) -> DeviceProfile:
+def _unmeasured(net: SubnetModel, sizes: Sequence[int], runtime: str, repeats: int) -> DeviceProfile:
     """The profile of a benchmark that begins: its settings, and the dense network without measurements."""
     device = device_of(net.model)
     timings = tuple(Timing(size, math.nan, math.nan, math.nan, 0) for size in sizes)
@@ -193,7 +194,7 @@ def _unmeasured(net: CocktailNet, sizes: Sequence[int], runtime: str, repeats: i
     )
 
 
-def _runner(net: CocktailNet, name: str, runtime: str, folder: Path) -> _Runner:
+def _runner(net: SubnetModel, name: str, runtime: str, folder: Path) -> _Runner:
     if runtime != "torch":
         return _exported(net, name, RUNTIMES[runtime], folder)
     mask = net.masks.get(name)
@@ -212,7 +213,7 @@ def _runner(net: CocktailNet, name: str, runtime: str, folder: Path) -> _Runner:
     return _Runner(net.model, lambda i: net.model(*i.args, **i.kwargs), lambda: net.using(name), used)
 
 
-def _exported(net: CocktailNet, name: str, suffix: str, folder: Path) -> _Runner:
+def _exported(net: SubnetModel, name: str, suffix: str, folder: Path) -> _Runner:
     file = folder / f"{len(list(folder.iterdir()))}{suffix}"
     export_subnet(net, name, file)
     job = job_of(net, name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
 
 __all__ = ["GONE", "KERNEL", "NOTHING", "SLIM", "WHOLE", "LayerUse", "layers_used", "use_counts"]
 
@@ -39,7 +39,7 @@ class LayerUse:
     macs: int
 
 
-def layers_used(net: CocktailNet, name: str, model: nn.Module | None = None) -> list[LayerUse]:
+def layers_used(net: SubnetModel, name: str, model: nn.Module | None = None) -> list[LayerUse]:
     """For every weight of a subnetwork what its sparsity is good for in the model that is run.
 
     Args:

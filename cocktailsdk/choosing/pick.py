@@ -6,10 +6,10 @@ import difflib
 from dataclasses import dataclass
 from os import PathLike
 
-from ..counts import SubnetReport
 from ..errors import CocktailError, PatternError, SubnetError
-from ..nearest import shown
-from ..net import CocktailNet
+from ..net.costs import SubnetReport
+from ..net.subnet_model import SubnetModel
+from ..utils.nearest import shown
 from .profile import DeviceProfile, read_profile
 from .sizes import deployed_bytes
 
@@ -29,7 +29,7 @@ class _Candidate:
 
 
 def pick(
-    net: CocktailNet,
+    net: SubnetModel,
     *,
     max_latency_ms: float | None = None,
     max_flops: float | None = None,
@@ -75,7 +75,7 @@ def pick(
 
 
 def _takes(
-    net: CocktailNet,
+    net: SubnetModel,
     report: SubnetReport,
     limits: dict[str, float],
     profile: DeviceProfile | None,

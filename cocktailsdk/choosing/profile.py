@@ -163,7 +163,7 @@ class DeviceProfile:
 
     def write(self, path: str | PathLike[str]) -> Path:
         """Write the profile, all of it or nothing."""
-        from ..training.writing import write_atomic
+        from ..io.atomic import write_atomic
 
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def machine_of(device: str) -> dict[str, str]:
     """Processor, device, system and versions, for provenance."""
     import torch
 
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "processor": _processor(),

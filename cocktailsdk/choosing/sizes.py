@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
 
 __all__ = ["deployed_bytes"]
 
 
-def deployed_bytes(net: CocktailNet, name: str) -> int:
+def deployed_bytes(net: SubnetModel, name: str) -> int:
     """Bytes of the tensors of a subnetwork's plain slim model, zeros included: what ``.safetensors`` holds of it.
 
     Raises:

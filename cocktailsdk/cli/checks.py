@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CocktailError, ExportFailed, SubnetError, TrainingError
-from ..nearest import loose, no_subnet, shown
+from ..utils.nearest import loose, no_subnet, shown
 from .bundles import bundle_folder
 from .completing import PRESETS
 
@@ -60,7 +60,7 @@ def check_device(device: str | None, option: str = "--device") -> None:
     kind, _, index = device.partition(":")
     if kind not in KINDS or (":" in device and not index.isdecimal()):
         raise CocktailError(f"{option} {shown(device)} is no device that PyTorch knows; use {option} cpu, cuda or mps")
-    from ..devices import available_device
+    from ..utils.devices import available_device
 
     available_device(device, of=f"{option} ")
 

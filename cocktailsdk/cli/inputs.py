@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Inputs, example_inputs_for
 from ..errors import AdapterError
 from ..graph.export import evaluating
+from ..models import Inputs, example_inputs_for
 from ..utils.undo import unchanged
 
 __all__ = ["inputs_for"]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
+from ..version import __version__
 from .bench import bench_bundle
 from .evaluate import evaluate
 from .export import export_subnet

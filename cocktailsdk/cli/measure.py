@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bundle import from_pretrained
+from ..api import from_pretrained
 from ..patterns import DENSE
 from ..presets import PRESETS, get_preset
 from ..report.run import NetworkRow, network_rows
-from ..training.forward import default_forward
 from ..training.metrics import accuracy, mean_score
+from ..training.step.forward import default_forward
 
 __all__ = ["measure", "takes_model"]
 

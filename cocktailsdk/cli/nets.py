@@ -6,9 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..bundle import from_pretrained
+from ..api import CocktailNet, from_pretrained
 from ..errors import BundleError, TrainingError
-from ..net import CocktailNet
 from ..presets import PRESETS, get_preset
 from ..report.run import read_report
 from .bundles import bundle_folder, run_folder

@@ -62,7 +62,7 @@ def report_run(
     output_file(html, "--html")
     output_folder(figures, "--figures")
 
-    from ..report.files import write_bytes
+    from ..io.text import write_bytes
     from ..report.page import report_page
 
     runs = [_read(Path(folder), profile) for folder in folders if folder is not None]

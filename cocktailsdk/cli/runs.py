@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 from ..bundle import bundle_bytes
+from ..io.atomic import clean
 from ..presets import Prepared, Preset, get_preset
 from ..report.figure import write_figure
 from ..report.live import RunView, run_view_for
 from ..report.recorded import recorded
 from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
 from ..training.events import Callback, Event
-from ..training.writing import clean
 
 __all__ = ["BUNDLE", "PICTURE", "train_preset"]
 

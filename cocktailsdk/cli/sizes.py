@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..adapters import adapters, build_model
+from ..models import adapters, build_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ def build(reference: str, meta: bool | None) -> nn.Module:
     """A model by its reference.
 
     Args:
-        reference: As :func:`cocktailsdk.adapters.build_model` takes it.
+        reference: As :func:`cocktailsdk.models.build_model` takes it.
         meta: Whether to build it on the meta device, without values; ``None`` for large models of adapters only.
 
     Raises:

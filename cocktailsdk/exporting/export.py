@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ExportFailed, SlimError
 from ..io import file_mode
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
 from .compare import deviation, limit_for
 from .formats import Format, Job, format_of
 from .inputs import Inputs
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def export_subnet(
-    net: CocktailNet,
+    net: SubnetModel,
     name: str,
     path: str | PathLike[str],
     *,
@@ -87,7 +87,7 @@ def export_subnet(
     )
 
 
-def job_of(net: CocktailNet, name: str, *, dynamic_batch: bool = True) -> Job:
+def job_of(net: SubnetModel, name: str, *, dynamic_batch: bool = True) -> Job:
     """A subnetwork made ready for exporting: slim, on the CPU, in eval mode, with its inputs and outputs named.
 
     Raises:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportFailed
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
 
 __all__ = ["Eligibility", "SemiStructuredReport", "eligible_linears", "to_semi_structured"]
 
@@ -140,7 +140,7 @@ def _why_not(weight: Tensor, dtype: torch.dtype) -> str:
 
 
 def to_semi_structured(
-    net: CocktailNet,
+    net: SubnetModel,
     name: str,
     *,
     dtype: torch.dtype = torch.float16,

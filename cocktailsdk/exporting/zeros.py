@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
 
 __all__ = ["Zeros", "count_zeros", "masked_zeros"]
 
@@ -33,7 +33,7 @@ class Zeros:
     missing: tuple[str, ...] = ()
 
 
-def masked_zeros(net: CocktailNet, name: str, model: nn.Module) -> dict[str, Bool[Tensor, "..."]]:
+def masked_zeros(net: SubnetModel, name: str, model: nn.Module) -> dict[str, Bool[Tensor, "..."]]:
     """Where the weights of a slim model are zero because single elements are masked, by name."""
     mask = net.masks.get(name)
     if mask is None:

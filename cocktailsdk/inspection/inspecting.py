@@ -15,10 +15,12 @@ from torch.nn.parameter import is_lazy
 from ..errors import CocktailError, PatternError
 from ..graph import Coupling, Kept, Stay, Weight, couple, obstacles
 from ..graph.export import BuildsParameters, evaluating
-from ..net import CocktailNet, Example, example_of
+from ..net.subnet_model import SubnetModel
+from ..net.target_modules import Selection
+from ..net.tracing import Example, example_of
 from ..patterns.nm import covered
-from ..selection import Selection
-from ..statistics import device_of, to_device
+from ..utils.batchnorm import device_of
+from ..utils.nested import to_device
 from ..utils.undo import unchanged
 from .found import Eligibility, Inspection, Layer, Saving
 from .groups import channel_groups
@@ -65,7 +67,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
         raise PatternError(f"inspect takes an nn.Module, not {type(model).__name__}")
     example: Example = ((), {})
     selection = Selection.of(model)
-    if isinstance(model, CocktailNet):
+    if isinstance(model, SubnetModel):
         if not _given(example_inputs) and not example_kwargs and model.example is not None:
             example_inputs, example_kwargs = model.example
         selection = model.selection

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..api import CocktailNet, sparsify
 from ..errors import TrainingError
-from ..net import CocktailNet, sparsify
 from ..patterns import Pattern
 from ..training.trainer import CoTrainer
 

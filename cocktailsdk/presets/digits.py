@@ -11,11 +11,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.optim import SGD
 
-from ..datasets import TensorLoader, digits, normalise, random_shift
 from ..errors import TrainingError
 from ..patterns import Channel
 from ..training.schedules import cosine
 from .base import Loaders, Preset
+from .datasets import TensorLoader, digits, normalise, random_shift
 from .models import DigitsNet
 
 __all__ = ["preset"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from os import PathLike
 
-from ..datasets import fashion_mnist
 from .base import Preset
+from .datasets import fashion_mnist
 from .images import image_preset
 
 __all__ = ["preset"]

@@ -13,11 +13,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from ..datasets import Images, TensorLoader, normalise, standard_augmentation
 from ..errors import TrainingError
 from ..patterns import Channel
 from ..training.schedules import cosine, cosine_restarts
 from .base import Loaders, Preset
+from .datasets import Images, TensorLoader, normalise, standard_augmentation
 from .models import CifarResNet, ResNet18
 
 __all__ = ["image_preset"]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ..io.text import write_bytes
 from .chart import Chart, Series
-from .files import write_bytes
 from .looks import GRID, INK, PAPER, Look
 from .numbers import bytes_text, count_text
 

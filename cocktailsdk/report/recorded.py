@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..masks import Mask
-    from ..net import CocktailNet
+    from ..net.subnet_model import SubnetModel
     from ..training.trainer import CoTrainer
 
 __all__ = ["mask_record", "recorded"]
@@ -25,7 +25,7 @@ PIECE = 1 << 18  # elements compared at a time; counts of so many are exact in f
 DIGITS = 6
 
 
-def recorded(net: CocktailNet, trainer: CoTrainer) -> dict[str, Any]:
+def recorded(net: SubnetModel, trainer: CoTrainer) -> dict[str, Any]:
     """What a :class:`~cocktailsdk.report.run.RunReport` takes besides its table, as keyword arguments.
 
     Args:
@@ -51,7 +51,7 @@ def recorded(net: CocktailNet, trainer: CoTrainer) -> dict[str, Any]:
     }
 
 
-def mask_record(net: CocktailNet) -> dict[str, Any]:
+def mask_record(net: SubnetModel) -> dict[str, Any]:
     """What the networks' masks look like, as JSON values.
 
     Returns:
@@ -85,7 +85,7 @@ def mask_record(net: CocktailNet) -> dict[str, Any]:
     }
 
 
-def kept_record(net: CocktailNet) -> list[dict[str, str]]:
+def kept_record(net: SubnetModel) -> list[dict[str, str]]:
     """What is kept whole and why: ``what`` (``"weights"`` or ``"channels"``), ``where``, ``reason``."""
     from ..inspection.inspecting import kept_whole
 
@@ -94,7 +94,7 @@ def kept_record(net: CocktailNet) -> list[dict[str, str]]:
     return out + [{"what": "channels", "where": k.where, "reason": k.reason} for k in kept_whole(net.coupling)]
 
 
-def _kept(net: CocktailNet, name: str, shape: Sequence[int], mask: Mask) -> Tensor | None:
+def _kept(net: SubnetModel, name: str, shape: Sequence[int], mask: Mask) -> Tensor | None:
     """A weight's mask, expanded to its shape; ``None`` where nothing of it goes."""
     keep = mask.elements.get(name)
     if mask.removed is not None and name in net.coupling.fields:
@@ -141,7 +141,7 @@ def _jaccard(shared: Sequence[Sequence[float]], held: Sequence[float]) -> list[l
     return [[share(i, j) for j in range(len(held))] for i in range(len(held))]
 
 
-def _bytes(net: CocktailNet, mask: Mask | None) -> int:
+def _bytes(net: SubnetModel, mask: Mask | None) -> int:
     """Bytes of one network alone: the tensors' values that are left, and a bit for each weight that may be masked."""
     left = bits = 0
     for name, size, shape in _tensors(net):
@@ -153,7 +153,7 @@ def _bytes(net: CocktailNet, mask: Mask | None) -> int:
     return left + -(-bits // 8)
 
 
-def _tensors(net: CocktailNet) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+def _tensors(net: SubnetModel) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     for name, tensor in (*net.model.named_parameters(), *net.model.named_buffers()):
         yield name, tensor.element_size(), tuple(tensor.shape)
 

@@ -17,8 +17,8 @@ from .numbers import json_values
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..counts import SubnetReport
-    from ..net import CocktailNet
+    from ..net.costs import SubnetReport
+    from ..net.subnet_model import SubnetModel
 
 __all__ = ["REPORT_FILE", "NetworkRow", "RunReport", "dense_bytes", "network_rows", "read_report", "versions"]
 
@@ -72,7 +72,7 @@ class RunReport:
         metric_mode: ``"max"`` where more of the metric is better, ``"min"`` where less is.
         configuration: What the run was asked to do; empty in reports of older releases, as are the next three.
         history: Losses by epoch and round, held-out metrics by round, and what merging chose, as
-            :class:`~cocktailsdk.training.history.History` has it.
+            :class:`~cocktailsdk.training.state.history.History` has it.
         masks: What the masks look like, as :func:`~cocktailsdk.report.recorded.mask_record` says.
         kept: What is kept whole and why: ``what``, ``where``, ``reason``.
         format: Version of this layout.
@@ -103,7 +103,7 @@ class RunReport:
 
     def write(self, folder: Path) -> Path:
         """Write ``report.json`` into a folder, all of it or nothing."""
-        from ..training.writing import write_atomic  # late: reading reports needs no torch
+        from ..io.atomic import write_atomic  # late: reading reports needs no torch
 
         path = folder / REPORT_FILE
         write_atomic(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
@@ -161,7 +161,7 @@ def network_rows(
     )
 
 
-def dense_bytes(model: nn.Module | CocktailNet) -> int:
+def dense_bytes(model: nn.Module | SubnetModel) -> int:
     """Bytes of a safetensors checkpoint of a model's ``state_dict``, each tensor once."""
     from safetensors.torch import save
 
@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
     """Versions and processor, for provenance."""
     import torch
 
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "cocktailsdk": __version__,

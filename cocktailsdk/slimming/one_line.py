@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import after_slim
-from ..coverage import nothing_to_remove, warn_of_few_channels
 from ..errors import PatternError, SlimError
 from ..graph import Coupling, slim_module
-from ..net import CocktailNet, Example, couple_model, example_of
+from ..models import after_slim
+from ..net.coverage import nothing_to_remove, warn_of_few_channels
+from ..net.subnet_model import SubnetModel
+from ..net.target_modules import Modules, Selection
+from ..net.tracing import Example, couple_model, example_of
 from ..patterns.channel import checked_round_to
-from ..selection import Modules, Selection
-from ..statistics import device_of, to_device
+from ..utils.batchnorm import device_of
+from ..utils.nested import to_device
 from .choice import MAGNITUDE, Choice, scores_of
 from .ratios import checked_ratios, pools
 from .targets import Target
@@ -78,7 +80,7 @@ def slim(
         PatternError: An argument makes no sense, nothing can be removed, or a target cannot be met.
         SlimError: The slim model cannot be made.
     """
-    if isinstance(model, CocktailNet):
+    if isinstance(model, SubnetModel):
         raise PatternError("the model is a CocktailNet: use net.slim(name), or slim(net.model, ...)")
     if not isinstance(model, nn.Module):
         raise PatternError(f"slim takes an nn.Module, not {type(model).__name__}")

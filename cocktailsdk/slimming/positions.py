@@ -24,7 +24,7 @@ from ..graph.compare import (
 )
 from ..graph.copies import duplicate_in_double
 from ..graph.export import evaluating
-from ..selection import some_of
+from ..net.target_modules import some_of
 
 __all__ = ["Inputs", "Where", "check_equal", "filled", "named_tensors"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import PatternError
 from ..graph import Coupling, Group
-from ..selection import containers_of, is_called, nearest, owner_of, some_of
+from ..net.target_modules import containers_of, is_called, nearest, owner_of, some_of
 
 __all__ = ["Pool", "Ratios", "checked_ratios", "pools"]
 

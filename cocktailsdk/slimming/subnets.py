@@ -7,19 +7,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..adapters import after_slim
 from ..errors import SlimError
 from ..graph import Coupling, slim_module
 from ..graph.copies import duplicate
 from ..graph.hooked import refresh
-from ..net import CocktailNet, couple_model
-from ..statistics import device_of, to_device
+from ..models import after_slim
+from ..net.subnet_model import SubnetModel
+from ..net.tracing import couple_model
+from ..utils.batchnorm import device_of
+from ..utils.nested import to_device
 from .depth import without_branches
 
 __all__ = ["coupling_difference", "slim_subnet"]
 
 
-def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
+def slim_subnet(net: SubnetModel, name: str) -> nn.Module:
     """A plain copy of a net's subnetwork, removed channels sliced away.
 
     Raises:
@@ -49,7 +51,7 @@ def slim_subnet(net: CocktailNet, name: str) -> nn.Module:
     return after_slim(made, (args, kwargs))
 
 
-def traced_coupling(net: CocktailNet) -> Coupling:
+def traced_coupling(net: SubnetModel) -> Coupling:
     """A net's coupling with its trace, which is found again where the coupling was read from a file.
 
     Raises:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..errors import ExportFailed, PatternError, SlimError
 from ..graph.compare import doubled, leaves_of
 from ..graph.copies import duplicate_in_double
-from ..net import Example, couple_model
-from ..selection import Selection, some_of
-from ..statistics import device_of, to_device
+from ..net.target_modules import Selection, some_of
+from ..net.tracing import Example, couple_model
+from ..utils.batchnorm import device_of
+from ..utils.nested import to_device
 from .positions import Inputs, Where, check_equal, filled, named_tensors
 from .ratios import REST, Ratios
 

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..adapters import after_slim
 from ..errors import SlimError, SubnetError
 from ..graph.compare import failing_module, leaves_of
 from ..graph.copies import duplicate
@@ -19,10 +18,12 @@ from ..graph.cut import Cutter
 from ..graph.export import evaluating
 from ..graph.reorder import nested_order
 from ..graph.verify import verify_slim
-from ..net import CocktailNet
-from ..norms import norm_buffers
+from ..models import after_slim
+from ..net.subnet_model import SubnetModel
 from ..patterns import DENSE
-from ..statistics import device_of, to_device
+from ..utils.batchnorm import device_of
+from ..utils.nested import to_device
+from ..utils.norms import norm_buffers
 from ..utils.undo import unchanged
 from .subnets import traced_coupling
 
@@ -99,7 +100,7 @@ class Views(Mapping[str, nn.Module]):
         return f"Views({', '.join(self)}; {self.shared_bytes} bytes shared, {self.copied_bytes} copied)"
 
 
-def channel_views(net: CocktailNet, subnets: str | Iterable[str]) -> Views:
+def channel_views(net: SubnetModel, subnets: str | Iterable[str]) -> Views:
     """Views of a net's channel subnetworks; see :meth:`CocktailNet.views`."""
     if net.example is None:
         raise SlimError(
@@ -130,7 +131,7 @@ def channel_views(net: CocktailNet, subnets: str | Iterable[str]) -> Views:
     return Views(models, {n: t.detach() for n, t in shared.items()})
 
 
-def _nested(net: CocktailNet, subnets: str | Iterable[str]) -> dict[str, Bool[Tensor, " units"]]:
+def _nested(net: SubnetModel, subnets: str | Iterable[str]) -> dict[str, Bool[Tensor, " units"]]:
     """What each subnetwork removes, from the widest to the narrowest.
 
     Raises:
@@ -167,7 +168,7 @@ def _nested(net: CocktailNet, subnets: str | Iterable[str]) -> dict[str, Bool[Te
     return ordered
 
 
-def _dense_copy(net: CocktailNet) -> nn.Module:
+def _dense_copy(net: SubnetModel) -> nn.Module:
     """A copy of the model with the dense values, whatever is active."""
     with net.hold(), torch.no_grad():
         made = duplicate(net.model)

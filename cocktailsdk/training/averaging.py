@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..sharding import sharded
+from ..utils.fsdp import sharded
 
 __all__ = ["Average"]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from ..errors import PatternError, TrainingError
 from ..masks import Mask
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
 from ..patterns import Pattern
 from ..patterns.base import DENSE
 from ..patterns.registry import parse_pattern
-from ..sharding import local
-from .forward import LossFn
+from ..utils.fsdp import local
 from .recipes import Pruning, Recipe
+from .step.forward import LossFn
 from .trainer import CoTrainer
 
 __all__ = ["finetune"]
@@ -23,8 +23,8 @@ _FIXED = ("recipe", "start", "rounds", "merge", "alphas", "distill_fn", "distill
 
 
 def finetune(
-    net: CocktailNet, name: str, train_loader: Iterable[Any], loss_fn: LossFn | None = None, **options: Any
-) -> CocktailNet:
+    net: SubnetModel, name: str, train_loader: Iterable[Any], loss_fn: LossFn | None = None, **options: Any
+) -> SubnetModel:
     """Train one subnetwork alone, from the weights that it has in a net; the net is left as it is.
 
     Its mask is held: neither gradients nor momentum nor weight decay move a masked weight, and all of them are seen to
@@ -46,7 +46,7 @@ def finetune(
         SubnetError: There is no such subnetwork, or it has no mask yet.
         TrainingError: It is the dense one, an option makes no sense here, or a masked weight is not 0 in the end.
     """
-    if not isinstance(net, CocktailNet):
+    if not isinstance(net, SubnetModel):
         raise TrainingError(f"net must be what cocktailsdk.sparsify() returned, got {type(net).__name__}")
     subnet = net.subnet(name)
     if subnet.name == DENSE:
@@ -57,7 +57,7 @@ def finetune(
         model = copy.deepcopy(net.model)
     mask = net.masks[subnet.name]
     pattern = _alone(net.pattern(subnet.pattern), subnet.name)
-    tuned = CocktailNet(model, (pattern,), net.coupling, net.selection, net.example, {subnet.name: mask})
+    tuned = type(net)(model, (pattern,), net.coupling, net.selection, net.example, {subnet.name: mask})
     if net.provenance:
         tuned.provenance["from"] = copy.deepcopy(net.provenance)
     recipe = Recipe(
@@ -92,7 +92,7 @@ def _alone(pattern: Pattern, name: str) -> Pattern:
     return one
 
 
-def _check(net: CocktailNet, name: str) -> None:
+def _check(net: SubnetModel, name: str) -> None:
     parameters = dict(net.model.named_parameters())
     for key, mask in net.mask_tensors(name).items():
         moved = int(((mask == 0) & (local(parameters[key].detach()) != 0)).sum())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..sharding import local
-from .history import RoundHistory
+from ..utils.fsdp import local
+from .state.history import RoundHistory
 
 __all__ = ["check_trained", "note_step", "weight_sums"]
 

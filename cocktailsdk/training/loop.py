@@ -13,35 +13,35 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CocktailError, SubnetError, TrainingError
-from ..modes import TrainingModes, modes_kept
-from ..net import CocktailNet
-from ..norms import running_norms
+from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
-from ..sharding import reshard_after_forward
-from ..statistics import device_of
+from ..utils.batchnorm import device_of
 from ..utils.blame import MISFITS, blamed
+from ..utils.fsdp import reshard_after_forward
+from ..utils.modes import TrainingModes, modes_kept
 from ..utils.nested import form_of, tensors_in
-from ..weight_caches import forget_derived
+from ..utils.norms import running_norms
+from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
-from .batches import HeldBatches, to_device
 from .budget import round_steps
-from .configuration import differences
-from .course import names_until, networks_of, round_masks, step_of
-from .distill import Classes, Distillation, DistillFn, find_classes
-from .execution import Execution
-from .finite import not_finite
-from .foreign import Foreign, check_classes, check_masks
-from .forward import ForwardFn, default_forward, detached
-from .kept import pack_masks, unpack_masks
+from .data.batches import HeldBatches, to_device
+from .data.loader_state import refuse_spent
 from .left_out import weight_sums
-from .loader_state import refuse_spent
 from .loop_step import LoopStep, beyond, needs_trainer
 from .metrics import MetricFn, accuracy_of, mean_score
-from .precision import without_autocast
-from .provenance import note_training
 from .randomness import forked
 from .recipes import Recipe, Step, recipe_named
 from .rescue import rescued_bundle
+from .round_plan import names_until, networks_of, round_masks, step_of
+from .state.compatibility import Foreign, check_classes, check_masks
+from .state.configuration import differences
+from .state.encoding import pack_masks, unpack_masks
+from .state.provenance import note_training
+from .step.distill import Classes, Distillation, DistillFn, find_classes
+from .step.execution import Execution
+from .step.forward import ForwardFn, default_forward, detached
+from .step.nan_guard import not_finite
+from .step.precision import without_autocast
 
 __all__ = ["CoLoop"]
 
@@ -95,7 +95,7 @@ class CoLoop:
 
     def __init__(
         self,
-        net: CocktailNet,
+        net: SubnetModel,
         steps: int,
         *,
         recipe: str | Recipe = "cocktail",
@@ -106,7 +106,7 @@ class CoLoop:
         distill_weight: float = 0.5,
         seed: int = 0,
     ) -> None:
-        if not isinstance(net, CocktailNet):
+        if not isinstance(net, SubnetModel):
             raise TrainingError(f"net must be what cocktailsdk.sparsify() returned, got {type(net).__name__}")
         check_numbers(steps=steps, rounds=rounds, distill_weight=distill_weight, seed=seed)
         recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
@@ -264,7 +264,7 @@ class CoLoop:
         *,
         metric: MetricFn | None = None,
         recalibration_batches: int = 8,
-    ) -> CocktailNet:
+    ) -> SubnetModel:
         """Give every network batch-norm statistics of its own, and a metric where there is held-out data.
 
         Args:

@@ -21,12 +21,12 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from .distill import Classes
-from .forward import ForwardFn, LossFn, loss_of, output_tensor
-from .ignored import counted
-from .ranks import SINGLE, Ranks
+from .distributed.ranks import SINGLE, Ranks
+from .distributed.sharing import part_of
 from .score_sizes import check_size
-from .sharing import part_of
+from .step.distill import Classes
+from .step.forward import ForwardFn, LossFn, loss_of, output_tensor
+from .step.ignored import counted
 
 __all__ = [
     "HeldOutLoss",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..sharding import is_sharded, like
+from ..utils.fsdp import is_sharded, like
 from .factories import foreign_parameters
 from .options import Options
 

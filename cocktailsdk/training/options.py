@@ -10,13 +10,13 @@ from torch.optim import SGD, Optimizer
 
 from ..errors import TrainingError
 from .budget import epochs_in
-from .distill import DistillFn
 from .events import Callback
-from .forward import ForwardFn, LossFn
 from .metrics import MetricFn
-from .precision import FULL, Precision
 from .recipes import Recipe
 from .schedules import ScheduleFactory
+from .step.distill import DistillFn
+from .step.forward import ForwardFn, LossFn
+from .step.precision import FULL, Precision
 
 __all__ = ["OptimizerFactory", "Options", "default_optimizer"]
 

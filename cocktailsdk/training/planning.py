@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..modes import train_as_handed
 from ..patterns.base import DENSE
-from ..sharding import local
+from ..utils.fsdp import local
+from ..utils.modes import train_as_handed
 from .budget import finishing_epochs
 from .optimization import Optimization
 from .recipes import Step, Turn
 from .session import Session, load_tensors, model_tensors
-from .stepper import Stepper
+from .step.stepper import Stepper
 
 __all__ = ["Costs", "Plan", "epochs_for", "measure", "plan"]
 

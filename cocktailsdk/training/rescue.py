@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
-from .state import FolderStore, MemoryStore
-from .writing import DiskFailed
+from ..io.atomic import DiskFailed
+from .state.store import FolderStore, MemoryStore
 
 if TYPE_CHECKING:
-    from ..net import CocktailNet
+    from ..net.subnet_model import SubnetModel
     from .session import Session
 
 __all__ = ["rescued_bundle", "saved_run"]
@@ -65,7 +65,7 @@ def _rescued_run(session: Session, configuration: Mapping[str, Any]) -> str | No
     return f"The run was saved in {folder}: the same call with out_dir={str(folder)!r} goes on from there"
 
 
-def rescued_bundle(net: CocktailNet, hint: str = "") -> str | None:
+def rescued_bundle(net: SubnetModel, hint: str = "") -> str | None:
     """Save a net's weights and masks to a new temporary folder.
 
     Args:

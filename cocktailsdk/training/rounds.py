@@ -10,17 +10,17 @@ import torch
 
 from ..masks import Mask
 from ..patterns.base import DENSE
-from ..sharding import local
-from .course import round_masks
+from ..utils.fsdp import local
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
-from .finite import Before, Place
-from .history import RoundHistory
-from .kept import pack_masks
 from .left_out import note_step
 from .optimization import Optimization
 from .recipes import Step
+from .round_plan import round_masks
 from .session import Session, load_tensors, model_tensors
-from .stepper import Stepper, Trained
+from .state.encoding import pack_masks
+from .state.history import RoundHistory
+from .step.nan_guard import Before, Place
+from .step.stepper import Stepper, Trained
 
 __all__ = ["train_rounds"]
 

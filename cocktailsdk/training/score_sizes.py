@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..utils.nested import tensors_in
-from .forward import output_tensor
+from .step.forward import output_tensor
 
 __all__ = ["check_size"]
 

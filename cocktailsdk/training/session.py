@@ -16,32 +16,32 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, TrainingError
 from ..masks import Mask
-from ..modes import TrainingModes
-from ..net import CocktailNet
+from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
-from ..sharding import is_sharded, local, rows_of
-from ..weight_caches import forget_derived
+from ..utils.fsdp import is_sharded, local, rows_of
+from ..utils.modes import TrainingModes
+from ..utils.weight_caches import forget_derived
 from .averaging import Average
-from .batches import HeldBatches, to_device
-from .course import Plan, names_until, networks_of, step_of
-from .distill import Classes
+from .data.batches import HeldBatches, to_device
+from .data.stream import Stream
+from .distributed.ranks import SINGLE, Ranks, digest
+from .distributed.recalibration import recalibrate
+from .distributed.shared_store import SharedStore
+from .distributed.sharing import inputs_of
 from .events import Callback, Event, Saved, StepSkipped
-from .execution import Execution
-from .finite import SECONDS, LossWatch, Place, Skips, not_finite
-from .history import History, Position
 from .interrupt import Interrupts, Stopped
-from .kept import pack_masks, plain, to_cpu, unpack_masks
 from .metrics import MetricFn, NothingScored, Score, mean_score, readable
 from .optimization import Optimization
 from .options import Options
 from .randomness import seed_everything
-from .ranks import SINGLE, Ranks, digest
-from .recalibration import recalibrate
 from .recipes import Step
-from .shared_store import SharedStore
-from .sharing import inputs_of
-from .state import Store
-from .stream import Stream
+from .round_plan import Plan, names_until, networks_of, step_of
+from .state.encoding import pack_masks, plain, to_cpu, unpack_masks
+from .state.history import History, Position
+from .state.store import Store
+from .step.distill import Classes
+from .step.execution import Execution
+from .step.nan_guard import SECONDS, LossWatch, Place, Skips, not_finite
 
 __all__ = ["CallbackFailed", "LoaderFailed", "Session", "load_tensors", "model_tensors"]
 
@@ -112,7 +112,7 @@ class Session:
         skips: Leaves out steps whose losses are not, where the run is to go on without them.
     """
 
-    net: CocktailNet
+    net: SubnetModel
     options: Options
     plan: Plan
     train_loader: Iterable[Any]

@@ -14,23 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
-from ..net import CocktailNet
+from ..io.atomic import DiskFailed
+from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
-from ..sharding import is_sharded, sharded
+from ..utils.fsdp import is_sharded, sharded
 from .arguments import check_kinds, check_numbers, one_budget
-from .batches import HeldBatches
 from .budget import Division, divide_steps, finishing_epochs, rewind_epoch_of
-from .configuration import describe, fingerprint, stored_configuration
-from .distill import Classes, DistillFn
-from .events import Callback, Finished, TrainingStarted
-from .execution import Execution
-from .first_look import choose_metric, look, try_metric
-from .foreign import check_state
-from .forward import ForwardFn, LossFn, default_forward
-from .history import History, Position
-from .interrupt import Interrupts, Stopped
-from .launch import accumulated, connected, launched, precision_of, shard
-from .loader_state import (
+from .data.batches import HeldBatches
+from .data.loader_state import (
     epoch_length,
     generator_states,
     loader_length,
@@ -38,25 +29,34 @@ from .loader_state import (
     refuse_spent,
     set_generator_states,
 )
-from .merging import finish, merge_rounds
+from .data.stream import Stream
+from .distributed.launch import accumulated, connected, launched, precision_of, shard
+from .distributed.shared_store import SharedStore
+from .distributed.sharing import held_out_loader, shared_loader
+from .events import Callback, Finished, TrainingStarted
+from .infer_task import choose_metric, look, try_metric
+from .interrupt import Interrupts, Stopped
+from .merge.alpha_search import ALPHAS
+from .merge.merging import finish, merge_rounds
 from .metrics import MetricFn, NothingScored, mean_score
 from .options import OptimizerFactory, Options, default_optimizer
+from .parameter_count import parameters_stored
 from .planning import Costs, Plan, epochs_for, measure, plan
-from .precision import MixedPrecision, without_autocast
-from .provenance import note_training
 from .randomness import forked
 from .recipes import Recipe, recipe_named
 from .rescue import rescued_bundle, saved_run
 from .rounds import train_rounds
 from .schedules import ScheduleFactory, cosine_restarts
-from .search import ALPHAS
 from .session import CallbackFailed, LoaderFailed, Session, model_tensors
-from .shared_store import SharedStore
-from .sharing import held_out_loader, shared_loader
-from .state import FolderStore, MemoryStore, Store
-from .stored import parameters_stored
-from .stream import Stream
-from .writing import DiskFailed
+from .state.compatibility import check_state
+from .state.configuration import describe, fingerprint, stored_configuration
+from .state.history import History, Position
+from .state.provenance import note_training
+from .state.store import FolderStore, MemoryStore, Store
+from .step.distill import Classes, DistillFn
+from .step.execution import Execution
+from .step.forward import ForwardFn, LossFn, default_forward
+from .step.precision import MixedPrecision, without_autocast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -167,7 +167,7 @@ class CoTrainer:
 
     def __init__(
         self,
-        net: CocktailNet,
+        net: SubnetModel,
         train_loader: Iterable[Any],
         loss_fn: LossFn | None = None,
         *,
@@ -208,7 +208,7 @@ class CoTrainer:
         callbacks: Sequence[Callback] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(net, CocktailNet):
+        if not isinstance(net, SubnetModel):
             raise TrainingError(f"net must be what cocktailsdk.sparsify() returned, got {type(net).__name__}")
         functions = {
             "loss_fn": loss_fn,
@@ -338,7 +338,7 @@ class CoTrainer:
         self.history = History()
         self._done: Session | None = None
 
-    def fit(self) -> CocktailNet:
+    def fit(self) -> SubnetModel:
         """Train all rounds, merge them, and give every network its statistics and metric.
 
         With ``out_dir`` a run that was stopped goes on, and one that is done is loaded. Ctrl-C and SIGTERM finish the
@@ -415,7 +415,7 @@ class CoTrainer:
         return out
 
     @contextmanager
-    def using(self, name: str) -> Iterator[CocktailNet]:
+    def using(self, name: str) -> Iterator[SubnetModel]:
         """Make a network active for a while, with the weights that it ended with.
 
         As ``net.using(name)``; but where the recipe leaves a network weights of its own (``"imp"``, ``"ac/dc"``), which
@@ -612,5 +612,5 @@ def _stopping(session: Session, configuration: Mapping[str, Any]) -> Iterator[No
         raise TrainingError(f"{error} {where}") from error.__cause__
 
 
-def _device_of(net: CocktailNet) -> torch.device:
+def _device_of(net: SubnetModel) -> torch.device:
     return next((p.device for p in net.model.parameters()), torch.device("cpu"))

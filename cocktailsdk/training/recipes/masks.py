@@ -9,7 +9,7 @@ import torch
 
 from ...errors import TrainingError
 from ...masks import Mask
-from ...net import CocktailNet
+from ...net.subnet_model import SubnetModel
 from ...patterns.base import Subnet
 from ...patterns.ranking import drop_smallest
 
@@ -27,7 +27,7 @@ class Pruning:
         load_dense: Loads the weights that the dense round ended with into the net.
     """
 
-    net: CocktailNet
+    net: SubnetModel
     subnets: Mapping[str, tuple[Subnet, ...]]
     new: frozenset[str]
     load_dense: Callable[[], None]

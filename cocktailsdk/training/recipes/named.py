@@ -8,8 +8,8 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ...errors import TrainingError
-from .alternating import Alternating
-from .phases import Phases
+from ..rivals.alternating import Alternating
+from ..rivals.phases import Phases
 from .recipe import Recipe
 from .steps import Sandwich, Single
 

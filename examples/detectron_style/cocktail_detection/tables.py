@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cocktailsdk.counts import SubnetReport
+from cocktailsdk.net.costs import SubnetReport
 from cocktailsdk.report.numbers import count_text, flops_text
 
 TITLES = {"bbox": "box", "segm": "mask"}

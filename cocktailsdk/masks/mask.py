@@ -1,0 +1,43 @@
+"""A subnetwork's mask: bits for elements, one flag a unit for channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from ..graph import Branch, Coupling
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights a subnetwork keeps.
+
+    A pattern fills either part or both (a product of patterns, channel then 2:4, say).
+
+    Attributes:
+        elements: By weight name, True where an element is kept, in the weight's shape.
+        removed: For each channel unit whether it is removed; ``None`` where the pattern removes none.
+    """
+
+    elements: Mapping[str, Bool[Tensor, "..."]] = field(default_factory=dict)
+    removed: Bool[Tensor, " units"] | None = None
+
+    def tensors(self, coupling: Coupling) -> dict[str, Bool[Tensor, "..."]]:
+        """All that is set to zero: by parameter or buffer name, True where kept, broadcastable to its shape."""
+        return coupling.spared(self.left(coupling))
+
+    def left(self, coupling: Coupling) -> dict[str, Bool[Tensor, "..."]]:
+        """What is left, for counting: the same but for parameters that are divided by a norm of their own."""
+        out = dict(self.elements)
+        if self.removed is not None:
+            for name, keep in coupling.left(self.removed).items():
+                out[name] = out[name] & keep if name in out else keep
+        return out
+
+    def dropped(self, coupling: Coupling) -> tuple[Branch, ...]:
+        """The residual branches that are masked as a whole."""
+        gone = {name for name, keep in self.elements.items() if not bool(keep.any())}
+        return tuple(b for b in coupling.branches if gone.issuperset(b.tensors)) if gone else ()

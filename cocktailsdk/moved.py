@@ -1,0 +1,74 @@
+"""Public names that moved: the old ones work for one more version, with a warning that says what to write."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["install", "moved_names"]
+
+MODULES = {
+    "cocktailsdk.adapters": "cocktailsdk.models",
+    "cocktailsdk.checks": "cocktailsdk.verify",
+    "cocktailsdk.counts": "cocktailsdk.net.costs",
+    "cocktailsdk.datasets": "cocktailsdk.presets.datasets",
+    "cocktailsdk.devices": "cocktailsdk.utils.devices",
+}
+"""Modules whose names were documented or typed in examples, by their old names."""
+
+
+def moved_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a module some of whose names are elsewhere now.
+
+    Args:
+        module: The module's name.
+        names: By old name the new one, dotted: ``"cocktailsdk.sparsify"``.
+    """
+
+    def look_up(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(f"{module}.{name}", names[name])
+        parent, _, last = names[name].rpartition(".")
+        return getattr(importlib.import_module(parent), last)
+
+    return look_up
+
+
+def install() -> None:
+    """Let the old modules be imported. Importing the package calls this."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Asked last, so that it costs nothing where a module is found."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        del path, target
+        return importlib.util.spec_from_loader(fullname, self) if fullname in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        _warn(spec.name, MODULES[spec.name])
+        module = importlib.import_module(MODULES[spec.name])
+        # importlib writes the spec that it was asked for into the module: it is put back in exec_module.
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        asked = module.__spec__
+        if asked is not None:
+            module.__spec__ = asked.loader_state
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=3)

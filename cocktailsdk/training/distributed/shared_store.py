@@ -1,0 +1,113 @@
+"""A run's state in the main process's hands: it alone reads and writes, the others are told."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...utils.fsdp import is_sharded, whole
+from ..state.store import Check, Store
+from .ranks import Ranks
+
+__all__ = ["SharedStore"]
+
+
+class SharedStore:
+    """A store of several processes, which need no file system in common.
+
+    Errors of reading and writing are raised in all.
+
+    Args:
+        ranks: The processes.
+        make: Makes the store; called in the main process alone.
+        sharded: Whether tensors may be sharded; whole ones are gathered then, one at a time, and only the main process
+            keeps them.
+    """
+
+    def __init__(self, ranks: Ranks, make: Callable[[], Store], *, sharded: bool = False) -> None:
+        self._ranks = ranks
+        self._sharded = sharded
+        self._store: Store | None = None
+
+        def opened() -> None:
+            self._store = make()
+
+        ranks.from_main(opened)
+
+    @property
+    def _main(self) -> Store:
+        assert self._store is not None
+        return self._store
+
+    @property
+    def standing(self) -> str:
+        """What the main process says of the last state."""
+        return "" if self._store is None else self._store.standing
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs from training there meanwhile."""
+        with ExitStack() as stack:
+
+            def hold() -> None:
+                stack.enter_context(self._main.held())
+
+            self._ranks.from_main(hold)
+            yield
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name."""
+        content = self._gathered(tensors) if self._sharded else tensors
+        self._ranks.from_main(lambda: self._main.put(name, content))
+
+    def get(self, name: str) -> dict[str, Tensor]:
+        """What was put there, on the CPU."""
+        found: dict[str, Tensor] = {}
+        names = self._ranks.from_main(lambda: self._read(name, found))
+        return {n: self._ranks.tensor(found.get(n)) for n in names}
+
+    def _read(self, name: str, found: dict[str, Tensor]) -> list[str]:
+        found.update(self._main.get(name))
+        return list(found)
+
+    def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path | None:
+        """Write the run's state, the main process's."""
+        if self._sharded:
+            content = self._gathered(state())
+            return self._ranks.from_main(lambda: self._main.save(lambda: content, needed))
+        return self._ranks.from_main(lambda: self._main.save(state, needed))
+
+    def _gathered(self, value: Any) -> Any:
+        if is_sharded(value):
+            full = whole(value)
+            return full.cpu() if self._ranks.is_main else full.new_empty(0)
+        if isinstance(value, Mapping):
+            return {key: self._gathered(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._gathered(part) for part in value)
+        return value
+
+    def load(self, check: Check | None = None) -> dict[str, Any] | None:
+        """The newest state that is whole and of this run, or ``None``."""
+        found: list[dict[str, Any]] = []
+        if not self._ranks.from_main(lambda: self._load(found, check)):
+            return None
+        if found:
+            buffer = io.BytesIO()
+            torch.save(found[0], buffer)
+            self._ranks.tensor(torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8))
+            return found[0]
+        data = self._ranks.tensor(None).numpy()
+        state: dict[str, Any] = torch.load(io.BytesIO(data.data), map_location="cpu", weights_only=True)
+        return state
+
+    def _load(self, found: list[dict[str, Any]], check: Check | None) -> bool:
+        state = self._main.load(check)
+        found += [] if state is None else [state]
+        return state is not None

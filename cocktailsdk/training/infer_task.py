@@ -1,0 +1,182 @@
+"""What can be seen on first batches: whether this is a classification, and whether all that is given fits together.
+
+Whatever does not fit is refused here, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CocktailError, TrainingError
+from ..utils.blame import blamed, one_line
+from ..utils.modes import modes_kept, train_as_handed
+from ..utils.nested import default_forward, form_of
+from .distributed.ranks import Ranks
+from .distributed.sharing import inputs_of
+from .metrics import HeldOutLoss, MetricFn, NothingScored, accuracy_of, mean_score
+from .options import Options
+from .randomness import seed_everything
+from .step.distill import Classes, find_classes, no_soft_loss, untouched_buffers
+from .step.forward import loss_of, output_tensor
+
+__all__ = ["choose_metric", "look", "try_metric"]
+
+HINT = "if the model takes such batches otherwise, give forward_fn(model, batch) -> (output, target)"
+LOOKS = 8
+"""So many batches are looked at where the first ones say nothing: all their labels are ignored, say."""
+
+
+def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes | None:
+    """Run the model once, in train mode and without a trace, and see where its output holds class logits.
+
+    Args:
+        model: As it stands.
+        batches: On its device. More than the first one are used where all labels of that are ignored.
+        options: Of the run.
+
+    Raises:
+        TrainingError: Without batches, where the loader, the model or the loss raises for the first batch, without a
+            loss, or where distillation needs a ``distill_fn``.
+    """
+    output = classes = None
+    with _first(batches, "the loader") as found:
+        for batch in itertools.islice(found, LOOKS):
+            output, target, loss = _pass(model, inputs_of(batch), options)
+            classes = find_classes(output, target, loss, options.loss_fn)
+            if bool(loss.isfinite()) or not isinstance(target, Tensor):
+                break
+    if options.distillation and options.distill_fn is None and classes is None:
+        raise no_soft_loss(options.loss_fn, output)
+    return classes
+
+
+@contextmanager
+def _first(batches: Iterable[Any], what: str) -> Iterator[Iterable[Any]]:
+    """Batches of which the first ones are looked at."""
+
+    def each() -> Generator[Any]:
+        try:
+            iterator = iter(batches)
+            first = next(iterator, None)
+        except CocktailError:
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"{what} raised {type(error).__name__} ({one_line(error)}) for its first batch"
+            ) from error
+        if first is None:
+            raise TrainingError(f"{what} gave no batches")
+        yield first
+        yield from iterator
+
+    found = each()
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def _pass(model: nn.Module, batch: Any, options: Options) -> tuple[Any, Any, Tensor]:
+    """Output, target and loss of a batch in train mode."""
+    seed_everything(options.seed, "first look")
+    own = options.forward_fn is default_forward
+    with modes_kept(model), torch.no_grad(), untouched_buffers(model):
+        train_as_handed(model)
+        with blamed(
+            "the model" if own else "forward_fn(model, batch)",
+            lambda: f"on the first batch, which is {form_of(batch)}",
+            HINT if own else "it must return (output, target)",
+        ):
+            output, target = options.forward_fn(model, batch)
+        with blamed(
+            "loss_fn(output, target)",
+            lambda: (
+                f"on the first batch, for an output that is {form_of(output)} and a target that is {form_of(target)}"
+            ),
+            "give forward_fn(model, batch) -> (output, target) if that is not what it compares",
+        ):
+            loss = loss_of(output, target, options.loss_fn)
+    return output, target, loss
+
+
+def try_metric(
+    model: nn.Module,
+    batches: Iterable[Any],
+    options: Options,
+    metric: MetricFn,
+    ranks: Ranks,
+    names: str = "val_loader",
+) -> None:
+    """Measure the model on the first held-out batch, so that a metric that does not fit is refused at the start.
+
+    Args:
+        model: As it stands.
+        batches: On its device. More than the first one are used where that gives no scores, or none that is finite.
+        options: Of the run.
+        metric: The user's, or the one found.
+        ranks: The processes.
+        names: What the batches come from, for errors.
+
+    Raises:
+        TrainingError: Without batches, where the metric raises, returns something else than scores, or only such as are
+            not finite although the output is.
+    """
+    seed_everything(options.seed, "first scores")
+    finite = True
+
+    def judged(output: Any, target: Any) -> Tensor:
+        nonlocal finite
+        logits = output_tensor(output)
+        finite = logits is None or bool(logits.isfinite().all())
+        with blamed(
+            "metric(output, target)",
+            lambda: (
+                f"on the first batch of {names}, for an output that is {form_of(output)} and a target that is "
+                f"{form_of(target)}"
+            ),
+            "return a tensor with one number for each example",
+        ):
+            return metric(output, target)
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        with blamed("the model", lambda: f"on the first batch of {names}, which is {form_of(batch)}", HINT):
+            return options.forward_fn(model, batch)
+
+    own = isinstance(metric, HeldOutLoss) or options.metric is None  # fits what the first look found
+    empty, bad = 0, 0
+    with _first(batches, names) as found:
+        for batch in found:
+            try:
+                score = mean_score(model, [batch], forward, metric if own else judged, ranks, check=not own)
+            except NothingScored:
+                empty += 1
+                continue
+            if score.number == score.number or not finite:
+                return
+            bad += 1
+            if bad >= LOOKS:
+                break
+    if not bad:
+        raise NothingScored(
+            f"there is nothing to evaluate on: no label of the {empty} batches of {names} counts, they are all ignored"
+        )
+    if options.metric is not None:
+        raise TrainingError(
+            f"metric(output, target) is not finite for each of the first {bad} batches of {names}, although the model's"
+            " output is: return one finite number for each example, and none for an example that does not count"
+        )
+
+
+def choose_metric(classes: Classes | None, options: Options) -> MetricFn:
+    """The user's metric; else accuracy for classification, or the loss (negative where more is to be better)."""
+    if options.metric is not None:
+        return options.metric
+    if classes is not None and classes.axis == 1:
+        return accuracy_of(classes)
+    return HeldOutLoss(options.loss_fn, -1 if options.metric_mode == "max" else 1, classes)

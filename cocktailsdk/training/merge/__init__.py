@@ -1,0 +1,1 @@
+"""Merging the rounds' weights into one set, and searching the interpolation coefficients."""

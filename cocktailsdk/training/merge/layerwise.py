@@ -1,0 +1,139 @@
+"""Beyond one share a round: a share for every layer, found by search or by gradient on the held-out set."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..session import Session, load_tensors
+from ..step.distill import untouched_buffers
+from ..step.forward import loss_of
+from .alpha_search import Choice, choose_alpha, interpolate, layer_of
+from .candidates import Candidates
+
+__all__ = ["by_gradient", "by_layer", "descended", "refine"]
+
+Shares = dict[str, float]
+STEPS = 200  # of descent on the shares of a round
+RATE = 0.02  # by which a share moves at most in one of them
+
+
+def refine(
+    session: Session, candidates: Candidates, choice: Choice, names: Sequence[str], judged: Callable[[float, int], None]
+) -> tuple[Shares, Choice]:
+    """Better shares than one for all layers, if the recipe asks for them and there are any.
+
+    Whatever is found has a higher mean held-out metric than the choice it began with, by the same exact comparison.
+
+    Args:
+        session: Of the run.
+        candidates: Of the round.
+        choice: The best share for all layers.
+        names: The networks judged.
+        judged: Called after every result.
+
+    Returns:
+        A share by layer, empty where one share is as good; and what it scores.
+    """
+    how = {"layerwise": by_layer, "gradient": by_gradient}.get(session.options.recipe.merging)
+    return ({}, choice) if how is None else how(session, candidates, choice, names, judged)
+
+
+def by_layer(
+    session: Session, candidates: Candidates, choice: Choice, names: Sequence[str], judged: Callable[[float, int], None]
+) -> tuple[Shares, Choice]:
+    """Go through the layers once; each takes the next larger or smaller share where that is better."""
+    alphas = sorted(set(session.options.alphas))
+    at = alphas.index(choice.alpha)
+    neighbours = alphas[max(at - 1, 0) : at] + alphas[at + 1 : at + 2]
+    shares, best = dict.fromkeys(candidates.layers, choice.alpha), choice
+    keys = itertools.count(2)  # of candidates; no share is above 1
+    for layer in candidates.layers:
+        tried = {float(next(keys)): {**shares, layer: share} for share in neighbours}
+        key, best = _best(session, candidates, best, tried, names, judged)
+        shares = tried.get(key, shares)
+    return ({} if best is choice else shares), best
+
+
+def by_gradient(
+    session: Session, candidates: Candidates, choice: Choice, names: Sequence[str], judged: Callable[[float, int], None]
+) -> tuple[Shares, Choice]:
+    """Descend the networks' mean held-out loss along the layers' shares, from the share that is best for all."""
+    shares = descended(session, candidates, choice.alpha, names)
+    key, best = _best(session, candidates, choice, {2.0: shares}, names, judged)
+    return ({} if key != 2.0 else shares), best
+
+
+def _best(
+    session: Session,
+    candidates: Candidates,
+    best: Choice,
+    tried: Mapping[float, Shares],
+    names: Sequence[str],
+    judged: Callable[[float, int], None],
+) -> tuple[float, Choice]:
+    """The best of what is best so far and some candidates; of equals the former."""
+    now = max(tried) + 0.5
+    known = session.judged
+    known.update({(now, cell): score for cell, score in best.scores.items()})
+    for key, shares in tried.items():
+        candidates.propose(key, shares)
+    cells = candidates.cells(names)
+    found = choose_alpha(
+        [now, *tried], cells, candidates.judge, known, judged, order=candidates.order, networks=len(names)
+    )
+    if found.alpha == now:
+        return now, best
+    return found.alpha, Choice(best.alpha, found.value, found.scores)
+
+
+def descended(session: Session, candidates: Candidates, alpha: float, names: Sequence[str]) -> Shares:
+    """Shares after a few steps of Adam; every step takes one network, and one held-out batch, in turn.
+
+    With weights w = a D + (1 - a) T in a layer, the loss moves with its share a by the gradient's product with D - T.
+    """
+    assert session.held_out is not None
+    net, options = session.net, session.options
+    merged, other = candidates.merged, candidates.other
+    parameters = dict(net.model.named_parameters())
+    ways: dict[str, dict[str, Tensor]] = {}
+    for name in parameters:
+        ways.setdefault(layer_of(name), {})[name] = merged[name] - other[name]
+    shares = torch.full((len(ways),), alpha, dtype=torch.float64)
+    shares.requires_grad_(True)
+    optimizer = torch.optim.Adam([shares], lr=RATE)
+    batches = session.guarded(itertools.chain.from_iterable(itertools.repeat(session.held_out)), "val_loader")
+    session.seed("shares", len(session.history.alphas))
+    session.modes.apply()
+    with untouched_buffers(net.model):
+        for i, batch in zip(range(STEPS), batches, strict=False):
+            name = names[i % len(names)]
+            now = dict(zip(ways, shares.tolist(), strict=True))
+            load_tensors(net.model, interpolate(merged, other, alpha, now))
+            net.model.zero_grad(set_to_none=True)
+            with net.using(name, statistics=False):
+                output, target = options.forward_fn(net.model, batch)
+                loss_of(output, target, options.loss_fn).backward()
+            masks = net.mask_tensors(name)
+            slopes = [_slope(way, parameters, masks) for way in ways.values()]
+            shares.grad = torch.stack(slopes).to(shares.dtype).cpu()
+            optimizer.step()
+            with torch.no_grad():
+                shares.clamp_(0.0, 1.0)
+    net.model.zero_grad(set_to_none=True)
+    candidates.forget()
+    # descended by every process alike, and taken from one
+    return session.ranks.from_main(lambda: dict(zip(ways, shares.tolist(), strict=True)))
+
+
+def _slope(
+    way: Mapping[str, Tensor], parameters: Mapping[str, torch.nn.Parameter], masks: Mapping[str, Tensor]
+) -> Tensor:
+    total = next(iter(way.values())).new_zeros(())
+    for name, direction in way.items():
+        if (grad := parameters[name].grad) is not None:
+            total = total + (grad * direction * masks.get(name, 1.0)).sum()
+    return total

@@ -1,0 +1,166 @@
+"""Merging the rounds, and what comes after: statistics and metrics of every network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ...patterns.base import DENSE
+from ...utils.batchnorm import statistics_of
+from ...utils.fsdp import like, local
+from ..events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
+from ..left_out import check_trained
+from ..session import Session, load_tensors
+from .alpha_search import Choice, choose_alpha, interpolate
+from .candidates import Candidates, hardest_first, regrouped
+from .layerwise import refine
+
+__all__ = ["finish", "merge_rounds"]
+
+log = logging.getLogger(__name__)
+
+
+def merge_rounds(session: Session) -> None:
+    """Merge the weights of all rounds into the model, one round after the other (paper, section 3.3).
+
+    Starts from round 1's weights; what was chosen before an interruption is not searched again.
+    """
+    if session.position.phase != "merge":
+        return
+    options, history = session.options, session.history
+    check_trained(history.rounds, scaled=session.scaled, standing=session.store.standing)
+    session.modes.apply()
+    if options.merges:
+        shares = len(set(options.alphas))
+        total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
+        session.emit(MergeStarted(options.rounds, total))
+        merged = _round(session, 1)
+        _arrange(session, merged)
+        done = 0
+        for k in range(2, options.rounds + 1):
+            other = _round(session, k)
+            if len(history.alphas) < k - 1:
+                choice, layers = _search(session, merged, other, k, done, total)
+                history.alphas.append(choice.alpha)
+                history.shares.append(layers)
+                history.merged.append(session.readable(choice.value))
+                # at share 1 the next round's candidate is this one: its networks are judged already
+                session.judged = {(1.0, cell): score for cell, score in choice.scores.items()}
+            alpha = history.alphas[k - 2]
+            merged = interpolate(merged, other, alpha, history.shares[k - 2])
+            done += shares * len(session.names(k))
+            log.info("merged round %d with share %g: mean metric %.4f", k, alpha, history.merged[k - 2])
+            session.save_if_due()
+            session.emit(AlphaChosen(k, alpha, history.merged[k - 2]))
+    else:
+        merged = _round(session, options.rounds)
+    load_tensors(session.net.model, merged)
+    session.judged = {}
+    if options.finishing_epochs:
+        session.position.phase, session.position.round = "finishing", options.finishing_round
+    else:
+        session.position.phase = "finish"
+    session.save()
+
+
+def _round(session: Session, k: int) -> dict[str, Tensor]:
+    parameters = dict(session.net.model.named_parameters())
+    stored = session.store.get(f"round-{k:02d}")
+    return {n: local(like(parameters[n], t) if n in parameters else t).to(session.device) for n, t in stored.items()}
+
+
+def _arrange(session: Session, merged: Mapping[str, Tensor]) -> None:
+    """Choose in which order held-out examples are judged, or take the order of the run that is gone on with."""
+    if session.options.rounds < 2 or not session.names(1):
+        return
+    if not session.held_scores:
+        load_tensors(session.net.model, merged)
+        session.held_examples, session.held_scores = hardest_first(session, session.names(1))
+    elif session.held_out is not None and session.held_out.kept is None:
+        for _ in session.guarded(session.held_out, "val_loader"):  # kept once gone through
+            pass
+    if session.held_examples is not None and session.held_out is not None and session.held_out.kept is not None:
+        batches = session.held_out.kept
+        session.held_order = regrouped(batches, session.held_examples) or batches
+
+
+def _search(
+    session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor], k: int, done: int, total: int
+) -> tuple[Choice, dict[str, float]]:
+    names, history = session.names(k), session.history
+    candidates = Candidates(session, merged, other)
+    cells = candidates.cells(names)
+    shares = len(set(session.options.alphas))
+
+    def judged(alpha: float, settled: int) -> None:
+        if session.due():
+            session.emit(MergeProgress(k, alpha, done + settled * len(names) // len(cells), total))
+        session.save_if_late()
+
+    choice = choose_alpha(
+        session.options.alphas,
+        cells,
+        candidates.judge,
+        session.judged,
+        judged,
+        order=candidates.order,
+        networks=len(names),
+    )
+
+    def refining(alpha: float, settled: int) -> None:
+        del settled
+        if session.due():
+            session.emit(MergeProgress(k, alpha, done + shares * len(names), total))
+        session.save_if_late()
+
+    points = [{"alpha": t.alpha, "metric" if t.whole else "bound": session.readable(t.value)} for t in choice.tried]
+    layers, choice = refine(session, candidates, choice, names, refining)
+    history.curves.append({"round": k, "points": points})
+    in_all = (shares + candidates.proposed) * len(names)
+    history.reused += len(session.names(k - 1)) if k > 2 and 1.0 in session.options.alphas else 0
+    history.to_judge += in_all
+    history.to_judge_batches += in_all * len(session.held_order or ())
+    return choice, layers
+
+
+def finish(session: Session) -> None:
+    """Give every network its own statistics and its held-out metric; those that have them already keep them."""
+    net, position = session.net, session.position
+    check_trained(session.history.rounds, scaled=session.scaled, standing=session.store.standing)
+    session.modes.apply()
+    names = [DENSE, *session.names(session.options.rounds)]
+    own, tracked = session.history.weights, _tracked(session)
+    if position.step == 0:
+        net.statistics.clear()
+        net.statistics.update(tracked)  # whole, should this be interrupted
+        net.metrics.clear()
+    for i, name in enumerate(names[position.step :], position.step):
+        with session.weights_of(name):
+            if name not in tracked:
+                session.recalibrate(name)
+            if session.held_out is not None:
+                net.metrics[name] = session.readable(session.measure(name).value)
+        position.step = i + 1
+        session.emit(NetworkFinished(name, net.metrics.get(name), i + 1, len(names)))
+        session.save_if_late()
+    if own:
+        load_tensors(net.model, {**session.store.get(own[DENSE]), **net.statistics[DENSE]})
+        log.warning(
+            "recipe %r trains networks one at a time: the net holds the dense network's weights, and %d others have "
+            "their own (CoTrainer.using(name))",
+            session.options.recipe.name,
+            len(own) - 1,
+        )
+    position.phase, position.step = "done", 0
+    session.save()
+
+
+def _tracked(session: Session) -> dict[str, dict[str, Tensor]]:
+    """Running statistics that each network kept in a last round in which all were trained."""
+    options = session.options
+    together = options.finishing_epochs or options.recipe.rounds == "one"
+    if options.recipe.statistics != "separate" or not together:
+        return {}
+    return {DENSE: statistics_of(session.net.model), **session.net.statistics}

@@ -1,0 +1,1 @@
+"""What only rival methods need, plugged into the step engine by its public hooks."""

@@ -1,0 +1,83 @@
+"""The course of a run: which subnets each round has, how their masks are made, and what each step trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from ..errors import TrainingError
+from ..masks import Mask
+from ..net.subnet_model import SubnetModel
+from ..patterns.base import Subnet
+from .recipes import Moment, Pruning, Recipe, Step
+from .recipes.steps import DENSE_STEP
+
+__all__ = ["Plan", "names_until", "networks_of", "round_masks", "step_of"]
+
+Plan = Sequence[Mapping[str, tuple[Subnet, ...]]]
+"""The subnets of every round after the dense one, by pattern."""
+
+
+def networks_of(net: SubnetModel, plan: Plan, round_: int) -> dict[str, tuple[str, ...]]:
+    """Names of a round's subnets by pattern, in the net's order; none in round 0, all after the last (finishing)."""
+    if round_ == 0:
+        return {}
+    if round_ > len(plan):
+        return {p.name: tuple(s.name for s in p.subnets()) for p in net.patterns}
+    return {p.name: tuple(s.name for s in plan[round_ - 1][p.name]) for p in net.patterns}
+
+
+def names_until(net: SubnetModel, plan: Plan, last_round: int) -> list[str]:
+    """Names of all distinct subnets of the rounds up to one, in the net's order."""
+    trained = {s.name for row in plan[:last_round] for subnets in row.values() for s in subnets}
+    return [name for name in net.names if name in trained]
+
+
+def step_of(
+    recipe: Recipe, networks: Mapping[str, tuple[str, ...]], round_: int, step: int, steps: int, seed: int, last: int
+) -> Step:
+    """What a round's step does, by the recipe.
+
+    Args:
+        recipe: Of the run.
+        networks: The round's, by pattern.
+        round_: Its number.
+        step: Optimizer steps done in it.
+        steps: Of how many.
+        seed: The run's.
+        last: Number of the last round before finishing.
+    """
+    if not any(networks.values()):
+        return DENSE_STEP
+    schedule = recipe.step_schedule if round_ <= last else recipe.finishing_step_schedule
+    return schedule(Moment(round_, step, steps, networks, seed))
+
+
+def round_masks(
+    recipe: Recipe,
+    net: SubnetModel,
+    subnets: Mapping[str, tuple[Subnet, ...]],
+    before: Collection[str],
+    round_: int,
+    load_dense: Callable[[], None],
+) -> dict[str, Mask]:
+    """Masks of the subnets that are new in a round, by the recipe's rule; they are not set.
+
+    Args:
+        recipe: Of the run.
+        net: With the weights that the round before ended with.
+        subnets: The round's, by pattern.
+        before: Names of those that have a mask of this run.
+        round_: Its number, for errors.
+        load_dense: Loads the weights that the dense round ended with.
+
+    Raises:
+        TrainingError: The rule makes others.
+    """
+    new = frozenset(s.name for row in subnets.values() for s in row if s.name not in before)
+    masks = recipe.mask_rule(Pruning(net, subnets, new, load_dense))
+    if set(masks) != new:
+        raise TrainingError(
+            f"recipe {recipe.name!r}: its mask rule must make masks of {', '.join(sorted(new)) or 'nothing'} "
+            f"in round {round_}, got {', '.join(sorted(masks)) or 'none'}"
+        )
+    return masks

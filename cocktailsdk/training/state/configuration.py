@@ -1,0 +1,153 @@
+"""What a run was asked to do, as JSON values: another run may not go on in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from ...errors import TrainingError
+from ...io import open_regular
+from ...net.subnet_model import SubnetModel
+from ...utils.blame import blamed
+from ..factories import OPTIMIZER_HINT, SCHEDULE_HINT, check_optimizer, check_schedule
+from ..options import Options
+
+__all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "stored_configuration"]
+
+CONFIGURATION = "configuration.json"
+"""The file that holds it, beside a run's state."""
+
+_PLAIN = (
+    "distill_weight",
+    "metric_mode",
+    "epochs",
+    "finishing_epochs",
+    "total_hours",
+    "rewind_epoch",
+    "rewind_schedule",
+    "rounds",
+    "steps_per_epoch",
+    "start",
+    "merge",
+    "recalibration_batches",
+    "seed",
+)
+_FUNCTIONS = ("loss_fn", "forward_fn", "distill_fn", "metric")
+
+
+def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A run's configuration.
+
+    Of functions only the name is known; of the optimizer its class and settings; of the schedule its class and, for
+    ``LambdaLR``, the rate at some steps. Weights and data are not part of it: what matters of them belongs in
+    ``config``.
+
+    Raises:
+        TrainingError: Where ``config`` is no mapping of JSON values, or a factory returns something else.
+    """
+    try:
+        user = json.loads(json.dumps(dict(config or {})))
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"config must be a mapping of JSON values: {error}") from error
+    training: dict[str, Any] = {name: getattr(options, name) for name in _PLAIN}
+    training |= {name: _name(getattr(options, name)) for name in _FUNCTIONS}
+    training["alphas"] = sorted(options.alphas)
+    training["recipe"] = options.recipe.describe()
+    # how passes run is told where it is not the plain way, how many processes there are never: it may change
+    plain = {"mixed_precision": None, "accumulate": 1, "clip_norm": None, "sync_batch_norm": False, "ema": None}
+    chosen = {**{name: getattr(options, name, None) for name in plain}, "mixed_precision": options.precision.name}
+    training |= {name: value for name, value in chosen.items() if value != plain[name]}
+    if options.budget:
+        training["steps"] = list(options.budget)
+    return {
+        "format": 1,
+        "patterns": {p.name: p.config() for p in net.patterns},
+        "eligible": [w.name for w in net.eligible],
+        "tensors": {name: list(t.shape) for name, t in [*net.model.named_parameters(), *net.model.named_buffers()]},
+        "training": training,
+        **_optimization(net, options),
+        "config": user,
+    }
+
+
+def _optimization(net: SubnetModel, options: Options) -> dict[str, Any]:
+    parameters = [p for p in net.model.parameters() if p.requires_grad]
+    if not parameters:
+        raise TrainingError("the model has no parameter that requires a gradient: there is nothing to train")
+    with blamed("optimizer(parameters)", lambda: f"for a list of {len(parameters)} parameters", OPTIMIZER_HINT):
+        optimizer = options.optimizer(parameters)
+    check_optimizer(optimizer, net.model)
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    steps = options.schedule_steps(options.first_round)
+    with blamed("schedule(optimizer, steps)", lambda: f"for steps={steps}", SCHEDULE_HINT):
+        schedule = options.schedule(optimizer, steps)
+    check_schedule(schedule)
+    rates = []
+    if isinstance(schedule, LambdaLR):
+        rates = [float(schedule.lr_lambdas[0](steps * i // 8)) for i in range(9)]
+    return {
+        "optimizer": {"class": type(optimizer).__name__, "groups": groups},
+        "schedule": {"class": type(schedule).__name__, "rates": rates},
+    }
+
+
+def _name(function: Any) -> str | None:
+    if function is None:
+        return None
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return str(value)
+
+
+def fingerprint(configuration: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration of JSON values."""
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Where two configurations differ, as readable lines: ``epochs: 20, now 30``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for name in sorted({*old, *new}):
+            lines += differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+        return lines
+    if old == new:
+        return []
+    return [f"{key}: {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def stored_configuration(folder: Path) -> dict[str, Any]:
+    """The configuration of the run whose state a folder holds; empty where it holds none.
+
+    Raises:
+        TrainingError: Where the file is damaged.
+    """
+    path = folder / CONFIGURATION
+    if not path.exists():
+        return {}
+    try:
+        with open_regular(path) as file:
+            stored = json.loads(file.read())
+    except (ValueError, OSError, RecursionError) as error:
+        raise TrainingError(
+            f"{path} is no JSON ({error}): remove {folder} to start anew, or train into another folder"
+        ) from error
+    return stored if isinstance(stored, dict) else {}

@@ -1,0 +1,236 @@
+"""Dynamic distillation: the dense network, as it stands, teaches the sparse ones (paper, section 3.2).
+
+On a sparse step the loss is ``(1-w) L(S(x), y) + w L(S(x), softmax(D(x)))`` with ``w = 0.5`` and temperature 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import TrainingError
+from .forward import LossFn, loss_of, output_tensor
+from .ignored import counted, ignored_by, ignored_by_value
+
+__all__ = ["Classes", "DistillFn", "Distillation", "find_classes", "soft_cross_entropy", "untouched_buffers"]
+
+VOID = 255
+"""The label of pixels without a class in most segmentation sets."""
+DistillFn = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Where a model's output holds class logits, and which of them count.
+
+    Attributes:
+        axis: The class axis: 1 as in ``F.cross_entropy``, or -1 for sequences.
+        shift: Whether position ``t`` predicts the label at ``t+1`` (causal language models that shift by
+            themselves).
+        ignored: A label that the loss leaves out, although it may be a class; ``None`` for no such label. Labels out
+            of range never count.
+        size: How many classes there are; ``None`` if unknown.
+    """
+
+    axis: int
+    shift: bool = False
+    ignored: int | None = field(default=None, compare=False)
+    size: int | None = field(default=None, compare=False)
+
+    def positions(
+        self, logits: Float[Tensor, "..."], target: Int[Tensor, "..."]
+    ) -> tuple[Float[Tensor, "n classes"], Int[Tensor, " n"]]:
+        """Logits and labels as a list of positions."""
+        if self.shift:
+            logits, target = logits[..., :-1, :], target[..., 1:]
+        logits = logits.movedim(self.axis, -1)
+        return logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+
+    def counted(self, target: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Which labels count: those in range that the loss does not leave out."""
+        return counted(target, self.size, self.ignored)
+
+
+def find_classes(
+    output: Any, target: Any, loss: Float[Tensor, ""] | None, loss_fn: LossFn | None = None
+) -> Classes | None:
+    """Find where an output holds class logits, from shapes and from what the loss computed.
+
+    The target must hold integer labels with the logits' shape but for the class axis. Where several readings fit
+    (sequences), the one whose cross-entropy is the loss is taken.
+
+    Labels below 0 are ignored ones. One value beyond the last class is as well if it is the ``ignore_index`` of
+    ``loss_fn``, or 255, or if the loss is the cross-entropy of all others. A class that is ignored is read from
+    ``ignore_index``, or seen from the loss.
+
+    Args:
+        output: Of the model; see :func:`~cocktailsdk.training.step.forward.output_tensor`.
+        target: Of the batch.
+        loss: What the user's loss, or the model's, made of both; ``None`` if unknown.
+        loss_fn: The user's loss, if there is one.
+
+    Returns:
+        The reading, or ``None`` where there is none: not a classification, or not to be told from outside.
+    """
+    logits = output_tensor(output)
+    if logits is None or not logits.is_floating_point() or logits.ndim < 2 or not isinstance(target, Tensor):
+        return None
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        return None
+    ignored = ignored_by(loss_fn)
+    fits = []
+    for classes in (Classes(1), Classes(-1), Classes(-1, shift=True)):
+        if classes.axis == -1 and logits.ndim == 2:
+            continue  # the same as axis 1
+        shape = list(logits.shape)
+        size = shape.pop(classes.axis)
+        if shape == list(target.shape) and _in_range(target, size):
+            fits.append(replace(classes, ignored=ignored, size=size))
+    sure = len(fits) == 1 and _beyond(target, fits[0].size) in (None, ignored, VOID)
+    best = fits[0] if sure else _closest(fits, logits, target, loss)
+    if best is None or loss is None or (ignored is not None and 0 <= ignored < (best.size or 0)):
+        return best
+    # a wrapper may leave out a class, whatever the index of the loss that it wraps
+    seen = _seen(best, logits, target, float(loss.detach()))
+    return best if seen is None else replace(best, ignored=seen)
+
+
+def _seen(classes: Classes, logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: float) -> int | None:
+    """The class that the loss leaves out, if it is a cross-entropy read so."""
+    return ignored_by_value(*classes.positions(logits.detach().float(), target), loss)
+
+
+def _in_range(target: Int[Tensor, "..."], size: int) -> bool:
+    """Whether labels are classes, or negative, or one value beyond, which the loss may leave out."""
+    beyond = target[target.long() >= size]
+    return not beyond.numel() or bool((beyond == beyond[0]).all())
+
+
+def _beyond(target: Int[Tensor, "..."], size: int | None) -> int | None:
+    """The largest label, if it is beyond the last class."""
+    most = int(target.max()) if target.numel() else -1
+    return most if size is not None and most >= size else None
+
+
+def _closest(
+    fits: list[Classes], logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: Float[Tensor, ""] | None
+) -> Classes | None:
+    """The reading whose cross-entropy is the loss.
+
+    The closest, not the first that is close: with untrained weights all readings are.
+    """
+    if loss is None or not fits:
+        return None
+    wanted = float(loss.detach())
+    off = {classes: abs(_cross_entropy(logits, target, classes) - wanted) for classes in fits}
+    best = min(fits, key=off.__getitem__)
+    if not off[best] <= 1e-5 * abs(wanted) + 1e-7:  # also where all labels are ignored, and nothing is known
+        seen = [replace(c, ignored=v) for c in fits if (v := _seen(c, logits, target, wanted)) is not None]
+        if len(seen) == 1:
+            return seen[0]
+    return best if off[best] <= 1e-2 * abs(wanted) + 1e-4 else None
+
+
+@torch.no_grad()
+def _cross_entropy(logits: Float[Tensor, "..."], target: Int[Tensor, "..."], classes: Classes) -> float:
+    rows, labels = classes.positions(logits.detach().float(), target)
+    counts = classes.counted(labels)
+    return float(F.cross_entropy(rows[counts], labels[counts]))
+
+
+def soft_cross_entropy(
+    student: Float[Tensor, "..."], teacher: Float[Tensor, "..."], target: Int[Tensor, "..."], classes: Classes
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the student against the teacher's probabilities.
+
+    Args:
+        student: Logits.
+        teacher: Logits of the same shape.
+        target: Labels; positions whose label is ignored, or out of range, do not count.
+        classes: Where the classes are.
+    """
+    s, labels = classes.positions(student, target)
+    t, _ = classes.positions(teacher, target)
+    wide = torch.promote_types(s.dtype, torch.float32)  # float64 stays float64
+    each = F.cross_entropy(s.to(wide), t.to(wide).softmax(-1), reduction="none")
+    counts = counted(labels, s.shape[-1], classes.ignored)
+    # not a product: what is no number at an ignored position must not count either
+    return torch.where(counts, each, 0.0).sum() / counts.to(each.dtype).sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a sparse network learns: from the labels, and from the dense one.
+
+    Attributes:
+        weight: Share of what the dense network says; at 0 there is no teacher.
+        fn: ``fn(student_output, teacher_output)``, or ``None`` for soft cross-entropy.
+        classes: Where the output holds class logits, if it does.
+    """
+
+    weight: float
+    fn: DistillFn | None = None
+    classes: Classes | None = None
+
+    def __call__(
+        self, loss: Float[Tensor, ""], output: Any, teacher: Any, target: Any, loss_fn: LossFn | None = None
+    ) -> Float[Tensor, ""]:
+        """The loss of a sparse turn.
+
+        Args:
+            loss: From the labels.
+            output: The sparse network's.
+            teacher: The dense network's for the same batch.
+            target: The batch's labels.
+            loss_fn: What computed the loss, for errors.
+
+        Raises:
+            TrainingError: There is no soft target for such outputs, or ``fn`` returns no scalar.
+        """
+        if not self.weight:
+            return loss
+        return (1 - self.weight) * loss + self.weight * self._soft(output, teacher, target, loss_fn)
+
+    def _soft(self, output: Any, teacher: Any, target: Any, loss_fn: LossFn | None) -> Float[Tensor, ""]:
+        if self.fn is not None:
+            return loss_of(output, teacher, self.fn, "distill_fn")
+        student, dense = output_tensor(output), output_tensor(teacher)
+        if self.classes is None or student is None or dense is None:
+            raise no_soft_loss(loss_fn, output)
+        return soft_cross_entropy(student, dense, target, self.classes)
+
+
+def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
+    """The error for a loss that cannot take a teacher's output as its target."""
+    loss = "the model's own loss" if loss_fn is None else getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    return TrainingError(
+        f"distillation needs distill_fn(student_output, teacher_output) -> scalar loss: {loss} on an output of type "
+        f"{type(output).__name__} is no classification of integer labels, so there is no soft target to be found by "
+        "itself; distill_weight=0 trains without distillation"
+    )
+
+
+@contextmanager
+def untouched_buffers(model: nn.Module) -> Iterator[None]:
+    """Let a forward pass in train mode leave no trace in the model's buffers (batch-norm statistics above all)."""
+    held = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    before = [buffer.clone() for _, _, buffer in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (module, name, buffer), value in zip(held, before, strict=True):
+                buffer.copy_(value)
+                module._buffers[name] = buffer

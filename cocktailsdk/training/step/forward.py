@@ -1,0 +1,103 @@
+"""How a batch is used: the forward pass, the loss and the logits, found from what is given."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ...errors import TrainingError
+from ...utils.nested import default_forward
+
+__all__ = ["ForwardFn", "LossFn", "default_forward", "detached", "loss_of", "mapped", "output_tensor"]
+
+ForwardFn = Callable[[nn.Module, Any], tuple[Any, Any]]
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def loss_of(output: Any, target: Any, loss_fn: LossFn | None, name: str = "loss_fn") -> Float[Tensor, ""]:
+    """The training loss of an output.
+
+    Args:
+        output: From the forward pass.
+        target: From the forward pass.
+        loss_fn: The user's ``loss_fn(output, target)``, a scalar or a mapping of scalars, which are added; ``None``
+            takes the model's own: ``output.loss``, ``output["loss"]``, or the sum of an output that is a mapping of
+            scalar losses.
+        name: What the function is called in errors.
+
+    Raises:
+        TrainingError: Where there is no loss, or it is no scalar.
+    """
+    if loss_fn is not None:
+        loss = loss_fn(output, target)
+        if (added := _sum(loss)) is not None:
+            return added
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TrainingError(f"{name} must return a scalar tensor, got {found}; reduce it with .mean()")
+        return loss.reshape(())
+    own: Any = getattr(output, "loss", None)
+    if own is None and isinstance(output, Mapping):
+        own = output["loss"] if "loss" in output else _sum(output)
+    if not isinstance(own, Tensor) or own.numel() != 1:
+        raise TrainingError(
+            f"the model's output ({type(output).__name__}) holds no scalar loss: give loss_fn(output, target), or "
+            "batches from which the model computes its own loss"
+        )
+    return own.reshape(())
+
+
+def _sum(losses: Any) -> Float[Tensor, ""] | None:
+    """The sum of a mapping of scalar losses; ``None`` for anything else."""
+    if not isinstance(losses, Mapping) or not losses:
+        return None
+    if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses.values()):
+        return None
+    return torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
+
+
+def output_tensor(output: Any) -> Tensor | None:
+    """The logits in a model's output: itself, ``.logits``, ``["logits"]`` or the first of a tuple; else ``None``."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    return logits if isinstance(logits, Tensor) else None
+
+
+def mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An output of any kind, each of its tensors changed."""
+
+    def visit(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return change(part)
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            new = copy.copy(part)
+            for field in dataclasses.fields(part):
+                # not setattr, which frozen ones refuse; with slots there is no __dict__
+                object.__setattr__(new, field.name, tree_map(visit, getattr(part, field.name)))
+            return new
+        if not hasattr(part, "__dict__") or callable(part):
+            return part
+        part = copy.copy(part)  # an object of a class of the user's own
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, change(value))
+        return part
+
+    return tree_map(visit, output)
+
+
+def detached(output: Any) -> Any:
+    """An output of any kind, its tensors detached: a teacher's, through which no gradient goes."""
+    return mapped(output, Tensor.detach)

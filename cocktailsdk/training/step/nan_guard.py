@@ -1,0 +1,189 @@
+"""Losses and weights that stop being finite: found without waiting for the device, and never saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...errors import TrainingError
+from ...masks import Mask
+from ...net.subnet_model import SubnetModel
+from ...patterns.base import DENSE
+from ...utils.fsdp import local
+from ...utils.norms import running_norms
+from ..recipes import Step
+
+__all__ = ["Before", "LossWatch", "Place", "all_finite", "not_finite"]
+
+LIMIT = 256
+SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a step is.
+
+    Attributes:
+        round: Its round.
+        epoch: Its epoch in the round, from 0.
+        step: Its number in the epoch, from 0.
+        batch: The index of its batch in the pass over the loader, from 0.
+        done: Optimizer steps of the whole run before it.
+    """
+
+    round: int
+    epoch: int
+    step: int
+    batch: int
+    done: int
+
+    def __str__(self) -> str:
+        return (
+            f"in round {self.round}, epoch {self.epoch}, step {self.step}, on batch {self.batch} of the loader "
+            f"(all from 0; step {self.done} of the run)"
+        )
+
+
+class LossWatch:
+    """Finds the first loss that is not finite, without waiting for the device in every step.
+
+    Losses are kept where they are, and looked at together: before anything is saved, and else every few hundred steps
+    or seconds. On the CPU, where nothing is waited for, every step.
+
+    Args:
+        device: The losses'.
+        limit: Look at so many at the latest.
+        seconds: Look so often at the latest.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None = None, seconds: float = SECONDS) -> None:
+        self._limit = limit or (1 if device.type == "cpu" else LIMIT)
+        self._seconds = seconds
+        self._kept: list[tuple[Place, str, Float[Tensor, ""]]] = []
+        self._looked = time.monotonic()
+
+    def add(self, place: Place, losses: Mapping[str, Float[Tensor, ""]]) -> str | None:
+        """Take a step's losses, by network; says what is wrong where it looked, as :meth:`look` does."""
+        self._kept += [(place, name, loss) for name, loss in losses.items()]
+        if len(self._kept) < self._limit and time.monotonic() - self._looked < self._seconds:
+            return None
+        return self.look()
+
+    def look(self) -> str | None:
+        """Say which of the losses taken since the last look was the first that is not finite; ``None`` if all are."""
+        kept, self._kept, self._looked = self._kept, [], time.monotonic()
+        if not kept:
+            return None
+        values = torch.stack([loss.float() for _, _, loss in kept]).tolist()
+        for (place, name, _), value in zip(kept, values, strict=True):
+            if value - value != 0:
+                return f"the training loss of {name} became {value} {place}"
+        return None
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number is infinite or none; one look at the device for all tensors, and no memory of their size."""
+    ends: list[Tensor] = []
+    for tensor in map(local, tensors):
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if tensor.is_floating_point() and tensor.numel():
+            ends += [end.float() for end in torch.aminmax(tensor)]
+    return not ends or bool(torch.stack(ends).isfinite().all())
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of what trained to numbers that are not finite: parameters, and running batch-norm statistics.
+
+    Others (an attention mask of -inf, say) are the model's own business.
+    """
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for path, norm in running_norms(model).items():
+        trained.update({f"{path}.{n}".lstrip("."): b for n, b in norm._buffers.items() if b is not None})
+    if all_finite(trained.values()):
+        return []
+    return [name for name, tensor in trained.items() if not all_finite([tensor])]
+
+
+class Before:
+    """What a step changes before its optimizer steps, kept to be put back if that is not to happen.
+
+    That is all buffers (batch-norm statistics), the statistics of the step's networks, and masks that it regrows.
+
+    Args:
+        net: The networks; the dense one is active.
+        step: What is about to be done.
+    """
+
+    def __init__(self, net: SubnetModel, step: Step) -> None:
+        self._net = net
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in net.model.buffers()]
+        names = [turn.network for turn in step.turns if turn.network != DENSE]
+        self._statistics = {name: net.statistics.get(name) for name in names}
+        self._masks: dict[str, Mask] = {name: net.masks[name] for name in names} if step.regrow else {}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put all back, and drop the gradients."""
+        net = self._net
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        for name, mask in self._masks.items():
+            net.set_mask(name, mask)
+        for name, own in self._statistics.items():
+            net.statistics.pop(name, None)
+            if own is not None:
+                net.statistics[name] = own
+        for parameter in net.model.parameters():
+            parameter.grad = None
+
+
+class Skips:
+    """Leaves out optimizer steps whose losses or gradients are not finite, and notes them.
+
+    Attributes:
+        in_a_row: How many were left out since the last that was made.
+        waiting: Those not told of yet: where, which network, and its loss.
+    """
+
+    MOST = 25
+    """In a row; then the run stops, since this is no accident."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self.in_a_row = 0
+        self.waiting: list[tuple[Place, str, float]] = []
+
+    def allows(self, losses: Mapping[str, Float[Tensor, ""]], scaled: bool = False) -> bool:
+        """Whether a step may be made. Waits for the device.
+
+        Args:
+            losses: By network.
+            scaled: Whether gradients are those of scaled losses, which another looks after.
+        """
+        gradients = [] if scaled else [p.grad for p in self._parameters if p.grad is not None]
+        return all_finite([*losses.values(), *gradients])
+
+    def note(self, place: Place, losses: Mapping[str, Float[Tensor, ""]]) -> tuple[str, float]:
+        """Count a step that was left out; gives the network to blame and its loss.
+
+        Raises:
+            TrainingError: Where too many were left out in a row.
+        """
+        self.in_a_row += 1
+        values = {name: float(loss) for name, loss in losses.items()}
+        name, value = next(((n, v) for n, v in values.items() if v - v != 0), next(iter(values.items())))
+        self.waiting.append((place, name, value))
+        if self.in_a_row >= self.MOST:
+            raise TrainingError(
+                f'{self.in_a_row} steps in a row were left out (on_nan="skip"), the last {place}, since the loss of '
+                f"{name} was {value} or its gradients were not finite: lower the learning rate, or look for values in "
+                "the data that are not finite"
+            )
+        return name, value
