@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from .units import UnitMasks
 
 if TYPE_CHECKING:
     from ..graph import Coupling
-    from ..net.switcher import Tensors
 
 __all__ = ["Placed", "PlacedMasks", "zero_masked"]
 
@@ -24,6 +23,20 @@ Placed = PackedMasks | UnitMasks | Mapping[str, Tensor]
 
 _CACHE_BYTES = 1 << 30
 _PLAIN_BYTES = 1 << 22  # masks that are no larger as numbers are kept so: for small models speed is what counts
+
+
+class Tensors(Protocol):
+    """A model's parameters and buffers, as masks need them."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards any of them."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor; of a sharded one, the local shard."""
+
+    def part(self, name: str, mask: Tensor) -> Tensor:
+        """A mask that broadcasts to a tensor, narrowed to the rows of the local shard."""
 
 
 class PlacedMasks:
