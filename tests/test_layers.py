@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,22 @@ def lint_imports(root: Path) -> tuple[int, str]:
         text=True,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def test_the_picture_of_the_layers_is_that_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from layers_picture import PICTURE, layers_picture
+
+    assert PICTURE.read_text(encoding="utf-8") == layers_picture(), "run python docs/layers_picture.py"
+
+
+def test_the_walks_of_a_batch_and_of_a_mask_lead_through_functions_that_exist() -> None:
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| `([\w/]+\.py)` `(\w+)\(\)` \| ", text, re.MULTILINE)
+    assert len(steps) > 15
+    for file, function in steps:
+        code = (ROOT / "cocktailsdk" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *def {function}\(", code, re.MULTILINE), f"{file} has no {function}"
 
 
 @pytest.fixture
