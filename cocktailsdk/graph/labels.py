@@ -180,7 +180,8 @@ class Labels:
         edge = breadth_first_edges(n + 1, tail, head, n)
 
         def cause(label: int) -> Cause:
-            least, steps = int(family[label]), []
+            least = int(family[label])
+            steps: list[tuple[str, int]] = []
             while (at := int(edge[label])) >= 0:
                 previous = int(tail[at])
                 if previous == n:
