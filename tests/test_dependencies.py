@@ -101,7 +101,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert str(caught.value) == (
         'drawing figures needs matplotlib, which is not installed: pip install "cocktailsdk[plots]"'
     )
-    with pytest.raises(TrainingError, match=r'matplotlib and onnx, which are not .*"cocktailsdk\[onnx,plots\]"'):
+    with pytest.raises(TrainingError, match=r'matplotlib, onnx, which are not .*"cocktailsdk\[onnx,plots\]"'):
         check_installed("matplotlib", "onnx", "torch", purpose="this", error=TrainingError)
     with pytest.raises(CocktailError, match=r'needs onnx, which is not installed: pip install "cocktailsdk\[mine\]"'):
         check_installed("onnx", purpose="this", extra="mine")

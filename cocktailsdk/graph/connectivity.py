@@ -68,8 +68,9 @@ def breadth_first_edges(
         # The edges of the level's nodes, one after the other: ranges from first, of lengths count, without a loop.
         out = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
         out = out[~seen[head[out]]]
-        _, earliest = np.unique(head[out], return_index=True)  # of several edges to one node, the one tried first
-        out = out[np.sort(earliest)]
-        level = head[out]
-        edge[level], seen[level] = out, True
+        # Of several edges to one node the one tried first counts. NumPy leaves the last value at a repeated index, so
+        # that the edges are written in reverse; those that are still there are the ones that count.
+        edge[head[out][::-1]] = out[::-1]
+        level = head[out[edge[head[out]] == out]]
+        seen[level] = True
     return edge

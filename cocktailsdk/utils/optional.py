@@ -74,7 +74,7 @@ def missing(*packages: str, purpose: str, extra: str = "") -> str:
         return ""
     verb = "is" if len(names) == 1 else "are"
     command = install_command(*names, extra=extra)
-    return f"{purpose} needs {' and '.join(names)}, which {verb} not installed: {command}"
+    return f"{purpose} needs {', '.join(names)}, which {verb} not installed: {command}"
 
 
 def install_command(*packages: str, extra: str = "") -> str:
