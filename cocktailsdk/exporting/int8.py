@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportFailed
+from ..utils.optional import require
 from .compare import deviation
-from .formats import Format, Job, Run, needs
+from .formats import Format, Job, Run
 from .openvino_file import in_a_thread_of_its_own
 from .program import first_line, quiet
 from .report import Int8Report
@@ -84,10 +85,9 @@ def quantize(kind: Format, job: Job, file: Path, data: Data) -> Int8Report:
 
 
 def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
-    import onnxruntime
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
+    onnxruntime = require("onnxruntime", "int8 for ONNX", error=ExportFailed)
+    quantization = require("onnxruntime.quantization", "int8 for ONNX", error=ExportFailed)
+    shape_inference = require("onnxruntime.quantization.shape_inference", "int8 for ONNX", error=ExportFailed)
     if not feeds and _convolves(job.model):
         raise ExportFailed(
             f"int8 of {type(job.model).__name__} needs calibration data, since most of its weights are convolutions': "
@@ -96,7 +96,7 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
     prepared, made = file.with_suffix(".prepared.onnx"), file.with_suffix(".int8.onnx")
     try:
         with quiet(), _unadvised():
-            quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
+            shape_inference.quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
             _forget_shapes_of_weights(prepared)
             if feeds:
                 quantization.quantize_static(
@@ -121,8 +121,7 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
 
 def _forget_shapes_of_weights(file: Path) -> None:
     """The quantizer transposes weights, and then falls over the shapes that are noted for them."""
-    import onnx
-
+    onnx = require("onnx", "int8 for ONNX", error=ExportFailed)
     model = onnx.load(file)
     weights = {t.name for t in model.graph.initializer}
     kept = [v for v in model.graph.value_info if v.name not in weights]
@@ -132,10 +131,8 @@ def _forget_shapes_of_weights(file: Path) -> None:
 
 
 def _openvino(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
-    needs(("nncf",), "", "int8 for OpenVINO")
-    import nncf
-    import openvino
-
+    nncf = require("nncf", "int8 for OpenVINO", error=ExportFailed)
+    openvino = require("openvino", "int8 for OpenVINO", error=ExportFailed)
     if not feeds:
         raise ExportFailed("int8 for OpenVINO needs calibration data: give calibration=, some batches of inputs")
     made = file.with_suffix(".int8.xml")

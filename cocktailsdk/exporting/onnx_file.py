@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportFailed
+from ..utils.optional import require
 from .formats import Job, Run
 from .program import first_line, quiet
 
@@ -55,9 +56,8 @@ class OnnxFormat:
 
     def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """Initializers and constants."""
-        import onnx
-        from onnx import numpy_helper
-
+        onnx = require("onnx", "reading ONNX files", error=ExportFailed)
+        numpy_helper = require("onnx.numpy_helper", "reading ONNX files", error=ExportFailed)
         graph = onnx.load(file).graph
         for tensor in graph.initializer:
             yield tensor.name, torch.from_numpy(numpy_helper.to_array(tensor).copy())
@@ -69,15 +69,13 @@ class OnnxFormat:
 
     def runtime(self) -> str:
         """onnxruntime."""
-        import onnxruntime
-
+        onnxruntime = require("onnxruntime", "running ONNX files", error=ExportFailed)
         return f"onnxruntime {onnxruntime.__version__}"
 
 
 def session(file: Path, threads: int | None = None) -> Run:
     """A network in onnxruntime, on the CPU."""
-    import onnxruntime
-
+    onnxruntime = require("onnxruntime", "running ONNX files", error=ExportFailed)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ExportFailed
+from ..utils.optional import require
 from .formats import Job, Run
 from .onnx_file import OnnxFormat
 from .program import first_line
@@ -30,8 +31,7 @@ class OpenVinoFormat:
 
     def write(self, job: Job, file: Path) -> None:
         """Write ONNX beside, convert it without narrowing anything, and remove it again."""
-        import openvino
-
+        openvino = _openvino()
         between = file.with_suffix(".onnx")
         OnnxFormat().write(job, between)
         try:
@@ -51,17 +51,17 @@ class OpenVinoFormat:
 
     def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """All constants that have an axis."""
-        import openvino
-
-        for op in openvino.Core().read_model(file).get_ops():
+        for op in _openvino().Core().read_model(file).get_ops():
             if op.get_type_name() == "Constant" and len(op.get_output_shape(0)):
                 yield op.get_friendly_name(), torch.from_numpy(op.data.copy())
 
     def runtime(self) -> str:
         """OpenVINO."""
-        import openvino
+        return f"openvino {_openvino().__version__}"
 
-        return f"openvino {openvino.__version__}"
+
+def _openvino() -> Any:
+    return require("openvino", "OpenVINO IR", error=ExportFailed)
 
 
 def in_a_thread_of_its_own(work: Callable[[], Result]) -> Result:
@@ -82,8 +82,7 @@ def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") 
         threads: Processor threads.
         precision: ``"f32"``; by itself OpenVINO narrows to bfloat16 on processors that have it.
     """
-    import openvino
-
+    openvino = _openvino()
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads

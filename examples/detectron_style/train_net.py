@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cocktailsdk.utils.optional import missing
+
 # before the imports below, which would end in a traceback
-if missing := [p for p in ("yaml", "pycocotools") if importlib.util.find_spec(p) is None]:
-    sys.exit(f'error: detection needs {" and ".join(missing)}: pip install "cocktailsdk[detection]"')
+if message := missing("yaml", "pycocotools", "torchvision", "matplotlib", purpose="detection", extra="detection"):
+    sys.exit(f"error: {message}")
 
 import torch
 from cocktail_detection.catalog import DatasetError, register_builtin, register_from

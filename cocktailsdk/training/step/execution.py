@@ -15,6 +15,7 @@ from ...errors import TrainingError
 from ...utils.fsdp import sharded, shards
 from ...utils.modes import modes_kept, train_as_handed
 from ...utils.nested import default_forward, split
+from ...utils.optional import require
 from ..distributed.ranks import SINGLE, Ranks
 from ..distributed.sharing import examples, inputs_of
 from .distill import Classes, untouched_buffers
@@ -100,9 +101,8 @@ class Execution:
         assert self._accelerator is not None
         passing = _Pass(self._model, self._forward)
         if self._accelerator.ddp_handler is None and self.ranks.any(self._unused(batch, loss_fn)):
-            from accelerate import DistributedDataParallelKwargs
-
-            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            accelerate = require("accelerate", "training on several processes", error=TrainingError)
+            self._accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
         self._wrapped = self._accelerator.prepare_model(passing)
         kept = self._accelerator._models  # for as long as the program runs
         kept[:] = [model for model in kept if model not in (passing, self._wrapped)]
