@@ -1,7 +1,7 @@
-"""Bundles, run states and a loop's state of 0.2.0.dev, before masks had one encoder: what ``data/old_formats`` was made by.
+"""Bundles, run states and a loop's state from before masks had one encoder: this made ``data/old_formats``.
 
-``python tests/old_formats.py FOLDER``, with that version of the package on the path, writes them. Beside each lies
-``expected.safetensors``: the same masks and weights as plain tensors, for comparison bit by bit.
+``python tests/old_formats.py FOLDER``, with a package of commit 3ca953a or older on the path, writes them. Beside each
+lies ``expected.safetensors``: the same masks and weights as plain tensors, for comparison bit by bit.
 """
 
 from __future__ import annotations
