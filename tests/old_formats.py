@@ -92,7 +92,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "default-run": ("convolutions", "RoundStarted 4", {"epochs": 1}),
-    "paper-run": ("transformer", "AlphaChosen 2", {"epochs": 1, "recipe": "paper", "rewind_epoch": 1}),
+    "paper-run": ("transformer", "AlphaChosen 2", {"epochs": 1, "recipe": "paper"}),
 }
 """By folder: the net, the event and round at which the run is interrupted, and the trainer's arguments."""
 
