@@ -14,12 +14,11 @@ from .graph import Kept, Weight
 from .graph.carried import computed
 from .graph.export import evaluating
 from .graph.hooked import hooked
+from .masks.remaining import Remaining
+from .masks.tiles import runs, tiles
 from .net.subnet_model import SubnetModel
 from .net.target_modules import Modules, Selection
 from .patterns import NM
-from .patterns.layout import tiles
-from .patterns.nm import runs
-from .patterns.remaining import Remaining
 from .utils.undo import unchanged
 
 

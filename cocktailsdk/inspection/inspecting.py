@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from ..errors import CocktailError, PatternError
 from ..graph import Coupling, Kept, Stay, Weight, couple, obstacles
 from ..graph.export import BuildsParameters, evaluating
+from ..masks.tiles import covered_by_runs
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
 from ..net.tracing import Example, example_of
-from ..patterns.nm import covered
 from ..utils.batchnorm import device_of
 from ..utils.nested import to_device
 from ..utils.undo import unchanged
@@ -180,7 +180,7 @@ def _every(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layer(w: Weight, why_not: str, groups: tuple[str, ...], reads: tuple[str, ...], kept: str) -> Layer:
-    coverage = {m: covered(w, m) / w.numel for m in RUNS} if w.numel else dict.fromkeys(RUNS, 0.0)
+    coverage = {m: covered_by_runs(w, m) / w.numel for m in RUNS} if w.numel else dict.fromkeys(RUNS, 0.0)
     runs = why_not or ("" if coverage[RUNS[0]] else "fewer input channels than the shortest run of N:M")
     return Layer(
         name=w.name,
@@ -218,7 +218,7 @@ def _savings(coupling: Coupling, eligible: Iterable[Weight]) -> tuple[Saving, ..
     everything = torch.ones(coupling.n_units, dtype=torch.bool)
     return (
         zeros("unstructured", f"unstructured@{HALF:g}", {w.name: w.numel for w in weights}),
-        *(zeros("n:m", f"{m // 2}:{m}", {w.name: covered(w, m) for w in weights}) for m in RUNS[:3]),
+        *(zeros("n:m", f"{m // 2}:{m}", {w.name: covered_by_runs(w, m) for w in weights}) for m in RUNS[:3]),
         Saving("channel", f"channel@{HALF:g}", left, run, run, 1 - coupling.params(everything) / params),
     )
 

@@ -14,7 +14,7 @@ from ..errors import CocktailError, PatternError, SubnetError
 from ..graph import Coupling
 from ..graph.hooked import refresh
 from ..masks import Mask
-from ..masks.device_cache import Placed, PlacedMasks, placed_bytes, zero_masked
+from ..masks.device_cache import DeviceMaskCache, DeviceMasks, mask_bytes, zero_masked
 from ..masks.nested import Level, nested_levels
 from ..masks.packed import PackedMasks
 from ..patterns import DENSE, Subnet
@@ -74,7 +74,7 @@ class SwitchableModel(nn.Module):
         self._subnets = {DENSE: Subnet(DENSE, DENSE, 0.0)} | {s.name: s for s in subnets}
         self._masks: dict[str, Mask] = {}
         self._switcher = Switcher(model)
-        self._placed = PlacedMasks(coupling, self._switcher.tensors)
+        self._placed = DeviceMaskCache(coupling, self._switcher.tensors)
         self._gate = Gate()
         self._hooked = tuple(m for m in model.modules() if m._forward_pre_hooks)
         self._merges = MergeGuard(model)
@@ -343,7 +343,7 @@ class SwitchableModel(nn.Module):
                 self._switcher.load_statistics(own, self._norm_masks(name))
         self._statistics_active = name
 
-    def _norm_masks(self, name: str) -> Placed:
+    def _norm_masks(self, name: str) -> DeviceMasks:
         """Masks among which are those of the batch-norm buffers."""
         mask = self._masks[name]
         if mask.removed is None and self._switcher.norm_buffers.isdisjoint(mask.elements):
@@ -462,9 +462,9 @@ class SwitchableModel(nn.Module):
             SubnetError: There is no such subnetwork, or it has no mask yet.
         """
         name = self._ready(name)
-        return 0 if name == DENSE else placed_bytes(self._device_masks(name))
+        return 0 if name == DENSE else mask_bytes(self._device_masks(name))
 
-    def _device_masks(self, name: str) -> Placed:
+    def _device_masks(self, name: str) -> DeviceMasks:
         return self._placed.of(name, self._masks[name])
 
     def dense_tensor(self, name: str) -> Tensor:

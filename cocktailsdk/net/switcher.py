@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..masks.device_cache import Placed, zero_masked
+from ..masks.device_cache import DeviceMasks, zero_masked
 from ..utils.fsdp import is_sharded, local, rows_of, whole
 from ..utils.norms import norm_buffers
 from ..utils.weight_caches import forget_derived
@@ -265,7 +265,7 @@ class Switcher:
         self.weights.watch(self.tensors)
         self.norms.watch(self.tensors)
 
-    def changed_weights(self, masks: Placed) -> list[str]:
+    def changed_weights(self, masks: DeviceMasks) -> list[str]:
         """Names of tensors that somebody has changed since a subnetwork's weights became the active ones.
 
         Args:
@@ -280,7 +280,7 @@ class Switcher:
 
         return [n for n in self.weights.saved if not as_masked(n)]
 
-    def changed_statistics(self, statistics: Mapping[str, Tensor], masks: Placed) -> list[str]:
+    def changed_statistics(self, statistics: Mapping[str, Tensor], masks: DeviceMasks) -> list[str]:
         """The same of norms' buffers.
 
         Args:
@@ -361,7 +361,7 @@ class Switcher:
         forget_derived()
         return True
 
-    def mask(self, masks: Placed) -> None:
+    def mask(self, masks: DeviceMasks) -> None:
         """Mask weights and other tensors, batch-norm buffers apart. The dense ones are active."""
         names = [n for n in masks if n not in self.norm_buffers]
         forget_derived()
@@ -372,7 +372,7 @@ class Switcher:
                 self.weights.save(self.tensors, names)
                 zero_masked(masks, {n: self.tensors[n] for n in names})
 
-    def prepare(self, name: str, masks: Placed, statistics: Mapping[str, Tensor]) -> bool:
+    def prepare(self, name: str, masks: DeviceMasks, statistics: Mapping[str, Tensor]) -> bool:
         """Make a subnetwork's weights and statistics beside the dense ones, so that making it active takes no time.
 
         What is still right of those that were made before is kept.
@@ -399,7 +399,7 @@ class Switcher:
             self._ready[name] = dataclasses.replace(ready, statistics=made_of)
         return True
 
-    def _prepared(self, names: Sequence[str], masks: Placed, instead: Mapping[str, Tensor]) -> Swap | None:
+    def _prepared(self, names: Sequence[str], masks: DeviceMasks, instead: Mapping[str, Tensor]) -> Swap | None:
         """Values of tensors made beside them: of others instead, masked; ``None`` where they cannot be swapped."""
         if not self.swappable(names) or len({id(self.tensors[n]) for n in names}) < len(names):
             return None
@@ -469,7 +469,7 @@ class Switcher:
                 owners.setdefault(t.untyped_storage()._cdata, set()).add(id(t))
         return all(len(owners[tensors[n].untyped_storage()._cdata]) == 1 for n in names)
 
-    def _masked(self, masks: Placed, names: Sequence[str]) -> dict[str, Tensor]:
+    def _masked(self, masks: DeviceMasks, names: Sequence[str]) -> dict[str, Tensor]:
         with _in_place():
             values = self.weights.room(self.tensors, names)
             zero_masked(masks, {n: self.tensors[n] for n in names}, values)
@@ -498,7 +498,7 @@ class Switcher:
         made = None if ready is None else ready.statistics
         return made is not None and made.made_of(statistics) and self.norms.swap(made.swap)
 
-    def load_statistics(self, statistics: Mapping[str, Tensor], masks: Placed) -> None:
+    def load_statistics(self, statistics: Mapping[str, Tensor], masks: DeviceMasks) -> None:
         """Put a subnetwork's own statistics in the batch-norm buffers, masked where its channels are gone."""
         buffers = [n for n in self.tensors.where if n in self.norm_buffers]
         names = [n for n in statistics if n in self.norm_buffers]

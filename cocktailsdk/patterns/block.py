@@ -14,9 +14,9 @@ from torch import Tensor
 from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
+from ..masks.tiles import covered_by_tiles, tiles, untiles
 from .base import UMG, Pattern, Subnet, checked_sparsities, level_of
 from .checking import refuse, weight_masks
-from .layout import covered_by_tiles, tiles, untiles
 from .ranking import drop_smallest
 from .registry import register_pattern
 

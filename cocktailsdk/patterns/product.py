@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
+from ..masks.remaining import Remaining
 from .base import MOST_LEVELS, UMG, Pattern, Subnet
 from .checking import refuse
 from .registry import make_pattern, parse_pattern, register_pattern, resolve_patterns
-from .remaining import Remaining
 
 Factor = str | Pattern | Mapping[str, Any]
 """A pattern, its spec string, or its registered name and configuration (``{"name": …, "config": …}``)."""

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ..masks import Mask
+from ..masks.tiles import covered_by_tiles, tiles, untiles
 from .base import UMG, Subnet
 from .checking import weight_masks
-from .layout import covered_by_tiles, tiles, untiles
 from .nm import NM, check_runs
 from .registry import register_pattern
 

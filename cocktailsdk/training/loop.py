@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CocktailError, SubnetError, TrainingError
+from ..masks import Mask
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.batchnorm import device_of
@@ -35,7 +36,7 @@ from .rescue import rescued_bundle
 from .round_plan import names_until, networks_of, round_masks, step_of
 from .state.compatibility import Foreign, check_classes, check_masks
 from .state.configuration import differences
-from .state.encoding import pack_masks, unpack_masks
+from .state.encoding import encode_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
 from .step.execution import Execution
@@ -358,7 +359,7 @@ class CoLoop:
             "done": self.done,
             "entered": self._entered,
             "classes": None if self._classes is None else asdict(self._classes),
-            "masks": pack_masks({name: self._net.masks[name] for name in names}),
+            "masks": encode_masks(self._net, {name: self._net.masks[name] for name in names}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -371,24 +372,24 @@ class CoLoop:
             said = state.get("format") if isinstance(state, Mapping) else type(state).__name__
             raise TrainingError(f"this is no state of a CoLoop that this release reads: format {said!r}")
         try:
-            self._check(state)
+            masks = self._check(state)
         except Foreign as error:
             raise TrainingError(f"this is no state of a CoLoop: {error}") from error
         if lines := differences(state["configuration"], self._configuration):
             raise TrainingError(f"the state is of another loop ({'; '.join(lines)}): build the loop as it was")
-        for name, mask in unpack_masks(state["masks"], self._net).items():
+        for name, mask in masks.items():
             self._net.set_mask(name, mask)
         self._classes = None if state["classes"] is None else Classes(**state["classes"])
         self.done, self._entered, self._led = state["done"], state["entered"], None
 
-    def _check(self, state: Mapping[str, Any]) -> None:
+    def _check(self, state: Mapping[str, Any]) -> dict[str, Mask]:
         kinds = {"configuration": Mapping, "masks": Mapping, "done": int, "entered": int}
         if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
             raise Foreign(f"its {wrong[0]!r} is {type(state.get(wrong[0])).__name__}")
-        if not all(isinstance(t, Tensor) for t in state["masks"].values()) or not 0 <= state["done"] <= self.total:
+        if not 0 <= state["done"] <= self.total:
             raise Foreign(f"{state['done']} of {self.total} steps are done")
-        check_masks({name: tuple(t.shape) for name, t in state["masks"].items()}, self._net)
         check_classes(state.get("classes"))
+        return check_masks(state["masks"], self._net)
 
     def _round(self) -> tuple[int, int]:
         """The round of the next step, and how many of its steps are done; after the last step, of that one."""

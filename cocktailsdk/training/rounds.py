@@ -17,7 +17,7 @@ from .optimization import Optimization
 from .recipes import Step
 from .round_plan import round_masks
 from .session import Session, load_tensors, model_tensors
-from .state.encoding import pack_masks
+from .state.encoding import encode_masks
 from .state.history import RoundHistory
 from .step.nan_guard import Before, Place
 from .step.stepper import Stepper, Trained
@@ -54,7 +54,10 @@ def _enter_round(session: Session) -> None:
             store.put(REWIND, model_tensors(session.net.model))
             if options.recipe.weights == "own" and options.recipe.rounds == "levels":
                 session.history.weights[DENSE] = REWIND  # no round trains the dense network
-        store.put(f"masks-{k:02d}", pack_masks(_make_masks(session, k)))
+        masks = _make_masks(session, k)
+        # those that stayed as the files of their rounds have them, which are read before this one
+        base = {name: session.net.masks[name] for name in session.names(k - 1) if name not in session.remade}
+        store.put(f"masks-{k:02d}", encode_masks(session.net, masks, base))
         if options.rewinds:
             load_tensors(session.net.model, store.get(REWIND))
     session.optimization = Optimization.begin(session.net.model, options, k, session.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, TrainingError
 from ..masks import Mask
+from ..masks.packed import PackedMasks
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.fsdp import is_sharded, local, rows_of
@@ -36,7 +37,7 @@ from .options import Options
 from .randomness import seed_everything
 from .recipes import Step
 from .round_plan import Plan, names_until, networks_of, step_of
-from .state.encoding import pack_masks, plain, to_cpu, unpack_masks
+from .state.encoding import decode_masks, encode_masks, plain, to_cpu, written_before
 from .state.history import History, Position
 from .state.store import Store
 from .step.distill import Classes
@@ -346,7 +347,7 @@ class Session:
             ],
             "held_examples": self.held_examples,
             "held_scores": self.held_scores,
-            "masks": pack_masks({name: self.net.masks[name] for name in sorted(self.remade)}),
+            "masks": encode_masks(self.net, {name: self.net.masks[name] for name in sorted(self.remade)}),
             "gradients": dict(self.gradients),
             "rewound": self.rewound,
             "model": model_tensors(self.net.model),
@@ -374,12 +375,11 @@ class Session:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         made = self.position.round + (self.position.entered or self.position.phase != "train")
-        for k in range(1, min(made, self.options.finishing_round)):
-            for name, mask in unpack_masks(self.store.get(f"masks-{k:02d}"), self.net).items():
-                self.net.set_mask(name, mask)
-        for name, mask in unpack_masks(state["masks"], self.net).items():
+        masks = self._stored_masks(min(made, self.options.finishing_round))
+        remade = decode_masks(state["masks"], self.net)
+        for name, mask in {**masks, **remade}.items():
             self.net.set_mask(name, mask)
-            self.remade.add(name)
+        self.remade |= remade.keys()
         self.gradients.update({k: v.to(self.device) for k, v in state["gradients"].items()})
         self.net.statistics.update(
             {n: {k: v.to(self.device) for k, v in s.items()} for n, s in state["statistics"].items()}
@@ -387,6 +387,17 @@ class Session:
         self.net.metrics.update(state["metrics"])
         if self.skips is not None:
             self.skips.in_a_row = state.get("skipped_in_a_row", 0)
+
+    def _stored_masks(self, end: int) -> dict[str, Mask]:
+        """The masks made in the rounds before one; files of older releases are written anew."""
+        masks: dict[str, Mask] = {}
+        for file in (f"masks-{k:02d}" for k in range(1, end)):
+            tensors = self.store.get(file)
+            made = decode_masks(tensors, self.net, masks)
+            if written_before(tensors):
+                self.store.put(file, encode_masks(self.net, made, masks))
+            masks |= made
+        return masks
 
     def _old_stream(self) -> dict[str, Any]:
         """Where the stream is in a state of release 0.1.0, in which every epoch began a pass of its own."""
@@ -523,9 +534,9 @@ class Session:
         """The main process's masks, in all."""
         if self.ranks.world == 1:
             return dict(masks)
-        packed = pack_masks(masks)
-        names = self.ranks.from_main(lambda: list(packed))
-        return unpack_masks({name: self.ranks.tensor(packed.get(name)) for name in names}, self.net)
+        encoded = encode_masks(self.net, masks) if self.ranks.is_main else {}
+        keys = self.ranks.from_main(lambda: list(encoded))
+        return decode_masks({key: self.ranks.tensor(encoded.get(key)) for key in keys}, self.net)
 
     def verify(self, what: str) -> None:
         """Make sure that weights and the round's masks are the same in all processes."""
@@ -533,8 +544,10 @@ class Session:
         def value() -> str:
             names = [name for names in self.networks(self.position.round).values() for name in names]
             masks = {name: self.net.masks[name] for name in names if name in self.net.masks}
+            bits = {name: PackedMasks(mask.elements.items()).bits for name, mask in masks.items()}
+            units = {f"{name}/removed": m.removed for name, m in masks.items() if m.removed is not None}
             weights = {n: t for n, t in model_tensors(self.net.model).items() if not is_sharded(t)}
-            return digest({**weights, **pack_masks(masks)})
+            return digest({**weights, **bits, **units})
 
         self.ranks.verify(what, value)
 

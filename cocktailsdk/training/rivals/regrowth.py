@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...errors import TrainingError
 from ...graph import Weight
 from ...masks import Mask
+from ...masks.tiles import runs, unruns
 from ...net.subnet_model import SubnetModel
-from ...patterns.nm import runs, unruns
 
 __all__ = ["correct_gradients", "regrown"]
 

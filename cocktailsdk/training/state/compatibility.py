@@ -13,9 +13,12 @@ from typing import Any, Never
 import torch
 from torch import Tensor
 
+from ...errors import BundleError
+from ...masks import Mask
 from ...net.subnet_model import SubnetModel
 from ..optimization import Optimization
 from ..options import Options
+from .encoding import decode_masks, written_before
 from .history import History, Position, RoundHistory
 
 __all__ = ["Foreign", "check_classes", "check_masks", "check_state"]
@@ -67,7 +70,7 @@ def check_state(
     options: Options,
     generators: Mapping[str, Any],
     files: Mapping[str, bool],
-    shapes: Callable[[str], Shapes],
+    tensors: Callable[[str], Mapping[str, Tensor]],
 ) -> None:
     """See that a state, and the files that it names, fit the run.
 
@@ -77,7 +80,7 @@ def check_state(
         options: What is asked for.
         generators: States of the training loader's own generators now.
         files: The files that the state names, and whether it still needs them.
-        shapes: Of the tensors in one of these files.
+        tensors: Reads the tensors in one of these files.
 
     Raises:
         Foreign: Something does not fit; says what.
@@ -87,37 +90,57 @@ def check_state(
     for key, kinds in _KINDS.items():
         if not isinstance(state.get(key), kinds) or (key not in state) or isinstance(state[key], bool):
             _refuse(f"{key!r} is", state.get(key))
-    tensors = {n: tuple(t.shape) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
+    shapes = {n: tuple(t.shape) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
     parameters = {n: tuple(p.shape) for n, p in net.model.named_parameters()}
     _check_position(state["position"], options)
     _check_history(state, files)
     for key in ("first_generators", "generators"):
         _check_generators(key, state[key], generators)
     _check_stream(state.get("stream"))
-    _check_tensors("model", state["model"], tensors, whole=True)
+    _check_tensors("model", state["model"], shapes, whole=True)
     _check_tensors("gradients", state["gradients"], parameters)
     for name, own in _of_networks("statistics", state["statistics"], net):
         if not isinstance(own, dict):
             _refuse(f"the statistics of {name!r} are", own)
-        _check_tensors("statistics", own, tensors)
+        _check_tensors("statistics", own, shapes)
     _check_numbers(state, net)
     _check_average(state.get("average"), parameters, options)
-    check_masks({n: _shape_of_mask(n, t) for n, t in state["masks"].items()}, net)
+    check_masks(state["masks"], net)
     _check_optimization(state, net, options)
-    _check_files(state["position"], files, shapes, net, options, tensors)
+    _check_files(state["position"], files, tensors, net, options, shapes)
 
 
-def check_masks(shapes: Shapes, net: SubnetModel) -> None:
-    """See that packed masks are of a net's subnetworks and weights.
+def check_masks(
+    tensors: Mapping[Any, Any], net: SubnetModel, base: Mapping[str, Mask] | None = None
+) -> dict[str, Mask]:
+    """See that stored masks are of a net's subnetworks and weights.
 
     Args:
-        shapes: Of the masks' parts, by ``NAME/elements/PARAMETER``, ``NAME/removed`` or ``NAME/nothing``.
+        tensors: The masks, as :func:`~cocktailsdk.training.state.encoding.encode_masks` writes them or as older
+            releases did.
         net: The networks.
+        base: Masks that these may build on.
+
+    Returns:
+        The masks.
 
     Raises:
         Foreign: They are not.
     """
-    for key, shape in shapes.items():
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            _refuse(f"its mask {key!r:.40} is", value)
+    if written_before(tensors):
+        _check_plain_masks(tensors, net)
+    try:
+        return decode_masks(tensors, net, base)
+    except BundleError as error:
+        raise Foreign(f"its masks cannot be decoded ({error})") from error
+
+
+def _check_plain_masks(tensors: Mapping[Any, Tensor], net: SubnetModel) -> None:
+    """See that masks of older releases, one bool tensor each, fit a net."""
+    for key, value in tensors.items():
         name, _, rest = str(key).partition("/")
         kind, _, parameter = rest.partition("/")
         wanted = {
@@ -125,8 +148,10 @@ def check_masks(shapes: Shapes, net: SubnetModel) -> None:
             "removed": (net.coupling.n_units,),
             "nothing": (0,),
         }.get(kind)
-        if name not in net.names[1:] or wanted is None or tuple(wanted) != tuple(shape):
+        if name not in net.names[1:] or wanted is None or tuple(wanted) != tuple(value.shape):
             _refuse("it has a mask that fits nothing,", key)
+        if value.dtype != torch.bool:
+            _refuse(f"its mask {key!r:.40} is", value)
 
 
 def check_classes(said: Any) -> None:
@@ -265,12 +290,6 @@ def _check_average(said: Any, parameters: Shapes, options: Options) -> None:
     _check_tensors("average", said["values"], parameters)
 
 
-def _shape_of_mask(name: Any, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        _refuse(f"its mask {name!r:.40} is", value)
-    return tuple(value.shape)
-
-
 def _check_optimization(state: dict[str, Any], net: SubnetModel, options: Options) -> None:
     for key in ("optimization", "rewound"):
         if state[key] is None:
@@ -313,19 +332,20 @@ def _check_optimizer(said: dict[str, Any], like: dict[str, Any], shapes: list[tu
 def _check_files(
     position: dict[str, Any],
     files: Mapping[str, bool],
-    shapes: Callable[[str], Shapes],
+    tensors: Callable[[str], Mapping[str, Tensor]],
     net: SubnetModel,
     options: Options,
-    tensors: Shapes,
+    shapes: Shapes,
 ) -> None:
     made = position["round"] + (position["entered"] or position["phase"] != "train")
-    wanted = {f"masks-{k:02d}" for k in range(1, min(made, options.finishing_round))}
-    if wanted - files.keys():
-        _refuse("it names no file for", min(wanted - files.keys()))
-    for name in {*wanted, *(name for name, needed in files.items() if needed)}:
-        found = shapes(name)
-        if name.startswith("masks-"):
-            check_masks(found, net)
-        elif any(found.get(n) != shape for n, shape in tensors.items()):
-            odd = min(n for n, shape in tensors.items() if found.get(n) != shape)
+    rounds = [f"masks-{k:02d}" for k in range(1, min(made, options.finishing_round))]
+    if missing := set(rounds) - files.keys():
+        _refuse("it names no file for", min(missing))
+    masks: dict[str, Mask] = {}
+    for name in rounds:  # in order, since each builds on the masks of the rounds before
+        masks |= check_masks(tensors(name), net, masks)
+    for name in (name for name, needed in files.items() if needed and not name.startswith("masks-")):
+        found = {n: tuple(t.shape) for n, t in tensors(name).items()}
+        if any(found.get(n) != shape for n, shape in shapes.items()):
+            odd = min(n for n, shape in shapes.items() if found.get(n) != shape)
             _refuse(f"{name} has {odd!r} of another shape than the model, or lacks it:", found.get(odd))

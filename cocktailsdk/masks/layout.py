@@ -1,4 +1,4 @@
-"""The forms in which masks of weights are packed: a value for each element, each block or each run."""
+"""How the mask of a weight is laid out for packing: as a cell for each element, each block or each run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from torch import Tensor
 from ..errors import BundleError
 from ..graph import Weight
 from ..io.values import quoted
-from ..patterns.layout import covered_by_tiles, tiles, untiles
-from ..patterns.nm import covered, runs, unruns
-from .packing import MAX_RUN
+from .combinations import MAX_RUN
+from .tiles import covered_by_runs, covered_by_tiles, runs, tiles, unruns, untiles
 
-__all__ = ["Form"]
+__all__ = ["MaskLayout"]
 
 
 @dataclass(frozen=True)
-class Form:
+class MaskLayout:
     """How a weight's mask becomes cells.
 
     Attributes:
-        block: Outputs and inputs of the blocks that are kept or gone as a whole; a cell is a block.
-        nm: Of every run of M exactly N are kept; a cell is a run of M.
-        square: The runs are the rows of M x M tiles (transposable N:M), not all runs of a weight.
+        block: Outputs and inputs of blocks whose elements are all kept or all masked; a cell is a block.
+        nm: N and M, where every run of M keeps exactly N; a cell is a run.
+        square: Whether the runs are the rows of M x M tiles (transposable N:M), and not all runs of a weight.
 
-    With neither, a cell is an element. What lies in no block or run is kept.
+    Without ``block`` and ``nm`` a cell is an element. Elements outside of blocks and runs are kept.
     """
 
     block: tuple[int, int] | None = None
@@ -39,7 +38,7 @@ class Form:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
-        """The form that a subnet's options, or an entry of a bundle, speak of.
+        """The layout that a subnet's options, or an entry of encoded masks, describe.
 
         Raises:
             BundleError: Its numbers make no sense.
@@ -51,13 +50,13 @@ class Form:
                 or len(block) != 2
                 or any(type(n) is not int or n < 1 for n in block)
             ):
-                raise BundleError(f"the bundle has a mask of blocks of {quoted(block)}")
+                raise BundleError(f"a mask has blocks of {quoted(block)}, not of two whole numbers")
             return cls(block=(block[0], block[1]))
         n, m = options.get("n"), options.get("m")
         if n is None and m is None:
             return cls()
         if type(n) is not int or type(m) is not int or not 0 < n < m <= MAX_RUN:
-            raise BundleError(f"the bundle has a mask of {quoted(n)}:{quoted(m)}")
+            raise BundleError(f"a mask keeps {quoted(n)} of {quoted(m)}, not N of M with 0 < N < M <= {MAX_RUN}")
         return cls(nm=(n, m), square=bool(options.get("square", False)))
 
     def entry(self) -> dict[str, Any]:
@@ -69,7 +68,7 @@ class Form:
             out |= {"n": self.nm[0], "m": self.nm[1], **({"square": True} if self.square else {})}
         return out
 
-    def fold(self, weight: Weight, keep: Bool[Tensor, "..."]) -> Tensor:
+    def encode(self, weight: Weight, keep: Bool[Tensor, "..."]) -> Tensor:
         """The mask as cells: ``(cells,)``, or ``(runs, m)``."""
         if self.block is not None:
             return tiles(weight, keep, *self.block)[:, 0, 0]
@@ -78,8 +77,8 @@ class Form:
             return (tiles(weight, keep, m, m) if self.square else runs(weight, keep, m)).reshape(-1, m)
         return keep.reshape(-1)
 
-    def unfold(self, weight: Weight, cells: Tensor) -> Bool[Tensor, "..."]:
-        """The inverse of :meth:`fold`."""
+    def decode(self, weight: Weight, cells: Tensor) -> Bool[Tensor, "..."]:
+        """The inverse of :meth:`encode`."""
         if self.block is not None:
             return untiles(weight, cells[:, None, None].expand(-1, *self.block), True)
         if self.nm is not None:
@@ -96,5 +95,5 @@ class Form:
             return covered_by_tiles(weight, *self.block) // prod(self.block)
         if self.nm is not None:
             m = self.nm[1]
-            return (covered_by_tiles(weight, m, m) if self.square else covered(weight, m)) // m
+            return (covered_by_tiles(weight, m, m) if self.square else covered_by_runs(weight, m)) // m
         return weight.numel
