@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from cocktailsdk.training.state.store.store import write_atomic
 from quality import trainer_of
 from quality_rows import Run
 from quality_tasks import TASKS
@@ -38,7 +39,6 @@ from cocktailsdk.training.events import AlphaChosen, Event, MergeStarted
 from cocktailsdk.training.merge import merging
 from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha
 from cocktailsdk.training.metrics import Score
-from cocktailsdk.training.state.store import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merging.json"
 

@@ -9,7 +9,7 @@ For each pattern, on random weights of timm's models and one image:
   dense network's (of the slim model, where channels go), read before and so in the system's cache of files; *load,
   cold*: after the system was asked to forget the file;
 - *switch*: ``net.switch(name)`` from the dense network, memory beyond the dense network's own given back in between;
-- *prepared*: the same after ``net.prepare(name)``;
+- *preloaded*: the same after ``net.preload(name)``;
 - *view*: ``views[name]`` of ``net.views()``.
 
 All are repeated in turn, on one thread, and medians compared: of the time in which that thread ran (and the system for
@@ -118,7 +118,7 @@ def measured(name: str, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         subnets = {n: Subnet(net, n, views, other, Path(folder)) for n in NAMES}
         times: dict[str, dict[str, list[float]]] = {n: {} for n in NAMES}
-        memory["active"] = memory["prepared and active"] = 0
+        memory["active"] = memory["preloaded and active"] = 0
         for _ in range(repeats):
             for n, subnet in subnets.items():
                 for what, seconds, clock in subnet.once(memory):
@@ -172,11 +172,11 @@ class Subnet:
         out = [("load", *timed(self._load)), ("switch", *timed(lambda: net.switch(name)))]
         memory["active"] = max(memory["active"], storage_bytes(net))
         net.switch("dense")
-        out.append(("prepare", *timed(lambda: net.prepare(name))))
-        out.append(("prepared", *timed(lambda: net.switch(name))))
-        memory["prepared and active"] = max(memory["prepared and active"], storage_bytes(net))
+        out.append(("preload", *timed(lambda: net.preload(name))))
+        out.append(("preloaded", *timed(lambda: net.switch(name))))
+        memory["preloaded and active"] = max(memory["preloaded and active"], storage_bytes(net))
         out.append(("back to dense", *timed(lambda: net.switch("dense"))))
-        net.prepare()
+        net.preload()
         if name in self._views:
             seconds, clock = timed(lambda: [self._views[name] for _ in range(1000)])
             out.append(("view", seconds / 1000, clock / 1000))
@@ -217,11 +217,11 @@ def show(rows: Mapping[str, Any]) -> None:
     console = Console(width=130)
     for row in rows.values():
         table = Table(title=f"{row['title']}: milliseconds, and how many times faster than loading")
-        for column in ("network", "load", "cold", "switch", "", "prepared", "", "view", ""):
+        for column in ("network", "load", "cold", "switch", "", "preloaded", "", "view", ""):
             table.add_column(column, justify="left" if column == "network" else "right")
         for n, by in row["subnets"].items():
             cells = [f"{1e3 * by['load']:.1f}", f"{1e3 * by['load, cold, clock']:.1f}"]
-            for what in ("switch", "prepared", "view"):
+            for what in ("switch", "preloaded", "view"):
                 cells += [f"{1e3 * by[what]:.4g}", f"{by['load'] / by[what]:.4g} x"] if what in by else ["", ""]
             table.add_row(n, *cells)
         console.print(table)

@@ -14,8 +14,7 @@ from .bundle.hub_mixin import HubMixin
 from .errors import PatternError
 from .graph import obstacles
 from .net.coverage import check_coverage, nothing_to_prune
-from .net.subnet_model import SubnetModel
-from .net.switchable import model_unchanged
+from .net.subnet_model import SubnetModel, model_unchanged
 from .net.target_modules import Modules, Selection
 from .net.tracing import couple_model, example_of
 from .patterns import Pattern, make_all_masks, resolve_patterns
@@ -50,7 +49,7 @@ class CocktailNet(SubnetModel, HubMixin):
         from .slimming import slim_subnet
 
         with model_unchanged(self):
-            return slim_subnet(self, self._ready(name))
+            return slim_subnet(self, self._require_mask(name))
 
     def views(self, subnets: str | Iterable[str] = "channel") -> Views:
         """Channel subnetworks as slim models that all share one copy of the weights; checked as :meth:`slim` checks.

@@ -101,7 +101,7 @@ def verify_nm(
     if isinstance(model, SubnetModel):
         if target_modules is not None or exclude_modules is not None:
             raise PatternError("a net knows its eligible weights; leave target_modules and exclude_modules out")
-        model._same_model()
+        model._check_structure()
         weights, tensors = _left(model)
         selection = model.selection
     else:

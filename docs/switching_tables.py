@@ -25,12 +25,12 @@ def _model(row: dict[str, Any]) -> list[str]:
         "and how many times faster than loading the subnetwork's own file from the system's cache. Wanted: "
         f"{WANTED} times, and {WANTED_OF_VIEWS} for views.",
         "",
-        "| network | load | load, cold | switch | | prepare | switch, prepared | | view | |",
+        "| network | load | load, cold | switch | | preload | switch, preloaded | | view | |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for name, by in row["subnets"].items():
         cells = [_ms(by["load"]), _ms(by["load, cold, clock"]), _ms(by["switch"]), _times(by, "switch")]
-        cells += [_ms(by["prepare"]), _ms(by["prepared"]), _times(by, "prepared")]
+        cells += [_ms(by["preload"]), _ms(by["preloaded"]), _times(by, "preloaded")]
         cells += [_ms(by["view"]), _times(by, "view")] if "view" in by else ["", ""]
         out.append(f"| `{name}` | " + " | ".join(cells) + " |")
     memory, one = row["memory"], row["memory"]["one network"]
@@ -38,8 +38,8 @@ def _model(row: dict[str, Any]) -> list[str]:
     out += [
         "",
         f"Memory, in networks of {one / 1e6:.0f} MB (all {row['networks']}): {shares['at rest, used']:.2f} at rest, "
-        f"{shares['active']:.2f} with one active, as much with one prepared and active "
-        f"({shares['prepared and active']:.2f}). Views of {len(row['copied'])} widths: "
+        f"{shares['active']:.2f} with one active, as much with one preloaded and active "
+        f"({shares['preloaded and active']:.2f}). Views of {len(row['copied'])} widths: "
         f"{shares['views, shared']:.2f} shared, {shares['views, copied']:.2f} copied for all together"
         f"{_named(row['copied tensors'])}. Made in {row['views made in s']:.0f} s, most of it for the checks.",
         "",

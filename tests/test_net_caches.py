@@ -75,9 +75,9 @@ def output(net, name, way):
     ),
 )
 def test_in_any_order_inside_one_context_every_network_gives_what_it_gives_in_one_of_its_own(
-    context, prepared, grad, steps
+    context, preloaded, grad, steps
 ):
-    NET.prepare(*(PATTERNS if prepared else ())).switch("dense")
+    NET.preload(*(PATTERNS if preloaded else ())).switch("dense")
     with torch.set_grad_enabled(grad):
         right = []
         for name, way in steps:

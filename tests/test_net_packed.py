@@ -92,8 +92,8 @@ def test_a_masked_weight_is_zero_whatever_it_is_in_the_dense_network(large, brok
         before = {n: weights[n].clone() for n in gone}
         for n, masked in gone.items():
             weights[n].masked_fill_(masked, broken)
-        for prepared in ((), (name,)):
-            with net.prepare(*prepared).using(name):
+        for preloaded in ((), (name,)):
+            with net.preload(*preloaded).using(name):
                 now = {n: p.detach() for n, p in net.model.named_parameters()}
                 assert all(torch.equal(now[n], before[n].masked_fill(masked, 0)) for n, masked in gone.items())
             assert not any(torch.isfinite(weights[n][masked]).any() for n, masked in gone.items())

@@ -52,7 +52,7 @@ CALLS = {
     "switch": lambda net, path: net.switch("2:4"),
     "using": lambda net, path: net.using("2:4").__enter__(),
     "dense": lambda net, path: net.switch("dense"),
-    "prepare": lambda net, path: net.prepare("2:4"),
+    "preload": lambda net, path: net.preload("2:4"),
     "recalibrate": lambda net, path: net.recalibrate("2:4", [X]),
     "slim": lambda net, path: net.slim("channel@0.5"),
     "views": lambda net, path: net.views(),
@@ -85,13 +85,13 @@ def test_every_call_names_what_was_changed(change, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("preloaded", [False, True])
 @pytest.mark.parametrize("change", ["replaced", "pruned", "parametrized", "wrapped", "removed"])
-def test_a_change_while_a_subnetwork_is_active_gives_the_dense_weights_back(change, prepared):
+def test_a_change_while_a_subnetwork_is_active_gives_the_dense_weights_back(change, preloaded):
     changed = model()
     net = cocktail.sparsify(changed, ["2:4", "channel@0.5"], (X,))
     parameters = {n: (p, p.detach().clone()) for n, p in changed.named_parameters()}
-    net.prepare(*(["2:4"] if prepared else [])).switch("2:4")
+    net.preload(*(["2:4"] if preloaded else [])).switch("2:4")
     CHANGES[change](changed)
     with pytest.raises(CocktailError, match="was changed after sparsify"):
         net.switch("dense")

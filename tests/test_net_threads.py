@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_net
 
 from cocktailsdk import SubnetError
-from cocktailsdk.net.rwlock import Gate
+from cocktailsdk.net.rwlock import ReadWriteLock
 
 WAIT = 30.0  # seconds after which something hangs
 
@@ -37,15 +37,15 @@ def paused(net):
     return here, on, net.model.widen.register_forward_hook(wait)
 
 
-@pytest.mark.parametrize("prepare", [False, True])
-def test_every_output_is_that_of_one_subnetwork(prepare):
+@pytest.mark.parametrize("preload", [False, True])
+def test_every_output_is_that_of_one_subnetwork(preload):
     net, x = tiny_net(), tiny_net().example[0][0]
     known = outputs(net, x)
     assert len({tuple(y.flatten().tolist()) for y in known.values()}) > 15  # masks that differ, outputs that differ
     dense = {n: t.clone() for n, t in net.model.state_dict().items()}
     names = ["dense", "unstructured@0.488", "2:4", "channel@0.469", "unstructured@0.893", "channel@0.651"]
-    if prepare:
-        net.prepare("2:4", "channel@0.469")
+    if preload:
+        net.preload("2:4", "channel@0.469")
     stop = threading.Event()
     started = threading.Barrier(5)
 
@@ -84,7 +84,7 @@ def test_a_switch_waits_for_requests_that_run_and_those_that_come_later_wait_for
         assert here.wait(WAIT)
         hook.remove()  # only the first pass waits
         switch = pool.submit(net.switch, "2:4")
-        while not net._gate._alone:  # until the switch stands at the door
+        while not net._lock._writes:  # until the switch waits for the lock
             pass
         later = pool.submit(net, x)
         assert net.active == "dense"
@@ -96,7 +96,7 @@ def test_a_switch_waits_for_requests_that_run_and_those_that_come_later_wait_for
         assert torch.equal(later.result(WAIT), known["2:4"])
 
 
-def test_subnetworks_are_prepared_while_requests_run():
+def test_subnetworks_are_preloaded_while_requests_run():
     net, x = tiny_net(), tiny_net().example[0][0]
     known = outputs(net, x)
     here, on, hook = paused(net)
@@ -104,8 +104,8 @@ def test_subnetworks_are_prepared_while_requests_run():
         first = pool.submit(net, x)
         assert here.wait(WAIT)
         hook.remove()
-        net.prepare("2:4")  # would never return if it waited
-        assert net.prepared == ["2:4"]
+        net.preload("2:4")  # would never return if it waited
+        assert net.preloaded == ["2:4"]
         assert torch.equal(net(x), known["dense"])  # nor would another request
         on.set()
         assert torch.equal(first.result(WAIT), known["dense"])
@@ -136,12 +136,12 @@ def test_who_holds_the_active_subnetwork_may_call_the_model_as_often_as_is_neede
         with net.hold() as name, net.hold():
             assert name == "2:4"
             switch = pool.submit(net.switch, "dense")
-            while not net._gate._alone:
+            while not net._lock._writes:
                 pass
             assert torch.equal(net.model(x), known["2:4"])
             assert torch.equal(net(x), known["2:4"])  # not held up by the switch that waits for it
             assert net.state_dict()["model.widen.weight"].count_nonzero() == net.model.widen.weight.numel()
-            for change in (net.switch, net.prepare, lambda name: net.using(name).__enter__()):
+            for change in (net.switch, net.preload, lambda name: net.using(name).__enter__()):
                 with pytest.raises(SubnetError, match="one subnet from start to end"):
                     change("1:2")
         switch.result(WAIT)
@@ -180,10 +180,10 @@ def test_a_backward_pass_may_run_the_net_again_in_a_thread_of_its_own():
         assert torch.equal(again[0], y)
 
 
-def test_copies_have_gates_of_their_own():
+def test_copies_have_locks_of_their_own():
     net, x = tiny_net(), tiny_net().example[0][0]
     with net.using("2:4"):
         twin = copy.deepcopy(net)
         with ThreadPoolExecutor(1) as pool:
             assert torch.equal(pool.submit(twin, x).result(WAIT), net(x))
-    assert isinstance(pickle.loads(pickle.dumps(Gate())), Gate)
+    assert isinstance(pickle.loads(pickle.dumps(ReadWriteLock())), ReadWriteLock)

@@ -11,8 +11,7 @@ Nothing in it depends on the clock: saving twice gives the same bytes.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..moved import moved_names
 from .files import bundle_bytes
@@ -23,14 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bundle_bytes", "load_bundle", "save_bundle"]
 
-_WHERE = {"load_bundle": ".read", "save_bundle": ".write"}
-_MOVED = moved_names(
-    __name__, {"from_pretrained": "cocktailsdk.from_pretrained", "save_pretrained": "cocktailsdk.bundle.save_bundle"}
+__getattr__ = moved_names(
+    __name__,
+    {"from_pretrained": "cocktailsdk.from_pretrained", "save_pretrained": "cocktailsdk.bundle.save_bundle"},
+    late={"load_bundle": ".read", "save_bundle": ".write"},  # a bundle can be listed without loading torch
 )
-
-
-def __getattr__(name: str) -> Any:
-    # Late, so that a bundle can be listed without loading torch.
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name], __name__), name)
-    return _MOVED(name)

@@ -47,7 +47,7 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
             float16.
     """
     stored = _storage(dtype)
-    net._same_model()
+    net._check_structure()
     names = [n for n in net.names if n != DENSE]
     missing = [n for n in names if n not in net.masks]
     if missing:

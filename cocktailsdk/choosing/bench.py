@@ -22,8 +22,7 @@ from ..exporting import export_subnet, format_of, job_of
 from ..exporting.inputs import Inputs
 from ..exporting.semi_structured import to_semi_structured
 from ..graph.export import evaluating
-from ..net.subnet_model import SubnetModel
-from ..net.switchable import model_unchanged
+from ..net.subnet_model import SubnetModel, model_unchanged
 from ..patterns import DENSE
 from ..utils.batchnorm import device_of
 from ..utils.nested import to_device

@@ -1,4 +1,4 @@
-"""What each subnetwork holds and costs."""
+"""Parameters, FLOPs and multiply-adds of each subnetwork."""
 
 from __future__ import annotations
 
@@ -39,41 +39,45 @@ class SubnetReport:
     coverage: float = 1.0
 
 
-def params_kept(coupling: Coupling, mask: Mask) -> int:
-    """Parameters that the mask leaves, tied ones once."""
+def remaining_params(coupling: Coupling, mask: Mask) -> int:
+    """Parameters that are not masked, tied ones once."""
     total = coupling.params()
     for name, keep in mask.left(coupling).items():
         if name in coupling.shapes:
-            share = math.prod(coupling.shapes[name]) // keep.numel()
-            total -= int((~keep).sum()) * share
+            # A mask may have size 1 along axes to which it broadcasts: each of its elements then masks several weights.
+            broadcast = math.prod(coupling.shapes[name]) // keep.numel()
+            total -= int((~keep).sum()) * broadcast
     return total
 
 
-def flops_left(coupling: Coupling, mask: Mask) -> int:
+def slim_flops(coupling: Coupling, mask: Mask) -> int:
     """FLOPs of the slim model."""
-    return replace(coupling, contractions=_run(coupling, mask)).flops(mask.removed)
+    return replace(coupling, contractions=_remaining_contractions(coupling, mask)).flops(mask.removed)
 
 
-def _run(coupling: Coupling, mask: Mask) -> tuple[Contraction, ...]:
-    """The products that are left once the modules of dropped branches are gone."""
-    gone = tuple(path for b in mask.dropped(coupling) for path in b.modules)
-    return tuple(c for c in coupling.contractions if not any(f"{c.module}.".startswith(f"{path}.") for path in gone))
+def _remaining_contractions(coupling: Coupling, mask: Mask) -> tuple[Contraction, ...]:
+    """The products that a slim model computes: all but those in the modules of dropped branches."""
+    dropped = tuple(path for b in mask.dropped(coupling) for path in b.modules)
+    return tuple(c for c in coupling.contractions if not any(f"{c.module}.".startswith(f"{path}.") for path in dropped))
 
 
 def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
-    """Multiply-adds that are left when those by masked weights are not counted.
+    """Multiply-adds by weights that are not masked.
 
-    A weight's elements are used equally often, border effects of padding aside, which dense kernels run too.
+    All elements of a weight count as used equally often. Padding would make a difference at the borders, but dense
+    kernels multiply with padding, too.
     """
-    kept = mask.left(coupling)
-    gone = None if mask.removed is None else torch.cat([mask.removed, torch.zeros(1, dtype=torch.bool)])
+    masks = mask.left(coupling)
+    # One more unit, which is never removed: the index STAYS (-1) finds it.
+    removed = None if mask.removed is None else torch.cat([mask.removed, torch.zeros(1, dtype=torch.bool)])
     total = 0
-    for c in _run(coupling, mask):
-        left, whole = c.macs, 1
-        if c.weight in kept:
-            left, whole = left * int(kept[c.weight].sum()), kept[c.weight].numel()
-        elif gone is not None:
+    for c in _remaining_contractions(coupling, mask):
+        # One exact integer division at the end of each product; rounding factor by factor would add up.
+        numerator, denominator = c.macs, 1
+        if c.weight in masks:
+            numerator, denominator = numerator * int(masks[c.weight].sum()), masks[c.weight].numel()
+        elif removed is not None:
             for units in c.factors:
-                left, whole = left * int((~gone[units]).sum()), whole * units.numel()  # STAYS indexes the last
-        total += left // whole
+                numerator, denominator = numerator * int((~removed[units]).sum()), denominator * units.numel()
+        total += numerator // denominator
     return total

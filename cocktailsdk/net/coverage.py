@@ -21,18 +21,18 @@ from .target_modules import Selection
 if TYPE_CHECKING:
     from .subnet_model import SubnetModel
 
-__all__ = ["LITTLE", "check_coverage", "nothing_to_prune", "nothing_to_remove", "warn_of_few_channels"]
+__all__ = ["LOW_COVERAGE", "check_coverage", "nothing_to_prune", "nothing_to_remove", "warn_of_few_channels"]
 
 log = logging.getLogger(__name__)
 
-LITTLE = 0.1
-"""A pattern that can touch a smaller share of a model's weights is told of."""
+LOW_COVERAGE = 0.1
+"""A pattern that can prune a smaller share of a model's weights is logged as a warning."""
 
-SOME = 0.5
-"""Where a pattern covers more of the eligible weights, the reasons told are those of the other weights."""
+HALF_COVERED = 0.5
+"""Where a pattern covers more of the eligible weights, the reasons given are about the others."""
 
-MOST_REASONS = 3
-"""Reasons told at once."""
+MAX_REASONS = 3
+"""Reasons in one message."""
 
 
 def check_coverage(net: SubnetModel, asked: Iterable[str | Pattern], umg: UMG) -> None:
@@ -46,26 +46,26 @@ def check_coverage(net: SubnetModel, asked: Iterable[str | Pattern], umg: UMG) -
     Raises:
         PatternError: One of them can touch no weight and no channel.
     """
-    found = {s.name: _touched(p, s, net.masks[s.name], umg) for p in net.patterns for s in p.subnets()}
+    found = {s.name: _coverage(p, s, net.masks[s.name], umg) for p in net.patterns for s in p.subnets()}
     idle: list[str | Pattern] = []
     others: list[str | Pattern] = []
     for item in asked:
         finds = any(found.get(s.name, 1.0) for p in resolve_patterns(item) for s in p.subnets())
         (others if finds else idle).append(item)
     if idle:
-        names = [_called(item) for item in others]
+        names = [_name_of(item) for item in others]
         leave = f", or ask for patterns={names} alone" if names else ""
         (pattern,) = resolve_patterns(idle[0])
         raise PatternError(
-            f"{_called(idle[0])!r} finds nothing to prune in {type(net.model).__name__}: "
-            f"{_why(net, pattern, umg, pattern.subnets())}; name weights in target_modules=[...]{leave} "
+            f"{_name_of(idle[0])!r} finds nothing to prune in {type(net.model).__name__}: "
+            f"{_reasons(net, pattern, umg, pattern.subnets())}; name weights in target_modules=[...]{leave} "
             "(cocktailsdk.inspect lists every weight with its reason)"
         )
     for pattern in net.patterns:
         _warn(net, pattern, found, umg)
 
 
-def _called(item: str | Pattern) -> str:
+def _name_of(item: str | Pattern) -> str:
     return item if isinstance(item, str) else item.name
 
 
@@ -77,40 +77,42 @@ def _warn(net: SubnetModel, pattern: Pattern, found: Mapping[str, float], umg: U
             "%s: nothing is removed, so %s dense: %s",
             ", ".join(repr(s.name) for s in nothing),
             "this subnetwork is" if len(nothing) == 1 else "these subnetworks are",
-            _why(net, pattern, umg, idle) if idle else "so small a share is no whole weight or channel; ask for more",
+            _reasons(net, pattern, umg, idle)
+            if idle
+            else "so small a share is no whole weight or channel; ask for more",
         )
-    little = [s for s in pattern.subnets() if 0 < found[s.name] < LITTLE]
+    little = [s for s in pattern.subnets() if 0 < found[s.name] < LOW_COVERAGE]
     if little:
         log.warning(
             "%s can touch %.2g%% of the weights of %s: %s",
             ", ".join(repr(s.name) for s in little),
             100 * max(found[s.name] for s in little),
             type(net.model).__name__,
-            _why(net, pattern, umg, little),
+            _reasons(net, pattern, umg, little),
         )
 
 
-def _touched(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG) -> float:
-    """The share of the model's weights that a pattern can touch."""
-    total = _total(umg.coupling)
+def _coverage(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG) -> float:
+    """The share of the model's weights that a pattern can prune."""
+    total = _total_weights(umg.coupling)
     if not total:
         return 0.0
     if pattern.removes_units and type(pattern).coverage is Pattern.coverage:
-        return share_of_channels(umg.coupling)
+        return channel_coverage(umg.coupling)
     covered = pattern.coverage(subnet, mask, umg)
     if isinstance(pattern, Product):
-        return covered * share_of_channels(umg.coupling) if umg.eligible else 0.0
+        return covered * channel_coverage(umg.coupling) if umg.eligible else 0.0
     return covered * sum(w.numel for w in umg.eligible) / total
 
 
-def share_of_channels(coupling: Coupling) -> float:
-    """The share of a model's parameters that goes with channels which can be removed."""
+def channel_coverage(coupling: Coupling) -> float:
+    """The share of a model's parameters that would be removed with all channels that can be."""
     total = coupling.params()
-    left = coupling.params(torch.ones(coupling.n_units, dtype=torch.bool))
-    return 1.0 - left / total if total else 0.0
+    fixed = coupling.params(torch.ones(coupling.n_units, dtype=torch.bool))
+    return 1.0 - fixed / total if total else 0.0
 
 
-def _total(coupling: Coupling) -> int:
+def _total_weights(coupling: Coupling) -> int:
     return sum(prod(shape) for shape in coupling.shapes.values() if len(shape) > 1)
 
 
@@ -127,25 +129,25 @@ def warn_of_few_channels(model: str, coupling: Coupling, removed: Tensor) -> Non
         coupling: Its coupling.
         removed: The units that go.
     """
-    share = share_of_channels(coupling)
+    share = channel_coverage(coupling)
     if not bool(removed.any()):
         log.warning("no channel of %s is removed: so small a share of each group is no whole channel", model)
-    elif share < LITTLE:
+    elif share < LOW_COVERAGE:
         log.warning("%.2g%% of the weights of %s can be removed: %s", 100 * share, model, nothing_to_remove(coupling))
 
 
 def nothing_to_remove(coupling: Coupling) -> str:
     """Why no channels can be removed."""
     reasons = [(k.reason, k.where, prod(coupling.shapes.get(k.where, (1,)))) for k in coupling.kept]
-    return _told(reasons) or "no weight makes channels that another layer reads"
+    return _summarized(reasons) or "no weight makes channels that another layer reads"
 
 
-def _why(net: SubnetModel, pattern: Pattern, umg: UMG, subnets: Sequence[Subnet]) -> str:
+def _reasons(net: SubnetModel, pattern: Pattern, umg: UMG, subnets: Sequence[Subnet]) -> str:
     """Why some subnetworks of a pattern can touch no more of the model."""
     if pattern.removes_units or (isinstance(pattern, Product) and not net.coupling.n_units):
         return nothing_to_remove(net.coupling)
     names = frozenset(w.name for w in net.eligible)
-    if max(pattern.coverage(s, net.masks[s.name], umg) for s in subnets) > SOME:
+    if max(pattern.coverage(s, net.masks[s.name], umg) for s in subnets) > HALF_COVERED:
         return nothing_to_prune(net.coupling, net.selection, covered=names)
     return nothing_to_prune(net.coupling, net.selection, without_place=names)
 
@@ -177,17 +179,17 @@ def nothing_to_prune(
         else:
             reason = selection.why_not(w) or "not eligible"
         reasons.append((reason, name, prod(shape)))
-    return _told(reasons) or "it has no weight of two dimensions"
+    return _summarized(reasons) or "it has no weight of two dimensions"
 
 
-def _told(reasons: Sequence[tuple[str, str, int]]) -> str:
-    """Reasons with the first of their weights, those of most elements first."""
+def _summarized(reasons: Sequence[tuple[str, str, int]]) -> str:
+    """Each reason with its first weight, reasons for the most elements first."""
     size: dict[str, int] = {}
     names: dict[str, list[str]] = {}
     for reason, name, n in reasons:
         size[reason] = size.get(reason, 0) + n
         names.setdefault(reason, []).append(name)
-    most = sorted(size, key=lambda r: -size[r])[:MOST_REASONS]
+    most = sorted(size, key=lambda r: -size[r])[:MAX_REASONS]
     more = len(size) - len(most)
-    told = [names[r][0] + (f" and {len(names[r]) - 1} more" if len(names[r]) > 1 else "") + f": {r}" for r in most]
-    return "; ".join(told) + (f"; and {more} other reasons" if more > 0 else "")
+    parts = [names[r][0] + (f" and {len(names[r]) - 1} more" if len(names[r]) > 1 else "") + f": {r}" for r in most]
+    return "; ".join(parts) + (f"; and {more} other reasons" if more > 0 else "")

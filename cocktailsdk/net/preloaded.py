@@ -1,7 +1,7 @@
-"""Subnetworks' weights and statistics made before they are needed, and given to a model's tensors in no time.
+"""Preloaded weights and statistics: computed ahead, so that a switch only exchanges the memory of tensors.
 
-What a switch to them costs is then no longer that of bytes but of every tensor that is touched and every call of
-Python for it. So all that can be found out beforehand is held in lists, and loops are C's where there are such.
+The time of such a switch is not that of bytes but of Python calls and of tensors touched. So everything that can be
+found out ahead is in lists, and loops run in C where ``map`` and ``itertools`` allow it.
 """
 
 from __future__ import annotations
@@ -15,150 +15,152 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .edits import Samples, versions_of
+from .tensor_table import Slot
+from .write_watch import ByteSamples, addresses_of, versions_of
 
-__all__ = ["Ready", "Statistics", "Swap"]
-
-_version = operator.attrgetter("_version")
+__all__ = ["MemorySwap", "PreloadedStatistics", "PreloadedSubnet"]
 
 
-class Swap:
-    """Other values for some of a model's tensors.
+class MemorySwap:
+    """Preloaded values for some of a model's tensors.
 
-    The tensors are given the memory that holds these, and later the memory that holds their dense values, which is
-    neither written nor copied.
+    :meth:`swap_in` makes the tensors use the memory of these values (``tensor.data = value``). :meth:`swap_out` makes
+    them use their own memory again, which has the dense values and was neither written nor copied.
 
     Args:
-        where: By name, the table of a module and the key in it where each tensor is.
-        dense: By name, the dense values, in the memory that is the tensor's own.
-        values: By the same names in the same order, others of the same shapes, strides and dtypes.
-        ours: By name, how often a tensor's version went up because of us; kept up to date here.
-        samples: Whether to notice values that are written through ``.data`` while the tensors have the others.
+        slots: By name, where each tensor is.
+        dense: By name, the dense values, in the tensor's own memory.
+        values: By the same names in the same order, the values to preload, of the same shapes, strides and dtypes.
+        own_writes: By name, how often switching itself raised a tensor's version counter; kept up to date here.
+        samples: Whether to detect values that are written through ``.data`` while the tensors are swapped.
 
     Attributes:
-        dense: As given.
+        dense: As passed.
+        names: Those of the tensors.
     """
 
     def __init__(
         self,
-        where: Mapping[str, tuple[dict[str, Tensor], str]],
+        slots: Mapping[str, Slot],
         dense: Mapping[str, Tensor],
         values: Mapping[str, Tensor],
-        ours: Counter[str],
+        own_writes: Counter[str],
         *,
         samples: bool,
     ) -> None:
         self.dense = dict(dense)
         self.names = frozenset(dense)
-        self._own = [where[n][0][where[n][1]] for n in dense]
-        self._tables = list({id(table): table for table, _ in map(where.__getitem__, dense)}.values())
-        self._held = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
-        self._ours = ours
-        self._old, self._new = list(dense.values()), list(values.values())
-        self._old_at, self._new_at = _pointers(self._old), _pointers(self._new)
-        self._samples = Samples(self._new if samples else [])
-        self._seen = False
-        self._given: list[int] = []
-        self._changes = self._changed()
+        self._tensors = [slots[n][0][slots[n][1]] for n in dense]
+        # Whole module tables rather than single slots: two C loops over them show any tensor that was replaced.
+        self._tables = list({id(table): table for table, _ in map(slots.__getitem__, dense)}.values())
+        self._entries = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+        self._own_writes = own_writes
+        self._dense, self._values = list(dense.values()), list(values.values())
+        self._dense_at, self._values_at = addresses_of(self._dense), addresses_of(self._values)
+        self._samples = ByteSamples(self._values if samples else [])
+        self._checked = False  # untouched() has found the preloaded memory in place, so swap_out() need not look again
+        self._versions_in: list[int] = []  # version counters right after swap_in()
+        self._foreign_writes = self._count_foreign_writes()
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of a name, as it was found."""
-        return self._own[list(self.dense).index(name)]
+        """The model's tensor of a name, as it was when the values were computed."""
+        return self._tensors[list(self.dense).index(name)]
 
-    def unchanged(self) -> bool:
-        """Whether the tensors are those that they were, and nobody else has changed them.
+    def current(self) -> bool:
+        """Whether the values are still right: same tensors, and nobody else has written the dense values.
 
-        A change through ``.data`` is not noticed.
+        A write through ``.data`` is not detected.
         """
-        return self._same() and self._changed() == self._changes
+        return self._same_tensors() and self._count_foreign_writes() == self._foreign_writes
 
-    def lies_at(self, dense: Sequence[Tensor]) -> bool:
-        """Whether dense values, in the order of the names, are in the memory in which they were."""
-        return _pointers(dense) == self._old_at
+    def dense_at(self, dense: Sequence[Tensor]) -> bool:
+        """Whether dense values, in the order of the names, are still in the memory in which they were."""
+        return addresses_of(dense) == self._dense_at
 
-    def give(self) -> bool:
-        """Give the tensors the other values, if they have their dense ones and these have not changed."""
-        fits = self._same() and _pointers(self._own) == self._old_at and self._changed() == self._changes
-        if fits:
-            self._put(self._new)
-            self._given = versions_of(self._own)
-        return fits
+    def swap_in(self) -> bool:
+        """Make the tensors use the preloaded memory, if they use their own and the values are still right."""
+        right = self.current() and addresses_of(self._tensors) == self._dense_at
+        if right:
+            self._set_memory(self._values)
+            self._versions_in = versions_of(self._tensors)
+        return right
 
     def untouched(self) -> bool:
-        """Whether nothing shows that somebody has changed the tensors since they were given the other values."""
-        self._seen = self._has_new()
-        return self._seen and versions_of(self._own) == self._given and self._samples.unchanged()
+        """Whether no write to the tensors was detected since :meth:`swap_in`."""
+        self._checked = self._swapped()
+        return self._checked and versions_of(self._tensors) == self._versions_in and self._samples.unchanged()
 
-    def doubt(self) -> None:
-        """Let :meth:`take_back` look for itself, though :meth:`untouched` was called before."""
-        self._seen = False
+    def recheck(self) -> None:
+        """Let :meth:`swap_out` look for itself, whatever :meth:`untouched` found before."""
+        self._checked = False
 
-    def writes(self, name: str) -> int | None:
-        """How often a tensor was written since; ``None`` where it does not have the other value's memory any more."""
-        at = list(self.dense).index(name)
-        tensor = self._own[at]
-        return tensor._version - self._given[at] if tensor.data_ptr() == self._new_at[at] else None
+    def write_count(self, name: str) -> int | None:
+        """How often a tensor was written since :meth:`swap_in`; ``None`` if it does not use that memory any more."""
+        i = list(self.dense).index(name)
+        tensor = self._tensors[i]
+        return tensor._version - self._versions_in[i] if tensor.data_ptr() == self._values_at[i] else None
 
-    def take_back(self) -> bool:
-        """Give the tensors their dense values, if they still have the others' memory."""
-        fits, self._seen = self._seen or self._has_new(), False
-        if fits:
-            self._put(self._old)
-        return fits
+    def swap_out(self) -> bool:
+        """Make the tensors use their own memory again, if they still use the preloaded one."""
+        swapped, self._checked = self._checked or self._swapped(), False
+        if swapped:
+            self._set_memory(self._dense)
+        return swapped
 
-    def _has_new(self) -> bool:
-        return self._same() and _pointers(self._own) == self._new_at
+    def _swapped(self) -> bool:
+        return self._same_tensors() and addresses_of(self._tensors) == self._values_at
 
-    def _put(self, values: Sequence[Tensor]) -> None:
-        for own, value in zip(self._own, values, strict=True):
-            own.data = value
-        # a backward pass that would now see other values than it ought to is refused
-        torch.autograd.graph.increment_version(self._own)
-        self._ours.update(self.names)
+    def _set_memory(self, values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self._tensors, values, strict=True):
+            tensor.data = value
+        # Assigning .data leaves the version counter alone. Raised by hand, it lets autograd refuse a backward pass
+        # that saved these tensors and would now compute with other values.
+        torch.autograd.graph.increment_version(self._tensors)
+        self._own_writes.update(self.names)
 
-    def _same(self) -> bool:
-        held = itertools.chain.from_iterable(map(dict.values, self._tables))
-        return sum(map(len, self._tables)) == len(self._held) and all(map(operator.is_, held, self._held))
+    def _same_tensors(self) -> bool:
+        entries = itertools.chain.from_iterable(map(dict.values, self._tables))
+        # The lengths first: map() ends with the shorter of the two.
+        return sum(map(len, self._tables)) == len(self._entries) and all(map(operator.is_, entries, self._entries))
 
-    def _changed(self) -> int:
-        """How often others have changed the tensors, all together: each one's count can only grow."""
-        return sum(map(_version, self._own)) - sum(map(self._ours.__getitem__, self.dense))
+    def _count_foreign_writes(self) -> int:
+        """How often anybody but switching has written the tensors.
+
+        One sum is enough: each counter only grows, so the sum is the same only if every one of them is.
+        """
+        return sum(versions_of(self._tensors)) - sum(map(self._own_writes.__getitem__, self.dense))
 
 
-class Statistics:
-    """A subnetwork's batch-norm statistics, made ready.
+class PreloadedStatistics:
+    """A subnetwork's preloaded batch-norm statistics.
 
     Args:
         swap: Values for the model's batch-norm buffers.
-        made_of: The subnetwork's own by name, of which they were made.
+        source: The subnetwork's own statistics by name, from which the values were computed.
     """
 
-    def __init__(self, swap: Swap, made_of: Mapping[str, Tensor]) -> None:
+    def __init__(self, swap: MemorySwap, source: Mapping[str, Tensor]) -> None:
         self.swap = swap
-        self._names, self._tensors = list(made_of), list(made_of.values())
-        self._versions = sum(map(_version, self._tensors))
+        self._names, self._tensors = list(source), list(source.values())
+        self._versions = sum(versions_of(self._tensors))
 
-    def made_of(self, statistics: Mapping[str, Tensor]) -> bool:
-        """Whether it was these, and they have not changed since."""
+    def computed_from(self, statistics: Mapping[str, Tensor]) -> bool:
+        """Whether these were the source, and were not written since."""
         return (
             list(statistics) == self._names
             and all(map(operator.is_, statistics.values(), self._tensors))
-            and sum(map(_version, self._tensors)) == self._versions
+            and sum(versions_of(self._tensors)) == self._versions
         )
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What was made ready of a subnetwork.
+class PreloadedSubnet:
+    """What is preloaded of a subnetwork.
 
     Attributes:
-        weights: All that it masks, batch-norm buffers apart.
-        statistics: The batch-norm buffers; ``None`` where they cannot be swapped.
+        weights: All tensors that it masks, batch-norm buffers apart.
+        statistics: The batch-norm buffers; ``None`` where their memory cannot be exchanged.
     """
 
-    weights: Swap
-    statistics: Statistics | None
-
-
-def _pointers(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
+    weights: MemorySwap
+    statistics: PreloadedStatistics | None

@@ -1,4 +1,4 @@
-"""Forward passes and changes of a model's tensors, kept apart when several threads use one net."""
+"""A read-write lock: forward passes read a model's tensors, switching writes them."""
 
 from __future__ import annotations
 
@@ -9,50 +9,54 @@ from typing import Any
 
 from ..errors import SubnetError
 
-__all__ = ["Gate"]
+__all__ = ["ReadWriteLock"]
 
 
-class Gate:
-    """Lets any number of readers in at once, and one writer alone.
+class ReadWriteLock:
+    """Any number of readers at once, or one writer alone. Reentrant, and waiting writers go before new readers.
 
-    A writer comes in two steps: :meth:`changing` keeps other writers out while readers go on (what takes long is done
-    there), :meth:`alone` waits for the readers to leave and lets no others in. A writer that waits goes before readers
-    that come later. Both may be nested, and a writer may read; a reader may not write. Copies have gates of their own.
+    A writer can lock in two steps. :meth:`update` excludes other writers while readers go on: slow work that changes
+    nothing a reader sees is done there. :meth:`write` also waits for the readers to leave and lets no new ones in.
+
+    A thread may nest each of them, and may read while it writes. A reader cannot become a writer: two readers that
+    both wanted to would wait for each other forever, so this raises an error. Copies and unpickled locks are unlocked.
     """
 
     def __init__(self) -> None:
-        self._turn = threading.Condition()
-        self._readers: dict[int, int] = {}  # how many times each thread is in
-        self._writer: int | None = None
-        self._depth = self._alone = 0
+        self._condition = threading.Condition()
+        self._readers: dict[int, int] = {}  # by thread, how many read() blocks it is in
+        self._writer: int | None = None  # the thread inside update() or write()
+        self._updates = 0  # nested update() blocks of the writer, those of write() included
+        self._writes = 0  # nested write() blocks of the writer, the one that waits for readers included
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Nothing is changed by another thread inside."""
+    def read(self) -> Iterator[None]:
+        """No other thread writes inside this block."""
         me = threading.get_ident()
-        with self._turn:
+        with self._condition:
+            # A thread that reads or writes already must not wait for a writer, which may be waiting for this thread.
             if self._writer != me and me not in self._readers:
-                while self._alone:
-                    self._turn.wait()
+                while self._writes:
+                    self._condition.wait()
             self._readers[me] = self._readers.get(me, 0) + 1
         try:
             yield
         finally:
-            with self._turn:
+            with self._condition:
                 self._readers[me] -= 1
                 if not self._readers[me]:
                     del self._readers[me]
-                    self._turn.notify_all()
+                    self._condition.notify_all()
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """No other thread changes anything inside.
+    def update(self) -> Iterator[None]:
+        """No other thread updates or writes inside this block; others may read.
 
         Raises:
             SubnetError: This thread is reading.
         """
         me = threading.get_ident()
-        with self._turn:
+        with self._condition:
             if self._writer != me:
                 if me in self._readers:
                     raise SubnetError(
@@ -60,50 +64,51 @@ class Gate:
                         "pass or within `with net.hold():`"
                     )
                 while self._writer is not None:
-                    self._turn.wait()
+                    self._condition.wait()
                 self._writer = me
-            self._depth += 1
+            self._updates += 1
         try:
             yield
         finally:
-            with self._turn:
-                self._depth -= 1
-                if not self._depth:
+            with self._condition:
+                self._updates -= 1
+                if not self._updates:
                     self._writer = None
-                    self._turn.notify_all()
+                    self._condition.notify_all()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other thread changes or reads anything inside.
+    def write(self) -> Iterator[None]:
+        """No other thread reads, updates or writes inside this block.
 
         Raises:
             SubnetError: This thread is reading.
         """
         me = threading.get_ident()
-        with self.changing():
-            with self._turn:
-                if me in self._readers:
+        with self.update():
+            with self._condition:
+                if me in self._readers:  # it reads inside its own update(), which update() allows
                     raise SubnetError("a forward pass goes on in this thread: switch before it or after it")
-                self._alone += 1
+                # Counted before the wait: from now on new readers wait, so a stream of them cannot starve this writer.
+                self._writes += 1
                 try:
                     while self._readers:
-                        self._turn.wait()
-                except BaseException:
-                    self._left()
+                        self._condition.wait()
+                except BaseException:  # Ctrl-C while waiting
+                    self._end_write()
                     raise
             try:
                 yield
             finally:
-                with self._turn:
-                    self._left()
+                with self._condition:
+                    self._end_write()
 
-    def _left(self) -> None:
-        self._alone -= 1
-        if not self._alone:
-            self._turn.notify_all()
+    def _end_write(self) -> None:
+        self._writes -= 1
+        if not self._writes:
+            self._condition.notify_all()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
-        return Gate()
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadWriteLock:
+        return ReadWriteLock()
 
-    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
-        return Gate, ()
+    def __reduce__(self) -> tuple[type[ReadWriteLock], tuple[()]]:
+        return ReadWriteLock, ()

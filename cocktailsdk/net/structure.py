@@ -24,17 +24,19 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._end = (self,)  # after the last: that no list is longer than it was shows without counting
+        # Ends every list below and every chain in unchanged(). map() stops at the shorter of two: a list that grew or
+        # shrank then compares something with this end, and differs without being counted.
+        self._end = (self,)
         self._record()
 
     def _modules(self) -> dict[str, nn.Module]:
-        # TorchScript keeps its parts and tensors outside Python, where nobody can replace them.
+        # TorchScript modules have their parts and tensors outside Python, where nobody can replace them.
         return {path: m for path, m in self._model.named_modules() if not is_scripted(m)}
 
     def _record(self) -> None:
         modules = self._modules()
         self._children = [m._modules for m in modules.values()]
-        self._held = [*itertools.chain.from_iterable(map(dict.values, self._children)), self]
+        self._submodules = [*itertools.chain.from_iterable(map(dict.values, self._children)), self]
         self._tables = [m._parameters for m in modules.values()]
         self._keys = [*itertools.chain.from_iterable(self._tables), self]
         self._parameters = [*itertools.chain.from_iterable(map(dict.values, self._tables)), self]
@@ -42,24 +44,24 @@ class Structure:
         self._shapes = {path: {n: t.shape for n, t in _tensors(m).items()} for path, m in self._owners.items()}
 
     def unchanged(self) -> bool:
-        """Whether every module and every parameter is what it was; quick, all loops are C's."""
-        held = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._children)), self._end)
+        """Whether every module and every parameter is the same object; fast, because all loops run in C."""
+        submodules = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._children)), self._end)
         keys = itertools.chain(itertools.chain.from_iterable(self._tables), self._end)
         parameters = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._tables)), self._end)
         return (
-            all(map(operator.is_, held, self._held))
+            all(map(operator.is_, submodules, self._submodules))
             and all(map(operator.is_, keys, self._keys))
             and all(map(operator.is_, parameters, self._parameters))
         )
 
     def check(self) -> bool:
-        """See that the networks still fit the model.
+        """Check that the networks still fit the model.
 
         Modules that hold neither parameters nor running statistics may come and go, and a module may be replaced by one
         that holds the same tensors (``convert_sync_batchnorm``).
 
         Returns:
-            Whether something has changed that does no harm.
+            Whether the model has changed in a way that does no harm.
 
         Raises:
             CocktailError: A module or parameter was added, removed or replaced; names it.
@@ -75,26 +77,26 @@ class Structure:
         return True
 
     def _difference(self) -> str | None:
-        """In words, the first change that does harm."""
+        """The first harmful change, in words."""
         modules = self._modules()
         for path, old in self._owners.items():
             new = modules.get(path)
             if new is None:
-                return f"{_called(path, old)} is gone"
+                return f"{_described(path, old)} is gone"
             if new is not old and not _same_tensors(old, new):
-                return f"{_called(path, old)} was replaced by a {type(new).__module__}.{type(new).__name__}"
+                return f"{_described(path, old)} was replaced by a {type(new).__module__}.{type(new).__name__}"
             now = _tensors(new)
             for name, shape in self._shapes[path].items():
                 if name not in now:
-                    return f"{_called(path, old)} has no {name!r} any more"
+                    return f"{_described(path, old)} has no {name!r} any more"
                 if now[name].shape != shape:
                     found = f"the shape {tuple(now[name].shape)}, not {tuple(shape)}"
-                    return f"{name!r} of {_called(path, old)} has {found} any more"
+                    return f"{name!r} of {_described(path, old)} has {found} any more"
             if more := now.keys() - self._shapes[path].keys():
-                return f"{_called(path, old)} got {min(more)!r}"
+                return f"{_described(path, old)} got {min(more)!r}"
         for path, new in modules.items():
             if path not in self._owners and _tensors(new):
-                return f"{_called(path, new)} was added"
+                return f"{_described(path, new)} was added"
         return None
 
 
@@ -111,5 +113,5 @@ def _same_tensors(old: nn.Module, new: nn.Module) -> bool:
     return before.keys() == now.keys() and all(now[n] is t for n, t in before.items())
 
 
-def _called(path: str, module: nn.Module) -> str:
+def _described(path: str, module: nn.Module) -> str:
     return f"{path!r} ({type(module).__name__})" if path else f"the model itself ({type(module).__name__})"

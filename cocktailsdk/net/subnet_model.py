@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +19,28 @@ from ..utils.batchnorm import Forward, measure, statistics_of
 from ..utils.fsdp import is_sharded, rows_of, total
 from ..utils.modes import frozen_norms
 from ..utils.undo import Snapshot, unchanged
-from .costs import SubnetReport, flops_left, nonzero_macs, params_kept
+from .costs import SubnetReport, nonzero_macs, remaining_params, slim_flops
 from .switchable import SwitchableModel
 from .target_modules import Selection
 from .tracing import Example
 
-log = logging.getLogger(__name__)
+__all__ = ["SubnetModel", "model_unchanged"]
+
+
+@contextlib.contextmanager
+def model_unchanged(net: SubnetModel, *, watch: bool = True) -> Iterator[None]:
+    """:func:`~cocktailsdk.utils.undo.unchanged` for a net's model, while its subnetworks may be switched.
+
+    Tensors that switching gives other values or memory are left out: the net restores these itself.
+
+    Raises:
+        CocktailError: The model has other modules or parameters than it had.
+    """
+    net._check_structure()
+    tensors = net._switcher.tensors
+    names = {*net.coupling.fields, *net.coupling.shapes, *net._switcher.norm_buffers}
+    with unchanged(net.model, but=[tensors.registered(name) for name in names if name in tensors], watch=watch):
+        yield
 
 
 class SubnetModel(SwitchableModel):
@@ -99,19 +114,19 @@ class SubnetModel(SwitchableModel):
 
     def umg(self, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> UMG:
         """What a pattern sees of this net: the dense weights, whatever is active."""
-        self._same_model()
-        self._refuse_changed()
+        self._check_structure()
+        self._refuse_writes()
         weights = [*self.eligible, *(w for w in self.coupling.weights if w.unmaskable)]
         names = dict.fromkeys([*(w.name for w in weights), *(p.weight for p in self.coupling.producers)])
         values: Mapping[str, Tensor]
         if self._switcher.tensors.sharded:
             values = self._sharded_values(tuple(names))
         else:
-            values = {n: self._multiplied(n) for n in names}
+            values = {n: self._effective_weight(n) for n in names}
         return UMG(self.coupling, self.eligible, values, previous, dict(made or {}))
 
-    def _multiplied(self, name: str) -> Tensor:
-        """The dense value of what the model multiplies with, in the parameter's shape: of a weight norm its result."""
+    def _effective_weight(self, name: str) -> Tensor:
+        """The dense value that the model multiplies with, in the parameter's shape: a weight norm's result."""
         trace = self.coupling.trace
         graph = trace.computed.get(name) if trace is not None else None
         return self._switcher.dense(name) if graph is None else computed(graph, self._switcher.dense)
@@ -121,8 +136,8 @@ class SubnetModel(SwitchableModel):
         device = next(switcher.tensors[n].device for n in names)
 
         def rows(name: str) -> slice | None:
-            given = switcher.tensors.given(name)
-            return rows_of(given) if is_sharded(given) else None
+            tensor = switcher.tensors.registered(name)
+            return rows_of(tensor) if is_sharded(tensor) else None
 
         return ShardedValues(
             names,
@@ -155,13 +170,14 @@ class SubnetModel(SwitchableModel):
             SubnetError: There is no such subnetwork.
             CocktailError: There are no batches.
         """
-        name = self._ready(name)
+        name = self._require_mask(name)
         with self.using(DENSE):
             if name == DENSE:
                 self._recalibrate_dense(batches, forward)
                 return
             frozen = frozen_norms(self.model)
-            before = self.statistics.pop(name, None)  # frozen norms have the dense network's statistics, not older ones
+            # Popped before `using` loads them: frozen norms must run with the dense network's statistics.
+            before = self.statistics.pop(name, None)
             try:
                 with self.using(name, changes="discard"), self._unchanged_but_statistics():
                     measure(self.model, batches, forward, frozen)
@@ -174,10 +190,10 @@ class SubnetModel(SwitchableModel):
             self.zero_masked(name, own)
             self.statistics[name] = own
 
-    def _unchanged_but_statistics(self) -> AbstractContextManager[Snapshot]:
+    def _unchanged_but_statistics(self) -> contextlib.AbstractContextManager[Snapshot]:
         tensors = self._switcher.tensors
         # The batches are the user's: what their hooks collect outside of the model on the way may be what they want.
-        statistics = [tensors.given(n) for n in self._switcher.norm_buffers]
+        statistics = [tensors.registered(n) for n in self._switcher.norm_buffers]
         return unchanged(self.model, but=statistics, watch=False, beyond=False)
 
     def _recalibrate_dense(self, batches: Iterable[Any], forward: Forward | None) -> None:
@@ -208,8 +224,8 @@ class SubnetModel(SwitchableModel):
                     pattern=s.pattern,
                     sparsity=s.sparsity,
                     sparsity_exact=pattern.exact_sparsity(s, mask, umg) if pattern else 0.0,
-                    params=params_kept(self.coupling, mask),
-                    flops=flops_left(self.coupling, mask),
+                    params=remaining_params(self.coupling, mask),
+                    flops=slim_flops(self.coupling, mask),
                     nonzero_macs=nonzero_macs(self.coupling, mask),
                     metric=self.metrics.get(name),
                     coverage=pattern.coverage(s, mask, umg) if pattern else 1.0,

@@ -1,134 +1,67 @@
-"""A module whose tensors become those of one subnetwork or another, in place."""
+"""A model whose tensors become those of one subnetwork or another, in place."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, get_args
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CocktailError, PatternError, SubnetError
+from ..errors import CocktailError
 from ..graph import Coupling
 from ..graph.hooked import refresh
 from ..masks import Mask
-from ..masks.device_cache import DeviceMaskCache, DeviceMasks, mask_bytes, zero_masked
-from ..masks.nested import Level, nested_levels
-from ..masks.packed import PackedMasks
 from ..patterns import DENSE, Subnet
 from ..utils.batchnorm import statistics_of
-from ..utils.fsdp import local
-from ..utils.nearest import loose, no_subnet
-from ..utils.undo import unchanged
 from ..utils.weight_caches import forget_derived
-from .rwlock import Gate
-from .switcher import Switcher
-from .target_modules import owner_of, some_of
+from .masked_model import MaskedModel
+from .rwlock import ReadWriteLock
 from .tuners import MergeGuard, adapter_caches
+from .write_policy import Changes, changed_statistics, changed_weights, check_changes, is_from_training, write_error
 
-Changes = Literal["refuse", "keep", "discard"]
-"""What is done with values that were written into a subnetwork's tensors while it was active."""
+__all__ = ["SwitchableModel"]
 
-
-@contextlib.contextmanager
-def model_unchanged(net: SwitchableModel, *, watch: bool = True) -> Iterator[None]:
-    """:func:`~cocktailsdk.utils.undo.unchanged` for a net's model, while subnetworks of it may be switched.
-
-    Tensors that switching gives other values or memory are left alone: the net restores these.
-
-    Raises:
-        CocktailError: The model has other modules or parameters than it had.
-    """
-    net._same_model()
-    tensors = net._switcher.tensors
-    names = {*net.coupling.fields, *net.coupling.shapes, *net._switcher.norm_buffers}
-    with unchanged(net.model, but=[tensors.given(name) for name in names if name in tensors], watch=watch):
-        yield
+_RENAMED = "net.{} is net.{} now; the old name goes with the next version"
 
 
-class SwitchableModel(nn.Module):
-    """A model, the masks and statistics of its subnetworks, and which of them is active.
+class SwitchableModel(MaskedModel):
+    """A model with masks for its subnetworks, one of which is active.
 
-    Threads may use one net together: a forward pass sees one subnetwork from start to end, since :meth:`switch` and
-    :meth:`using` wait until those that run are done, and those that come meanwhile wait for them. That holds for calls
+    Threads may use one net together: a forward pass sees one subnetwork from start to end. :meth:`switch` and
+    :meth:`using` wait until running passes are done, and passes that come meanwhile wait for them. That holds for calls
     of the net itself; whoever calls :attr:`model` or its other methods (``net.generate``) does so within
     ``with net.hold():`` or ``with net.using(name):``.
-
-    Attributes:
-        model: The user's own model.
-        coupling: What goes together when channels go.
-        metrics: A metric by subnet name.
-        statistics: Batch-norm means and variances by subnet name.
     """
 
-    model: nn.Module
-
     def __init__(self, model: nn.Module, coupling: Coupling, subnets: Sequence[Subnet]) -> None:
-        super().__init__()
-        self.model = model
-        self.coupling = coupling
-        self.metrics: dict[str, float] = {}
-        self.statistics: dict[str, dict[str, Tensor]] = {}
-        self._subnets = {DENSE: Subnet(DENSE, DENSE, 0.0)} | {s.name: s for s in subnets}
-        self._masks: dict[str, Mask] = {}
-        self._switcher = Switcher(model)
-        self._placed = DeviceMaskCache(coupling, self._switcher.tensors)
-        self._gate = Gate()
+        super().__init__(model, coupling, subnets)
+        self._lock = ReadWriteLock()
         self._hooked = tuple(m for m in model.modules() if m._forward_pre_hooks)
         self._merges = MergeGuard(model)
         self._adapter_caches = adapter_caches(model)
-        self._active = self._statistics_active = DENSE
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active subnetwork."""
-        if _without_waiting(self):
+        if _needs_no_lock(self):
             return self.model(*args, **kwargs)
-        with self._gate.reading():
+        with self._lock.read():
             return self.model(*args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As of any module: compiles :attr:`model`, in place. Switching does not compile it again."""
         self.model.compile(*args, **kwargs)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all subnetworks: ``"dense"``, then by pattern."""
-        return list(self._subnets)
-
-    @property
-    def active(self) -> str:
-        """Name of the active subnetwork."""
-        return self._active
-
-    @property
-    def masks(self) -> Mapping[str, Mask]:
-        """Masks by subnet name, on the CPU; the dense network has none. Change them with :meth:`set_mask`."""
-        return dict(self._masks)
-
-    def subnet(self, name: str) -> Subnet:
-        """The subnetwork of a name; numbers may be written loosely (``"channel@0.10"``).
-
-        Raises:
-            SubnetError: There is none.
-        """
-        if isinstance(name, str):
-            if name in self._subnets:
-                return self._subnets[name]
-            wanted = loose(name)
-            for known, s in self._subnets.items():
-                if wanted is not None and wanted == loose(known):
-                    return s
-        raise SubnetError(no_subnet(name, self.names))
-
     def switch(self, name: str, *, changes: Changes = "refuse") -> Self:
         """Make a subnetwork the active one, in place.
 
         The model's own tensors are changed; their dense values are kept beside and restored bit for bit by
-        ``switch("dense")``. Waits for forward passes that other threads run; see :meth:`prepare` for a switch that
-        takes no time.
+        ``switch("dense")``. Waits for forward passes that other threads run; see :meth:`preload` for a switch that
+        takes microseconds.
 
         Args:
             name: The subnetwork.
@@ -146,25 +79,25 @@ class SwitchableModel(nn.Module):
                 active one, or tensors were changed while the active one was.
             CocktailError: Modules or parameters of the model were added, removed or replaced.
         """
-        name, changes = self._ready(name), _checked(changes)
-        with self._gate.alone():
-            self._settle(name, name, changes)
-            self._go(name, name)
-            self._placed.release()
+        name, changes = self._require_mask(name), check_changes(changes)
+        with self._lock.write():
+            self._handle_writes(name, name, changes)
+            self._activate(name, name)
+            self._mask_cache.release()
             if self._active == DENSE:
                 self._switcher.release()
         return self
 
-    def prepare(self, *names: str) -> Self:
-        """Make subnetworks' weights and statistics now, so that switching to these is a matter of microseconds.
+    def preload(self, *names: str) -> Self:
+        """Compute subnetworks' weights and statistics now, so that a switch to them takes microseconds.
 
-        Each takes as much memory as the tensors that it masks, one copy of the model at most, until others are prepared
-        in its place; ``prepare()`` forgets all. Forward passes of other threads go on meanwhile. Once the dense weights
-        or :attr:`statistics` change, the copies are not used any more (a change through ``.data`` is not noticed:
-        prepare anew).
+        Each takes as much memory as the tensors that it masks, one copy of the model at most. The next call replaces
+        what this one preloaded; ``preload()`` frees all. Forward passes of other threads go on meanwhile. Once the
+        dense weights or :attr:`statistics` change, the copies are not used any more. A change through ``.data`` is not
+        detected: preload again after one.
 
-        It is of use for models on the CPU, where making a subnetwork's weights takes about as long as loading them.
-        Elsewhere only the masks are brought to the model.
+        This helps models on the CPU, where masking a subnetwork's weights takes about as long as loading them.
+        Elsewhere only the masks are copied to the model's device.
 
         Returns:
             The net itself.
@@ -172,19 +105,30 @@ class SwitchableModel(nn.Module):
         Raises:
             SubnetError: There is no such subnetwork, or it has no mask yet.
         """
-        wanted = dict.fromkeys(self._ready(name) for name in names)
-        with self._gate.changing():
-            self._switcher.forget(self._switcher.prepared.keys() - wanted.keys())
+        wanted = dict.fromkeys(self._require_mask(name) for name in names)
+        with self._lock.update():  # nothing that a forward pass reads changes
+            self._switcher.forget_all_but(wanted)
             for name in wanted:
                 if name != DENSE:
-                    self._switcher.prepare(name, self._device_masks(name), self.statistics.get(name, {}))
-            self._placed.release()
+                    self._switcher.preload(name, self._device_masks(name), self.statistics.get(name, {}))
+            self._mask_cache.release()
         return self
 
     @property
+    def preloaded(self) -> list[str]:
+        """Names of the subnetworks whose preloaded weights are still right; see :meth:`preload`."""
+        return [name for name in self._subnets if self._switcher.preloaded(name) is not None]
+
+    def prepare(self, *names: str) -> Self:
+        """Deprecated name of :meth:`preload`."""
+        warnings.warn(_RENAMED.format("prepare", "preload"), DeprecationWarning, stacklevel=2)
+        return self.preload(*names)
+
+    @property
     def prepared(self) -> list[str]:
-        """Names of the subnetworks that are ready; see :meth:`prepare`."""
-        return [name for name in self._subnets if self._switcher.ready(name) is not None]
+        """Deprecated name of :attr:`preloaded`."""
+        warnings.warn(_RENAMED.format("prepared", "preloaded"), DeprecationWarning, stacklevel=2)
+        return self.preloaded
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[str]:
@@ -195,7 +139,7 @@ class SwitchableModel(nn.Module):
         Yields:
             Its name.
         """
-        with self._gate.reading():
+        with self._lock.read():
             yield self._active
 
     @contextlib.contextmanager
@@ -217,274 +161,147 @@ class SwitchableModel(nn.Module):
                 active one, or tensors were changed inside or before.
             CocktailError: Modules or parameters of the model were added, removed or replaced.
         """
-        target, changes = self._ready(name), _checked(changes)
-        with self._gate.alone():
+        target, changes = self._require_mask(name), check_changes(changes)
+        with self._lock.write():
             before, statistics_before = self._active, self._statistics_active if statistics else None
-            self._settle(target, target if statistics else None, "refuse")
+            self._handle_writes(target, target if statistics else None, "refuse")
             try:
-                self._go(target, target if statistics else None, watch=changes != "discard")
+                self._activate(target, target if statistics else None, watch=changes != "discard")
                 yield self
             except BaseException:
                 with contextlib.suppress(CocktailError):  # the model was changed: the dense network is active then
-                    self._settle(before, statistics_before, "discard", inside=True)
-                    self._go(before, statistics_before)
+                    self._handle_writes(before, statistics_before, "discard", inside=True)
+                    self._activate(before, statistics_before)
                 raise
             self._leave(before, statistics_before, changes)
 
     def _leave(self, name: str, statistics: str | None, changes: Changes) -> None:
         try:
-            self._settle(name, statistics, changes, inside=True)
+            self._handle_writes(name, statistics, changes, inside=True)
         finally:
             with contextlib.suppress(CocktailError):
-                self._same_model()
-                self._go(name, statistics)
+                self._check_structure()
+                self._activate(name, statistics)
 
-    def _ready(self, name: str) -> str:
-        self._same_model()
-        name = self.subnet(name).name
-        if name != DENSE and name not in self._masks:
-            raise SubnetError(f"subnet {name!r} has no mask yet: it is made in a later round of training (set_mask)")
-        return name
-
-    def _same_model(self) -> None:
-        """See that the model still has the modules and parameters that it had.
+    def _check_structure(self) -> None:
+        """Check that the model still has the modules and parameters that it had.
 
         Raises:
-            CocktailError: It has not. The dense network is active then, in the tensors that were changed.
+            CocktailError: Modules or parameters were added, removed or replaced; says which. The dense network is
+                active then, in the tensors that were changed.
         """
         try:
-            self._switcher.tensors.check()
+            super()._check_structure()
         except CocktailError:
             if self._active != DENSE or self._statistics_active != DENSE:
-                with self._gate.alone():
+                with self._lock.write():
                     active = self._masks.get(self._active, Mask())
                     self._switcher.abandon(active.tensors(self.coupling))
                     self._merges.lift()
                     self._active = self._statistics_active = DENSE
             raise
 
-    def _settle(self, name: str, statistics: str | None, changes: Changes, *, inside: bool = False) -> None:
-        """See what somebody has changed in the active network, before another takes its place.
+    def _handle_writes(self, name: str, statistics: str | None, changes: Changes, *, inside: bool = False) -> None:
+        """Find what somebody wrote into the active subnetwork's tensors, before another becomes active.
 
         Args:
             name: The network that is to be active.
-            statistics: The one whose statistics are to be; ``None`` where they stay.
+            statistics: The network whose statistics are to be active; ``None`` where these do not change.
             changes: As for :meth:`switch`.
-            inside: Whether it was changed inside :meth:`using`, which ends.
+            inside: Whether it was written inside :meth:`using`, which ends.
 
         Raises:
-            SubnetError: Tensors were changed, and that is to be refused.
+            SubnetError: Tensors were written, and ``changes`` is ``"refuse"``.
         """
         if inside:
-            self._same_model()
+            self._check_structure()
         switcher, active = self._switcher, self._active
-        switcher.weights.doubt()
-        switcher.norms.doubt()
+        switcher.weights.recheck()
+        switcher.norms.recheck()
         if changes == "discard":
             if name != active and switcher.weights.swapped and not switcher.weights.untouched():
                 switcher.forget([active])
             return
         weights: list[str] = []
         if name != active and not switcher.weights.untouched():
-            switcher.forget([active])  # what was prepared of it is what somebody has written
-            weights = switcher.changed_weights(self._device_masks(active))
+            switcher.forget([active])  # the write went into the preloaded memory
+            weights = changed_weights(switcher, self._device_masks(active))
         buffers: list[str] = []
-        moved = False
+        trained = False
         own = self._statistics_active
         if statistics not in (None, own) and not switcher.norms.untouched():
-            changed = switcher.changed_statistics(self.statistics.get(own, {}), self._norm_masks(own))
-            buffers = [n for n in changed if not switcher.trained_statistics(n.rpartition(".")[0])]
-            moved = len(buffers) < len(changed)
+            changed = changed_statistics(switcher, self.statistics.get(own, {}), self._norm_masks(own))
+            buffers = [n for n in changed if not is_from_training(switcher, n.rpartition(".")[0])]
+            trained = len(buffers) < len(changed)
         if (weights or buffers) and changes == "refuse":
-            raise _changed([*weights, *buffers], active if weights else own, name, inside)
+            raise write_error([*weights, *buffers], active if weights else own, name, inside=inside)
         if weights or buffers:
-            switcher.become_dense(weights, buffers)
-        if moved:
+            switcher.adopt_as_dense(weights, buffers)
+        if trained:
             self.statistics[own] = {n: t for n, t in statistics_of(self.model).items() if n not in buffers}
 
-    def _refuse_changed(self) -> None:
-        """Before the dense values are read: see that none were changed while a subnetwork is active.
+    def _refuse_writes(self) -> None:
+        """Before dense values are read: check that nobody wrote the tensors of the active subnetwork.
 
         Raises:
-            SubnetError: Some were.
+            SubnetError: Somebody did.
         """
         if self._active != DENSE:
-            self._settle(DENSE, None, "refuse")
+            self._handle_writes(DENSE, None, "refuse")
 
-    def _go(self, name: str, statistics: str | None, *, watch: bool = True) -> None:
+    def _activate(self, name: str, statistics: str | None, *, watch: bool = True) -> None:
         """Make a network active, and the statistics of one; ``None`` leaves these as they are."""
         switcher = self._switcher
         if name != self._active:
-            masks = {} if name == DENSE or name in switcher.prepared else self._device_masks(name)
-            switcher.to_dense(statistics=False)
+            # Masks are looked up before the dense weights come back: if that fails, nothing has changed.
+            masks = {} if name == DENSE or switcher.has_preloaded(name) else self._device_masks(name)
+            switcher.restore_weights()
             self._merges.lift()
-            self._active = DENSE  # true if what follows fails
-            if name != DENSE and not switcher.swap(name):
+            self._active = DENSE  # in case the next lines fail
+            if name != DENSE and not switcher.swap_in_weights(name):
                 switcher.mask(masks or self._device_masks(name))
             self._active = name
             for cache in self._adapter_caches:
                 cache.clear()
-            refresh(self._hooked)  # whoever looks at a weight before the next pass sees this subnetwork's
+            # Weights that a forward pre-hook computes (weight norm): whoever reads one before the next forward pass
+            # must see this subnetwork's.
+            refresh(self._hooked)
             if name != DENSE:
                 self._merges.arm(name)
             if watch:
                 switcher.weights.watch(switcher.tensors)
         if statistics not in (None, self._statistics_active):
-            self._go_statistics(statistics)
+            self._activate_statistics(statistics)
             if watch:
                 switcher.norms.watch(switcher.tensors)
 
-    def _go_statistics(self, name: str) -> None:
-        self._switcher.dense_statistics()
-        self._statistics_active = DENSE
+    def _activate_statistics(self, name: str) -> None:
+        self._switcher.restore_statistics()
+        self._statistics_active = DENSE  # in case the next lines fail
         if name != DENSE:
             own = self.statistics.get(name, {})
-            if not self._switcher.swap_statistics(name, own):
+            if not self._switcher.swap_in_statistics(name, own):
                 self._switcher.load_statistics(own, self._norm_masks(name))
         self._statistics_active = name
 
-    def _norm_masks(self, name: str) -> DeviceMasks:
-        """Masks among which are those of the batch-norm buffers."""
-        mask = self._masks[name]
-        if mask.removed is None and self._switcher.norm_buffers.isdisjoint(mask.elements):
-            return {}
-        return self._device_masks(name)
-
-    def set_mask(self, name: str, mask: Mask) -> None:
-        """Give a subnetwork its mask. Statistics and metric that belonged to another mask are dropped.
-
-        Raises:
-            SubnetError: There is no such subnetwork, it is the dense one, or a subnetwork is active.
-            PatternError: The mask does not fit the model.
-        """
-        name = self.subnet(name).name
-        if name == DENSE:
-            raise SubnetError("the dense network has no mask")
-        if self._active != DENSE or self._statistics_active != DENSE:
-            raise SubnetError(
-                f"masks change only while 'dense' is active; now {self._active!r} is: switch('dense') first"
-            )
-        for weight, keep in mask.elements.items():
-            shape = self.coupling.shapes.get(weight)
-            if shape is None:
-                raise PatternError(f"the mask of {name!r} is for {weight!r}, which is no parameter of the model")
-            if keep.dtype != torch.bool or tuple(keep.shape) != tuple(shape):
-                raise PatternError(
-                    f"the mask of {name!r} for {weight!r} must be bool of shape {tuple(shape)}, not {keep.dtype} of "
-                    f"{tuple(keep.shape)}"
-                )
-        if mask.removed is not None and (
-            mask.removed.dtype != torch.bool or tuple(mask.removed.shape) != (self.coupling.n_units,)
-        ):
-            raise PatternError(
-                f"the mask of {name!r} removes units given as {mask.removed.dtype} of {tuple(mask.removed.shape)}; the "
-                f"model has {self.coupling.n_units} units, so bool of ({self.coupling.n_units},)"
-            )
-        self._check_scales(name, mask)
-        removed = None if mask.removed is None else mask.removed.detach().cpu()
-        self._masks[name] = Mask(PackedMasks((n, k.cpu()) for n, k in mask.elements.items()), removed)
-        self._placed.forget(name)
-        self._switcher.forget([name])
-        self.statistics.pop(name, None)
-        self.metrics.pop(name, None)
-        self._hold_together(self._subnets[name].pattern)
-
-    def _check_scales(self, name: str, mask: Mask) -> None:
-        """Refuses masks under which a weight would be 0 / 0."""
-        for weight, scale in self.coupling.scales.items():
-            keep = mask.elements.get(weight)
-            if keep is None or scale.name:
-                continue
-            left = keep.any() if scale.axis is None else keep.movedim(scale.axis, 0).flatten(1).any(1).all()
-            if not bool(left):
-                part = "all" if scale.axis is None else "whole channels"
-                module = weight.partition(".parametrizations.")[0] if ".parametr" in weight else owner_of(weight)
-                raise PatternError(
-                    f"the mask of {name!r} removes {part} of {weight!r}, which the model divides by a norm of its own: "
-                    f"the weight would be 0 / 0; give exclude_modules=[{module!r}], or a lower sparsity"
-                )
-
-    def _hold_together(self, pattern: str) -> None:
-        """Once a pattern has all its masks of single weights, keep nested ones in fewer bits."""
-        names = [n for n, s in self._subnets.items() if s.pattern == pattern]
-        masks = [self._masks.get(n) for n in names]
-        elements = [m.elements for m in masks if m is not None and m.elements]
-        if len(elements) == len(names) > 2:
-            packed = [e.packed() if isinstance(e, Level) else e for e in elements]
-            levels = nested_levels([e for e in packed if isinstance(e, PackedMasks)])
-            for name, level in zip(names, levels or (), strict=False):
-                self._masks[name] = Mask(level, self._masks[name].removed)
-
-    def mask_tensors(self, name: str) -> dict[str, Tensor]:
-        """Masks of a subnetwork's parameters as numbers: 1 kept, 0 masked. They are as large as the parameters.
-
-        Returns:
-            By parameter name, in the parameter's dtype and on its device, broadcastable to its shape. Parameters that
-            the subnetwork leaves whole are left out. Do not change them.
-
-        Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
-        """
-        name = self._ready(name)
-        if name == DENSE:
-            return {}
-        tensors, masks = self._switcher.tensors, self._device_masks(name)
-        return {n: masks[n].to(tensors[n].dtype) for n in masks if n in self.coupling.shapes}
-
-    def masked_parameters(self, name: str) -> list[str]:
-        """Names of the parameters that a subnetwork masks.
-
-        Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
-        """
-        name = self._ready(name)
-        return [] if name == DENSE else [n for n in self._device_masks(name) if n in self.coupling.shapes]
-
-    def zero_masked(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set to zero, in place, what a subnetwork masks: of gradients, say.
-
-        Args:
-            name: The subnetwork.
-            tensors: Like the parameters, by their names; those that it leaves whole are left alone.
-
-        Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
-        """
-        name = self._ready(name)
-        if name != DENSE:
-            masks = self._device_masks(name)
-            zero_masked(masks, {n: local(t) for n, t in tensors.items() if n in masks})
-
-    def mask_bytes(self, name: str) -> int:
-        """Bytes that a subnetwork's masks take where the model is, besides those of :attr:`masks` on the CPU.
-
-        Raises:
-            SubnetError: There is no such subnetwork, or it has no mask yet.
-        """
-        name = self._ready(name)
-        return 0 if name == DENSE else mask_bytes(self._device_masks(name))
-
-    def _device_masks(self, name: str) -> DeviceMasks:
-        return self._placed.of(name, self._masks[name])
-
     def dense_tensor(self, name: str) -> Tensor:
-        """A parameter's or buffer's dense value, whatever is active; the model's own memory, or the copy kept of it.
+        """A parameter's or buffer's dense value, whatever is active: the model's own memory, or the saved copy.
 
-        Of a sharded parameter (FSDP2) it is gathered whole: all processes must ask for it.
+        A sharded parameter (FSDP2) is gathered: all processes must ask for it.
         """
-        self._same_model()
-        self._refuse_changed()
+        self._check_structure()
+        self._refuse_writes()
         return self._switcher.dense(name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module, with the dense values, whatever is active."""
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        self._same_model()
-        self._refuse_changed()
-        with self._gate.reading():
+        self._check_structure()
+        self._refuse_writes()
+        with self._lock.read():
             state = super().state_dict(*args, **kwargs)
-            for stash in (self._switcher.weights, self._switcher.norms):
-                for name, value in stash.saved.items():
+            for backup in (self._switcher.weights, self._switcher.norms):
+                for name, value in backup.values.items():
                     key = f"{prefix}model.{name}"
                     if key in state:
                         state[key] = value.clone()
@@ -521,31 +338,14 @@ class SwitchableModel(nn.Module):
         return f"{len(self._subnets)} networks, {self._active} active"
 
 
-def _without_waiting(net: SwitchableModel) -> bool:
-    """Whether a forward pass belongs to something that has the net to itself: tracing, or another call's backward pass.
+def _needs_no_lock(net: SwitchableModel) -> bool:
+    """Whether a forward pass belongs to somebody who has the net to themselves: tracing, or a call's backward pass.
 
-    Checkpointed code runs again in the threads of the backward pass, while whoever asked for that waits.
+    Checkpointed code runs again in the threads of the backward pass, while the thread that called it waits. That
+    thread may be inside :meth:`SwitchableModel.using`, and the lock would wait for it forever.
     """
     if torch.compiler.is_compiling():
         return True
+    # -1 outside of a backward pass. There is no public name for it; torch.utils.checkpoint (2.14) asks the same way.
+    # `_is_replica` is set on the copies that nn.DataParallel makes, which no switch changes.
     return torch._C._current_graph_task_id() != -1 or getattr(net, "_is_replica", False)
-
-
-def _checked(changes: Changes) -> Changes:
-    if changes not in get_args(Changes):
-        raise SubnetError(f'changes must be "refuse", "keep" or "discard", got {changes!r}')
-    return changes
-
-
-def _changed(names: Sequence[str], active: str, wanted: str, inside: bool) -> SubnetError:
-    """The error for tensors that somebody changed while a subnetwork was active."""
-    what = f"{some_of(names, 3)} changed while {active!r} was active, which masks them or has statistics of its own"
-    if inside:
-        return SubnetError(
-            f"{what}: the changes were dropped when `using({active!r})` ended. Change weights (optimizer.step(), "
-            f"load_state_dict) after it, or keep them for the dense network's: `net.using({active!r}, changes='keep')`"
-        )
-    return SubnetError(
-        f"{what}: a switch would lose that. Keep the values as they are now for the dense network's, "
-        f"net.switch({wanted!r}, changes='keep'), or drop them, changes='discard'. Another time, switch('dense') first"
-    )

@@ -1,4 +1,4 @@
-"""Which weights patterns may touch: ``target_modules`` and ``exclude_modules``, as PEFT reads them."""
+"""Which weights patterns may prune: ``target_modules`` and ``exclude_modules``, as PEFT reads them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Selection:
         target: Only these are eligible; ``None`` for all but the first convolution and the classifier.
         exclude: These are not.
         whole: Paths of the modules that keep their output channels.
-        chosen: Names of the weights that are eligible, where that is known: a bundle holds them, so that no expression
-            from a file is ever run.
+        chosen: Names of the weights that are eligible, where a bundle lists them: no regular expression from a file is
+            ever run.
         adapters: Names of the weights of adapters (LoRA), eligible only where the user names them.
     """
 
@@ -47,14 +47,15 @@ class Selection:
         Raises:
             PatternError: A name or expression that fits nothing in the model, or is malformed.
         """
-        wanted = _checked(model, "target_modules", target)
-        unwanted = _checked(model, "exclude_modules", exclude)
+        wanted = _check_entries(model, "target_modules", target)
+        unwanted = _check_entries(model, "exclude_modules", exclude)
         whole = set()
         if unwanted:
             whole |= {path for path, _ in model.named_modules() if path and _module_match(unwanted, path)}
             whole |= {owner_of(name) for name, _ in model.named_parameters() if _match(unwanted, owner_of(name), name)}
         if wanted is not None:
-            # Only what makes channels: a norm beside a targeted convolution must not hold its channels back.
+            # Only parameters of two dimensions make channels: a norm beside a targeted convolution must not fix its
+            # channels.
             whole |= {
                 owner_of(name)
                 for name, p in model.named_parameters()
@@ -75,7 +76,7 @@ class Selection:
         """
         if self.chosen is not None:
             return tuple(w for w in coupling.weights if w.name in self.chosen)
-        out = tuple(w for w in coupling.weights if self._takes(w))
+        out = tuple(w for w in coupling.weights if self._is_eligible(w))
         if self.target is not None and not out:
             raise PatternError(
                 f"target_modules={self.target!r} selects no weight that is multiplied with activations, and can be "
@@ -87,7 +88,7 @@ class Selection:
 
     def why_not(self, weight: Weight) -> str | None:
         """Why a weight is not eligible; ``None`` where it is."""
-        if self._takes(weight):
+        if self._is_eligible(weight):
             return None
         if self.exclude is not None and _match(self.exclude, weight.module, weight.name):
             return "excluded"
@@ -98,10 +99,10 @@ class Selection:
         role = weight.role or "an adapter's"
         return f"{role} (name it in target_modules to prune it)"
 
-    def _takes(self, w: Weight) -> bool:
-        return not w.unmaskable and self._names(w)
+    def _is_eligible(self, w: Weight) -> bool:
+        return not w.unmaskable and self._targets(w)
 
-    def _names(self, w: Weight) -> bool:
+    def _targets(self, w: Weight) -> bool:
         if self.exclude is not None and _match(self.exclude, w.module, w.name):
             return False
         by_default = not w.role and w.name not in self.adapters
@@ -149,27 +150,27 @@ def containers_of(path: str) -> Iterator[str]:
         yield path
 
 
-def _checked(model: nn.Module, argument: str, given: Modules) -> str | tuple[str, ...] | None:
-    if given is None:
+def _check_entries(model: nn.Module, argument: str, value: Modules) -> str | tuple[str, ...] | None:
+    if value is None:
         return None
     paths = [p for p, _ in model.named_modules() if p]
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    if isinstance(given, str):
+    if isinstance(value, str):
         try:
-            re.compile(given)
+            re.compile(value)
         except re.error as e:
-            raise PatternError(f"{argument}={given!r} is not a regular expression: {e}") from None
-        if not any(_match(given, owner_of(n), n) for n in names) and not any(_module_match(given, p) for p in paths):
-            hint = f" (write [{given!r}] to find it as a suffix)" if any(is_called(given, p) for p in paths) else ""
+            raise PatternError(f"{argument}={value!r} is not a regular expression: {e}") from None
+        if not any(_match(value, owner_of(n), n) for n in names) and not any(_module_match(value, p) for p in paths):
+            hint = f" (write [{value!r}] to find it as a suffix)" if any(is_called(value, p) for p in paths) else ""
             raise PatternError(
-                f"{argument}={given!r} matches no module's whole path{hint}{nearest(given, paths)}; modules are "
+                f"{argument}={value!r} matches no module's whole path{hint}{nearest(value, paths)}; modules are "
                 f"{some_of(paths)}"
             )
-        return given
+        return value
     try:
-        entries = tuple(sorted(given) if isinstance(given, set | frozenset) else given)
+        entries = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     except TypeError:
-        raise PatternError(f"{argument} must be a regular expression or a list of names, not {given!r}") from None
+        raise PatternError(f"{argument} must be a regular expression or a list of names, not {value!r}") from None
     for entry in entries:
         if not isinstance(entry, str) or not entry:
             raise PatternError(f"{argument} must hold names, found {entry!r}")

@@ -23,12 +23,13 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def adapter_caches(model: nn.Module) -> list[dict[str, Any]]:
-    """What DoRA layers keep of the weights that they adapt, inside ``peft.helpers.DoraCaching``, until they train.
+    """The caches of DoRA layers: norms of weights that they adapt, inside ``peft.helpers.DoraCaching``.
 
-    There is no public way to drop that. A release of peft that keeps it elsewhere is found by ``test_net_tuners.py``.
+    Whoever changes the weights must clear them.
     """
+    # peft has no public way to clear them. ``test_net_tuners.py`` fails if a release renames the cache.
     inner = (m for layer in tuner_layers(model).values() for m in layer.modules())
-    return [kept for m in inner if isinstance(kept := getattr(m, "_dora_cache", None), dict)]
+    return [cache for m in inner if isinstance(cache := getattr(m, "_dora_cache", None), dict)]
 
 
 def adapter_weights(model: nn.Module) -> frozenset[str]:
@@ -46,7 +47,7 @@ def adapter_weights(model: nn.Module) -> frozenset[str]:
 
 
 def rank_modules(model: nn.Module) -> frozenset[str]:
-    """Paths of the modules whose outputs are no channels of the model but the ranks of an adapter."""
+    """Paths of the modules whose outputs are the ranks of an adapter rather than channels of the model."""
     names = {name.rpartition(".")[0] for name in adapter_weights(model)}
     return frozenset(n for n in names if any(_makes_ranks(part.lower()) for part in n.split(".")))
 

@@ -216,7 +216,7 @@ class CoLoop:
     def begin(self, batch: Any = None, *, last: bool = True) -> LoopStep:
         """Open a :meth:`step` where a ``with`` does not fit; :meth:`end` closes it, after ``backward()``."""
         net = self._net
-        net._same_model()
+        net._check_structure()
         if self.current is not None:
             raise TrainingError("a step is open already: call end(), or leave its `with`, before the next one")
         if net.active != DENSE:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..masks import Mask
-from ..net.costs import params_kept
+from ..net.costs import remaining_params
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 
@@ -29,7 +29,7 @@ def parameters_stored(net: SubnetModel, own: Mapping[str, str]) -> int:
     total = 0
     for names in sets:
         mask = Mask() if DENSE in names else any_of([net.masks[name] for name in names])
-        total += params_kept(net.coupling, mask)
+        total += remaining_params(net.coupling, mask)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Subnetworks made ready, what a net takes in memory, and switching under ``torch.compile``."""
+"""Subnetworks preloaded, what a net takes in memory, and switching under ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wide_net():
     return cocktail.sparsify(model.eval(), example_inputs=(torch.zeros(2, 64),))
 
 
-def test_a_prepared_subnetwork_is_the_one_that_would_have_been_made():
+def test_a_preloaded_subnetwork_is_the_one_that_would_have_been_made():
     net = tiny_net()
     net.recalibrate("channel@0.469", [net.example[0][0]])
     expected = {}
@@ -47,12 +47,12 @@ def test_a_prepared_subnetwork_is_the_one_that_would_have_been_made():
             expected[name] = values(net.model)
     dense, where = values(net.model), addresses(net.model)
     identities = [id(p) for p in net.model.parameters()]
-    assert net.prepare(*NAMES).prepared == list(NAMES)
+    assert net.preload(*NAMES).preloaded == list(NAMES)
     for name in (*NAMES, "dense", *reversed(NAMES), "1:2", NAMES[0]):
         net.switch(name)
         if name in expected:
             assert same(values(net.model), expected[name])
-    assert net.prepared == list(NAMES)
+    assert net.preloaded == list(NAMES)
     net.switch("dense")
     assert same(values(net.model), dense)
     assert addresses(net.model) == where  # the dense weights' own memory
@@ -70,18 +70,18 @@ def test_the_dense_weights_are_not_written_at_all():
             assert torch.equal(alias, before)
 
 
-def test_what_is_prepared_replaces_what_was():
+def test_what_is_preloaded_replaces_what_was():
     net = tiny_net()
-    assert net.prepare("2:4", "channel@0.10").prepared == ["2:4", "channel@0.1"]
-    assert net.prepare("1:2", "2:4").prepared == ["1:2", "2:4"]
+    assert net.preload("2:4", "channel@0.10").preloaded == ["2:4", "channel@0.1"]
+    assert net.preload("1:2", "2:4").preloaded == ["1:2", "2:4"]
     net.switch("2:4")
-    assert net.prepare().prepared == []
+    assert net.preload().preloaded == []
     active = values(net.model)
     net.switch("2:4").switch("1:2").switch("2:4")
     assert same(values(net.model), active)
     with pytest.raises(SubnetError, match="nearest"):
-        net.prepare("nothing")
-    assert net.prepare("dense").prepared == []
+        net.preload("nothing")
+    assert net.preload("dense").preloaded == []
 
 
 @pytest.mark.parametrize(
@@ -96,32 +96,32 @@ def test_what_is_prepared_replaces_what_was():
 )
 def test_a_copy_is_not_used_once_the_dense_weights_have_changed(change):
     net = tiny_net()
-    net.prepare("2:4")
+    net.preload("2:4")
     change(net)
-    assert net.prepared == []
+    assert net.preloaded == []
     kept = net.masks["2:4"].tensors(net.coupling)["widen.weight"]
     expected = net.model.widen.weight.detach() * kept
     net.switch("2:4")
     assert torch.equal(net.model.widen.weight, expected)
 
 
-def test_a_subnetwork_is_prepared_while_another_is_active_and_kept_by_switching():
+def test_a_subnetwork_is_preloaded_while_another_is_active_and_kept_by_switching():
     net = tiny_net()
     with net.using("2:4"):
         expected = values(net.model)
     for before in ("dense", "1:2", "channel@0.469"):
         net.switch(before)
-        net.prepare("2:4")
+        net.preload("2:4")
         for name in (before, "unstructured@0.2", "2:4", "dense", "2:4"):
             net.switch(name)
-            assert net.prepared == ["2:4"]
+            assert net.preloaded == ["2:4"]
         assert same(values(net.model), expected)
 
 
 @pytest.mark.parametrize("through_data", [False, True])
 def test_a_copy_that_was_updated_while_it_was_active_is_not_used_again(through_data):
     net = tiny_net()
-    net.prepare("2:4").switch("2:4")
+    net.preload("2:4").switch("2:4")
     expected = values(net.model)
     with torch.no_grad():
         weight = net.model.widen.weight
@@ -129,7 +129,7 @@ def test_a_copy_that_was_updated_while_it_was_active_is_not_used_again(through_d
     with pytest.raises(SubnetError, match="widen.weight changed while '2:4' was active"):
         net.switch("dense")
     net.switch("dense", changes="discard")
-    assert net.prepared == []
+    assert net.preloaded == []
     net.switch("2:4")
     assert same(values(net.model), expected)
 
@@ -146,7 +146,7 @@ def test_statistics_are_made_ready_too_and_their_dense_memory_is_not_written():
     net = measured_net()
     dense, where = values(net.model), addresses(net.model)
     buffers = {n: b.detach() for n, b in net.model.named_buffers()}
-    net.prepare(*NAMES)
+    net.preload(*NAMES)
     for name in (*NAMES, *reversed(NAMES)):
         net.switch(name)
         now = dict(net.model.named_buffers())
@@ -174,25 +174,25 @@ def test_statistics_are_made_ready_too_and_their_dense_memory_is_not_written():
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_statistics_that_have_changed_since_are_used_as_they_are_now(change, name):
     net = measured_net()
-    net.prepare(name)
+    net.preload(name)
     change(net, name)
     dense = values(net.model)
     expected = dense | net.statistics.get(name, {})
     kept = net.masks[name].tensors(net.coupling)
     expected = {n: t * kept[n] if n in kept else t for n, t in expected.items()}
-    for _ in range(2):  # once more with what the change left made ready
+    for _ in range(2):  # once more with what the change left preloaded
         for _ in range(2):
             net.switch(name)
             assert same(values(net.model), expected)
             net.switch("dense")
             assert same(values(net.model), dense)
-        assert net.prepare(name).prepared == [name]
+        assert net.preload(name).preloaded == [name]
 
 
-def test_what_training_does_to_prepared_statistics_is_the_subnetworks_own():
+def test_what_training_does_to_preloaded_statistics_is_the_subnetworks_own():
     net = measured_net().train()
     dense = values(net.model)
-    net.prepare("2:4")
+    net.preload("2:4")
     for _ in range(3):
         net.switch("2:4")
         assert torch.equal(net.model.bn1.running_mean, net.statistics["2:4"]["bn1.running_mean"])
@@ -205,25 +205,25 @@ def test_what_training_does_to_prepared_statistics_is_the_subnetworks_own():
         assert all(torch.equal(t, trained[n]) for n, t in net.statistics["2:4"].items())
 
 
-def test_a_model_that_moves_while_a_prepared_subnetwork_is_active_gets_its_dense_values_back():
+def test_a_model_that_moves_while_a_preloaded_subnetwork_is_active_gets_its_dense_values_back():
     net = measured_net()
     dense = values(net.model)
-    net.prepare("2:4").switch("2:4")
+    net.preload("2:4").switch("2:4")
     net.double()
     assert net.model.bn1.running_mean.dtype == net.model.widen.weight.dtype == torch.float64
     net.switch("dense")
     assert all(torch.equal(t, dense[n].to(t.dtype)) for n, t in net.model.state_dict().items())
     assert net.model.widen.weight.dtype == torch.float64
-    assert net.prepared == []
+    assert net.preloaded == []
 
 
-def test_a_weight_that_was_replaced_gets_no_prepared_values():
+def test_a_weight_that_was_replaced_gets_no_preloaded_values():
     net = tiny_net()
-    net.prepare("2:4")
+    net.preload("2:4")
     net.model.widen.weight = nn.Parameter(torch.randn_like(net.model.widen.weight))
     dense = values(net.model)
     net.switch("2:4")
-    assert net.prepared == []
+    assert net.preloaded == []
     kept = net.masks["2:4"].tensors(net.coupling)["widen.weight"]
     assert torch.equal(net.model.widen.weight, dense["widen.weight"] * kept)
     net.switch("dense")
@@ -239,7 +239,7 @@ def test_statistics_that_two_norms_share_are_copied():
     )
     dense, where = values(net.model), addresses(net.model)
     net.statistics["2:4"] = {n: torch.full((8,), 2.0) for n in ("bn1.running_mean", "bn3.running_mean")}
-    net.prepare("2:4").switch("2:4")
+    net.preload("2:4").switch("2:4")
     assert (net.model.bn1.running_mean == 2.0).all()
     assert net.model.bn1.running_mean.data_ptr() == where["bn1.running_mean"]
     net.switch("dense")
@@ -266,18 +266,18 @@ def test_tensors_that_share_memory_are_written_in_place():
 
     net = cocktail.sparsify(Shared(), ["2:4"], example_inputs=torch.randn(3, 8))
     dense = values(net.model)
-    net.prepare("2:4").switch("2:4")
-    assert net.prepared == []
+    net.preload("2:4").switch("2:4")
+    assert net.preloaded == []
     assert (net.model.seen == 0).sum() == 128
     assert net.model.seen.data_ptr() == net.model.inner.weight.data_ptr()
     net.switch("dense")
     assert same(values(net.model), dense)
 
 
-def test_a_copy_of_a_net_has_prepared_subnetworks_of_its_own():
+def test_a_copy_of_a_net_has_preloaded_subnetworks_of_its_own():
     net = tiny_net()
     dense = values(net.model)
-    net.prepare("2:4").switch("2:4")
+    net.preload("2:4").switch("2:4")
     twin = copy.deepcopy(net)
     twin.switch("dense")
     assert same(values(twin.model), dense)
@@ -287,8 +287,8 @@ def test_a_copy_of_a_net_has_prepared_subnetworks_of_its_own():
     assert twin.model.widen.weight.data_ptr() != net.model.widen.weight.data_ptr()
 
 
-@pytest.mark.parametrize("prepare", [False, True])
-def test_a_compiled_net_is_not_compiled_again_when_it_switches(prepare):
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_compiled_net_is_not_compiled_again_when_it_switches(preload):
     net, x = tiny_net(), tiny_net().example[0][0]
     expected = {}
     with torch.no_grad():
@@ -303,8 +303,8 @@ def test_a_compiled_net_is_not_compiled_again_when_it_switches(prepare):
 
     torch.compiler.reset()
     net.compile(backend=backend, fullgraph=True)
-    if prepare:
-        net.prepare(*NAMES)
+    if preload:
+        net.preload(*NAMES)
     with torch.no_grad():
         for _ in range(2):
             for name in net.names:
@@ -347,7 +347,17 @@ def test_memory_at_rest_is_little_more_than_one_network_and_active_one_copy_more
         assert storage_bytes(net) <= 2.3 * one
     net.switch("dense")
     assert storage_bytes(net) <= 1.3 * one
-    net.prepare("unstructured@0.488").switch("unstructured@0.488")
+    net.preload("unstructured@0.488").switch("unstructured@0.488")
     assert storage_bytes(net) <= 2.3 * one
-    net.switch("dense").prepare()
+    net.switch("dense").preload()
     assert storage_bytes(net) <= 1.3 * one
+
+
+def test_the_old_names_of_preloading_work_and_say_what_to_write():
+    net = tiny_net()
+    with pytest.warns(DeprecationWarning, match=r"net.prepare is net.preload now") as warned:
+        assert net.prepare("2:4") is net
+    assert warned[0].filename == __file__  # the line to change
+    with pytest.warns(DeprecationWarning, match=r"net.prepared is net.preloaded now") as warned:
+        assert net.prepared == net.preloaded == ["2:4"]
+    assert warned[0].filename == __file__

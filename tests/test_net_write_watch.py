@@ -59,17 +59,17 @@ EDITS = {
 }
 
 
-def active(prepared):
+def active(preloaded):
     net = tiny_net()
     net.recalibrate(NAME, [net.example[0][0]])
-    return net.prepare(*([NAME] if prepared else [])).switch(NAME)
+    return net.preload(*([NAME] if preloaded else [])).switch(NAME)
 
 
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("preloaded", [False, True])
 @pytest.mark.parametrize("edit", sorted(EDITS))
-def test_what_was_written_is_refused_kept_or_discarded_as_asked(edit, prepared):
+def test_what_was_written_is_refused_kept_or_discarded_as_asked(edit, preloaded):
     for changes in ("keep", "discard"):
-        net = active(prepared)
+        net = active(preloaded)
         dense = {n: t.clone() for n, t in net.state_dict().items()}
         EDITS[edit](net.model)
         written = {n: t.clone() for n, t in net.model.state_dict().items()}
