@@ -11,9 +11,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import PatternError
 from .graph import Kept, Weight
-from .graph.carried import computed
 from .graph.export import evaluating
 from .graph.hooked import hooked
+from .graph.weight_graph import run_weight_graph
 from .net.subnet_model import SubnetModel
 from .net.target_modules import Modules, Selection
 from .patterns import NM
@@ -144,7 +144,7 @@ def _left(net: SubnetModel) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
     every = {**tensors, **dict(net.model.named_buffers())}
     trace = net.coupling.trace
     if trace is not None:
-        tensors |= {n: computed(graph, every.__getitem__) for n, graph in trace.computed.items()}
+        tensors |= {n: run_weight_graph(graph, every.__getitem__) for n, graph in trace.computed.items()}
     else:
         tensors |= _alike(net, tensors)
     mask = net.masks.get(net.active)

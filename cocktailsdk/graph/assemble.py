@@ -11,12 +11,14 @@ from jaxtyping import Int64
 from torch import Tensor, fx
 
 from .branches import residuals
-from .carried import FAKE_QUANTIZATION, carried, computation
 from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 from .export import module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
 from .reasons import stays
 from .rules import Context
+from .rules.op_sets import FAKE_QUANTIZATION
+from .rules.zero_sources import zero_sources
+from .weight_graph import weight_graph
 
 __all__ = ["Made", "assemble", "making_axes"]
 
@@ -319,10 +321,10 @@ def _computed(ctx: Context) -> dict[str, fx.Graph]:
     same = {
         name: value
         for name, value in alone.items()
-        if carried(ctx, value)[name] == tuple(range(len(ctx.exported.shapes[name])))
+        if zero_sources(ctx, value)[name] == tuple(range(len(ctx.exported.shapes[name])))
         and ctx.shape(value) == ctx.exported.shapes[name]
     }
-    return {name: computation(ctx, value) for name, value in same.items()}
+    return {name: weight_graph(ctx, value) for name, value in same.items()}
 
 
 def _padding(ctx: Context, module: str) -> fx.Graph:

@@ -21,12 +21,9 @@ from .coupling import STAYS, Node
 from .cut import Cutter
 from .labels import Field
 from .mend import left_along
-from .rules import RULES, movement
+from .rules.registry import MOVEMENT
 
 __all__ = ["check_labels"]
-
-MOVEMENT = frozenset(name for name, rule in RULES.items() if rule.__module__ == movement.__name__)
-"""Ops that only move data."""
 
 UNKNOWN = -2
 """In place of a unit: this label belongs to nothing that the original cuts along one axis."""

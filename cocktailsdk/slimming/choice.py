@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PatternError
 from ..graph import Coupling, Group
-from ..graph.carried import computed
+from ..graph.weight_graph import run_weight_graph
 from ..patterns.base import UMG
 from ..patterns.channel import rounded_units, rounding_step, unit_scores
 from .ratios import Pool
@@ -39,7 +39,7 @@ def scores_of(model: nn.Module, coupling: Coupling, importance: Importance, scop
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     graphs = coupling.trace.computed if coupling.trace is not None else {}
     values = {name: p.detach() for name, p in model.named_parameters()}
-    values |= {name: computed(graph, tensors.__getitem__) for name, graph in graphs.items()}
+    values |= {name: run_weight_graph(graph, tensors.__getitem__) for name, graph in graphs.items()}
     umg = UMG(coupling, (), values)
     if callable(importance):
         given = importance(umg)

@@ -13,6 +13,7 @@ from ..export import module_of
 from ..labels import Field, Fields
 from .elementwise import all_zero, any_zero, unify
 from .registry import Context, Product, Result, WeightUse, argument, rule
+from .weights import weight_of
 
 
 def consume(
@@ -112,7 +113,7 @@ def _remember(
     groups: int = 1,
 ) -> bool:
     """Notes a contraction; of a weight also which it is. Returns whether it was one."""
-    module, weight = module_of(node), ctx.weight_of(w, *axes)
+    module, weight = module_of(node), weight_of(ctx, w, *axes)
     ctx.products.append(Product(node, module, None if weight is None else weight[0], macs, tuple(factors)))
     if weight is not None:
         ctx.uses.setdefault(weight[0], WeightUse(weight[0], module, op, weight[1], weight[2], groups))
@@ -247,9 +248,9 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
     axes = (len(sb) - 1, len(sb) - 2)
     macs = prod(ctx.shape(node)) * sa[-1]
     across = [f.labels for f in ctx.fields(a) if len(sa) - 1 not in f.dims]
-    if ctx.weight_of(b, *axes) is not None:
+    if weight_of(ctx, b, *axes) is not None:
         _remember(ctx, node, b, "matmul", axes, macs, across)
-    elif ctx.weight_of(a, len(sa) - 2, len(sa) - 1) is not None:
+    elif weight_of(ctx, a, len(sa) - 2, len(sa) - 1) is not None:
         across = [f.labels for f in ctx.fields(b) if len(sb) - 2 not in f.dims]
         _remember(ctx, node, a, "matmul", (len(sa) - 2, len(sa) - 1), macs, across)
     else:

@@ -16,6 +16,7 @@ from .contraction import consume
 from .elementwise import any_zero, unify
 from .reduction import mixed
 from .registry import Context, Product, Result, WeightUse, rule
+from .weights import weight_of
 
 
 @rule("einsum")
@@ -94,7 +95,7 @@ def _weight(
     made = [d for d, c in enumerate(own) if c in out and c not in others]
     name = None
     for out_dim in reversed(made if summed else []):
-        found = ctx.weight_of(operands[at], out_dim, summed[-1])
+        found = weight_of(ctx, operands[at], out_dim, summed[-1])
         if found is not None:
             name, out_axis, in_axis = found
             ctx.uses.setdefault(name, WeightUse(name, module_of(node), "matmul", out_axis, in_axis, 1))

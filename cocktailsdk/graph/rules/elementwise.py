@@ -7,26 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from ..carried import FAKE_QUANTIZATION, carried
 from ..coupling import Scale
 from ..export import module_of, op_name
 from ..labels import Field, Fields
+from .op_sets import ADDITIVE, FAKE_QUANTIZATION, KEEP_ZERO, LOSE_ZERO
 from .registry import Context, Result, rule
-
-# Functions with f(0) = 0, and some others.
-KEEP_ZERO = """
-    relu relu6 gelu silu mish hardswish leaky_relu elu selu celu tanh hardshrink softshrink
-    rrelu abs neg negative sqrt square sin asin sinh tan atan erf floor ceil round trunc sign expm1 log1p
-    nan_to_num sgn rrelu_with_noise absolute zeros_like
-""".split()  # noqa: SIM905
-LOSE_ZERO = """
-    sigmoid hardsigmoid exp exp2 log log2 log10 rsqrt reciprocal cos cosh acos erfc softplus log_sigmoid
-    bitwise_not logical_not __or__ __xor__ bitwise_xor isnan isinf isfinite
-    rand_like randn_like ones_like full_like empty_like
-    erfinv sigmoid_backward eq ne lt le gt ge logical_or logical_xor bitwise_and bitwise_or atan2 remainder fmod
-    floor_divide
-""".split()  # noqa: SIM905
-ADDITIVE = ["add", "sub", "rsub", "where", "maximum", "minimum", "subtract", "fmax", "fmin"]
+from .zero_sources import zero_sources
 
 
 def unify(
@@ -194,7 +180,7 @@ def division(ctx: Context, node: fx.Node) -> Result:
     for f in ctx.fields(node.args[1]):
         if f.zero:
             ctx.labels.stay(f.labels, "divided by channels that masking would make zero")
-    for name in carried(ctx, node.args[0]):
+    for name in zero_sources(ctx, node.args[0]):
         if vanishes_with(ctx, node.args[1], name):
             varying = [d for d, n in enumerate(ctx.shape(node.args[1])) if n > 1]
             ctx.scales.setdefault(name, Scale("", varying[0] if len(varying) == 1 else None))

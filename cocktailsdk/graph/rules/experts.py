@@ -9,6 +9,7 @@ from torch import fx
 from ..export import module_of
 from .contraction import consume
 from .registry import Context, Product, Result, WeightUse, rule
+from .weights import weight_of
 
 
 @rule("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
@@ -20,7 +21,7 @@ def grouped_mm(ctx: Context, node: fx.Node) -> Result:
         ctx.labels.stay_all((*ctx.fields(x), *ctx.fields(w)))
         ctx.products.append(Product(node, module_of(node), None, macs, ()))
         return ()
-    weight = ctx.weight_of(w, 2, 1)
+    weight = weight_of(ctx, w, 2, 1)
     ctx.products.append(Product(node, module_of(node), None if weight is None else weight[0], macs, ()))
     if weight is not None:
         ctx.uses.setdefault(weight[0], WeightUse(weight[0], module_of(node), "matmul", weight[1], weight[2], 1))

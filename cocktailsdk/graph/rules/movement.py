@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Int64
@@ -11,9 +12,13 @@ from torch import Tensor, fx
 from ..export import module_of
 from ..labels import MUST_STAY, Field, Fields, compact, spread
 from .elementwise import unify
+from .op_sets import PASSED_ON, RESHAPES
 from .registry import Context, Result, argument, rule
+from .reshape_blocks import blocks
 
 LabelTensor = Int64[Tensor, "..."]
+
+movement_rule = partial(rule, moves=True)
 
 
 def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
@@ -21,13 +26,7 @@ def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
     return tuple(f.with_labels(fn(f.labels)) for f in fields)
 
 
-PASSED_ON = """
-    alias clone contiguous detach detach_copy dropout feature_dropout lift_fresh_copy to _to_copy type_as positive
-    bernoulli requires_grad feature_alpha_dropout alpha_dropout resolve_conj resolve_neg native_dropout
-""".split()  # noqa: SIM905
-
-
-@rule(*PASSED_ON)
+@movement_rule(*PASSED_ON)
 def same(ctx: Context, node: fx.Node) -> Result:
     """Values, or a cast of them, passed on as they are."""
     return ctx.fields(node.args[0])
@@ -51,45 +50,7 @@ def reshaped(labels: LabelTensor, old: Sequence[int], new: Sequence[int]) -> Lab
     return compact(labels.expand(before).reshape(after))
 
 
-def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dimensions of both shapes that hold the same number of elements."""
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = (
-            ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
-        )
-        a = b = 1
-        for d in left:
-            a *= old[d]
-        for d in right:
-            b *= new[d]
-        i, j = i + len(left), j + len(right)
-        while a != b:
-            if a < b:
-                a *= old[i]
-                left.append(i)
-                i += 1
-            else:
-                b *= new[j]
-                right.append(j)
-                j += 1
-        blocks.append((left, right))
-    return blocks
-
-
-@rule(
-    "reshape",
-    "view",
-    "_unsafe_view",
-    "flatten",
-    "unflatten",
-    "view_copy",
-    "squeeze",
-    "unsqueeze",
-    "reshape_as",
-    "view_as",
-    "ravel",
-)
+@movement_rule(*RESHAPES)
 def reshape(ctx: Context, node: fx.Node) -> Result:
     """Any change of shape that keeps the order of elements."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
@@ -100,34 +61,34 @@ def reshape(ctx: Context, node: fx.Node) -> Result:
     return out
 
 
-@rule("permute", "permute_copy")
+@movement_rule("permute", "permute_copy")
 def permute(ctx: Context, node: fx.Node) -> Result:
     """Dimensions in another order."""
     dims = argument(node, "dims")
     return moved(ctx.fields(node.args[0]), lambda labels: labels.permute(dims))
 
 
-@rule("transpose", "transpose_copy", "swapaxes", "swapdims")
+@movement_rule("transpose", "transpose_copy", "swapaxes", "swapdims")
 def transpose(ctx: Context, node: fx.Node) -> Result:
     """Two dimensions change places."""
     a, b = node.args[1], node.args[2]
     return moved(ctx.fields(node.args[0]), lambda labels: labels.transpose(a, b))  # type: ignore[arg-type]
 
 
-@rule("t", "numpy_T", "mT", "adjoint", "matrix_H")
+@movement_rule("t", "numpy_T", "mT", "adjoint", "matrix_H")
 def matrix_transpose(ctx: Context, node: fx.Node) -> Result:
     """A matrix transposed."""
     return moved(ctx.fields(node.args[0]), lambda labels: labels.transpose(-2, -1) if labels.dim() > 1 else labels)
 
 
-@rule("movedim", "moveaxis")
+@movement_rule("movedim", "moveaxis")
 def movedim(ctx: Context, node: fx.Node) -> Result:
     """Dimensions moved to other places."""
     source, target = node.args[1], node.args[2]
     return moved(ctx.fields(node.args[0]), lambda labels: labels.movedim(source, target))  # type: ignore[arg-type]
 
 
-@rule("expand", "expand_as", "broadcast_to", "expand_copy")
+@movement_rule("expand", "expand_as", "broadcast_to", "expand_copy")
 def expand(ctx: Context, node: fx.Node) -> Result:
     """New dimensions in front; along a repeated one nothing varies, unless it is as long as another tensor's."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
@@ -149,14 +110,14 @@ def whole_along(ctx: Context, fields: Fields, dim: int) -> Fields:
     return tuple(out)
 
 
-@rule("select", "select_copy")
+@movement_rule("select", "select_copy")
 def select(ctx: Context, node: fx.Node) -> Result:
     """One position of a dimension."""
     dim = int(node.args[1]) % len(ctx.shape(node.args[0]))  # type: ignore[arg-type]
     return moved(whole_along(ctx, ctx.fields(node.args[0]), dim), lambda labels: labels.select(dim, 0))
 
 
-@rule("unbind", "unbind_copy")
+@movement_rule("unbind", "unbind_copy")
 def unbind(ctx: Context, node: fx.Node) -> Result:
     """Every position of a dimension, apart."""
     shape = ctx.shape(node.args[0])
@@ -165,7 +126,7 @@ def unbind(ctx: Context, node: fx.Node) -> Result:
     return (part,) * shape[dim]
 
 
-@rule("slice", "narrow", "slice_copy")
+@movement_rule("slice", "narrow", "slice_copy")
 def slice_(ctx: Context, node: fx.Node) -> Result:
     """A run of positions; the module that takes it is given the bounds of what is left."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
@@ -186,7 +147,7 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@rule(
+@movement_rule(
     "chunk",
     "split",
     "split_with_sizes",
@@ -231,13 +192,13 @@ def _run(ctx: Context, fields: Fields, dim: int, start: int, length: int) -> Fie
     return tuple(out)
 
 
-@rule("new_empty", "new_empty_strided")
+@movement_rule("new_empty", "new_empty_strided")
 def unset(ctx: Context, node: fx.Node) -> Result:
     """A tensor of a shape that is a number, whose values are not known: it has no labels."""
     return ()
 
 
-@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+@movement_rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 def uniform(ctx: Context, node: fx.Node) -> Result:
     """A tensor of one value everywhere, which can be of any size: what it meets decides."""
     name, shape = str(node.target._opname), ctx.shape(node)  # type: ignore[union-attr]
@@ -252,7 +213,7 @@ def uniform(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@rule(
+@movement_rule(
     "_assert_tensor_metadata",
     "_assert_async",
     "_assert_scalar",
@@ -265,7 +226,7 @@ def checks(ctx: Context, node: fx.Node) -> Result:
     return ()
 
 
-@rule("getitem")
+@movement_rule("getitem")
 def getitem(ctx: Context, node: fx.Node) -> Result:
     """One of several results."""
     several = ctx.env.get(node.args[0], ())  # type: ignore[arg-type]
@@ -274,7 +235,7 @@ def getitem(ctx: Context, node: fx.Node) -> Result:
     return several if node.args[1] == 0 else ()
 
 
-@rule("cat", "concat", "concatenate")
+@movement_rule("cat", "concat", "concatenate")
 def cat(ctx: Context, node: fx.Node) -> Result:
     """Tensors one after the other."""
     parts = [p for p in node.args[0] if ctx.shape(p) != (0,)]  # type: ignore[union-attr]
@@ -282,7 +243,7 @@ def cat(ctx: Context, node: fx.Node) -> Result:
     return concatenated(ctx, [ctx.fields(p) for p in parts], [ctx.shape(p) for p in parts], dim)
 
 
-@rule("stack")
+@movement_rule("stack")
 def stack(ctx: Context, node: fx.Node) -> Result:
     """Tensors along a new dimension."""
     dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
@@ -331,7 +292,7 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
     return tuple(out)
 
 
-@rule("pad", "constant_pad_nd")
+@movement_rule("pad", "constant_pad_nd")
 def pad(ctx: Context, node: fx.Node) -> Result:
     """Padding. Zeros along channels get free labels where the module that pads can be rewritten."""
     amounts = list(argument(node, "pad"))

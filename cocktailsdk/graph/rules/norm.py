@@ -9,12 +9,12 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor, fx
 
-from ..carried import carried
 from ..coupling import Norm, Scale
 from ..export import module_of, op_name
 from ..labels import Field, Fields
 from .elementwise import unify
 from .registry import Context, Result, argument, rule
+from .zero_sources import zero_sources
 
 
 def _affine(
@@ -178,7 +178,7 @@ def scaled_by(ctx: Context, v: Any, g: Any, axis: int | None) -> str | None:
         if fits and alone and pairs == {(direction, scale)}:
             ctx.scales[direction] = Scale(scale, axis)
             return scale
-    for name in carried(ctx, v):
+    for name in zero_sources(ctx, v):
         ctx.scales.setdefault(name, Scale("", axis))
     return None
 

@@ -11,6 +11,7 @@ from ..export import module_of
 from ..labels import Field, Fields
 from .contraction import consume
 from .registry import Context, Product, Result, WeightUse, argument, rule
+from .weights import weight_of
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -44,7 +45,7 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
             at = (layer * directions + direction) * per_cell
             w_ih, w_hh, *biases = weights[at : at + per_cell]
             for matrix, fields in ((w_ih, inputs), (w_hh, (Field(labels, zero=True),))):
-                found = ctx.weight_of(matrix, 0, 1)
+                found = weight_of(ctx, matrix, 0, 1)
                 if found is not None:
                     name, macs = found[0], steps * prod(ctx.shape(matrix))
                     ctx.products.append(Product(node, module_of(node), name, macs, ()))

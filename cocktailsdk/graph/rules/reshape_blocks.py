@@ -1,0 +1,33 @@
+"""Which dimensions of a tensor's two shapes belong together, before and after a reshape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["blocks"]
+
+
+def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of dimensions of both shapes that hold the same number of elements."""
+    blocks, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = (
+            ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
+        )
+        a = b = 1
+        for d in left:
+            a *= old[d]
+        for d in right:
+            b *= new[d]
+        i, j = i + len(left), j + len(right)
+        while a != b:
+            if a < b:
+                a *= old[i]
+                left.append(i)
+                i += 1
+            else:
+                b *= new[j]
+                right.append(j)
+                j += 1
+        blocks.append((left, right))
+    return blocks
