@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from .found import ChannelGroup, Inspection
+from .findings import ChannelGroup, Findings
 from .lanes import Fold, Lane, Row, arranged
 
 __all__ = ["draw"]
@@ -25,7 +25,7 @@ STYLE = (
 )
 
 
-def draw(found: Inspection, title: str) -> str:
+def draw(found: Findings, title: str) -> str:
     """The picture of an inspection; the same for the same model, byte by byte."""
     rows, lanes, folds = arranged(found)
     by_key = {lane.key: lane for lane in lanes}
@@ -55,7 +55,7 @@ def draw(found: Inspection, title: str) -> str:
     return "\n".join(out) + "\n"
 
 
-def _head(found: Inspection, title: str) -> list[str]:
+def _head(found: Findings, title: str) -> list[str]:
     units = sum(g.units for g in found.groups)
     line = f"{len(found.groups)} channel groups, {units} units; rows are layers in order of execution"
     if not found.followed:

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from ..graph import STAYS, Coupling, Group, Node, Weight
-from .found import ChannelGroup, Slice
+from .findings import ChannelGroup, Slice
 from .names import owner
 
 __all__ = ["channel_groups"]

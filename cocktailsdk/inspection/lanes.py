@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..graph import Stay
-from .found import ChannelGroup, Inspection, Layer
+from .findings import ChannelGroup, Findings, Layer
 from .names import folded, pattern_of
 
 __all__ = ["Fold", "Lane", "Row", "arranged"]
@@ -81,7 +81,7 @@ class Lane:
     rows: set[int] = field(default_factory=set)
 
 
-def arranged(found: Inspection) -> tuple[list[Row], list[Lane], list[Fold]]:
+def arranged(found: Findings) -> tuple[list[Row], list[Lane], list[Fold]]:
     """Rows in order of execution, lanes with their columns, and which rows are repeated."""
     rows, reasons = _rows(found)
     rows, folds, same = _folded(rows)
@@ -100,7 +100,7 @@ def arranged(found: Inspection) -> tuple[list[Row], list[Lane], list[Fold]]:
     return rows, sorted(lanes.values(), key=lambda lane: (lane.first, lane.column)), folds
 
 
-def _rows(found: Inspection) -> tuple[list[Row], dict[str, str]]:
+def _rows(found: Findings) -> tuple[list[Row], dict[str, str]]:
     """Every weight and embedding, and the reasons of lanes that stay."""
     stays = {(s.tensor, s.axis): s for s in found.stays}
     layers = {la.name: la for la in found.layers}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CocktailError
 from ..graph import Link, Stay
-from .found import Inspection, Layer
+from .findings import Findings, Layer
 from .names import folded, nearest, owner
 
 __all__ = ["Answer", "Why", "why"]
@@ -91,7 +91,7 @@ def _subject(names: Sequence[str]) -> str:
     return ", ".join(folded(names))
 
 
-def why(found: Inspection, name: str) -> Why:
+def why(found: Findings, name: str) -> Why:
     """See :meth:`Inspection.why`."""
     layers = [la for la in found.layers if la.name == name or la.module == name]
     own = [t for t in found.tensors if t == name or owner(t) == name]
@@ -119,12 +119,12 @@ def why(found: Inspection, name: str) -> Why:
     return Why(name, tuple(answers), tuple(n for la in layers for n in _notes(la)))
 
 
-def _known(found: Inspection, tensor: str) -> bool:
+def _known(found: Findings, tensor: str) -> bool:
     touched = {s.tensor for g in found.groups for s in g.slices}
     return tensor in touched or any(s.tensor == tensor for s in found.stays)
 
 
-def _of_layer(found: Inspection, layer: Layer) -> list[Answer]:
+def _of_layer(found: Findings, layer: Layer) -> list[Answer]:
     sides = (("output channels", "rows"), ("input channels", "columns"))
     return [
         _answer(found, layer.name, axis, side, kind, layer.module)
@@ -132,13 +132,13 @@ def _of_layer(found: Inspection, layer: Layer) -> list[Answer]:
     ]
 
 
-def _of_tensor(found: Inspection, tensor: str) -> list[Answer]:
+def _of_tensor(found: Findings, tensor: str) -> list[Answer]:
     shape = found.tensors[tensor]
     answers = [_answer(found, tensor, axis, "entries", "entries", owner(tensor)) for axis in range(len(shape))]
     return [a for a in answers if a.groups or a.stay is not None]
 
 
-def _answer(found: Inspection, tensor: str, axis: int, side: str, kind: str, module: str) -> Answer:
+def _answer(found: Findings, tensor: str, axis: int, side: str, kind: str, module: str) -> Answer:
     of = found.tensors[tensor][axis]
     stay = next((s for s in found.stays if s.tensor == tensor and s.axis == axis), None)
     slices = [(g.name, s) for g in found.groups for s in g.slices if s.tensor == tensor and s.axes == (axis,)]
@@ -156,7 +156,7 @@ def _answer(found: Inspection, tensor: str, axis: int, side: str, kind: str, mod
     return Answer(tensor, where, side, of, groups, stay, text)
 
 
-def _sentence(found: Inspection, of: int, side: str, groups: Sequence[str], stay: Stay | None) -> str:
+def _sentence(found: Findings, of: int, side: str, groups: Sequence[str], stay: Stay | None) -> str:
     goes = f"with the group{'s' if len(groups) > 1 else ''} {_some(folded(groups))}"
     if len(groups) == 1:
         group = next(g for g in found.groups if g.name == groups[0])
