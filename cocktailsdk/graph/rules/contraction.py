@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..export import module_of
 from ..labels import Field, Fields
-from .elementwise import all_zero, any_zero, unify
+from .elementwise import all_zero, any_zero, unified
 from .registry import Context, Product, Result, WeightUse, argument, rule
 from .weights import weight_of
 
@@ -98,8 +98,7 @@ def linear(ctx: Context, node: fx.Node) -> Result:
     product = tuple(out) + tuple(f.with_labels(f.labels) for f in passing)
     if bias is None:
         return product
-    rows = unify(ctx, [(ctx.shape(node), product), (ctx.shape(bias), ctx.fields(bias))], ctx.shape(node))
-    return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+    return unified(ctx, [(ctx.shape(node), product), (ctx.shape(bias), ctx.fields(bias))], ctx.shape(node), all_zero)
 
 
 def _remember(
@@ -132,16 +131,12 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
     channel = 1 if batched else 0
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
 
-    def without_positions(fields: Fields, mixed: Sequence[int]) -> Fields:
-        held = [ctx.labels.collapse(f, dims) if (dims := f.dims.intersection(mixed)) else f for f in fields]
-        return tuple(f for f in held if f is not None)
-
     kind = "conv_transpose" if transposed else "conv"
     macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
-    xs = without_positions(ctx.fields(x), _mixed(node, wshape, channel, transposed))
+    xs = ctx.collapse(ctx.fields(x), _mixed(node, wshape, channel, transposed))
     across = [f.labels for f in xs if channel not in f.dims]
     _remember(ctx, node, w, kind, (out_axis, in_axis), macs, across, groups)
-    ws = without_positions(ctx.fields(w), range(2, len(wshape)))
+    ws = ctx.collapse(ctx.fields(w), range(2, len(wshape)))
     out_channels = shape[channel]
 
     if groups == 1:
@@ -159,8 +154,7 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
         return product
     column = (out_channels,) + (1,) * (len(shape) - channel - 1)
     biases = tuple(f.with_labels(f.labels.view((-1,) + (1,) * (len(shape) - channel - 1))) for f in ctx.fields(bias))
-    rows = unify(ctx, [(shape, product), (column, biases)], shape)
-    return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+    return unified(ctx, [(shape, product), (column, biases)], shape, all_zero)
 
 
 def _mixed(node: fx.Node, wshape: Sequence[int], channel: int, transposed: bool) -> list[int]:
@@ -189,12 +183,7 @@ def _grouped(
     group, so that all groups stay equally wide.
     """
     x = next((f for f in xs if f.dims == {channel}), None)
-    passing = []
-    for f in xs:
-        if f is not x:
-            left = ctx.labels.collapse(f, [channel]) if channel in f.dims else f
-            if left is not None:
-                passing.append(left)
+    passing = list(ctx.collapse((f for f in xs if f is not x), {channel}))
     rows, columns = ctx.axis_field(ws, 0), ctx.axis_field(ws, 1)
     into, outof = (rows, columns) if transposed else (columns, rows)  # labels along the weight's input and output axes
     per_group = out_channels // groups
@@ -305,8 +294,7 @@ def product(ctx: Context, fa: Fields, sa: Sequence[int], fb: Fields, sb: Sequenc
     left = [f.with_labels(f.labels.narrow(rank - 1, 0, 1)) for f in left]
     right = [f.with_labels(f.labels.narrow(rank - 2, 0, 1)) for f in right]
     shape_a, shape_b = (*sa[:-1], 1), (*sb[:-2], 1, sb[-1])
-    rows = unify(ctx, [(shape_a, tuple(left)), (shape_b, tuple(right))], shape)
-    return tuple(next(f for f in row if f is not None).with_zero(any_zero(row)) for row in rows)
+    return unified(ctx, [(shape_a, tuple(left)), (shape_b, tuple(right))], shape, any_zero)
 
 
 @rule("scaled_dot_product_attention")
@@ -343,20 +331,10 @@ def attention(ctx: Context, node: fx.Node) -> Result:
         sk, sv = (*sk[:-3], sq[-3], *sk[-2:]), (*sv[:-3], sq[-3], *sv[-2:])
     if scale is None:
         # The scale is taken from the width of q as it runs, so that width stays; whole heads may go.
-        fq, fk = _whole(ctx, fq, rank - 1), _whole(ctx, fk, rank - 1)
+        fq, fk = ctx.collapse(fq, {rank - 1}), ctx.collapse(fk, {rank - 1})
     swapped = tuple(f.with_labels(f.labels.transpose(-2, -1)) for f in fk)
     scores = product(ctx, fq, sq, swapped, (*sk[:-2], sk[-1], sk[-2]), scores_shape)
     if isinstance(mask, fx.Node):
-        rows = unify(ctx, [(scores_shape, scores), (ctx.shape(mask), ctx.fields(mask))], scores_shape)
-        scores = tuple(next(f for f in row if f is not None) for row in rows)
-    weights = tuple(f.with_zero(False) for f in _whole(ctx, scores, rank - 1))
+        scores = unified(ctx, [(scores_shape, scores), (ctx.shape(mask), ctx.fields(mask))], scores_shape)
+    weights = tuple(f.with_zero(False) for f in ctx.collapse(scores, {rank - 1}))
     return product(ctx, weights, scores_shape, fv, sv, ctx.shape(node))
-
-
-def _whole(ctx: Context, fields: Fields, dim: int) -> Fields:
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, [dim]) if dim in f.dims else f
-        if left is not None:
-            out.append(left)
-    return tuple(out)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ..export import module_of
 from ..labels import Fields
 from .contraction import consume
-from .elementwise import any_zero, unify
+from .elementwise import any_zero, unified
 from .reduction import mixed
 from .registry import Context, Product, Result, WeightUse, rule
 from .weights import weight_of
@@ -53,8 +53,7 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
         shapes = [tuple(sizes[c] if c in s and c in later else 1 for c in letters) for s in (present, set(own))]
         present = present.union(own) & later
         shape = [sizes[c] if c in present else 1 for c in letters]
-        rows = unify(ctx, [(shapes[0], held), (shapes[1], other)], shape)
-        held = tuple(next(f for f in row if f is not None).with_zero(any_zero(row)) for row in rows)
+        held = unified(ctx, [(shapes[0], held), (shapes[1], other)], shape, any_zero)
     return tuple(f.with_labels(f.labels.reshape(f.labels.shape[: len(out)])) for f in held)
 
 

@@ -40,7 +40,7 @@ def unify(
             continue
         if any(own[d] > 1 and not any(d in f.dims for f in fields) for own, fields in aligned):
             for _, own_fields in aligned:
-                own_fields[:] = _collapsed(ctx, own_fields, {d})
+                own_fields[:] = ctx.collapse(own_fields, {d})
 
     rows: list[Row] = []
     for operand, (_, fields) in enumerate(aligned):
@@ -60,15 +60,6 @@ def unify(
 
 Row = dict[int, Field]
 """Fields that meet, by operand."""
-
-
-def _collapsed(ctx: Context, fields: Sequence[Field], dims: set[int]) -> list[Field]:
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, dims & f.dims) if dims & f.dims else f
-        if left is not None:
-            out.append(left)
-    return out
 
 
 def _reduced(ctx: Context, f: Field, dims: frozenset[int]) -> Field | None:
@@ -125,9 +116,27 @@ def combine(
         shape: The result's shape.
         zero: From an operand's contributions to a field, the result's zero bit.
     """
-    pairs = [(ctx.shape(a), ctx.fields(a)) for a in operands]
-    rows = unify(ctx, pairs, shape)
-    return tuple(next(f for f in row if f is not None).with_zero(zero(row)) for row in rows)
+    return unified(ctx, [(ctx.shape(a), ctx.fields(a)) for a in operands], shape, zero)
+
+
+def unified(
+    ctx: Context,
+    operands: Sequence[tuple[tuple[int, ...], Fields]],
+    shape: Sequence[int],
+    zero: Callable[[list[Field | None]], bool] | None = None,
+) -> Fields:
+    """The fields of operands that meet elementwise, joined to one for each row of :func:`unify`.
+
+    Args:
+        operands: Shape and fields of each operand.
+        shape: The result's shape.
+        zero: From an operand's contributions to a field, the result's zero bit; without it that of the first.
+    """
+    fields = []
+    for row in unify(ctx, operands, shape):
+        first = next(f for f in row if f is not None)
+        fields.append(first if zero is None else first.with_zero(zero(row)))
+    return tuple(fields)
 
 
 def all_zero(row: list[Field | None]) -> bool:
@@ -244,8 +253,8 @@ def prelu(ctx: Context, node: fx.Node) -> Result:
     n = ctx.shape(slope)[0] if ctx.shape(slope) else 1
     view = (1, n) + (1,) * (rank - 2)
     slopes = tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(slope))
-    rows = unify(ctx, [(ctx.shape(x), ctx.fields(x)), (view, slopes)], ctx.shape(node))
-    return tuple(next(f for f in row if f is not None).with_zero(row[0] is not None and row[0].zero) for row in rows)
+    operands = [(ctx.shape(x), ctx.fields(x)), (view, slopes)]
+    return unified(ctx, operands, ctx.shape(node), lambda row: row[0] is not None and row[0].zero)
 
 
 @rule(*sorted(FAKE_QUANTIZATION))

@@ -25,7 +25,6 @@ def grouped_mm(ctx: Context, node: fx.Node) -> Result:
     ctx.products.append(Product(node, module_of(node), None if weight is None else weight[0], macs, ()))
     if weight is not None:
         ctx.uses.setdefault(weight[0], WeightUse(weight[0], module_of(node), "matmul", weight[1], weight[2], 1))
-    held = [[left for f in ctx.fields(v) if (left := ctx.labels.collapse(f, f.dims & {0})) is not None] for v in (x, w)]
-    passing, made = consume(ctx, tuple(held[0]), tuple(held[1]), 1, 1)
+    passing, made = consume(ctx, ctx.collapse(ctx.fields(x), {0}), ctx.collapse(ctx.fields(w), {0}), 1, 1)
     out = [f.with_labels(f.labels.reshape(1, -1)) for f in made if f.dims == {2}]
     return (*out, *passing)

@@ -100,21 +100,12 @@ def expand(ctx: Context, node: fx.Node) -> Result:
     return own + tuple(f.with_zero(False) for f in ctx.fields(node.args[1]) if f.dims <= repeated)
 
 
-def whole_along(ctx: Context, fields: Fields, dim: int) -> Fields:
-    """Positions along a dimension are named by number, so nothing may be removed along it."""
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, [dim]) if dim in f.dims else f
-        if left is not None:
-            out.append(left)
-    return tuple(out)
-
-
 @movement_rule("select", "select_copy")
 def select(ctx: Context, node: fx.Node) -> Result:
     """One position of a dimension."""
     dim = int(node.args[1]) % len(ctx.shape(node.args[0]))  # type: ignore[arg-type]
-    return moved(whole_along(ctx, ctx.fields(node.args[0]), dim), lambda labels: labels.select(dim, 0))
+    # Positions are named by number, so nothing may be removed along the dimension.
+    return moved(ctx.collapse(ctx.fields(node.args[0]), {dim}), lambda labels: labels.select(dim, 0))
 
 
 @movement_rule("unbind", "unbind_copy")
@@ -122,7 +113,7 @@ def unbind(ctx: Context, node: fx.Node) -> Result:
     """Every position of a dimension, apart."""
     shape = ctx.shape(node.args[0])
     dim = int(argument(node, "dim", 0)) % len(shape)
-    part = moved(whole_along(ctx, ctx.fields(node.args[0]), dim), lambda labels: labels.select(dim, 0))
+    part = moved(ctx.collapse(ctx.fields(node.args[0]), {dim}), lambda labels: labels.select(dim, 0))
     return (part,) * shape[dim]
 
 

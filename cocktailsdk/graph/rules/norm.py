@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..coupling import Norm, Scale
 from ..export import module_of, op_name
 from ..labels import Field, Fields
-from .elementwise import unify
+from .elementwise import unified
 from .registry import Context, Result, argument, rule
 from .zero_sources import zero_sources
 
@@ -27,9 +27,8 @@ def _affine(
     """
     given = [p for p in parameters if isinstance(p, fx.Node)]
     views = [(tuple(view), tuple(f.with_labels(_viewed(f, view)) for f in ctx.fields(p))) for p in given]
-    rows = unify(ctx, [(tuple(shape), fields), *views], shape)
     affine = isinstance(parameters[0], fx.Node) and (parameters[1] is None or isinstance(parameters[1], fx.Node))
-    return tuple(next(f for f in row if f is not None) for row in rows), affine
+    return unified(ctx, [(tuple(shape), fields), *views], shape), affine
 
 
 def _viewed(f: Field, view: Sequence[int]) -> Int64[Tensor, "..."]:
@@ -56,10 +55,7 @@ def batch_norm(ctx: Context, node: fx.Node) -> Result:
     if name == "batch_norm" and bool(argument(node, "training", False)):
         return _of_a_batch(ctx, node, fields, shape, view)
     if name == "instance_norm":
-        held = [
-            ctx.labels.collapse(f, [d for d in f.dims if d > 1]) if any(d > 1 for d in f.dims) else f for f in fields
-        ]
-        fields = tuple(f for f in held if f is not None)
+        fields = ctx.collapse(fields, range(2, len(shape)))
     out, affine = _affine(ctx, fields, shape, node.args[1:5], view)
     # Masked weight and bias make the channel zero, whatever came in; without them it is -mean/std.
     out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)

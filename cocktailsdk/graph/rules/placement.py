@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..labels import Field, Fields, compact
-from .movement import moved, whole_along
+from .movement import moved
 from .registry import Context, Result, argument, rule
 
 
@@ -17,8 +18,7 @@ def triangle(ctx: Context, node: fx.Node) -> Result:
     """Zeros on one side of the diagonal: rows and columns are told apart by where they are."""
     source = node.args[0]
     rank = len(ctx.shape(source))
-    held = (ctx.labels.collapse(f, f.dims & {rank - 2, rank - 1}) for f in ctx.fields(source))
-    return tuple(f for f in held if f is not None)
+    return ctx.collapse(ctx.fields(source), {rank - 2, rank - 1})
 
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter")
@@ -59,7 +59,7 @@ def index(ctx: Context, node: fx.Node) -> Result:
                 out.append(f.with_labels(labels))
         return tuple(out)
     if name == "index_select":
-        return whole_along(ctx, ctx.fields(source), int(node.args[1]) % len(shape))  # type: ignore[arg-type]
+        return ctx.collapse(ctx.fields(source), {int(node.args[1]) % len(shape)})  # type: ignore[arg-type]
     for operand in node.all_input_nodes:
         ctx.labels.stay_all(ctx.fields(operand))
     return ()
@@ -140,7 +140,7 @@ def im2col(ctx: Context, node: fx.Node) -> Result:
     """Windows as columns: each channel once for every position of the kernel."""
     kernel = prod(argument(node, "kernel_size"))
     out = []
-    for f in whole_beyond(ctx, ctx.fields(node.args[0]), 1):
+    for f in _along_channels(ctx, node.args[0]):
         labels = f.labels.flatten().repeat_interleave(kernel).view(1, -1, 1)
         out.append(f.with_labels(labels))
     return tuple(out)
@@ -151,21 +151,16 @@ def col2im(ctx: Context, node: fx.Node) -> Result:
     """Columns summed back into an image: the positions of a kernel go together."""
     kernel = prod(argument(node, "kernel_size"))
     out = []
-    for f in whole_beyond(ctx, ctx.fields(node.args[0]), 1):
+    for f in _along_channels(ctx, node.args[0]):
         rows = f.labels.reshape(-1, kernel)
         ctx.labels.join(rows, rows[:, :1])
         out.append(f.with_labels(rows[:, :1].reshape(1, -1, 1, 1)))
     return tuple(out)
 
 
-def whole_beyond(ctx: Context, fields: Fields, dim: int) -> Fields:
-    """Fields that vary along one dimension only; what varies along others is joined there."""
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, f.dims - {dim}) if f.dims - {dim} else f
-        if left is not None:
-            out.append(left)
-    return tuple(out)
+def _along_channels(ctx: Context, value: Any) -> Fields:
+    """A value's fields without all that varies along other dimensions than the channels'."""
+    return ctx.collapse(ctx.fields(value), [d for d in range(len(ctx.shape(value))) if d != 1])
 
 
 def _shifts_channels(node: fx.Node, f: Field) -> bool:

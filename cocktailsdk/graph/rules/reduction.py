@@ -10,7 +10,7 @@ from torch import fx
 
 from ..export import module_of
 from ..labels import Field, Fields
-from .elementwise import all_zero, combine, unify
+from .elementwise import all_zero, combine
 from .registry import Context, Result, argument, rule
 
 
@@ -139,8 +139,7 @@ def cosine(ctx: Context, node: fx.Node) -> Result:
     dim = int(argument(node, "dim", 1))
     a, b = node.args[:2]
     shape = torch.broadcast_shapes(ctx.shape(a), ctx.shape(b))
-    rows = unify(ctx, [(ctx.shape(a), ctx.fields(a)), (ctx.shape(b), ctx.fields(b))], shape)
-    fields = tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+    fields = combine(ctx, (a, b), shape, all_zero)
     left, _ = mixed(ctx, fields, [dim % len(shape)], absent_zeros_count=False)
     return tuple(Field(f.labels.squeeze(dim), False) for f in left)
 

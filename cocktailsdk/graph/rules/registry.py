@@ -7,7 +7,7 @@ that touches it whole and is named in the report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,16 @@ class Context:
     def axis_field(self, fields: Fields, axis: int) -> Field | None:
         """The field that varies along one axis and nothing else."""
         return next((f for f in fields if f.dims == {axis}), None)
+
+    def collapse(self, fields: Iterable[Field], dims: Collection[int]) -> Fields:
+        """The fields with their labels joined along dimensions; without those that varied along nothing else."""
+        out = []
+        for f in fields:
+            along = f.dims.intersection(dims)
+            remaining = self.labels.collapse(f, along) if along else f
+            if remaining is not None:
+                out.append(remaining)
+        return tuple(out)
 
     def depends_on_inputs(self, node: fx.Node) -> bool:
         """Whether a value depends on the user's inputs, other than by being chosen by index."""
