@@ -119,9 +119,9 @@ def assemble(ctx: Context) -> Coupling:
 
     fields: dict[str, tuple[Tensor, ...]] = {}
     for name, axis_fields in ctx.named_axes.items():
-        held = tuple(u for f in axis_fields if bool(((u := units.of_label[f.labels]) != STAYS).any()))
-        if held:
-            fields[name] = held
+        unit_fields = tuple(u for f in axis_fields if bool(((u := units.of_label[f.labels]) != STAYS).any()))
+        if unit_fields:
+            fields[name] = unit_fields
     producers = tuple(
         Producer(m.name, m.axis, u) for m in made if bool(((u := units.of_label[m.labels]) != STAYS).any())
     )
@@ -130,7 +130,7 @@ def assemble(ctx: Context) -> Coupling:
         producers=producers,
         groups=_groups(ctx, units, fields, producers),
         fields=fields,
-        kept=_kept(ctx, made, units, why),
+        kept=_unprunable(ctx, made, units, why),
         contractions=_contractions(ctx, units),
         shapes={n: s for n, s in ctx.exported.shapes.items() if n in ctx.exported.trainable},
         unknown_ops=dict(ctx.unknown),
@@ -224,10 +224,10 @@ def _groups(
     touches: list[list[Touch]] = [[] for _ in units.runs]
     channels = [1] * len(units.runs)
     starts = torch.tensor([r.start for r in units.runs])
-    for name, held in fields.items():
+    for name, unit_fields in fields.items():
         use = ctx.uses.get(name) or ctx.training_uses.get(name)
         columns = None if use is None else use.in_axis
-        for u in held:
+        for u in unit_fields:
             axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
             kind = "rows" if (name, axes[0]) in rows else "columns" if columns == axes[0] else "entries"
             owners = torch.searchsorted(starts, u[u != STAYS], right=True) - 1
@@ -263,7 +263,7 @@ def _names(makers: Sequence[frozenset[str]]) -> list[str]:
     return out
 
 
-def _kept(ctx: Context, made: Sequence[Made], units: _Units, why: Mapping[int, str]) -> tuple[Kept, ...]:
+def _unprunable(ctx: Context, made: Sequence[Made], units: _Units, why: Mapping[int, str]) -> tuple[Kept, ...]:
     out = []
     for m in made:
         staying = m.labels[units.of_label[m.labels] == STAYS]
@@ -293,15 +293,15 @@ def _contractions(ctx: Context, units: _Units) -> tuple[Contraction, ...]:
 def _trace(ctx: Context, units: _Units, made: Sequence[Made], root: Int64[Tensor, " labels"]) -> Trace:
     nodes = []
     for node in ctx.exported.graph.nodes:
-        if node.op != "call_function" or not ctx.is_told(node):
+        if node.op != "call_function" or not ctx.in_trace(node):
             continue
         result = ctx.env.get(node, ())
         shape = shape_of(node)
-        held: tuple[Tensor, ...] = ()
+        unit_fields: tuple[Tensor, ...] = ()
         if shape is not None and all(isinstance(f, Field) for f in result):
-            held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
-        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function" and ctx.is_told(a))
-        nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs, within(node)))
+            unit_fields = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
+        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function" and ctx.in_trace(a))
+        nodes.append(Node(node.name, op_name(node), module_of(node), shape, unit_fields, inputs, within(node)))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
     why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})
     return Trace(

@@ -97,9 +97,9 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             mask = _added(attn_mask, q)
             if mask.dim() == 3:  # (batch * heads, queries, keys), with all the heads that there were
-                given = mask.shape[0] // q.shape[0]
-                mask = mask.unflatten(0, (q.shape[0], given))
-                mask = mask if given in (1, self.num_heads) else mask[:, :1].expand(-1, self.num_heads, -1, -1)
+                mask_heads = mask.shape[0] // q.shape[0]
+                mask = mask.unflatten(0, (q.shape[0], mask_heads))
+                mask = mask if mask_heads in (1, self.num_heads) else mask[:, :1].expand(-1, self.num_heads, -1, -1)
         if padding is not None:
             own = _added(padding if batched else padding[None], q)[:, None, None]
             mask = own if mask is None else mask + own

@@ -148,10 +148,10 @@ def _wide(value: Any) -> Any:
 
 def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor], list[Tensor]]]:
     """What every module is given and returns, in order of completion, as far as the model runs."""
-    seen: list[tuple[str, list[Tensor], list[Tensor]]] = []
+    records: list[tuple[str, list[Tensor], list[Tensor]]] = []
     hooks = [
         m.register_forward_hook(
-            lambda _m, given, out, name=name: seen.append((name, tensors_in(given), tensors_in(out)))
+            lambda _m, inputs, out, name=name: records.append((name, tensors_in(inputs), tensors_in(out)))
         )
         for name, m in hookable(model)
     ]
@@ -159,11 +159,11 @@ def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Te
         with Precision():
             model(*args, **kwargs)
     except Exception:  # only used to see how far it came
-        return seen
+        return records
     finally:
         for h in hooks:
             h.remove()
-    return seen
+    return records
 
 
 def failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
@@ -189,7 +189,7 @@ def first_difference(
     slim: nn.Module,
     args: Any,
     kwargs: Any,
-    left: Callable[[str, Tensor, bool], Tensor] = lambda _path, value, _given: value,
+    expected_of: Callable[[str, Tensor, bool], Tensor] = lambda _path, value, _is_input: value,
 ) -> str:
     """Path of the first module to finish whose output differs though what it was given first does not.
 
@@ -198,24 +198,25 @@ def first_difference(
         slim: The slim one.
         args: Positional inputs of both.
         kwargs: Keyword inputs of both.
-        left: From a module's path, a tensor of the masked model, and whether the module is given it (or returns it),
-            what is left of that tensor in the slim model.
+        expected_of: From a module's path, a tensor of the masked model, and whether it is an input of the module (or
+            an output), the part of that tensor which the slim model has.
     """
-    want: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
-    for name, given, out in _record(masked, args, kwargs):
-        want.setdefault(name, []).append((given, out))
+    masked_records: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
+    for name, inputs, out in _record(masked, args, kwargs):
+        masked_records.setdefault(name, []).append((inputs, out))
 
-    def differs(name: str, got: list[Tensor], wanted: list[Tensor], given: bool) -> bool:
-        if not got or not wanted:
+    def differs(name: str, slim_values: list[Tensor], masked_values: list[Tensor], is_input: bool) -> bool:
+        if not slim_values or not masked_values:
             return False
-        expected = left(name, wanted[0], given)
-        return expected.shape == got[0].shape and relative_error(got[:1], [expected], [expected]) > SINGLE
+        expected = expected_of(name, masked_values[0], is_input)
+        same_shape = expected.shape == slim_values[0].shape
+        return same_shape and relative_error(slim_values[:1], [expected], [expected]) > SINGLE
 
-    wrong = ""
-    for name, given, out in _record(slim, args, kwargs):
-        was_given, was = want[name].pop(0) if want.get(name) else ([], [])
-        if differs(name, out, was, False):
-            if not differs(name, given, was_given, True):
+    first_wrong = ""
+    for name, inputs, out in _record(slim, args, kwargs):
+        masked_inputs, masked_outputs = masked_records[name].pop(0) if masked_records.get(name) else ([], [])
+        if differs(name, out, masked_outputs, False):
+            if not differs(name, inputs, masked_inputs, True):
                 return name
-            wrong = wrong or name
-    return wrong
+            first_wrong = first_wrong or name
+    return first_wrong

@@ -35,42 +35,42 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     """
     memo = {} if memo is None else memo
     _detach(memo, (value for module in model.modules() for value in vars(module).values()))
-    given = dict(memo)
+    initial_memo = dict(memo)
     try:
-        made = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception:
         memo.clear()
-        memo.update(given)
+        memo.update(initial_memo)
         _detach(memo, Walk([model]).tensors)
         _share_what_cannot_be_copied(model, memo)
         try:
-            made = copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
         except Exception as error:
             raise SlimError(
                 f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); a slim model is a copy. "
                 "Let copy.deepcopy(model) work, for example by a __deepcopy__ method of the class that fails"
             ) from error
-    _rebind(made, memo)
-    return made
+    _rebind(copied, memo)
+    return copied
 
 
 def duplicate_in_double(model: nn.Module) -> nn.Module:
     """A copy in float64, with the tensors that it keeps in plain attributes (masks and anchors of an earlier run)."""
     made = duplicate(model).double()  # leaves complex buffers complex
     for module in made.modules():
-        for tensor in _kept_in(vars(module)):
+        for tensor in _nested_tensors(vars(module)):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.double()
     return made
 
 
-def _kept_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+def _nested_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
     """Tensors in nested containers; parameters and buffers are in double precision by now."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple) and depth:
-        for held in value.values() if isinstance(value, dict) else value:
-            yield from _kept_in(held, depth - 1)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _nested_tensors(item, depth - 1)
 
 
 def _detach(memo: dict[int, Any], values: Iterable[Any]) -> None:
@@ -82,9 +82,9 @@ def _detach(memo: dict[int, Any], values: Iterable[Any]) -> None:
 def _share_what_cannot_be_copied(model: nn.Module, memo: dict[int, Any]) -> None:
     known = memo | {id(m): m for m in model.modules()}
     for module in model.modules():
-        held = [v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")]
+        attributes = [v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")]
         # The dictionaries themselves (of hooks, above all) are copied: what is added to one must not be in the other.
-        for value in [leaf for v in held for leaf in (v.values() if isinstance(v, dict) else (v,))]:
+        for value in [leaf for v in attributes for leaf in (v.values() if isinstance(v, dict) else (v,))]:
             if isinstance(value, nn.Module | Tensor):
                 continue
             try:

@@ -90,10 +90,10 @@ class Pass:
         """By module, its calls in order of execution: op, shape and fields of the result."""
         out: dict[str, list[tuple[str, tuple[int, ...] | None, tuple[Field, ...]]]] = {}
         for node in self._ctx.exported.graph.nodes:
-            if node.op == "call_function" and self._ctx.is_told(node):
+            if node.op == "call_function" and self._ctx.in_trace(node):
                 result = self._ctx.env.get(node, ())
-                held = tuple(f for f in result if isinstance(f, Field)) if shape_of(node) is not None else ()
-                out.setdefault(module_of(node), []).append((op_name(node), shape_of(node), held))
+                fields = tuple(f for f in result if isinstance(f, Field)) if shape_of(node) is not None else ()
+                out.setdefault(module_of(node), []).append((op_name(node), shape_of(node), fields))
         return out
 
     def pin(self, module: str | None, reason: str) -> None:
@@ -147,12 +147,12 @@ def propagate(exported: Exported) -> Context:
             else:
                 _apply(ctx, node)
         elif node.op == "output":
-            whole = exported.scopes == ("",)
-            said = "an output of the model" if whole else "an output of a part that was exported alone"
+            whole_model = exported.scopes == ("",)
+            reason = "an output of the model" if whole_model else "an output of a part that was exported alone"
             ends = node.meta.get("eval")
             for source in node.all_input_nodes:
                 both = ends is None or source.name in ends
-                ctx.labels.stay_all(_flat(ctx, source), said if both else f"{said} in training mode")
+                ctx.labels.stay_all(_flat(ctx, source), reason if both else f"{reason} in training mode")
     ctx.labels.at, ctx.training = "", False
     return ctx
 
@@ -204,10 +204,10 @@ def _apply(ctx: Context, node: fx.Node) -> None:
 
 
 def _flat(ctx: Context, node: fx.Node) -> list[Field]:
-    held = ctx.env.get(node)
-    if held is None:
+    result = ctx.env.get(node)
+    if result is None:
         return list(ctx.fields(node))
-    return [f for x in held for f in ([x] if isinstance(x, Field) else x)]
+    return [f for x in result for f in ([x] if isinstance(x, Field) else x)]
 
 
 def _rectangles(ctx: Context) -> None:

@@ -345,11 +345,11 @@ class Coupling:
         The same as :meth:`masks` but for parameters that are divided by a norm of their own.
         """
         out: dict[str, Tensor] = {}
-        gone = _with_stays(removed)
+        is_removed = _with_stays(removed)
         for name, fields in self.fields.items():
             keep: Tensor | None = None
             for units in fields:
-                k = ~gone[units]
+                k = ~is_removed[units]
                 keep = k if keep is None else keep & k
             if keep is not None and not bool(keep.all()):
                 out[name] = keep
@@ -363,16 +363,16 @@ class Coupling:
             if keep is None or not scale.name:
                 continue
             others = [d for d in range(keep.ndim) if d != scale.axis]
-            any_left = keep.sum(others, keepdim=True) > 0 if others else keep
-            if bool(any_left.all()):
+            any_remaining = keep.sum(others, keepdim=True) > 0 if others else keep
+            if bool(any_remaining.all()):
                 continue
-            out[name] = keep | ~any_left
+            out[name] = keep | ~any_remaining
             if bool(out[name].all()):
                 del out[name]
             own = len(self.shapes[scale.name])
-            any_left = any_left if own == keep.ndim else any_left.flatten()
-            any_left = any_left.reshape(()) if own == 0 else any_left
-            out[scale.name] = out[scale.name] & any_left if scale.name in out else any_left
+            any_remaining = any_remaining if own == keep.ndim else any_remaining.flatten()
+            any_remaining = any_remaining.reshape(()) if own == 0 else any_remaining
+            out[scale.name] = out[scale.name] & any_remaining if scale.name in out else any_remaining
         return out
 
     def params(self, removed: Bool[Tensor, " units"] | None = None) -> int:
@@ -380,11 +380,11 @@ class Coupling:
         total = sum(_numel(s) for s in self.shapes.values())
         if removed is None:
             return total
-        gone = _with_stays(removed)
+        is_removed = _with_stays(removed)
         for name, fields in self.fields.items():
             if name in self.shapes:
-                left, whole = _left(fields, gone)
-                total -= (whole - left) * (_numel(self.shapes[name]) // whole)
+                remaining, size = _count_remaining(fields, is_removed)
+                total -= (size - remaining) * (_numel(self.shapes[name]) // size)
         return total
 
     def flops(self, removed: Bool[Tensor, " units"] | None = None) -> int:
@@ -395,14 +395,14 @@ class Coupling:
         """
         if removed is None:
             return 2 * sum(c.macs for c in self.contractions)
-        gone = _with_stays(removed)
+        is_removed = _with_stays(removed)
         total = 0
         for c in self.contractions:
-            left, whole = c.macs, 1
+            remaining, size = c.macs, 1
             for fields in (*((units,) for units in c.factors), self.fields.get(c.weight or "", ())):
-                part, of = _left(fields, gone)
-                left, whole = left * part, whole * of
-            total += left // whole
+                part, of = _count_remaining(fields, is_removed)
+                remaining, size = remaining * part, size * of
+            total += remaining // size
         return 2 * total
 
 
@@ -418,21 +418,23 @@ def _with_stays(removed: Bool[Tensor, " units"]) -> Bool[Tensor, " units_and_one
     return torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])
 
 
-def _left(fields: tuple[Int64[Tensor, "..."], ...], gone: Bool[Tensor, " units_and_one"]) -> tuple[int, int]:
+def _count_remaining(
+    fields: tuple[Int64[Tensor, "..."], ...], removed: Bool[Tensor, " units_and_one"]
+) -> tuple[int, int]:
     """How many positions are left of how many, over the dimensions in which the fields vary.
 
     Rows and columns are counted one by one: a mask of a large weight would take as many bytes as it has elements.
     """
-    kept = [~gone[units] for units in fields]
-    taken: set[int] = set()
-    left = whole = 1
-    for k in kept:
+    masks = [~removed[units] for units in fields]
+    seen_dims: set[int] = set()
+    remaining = size = 1
+    for k in masks:
         dims = {d for d, n in enumerate(k.shape) if n > 1}
-        if dims & taken:  # fields that share a dimension are no rectangle
-            both = kept[0]
-            for other in kept[1:]:
+        if dims & seen_dims:  # fields that share a dimension are no rectangle
+            both = masks[0]
+            for other in masks[1:]:
                 both = both & other
             return int(both.sum()), both.numel()
-        taken |= dims
-        left, whole = left * int(k.sum()), whole * k.numel()
-    return left, whole
+        seen_dims |= dims
+        remaining, size = remaining * int(k.sum()), size * k.numel()
+    return remaining, size

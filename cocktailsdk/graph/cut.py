@@ -62,13 +62,13 @@ class Cutter:
             smaller = tensor.detach()
             copied = name not in share
             for units in fields:
-                left = keep[units]
-                if bool(left.all()):
+                surviving = keep[units]
+                if bool(surviving.all()):
                     continue
-                axes = [d for d in range(left.dim()) if left.shape[d] > 1]
+                axes = [d for d in range(surviving.dim()) if surviving.shape[d] > 1]
                 if len(axes) != 1:
                     raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
-                stays = left.flatten().nonzero().flatten()
+                stays = surviving.flatten().nonzero().flatten()
                 if not copied and 0 < stays.numel() == int(stays[-1]) + 1:
                     smaller = smaller.narrow(axes[0], 0, stays.numel())
                 else:

@@ -76,21 +76,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         except NotImplementedError:  # graphs of torch.export refuse: they are of one mode
             for m, _ in was:
                 m.training = False
-        _forget(model)
+        _clear_caches(model)
         yield
     finally:
-        _forget(model)
+        _clear_caches(model)
         for m, training in was:
             m.training = training
         for m in without:
             vars(m).pop("training", None)
 
 
-def _forget(model: nn.Module) -> None:
+def _clear_caches(model: nn.Module) -> None:
     """Clears what modules keep of a run in eval mode (a bias by device, say), as they do it themselves in training."""
     for m in model.modules():
-        kept = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
-        if any(isinstance(t, Tensor) for held in kept for t in held.values()):
+        caches = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
+        if any(isinstance(t, Tensor) for cache in caches for t in cache.values()):
             m.train()
             m.eval()
 
@@ -112,7 +112,7 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
     refuse_what_cannot_run(model)
     inputs, own = (tuple(args), dict(kwargs or {})), _names(model)
     failures: dict[str, str] = {}
-    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+    with warnings.catch_warnings(), silenced(), torch.no_grad():
         warnings.simplefilter("ignore")
         programs = _programs(model, inputs, own, failures)
     if not programs:
@@ -121,11 +121,11 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
             "its submodules. Check that its control flow does not depend on tensor values."
         )
     if "" in programs:
-        return _placed(model, _merged(model, programs, {}))
+        return with_modules(model, merge(model, programs, {}))
     log.info(
         "%s could not be exported (%s); following %d parts of it", type(model).__name__, failures[""], len(programs)
     )
-    return _placed(model, _merged(model, programs, failures))
+    return with_modules(model, merge(model, programs, failures))
 
 
 def _programs(
@@ -138,21 +138,21 @@ def _programs(
     leaves in the model are stand-ins without values.
     """
     with evaluating(model), unchanged(model) as before:
-        whole = _attempt(partial(_whole, model, inputs), failures, "")
+        program = _attempt(partial(export_whole, model, inputs), failures, "")
         _refuse_new_parameters(model, own)
-        if whole is not None:
-            return {"": whole}
+        if program is not None:
+            return {"": program}
         before.restore()
-        given = _given(model, inputs)
+        recorded = _recorded_inputs(model, inputs)
         _refuse_new_parameters(model, own)
         with unchanged(model) as warm:
             if before.restore():
                 warm.restore()
-                whole = _attempt(partial(_whole, model, inputs), failures, "")
-                if whole is not None:
-                    return {"": whole}
+                program = _attempt(partial(export_whole, model, inputs), failures, "")
+                if program is not None:
+                    return {"": program}
                 warm.restore()
-            return _scopes(model, given, failures, warm)
+            return _scopes(model, recorded, failures, warm)
 
 
 def _attempt(export_it: Callable[[], ExportedProgram], failures: dict[str, str], path: str) -> ExportedProgram | None:
@@ -184,7 +184,7 @@ def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
         return torch.export.export(module, inputs[0], inputs[1], strict=False)
 
 
-def _whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+def export_whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """The whole model. Of outputs that ``torch.export`` does not know (a language model's cache) only tensors count."""
     foreign: list[bool] = []
     # What torch.export says of such an output differs between versions, so the output itself is looked at.
@@ -213,12 +213,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 200, placeholder=' …')}"
 
 
-def _given(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
+def _recorded_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     """What every submodule is given in one run on real tensors."""
-    given: dict[str, Inputs] = {}
+    recorded: dict[str, Inputs] = {}
     hooks = [
         m.register_forward_pre_hook(
-            lambda _m, a, k, path=path: given.setdefault(path, (a, k)) and None, with_kwargs=True
+            lambda _m, a, k, path=path: recorded.setdefault(path, (a, k)) and None, with_kwargs=True
         )
         for path, m in hookable(model)
         if path
@@ -232,11 +232,11 @@ def _given(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     finally:
         for h in hooks:
             h.remove()
-    return given
+    return recorded
 
 
 def _scopes(
-    model: nn.Module, given: Mapping[str, Inputs], failures: dict[str, str], warm: Snapshot
+    model: nn.Module, recorded: Mapping[str, Inputs], failures: dict[str, str], warm: Snapshot
 ) -> dict[str, ExportedProgram]:
     """The largest submodules that can be exported on what they are given."""
     programs: dict[str, ExportedProgram] = {}
@@ -249,8 +249,8 @@ def _scopes(
         if is_scripted(module):
             failures[path] = "TorchScript, whose code cannot be followed"
             continue
-        if path in given:
-            program = _attempt(partial(_program, module, given[path]), failures, path)
+        if path in recorded:
+            program = _attempt(partial(_program, module, recorded[path]), failures, path)
             warm.restore()
             if program is not None:
                 programs[path] = program
@@ -261,7 +261,7 @@ def _scopes(
     return programs
 
 
-def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures: Mapping[str, str]) -> Exported:
+def merge(model: nn.Module, programs: Mapping[str, ExportedProgram], failures: Mapping[str, str]) -> Exported:
     """One graph of all scopes, side by side, with every tensor under its first name in the model."""
     first: dict[int, str] = {}
     canonical: dict[str, str] = {}
@@ -276,14 +276,14 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
     graph, outputs = fx.Graph(), []
     for path, program in programs.items():
         prefix = f"{path}." if path else ""
-        held = {
+        tensor_names = {
             spec.arg.name: prefix + spec.target
             for spec in program.graph_signature.input_specs
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None
         }
         if not path:  # the usual case needs no copy
             # A buffer that the example run registered is not the model's yet: it counts as a constant.
-            tensors = {node: canonical[name] for node, name in held.items() if name in canonical}
+            tensors = {node: canonical[name] for node, name in tensor_names.items() if name in canonical}
             return Exported(program.graph, tensors, shapes, frozenset(parameters))
         values: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
@@ -292,15 +292,15 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
                 continue
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].meta = {**node.meta, "scope": path}
-            if held.get(node.name) in canonical:
-                tensors[values[node].name] = canonical[held[node.name]]
+            if tensor_names.get(node.name) in canonical:
+                tensors[values[node].name] = canonical[tensor_names[node.name]]
     graph.output(tuple(outputs))
     outside = {canonical[name] for name in canonical if not any(name.startswith(f"{path}.") for path in programs)}
     shared = frozenset(outside.intersection(tensors.values()))
     return Exported(graph, tensors, shapes, frozenset(parameters), tuple(programs), dict(failures), shared)
 
 
-def _placed(model: nn.Module, exported: Exported) -> Exported:
+def with_modules(model: nn.Module, exported: Exported) -> Exported:
     """Notes on every node the modules that ran it, each by the first of its paths where it has several."""
     first: dict[nn.Module, str] = {}
     known = {path: first.setdefault(m, path) for path, m in model.named_modules(remove_duplicate=False)}
@@ -339,7 +339,7 @@ def within(node: fx.Node) -> tuple[str, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Export's own log lines (guards it could not make, say) and the graphs that it prints mean nothing to users."""
     logger = logging.getLogger("torch")
     level = logger.level

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from .export import Exported, _merged, _placed, _quiet, _whole, op_name, shape_of, within
+from .export import Exported, export_whole, merge, op_name, shape_of, silenced, with_modules, within
 from .steady import unchanged_randomness
 
 if TYPE_CHECKING:
@@ -125,10 +125,10 @@ def followed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     Raises:
         Exception: Whatever ``torch.export`` or the model raises: targets may be missing.
     """
-    with torch.no_grad(), in_training(model), warnings.catch_warnings(), _quiet():
+    with torch.no_grad(), in_training(model), warnings.catch_warnings(), silenced():
         warnings.simplefilter("ignore")
-        program = _whole(model, (tuple(args), dict(kwargs or {})))
-        return _placed(model, _merged(model, {"": program}, {}))
+        program = export_whole(model, (tuple(args), dict(kwargs or {})))
+        return with_modules(model, merge(model, {"": program}, {}))
 
 
 def training_only(node: fx.Node) -> bool:
@@ -256,9 +256,9 @@ def _widths(model: nn.Module, unread: Idle) -> dict[str, frozenset[int]]:
 
 def keep_for(ctx: Context, unreached: Unreached) -> None:
     """Nothing may go of what modules that no trace reaches may read: as wide as their inputs, or so once flattened."""
-    widths = [(n, path) for path, held in unreached.modules.items() for n in sorted(held)]
-    told = [node for node in ctx.exported.graph.nodes if node.op == "call_function" and shape_of(node) is not None]
-    for node in told if widths else ():
+    widths = [(n, path) for path, module_widths in unreached.modules.items() for n in sorted(module_widths)]
+    calls = [node for node in ctx.exported.graph.nodes if node.op == "call_function" and shape_of(node) is not None]
+    for node in calls if widths else ():
         shape = shape_of(node) or ()
         for f in ctx.fields(node):
             for d in f.dims if len(f.dims) == 1 else ():

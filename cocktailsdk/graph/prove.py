@@ -120,8 +120,8 @@ def _reason(error: SlimError, module: str | None) -> str:
     if isinstance(error, TrainingModeError):
         return f"in training mode {module!r} reads it, and could not be shown to compute the same with fewer channels"
     where = f"in {module!r} " if module else ""
-    said = "" if module == error.module else f", as it could not in {error.module!r}"
-    return f"its code {where}could not be mended for fewer channels{said}"
+    elsewhere = "" if module == error.module else f", as it could not in {error.module!r}"
+    return f"its code {where}could not be mended for fewer channels{elsewhere}"
 
 
 def halves(coupling: Coupling, groups: Sequence[int]) -> Bool[Tensor, " units"]:

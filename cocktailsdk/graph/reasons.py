@@ -51,7 +51,7 @@ def stays(
     axes = [(name, next(iter(f.dims)), f.labels.flatten()) for name, fields in ctx.named_axes.items() for f in fields]
     staying = [(name, axis, labels, labels[of_label[labels] == STAYS]) for name, axis, labels in axes]
     staying = [entry for entry in staying if entry[3].numel()]
-    first = {int(left[0]) for *_, left in staying if int(root[left[0]]) == 0}
+    first = {int(unprunable[0]) for *_, unprunable in staying if int(root[unprunable[0]]) == 0}
     of_makers = [(name, labels[root[labels] == 0]) for name, labels in makers]
     causes = ctx.labels.causes(sorted(first | {int(m[0]) for _, m in of_makers if m.numel()}), root)
     kin: dict[int, list[str]] = {}
@@ -61,8 +61,8 @@ def stays(
     owners = _Owners([(int(labels[0]), labels.numel(), name, axis) for name, axis, labels in axes])
     where = {node.name: module_of(node) for node in ctx.exported.graph.nodes if isinstance(node, fx.Node)}
 
-    def stay(name: str, axis: int, labels: Tensor, left: Tensor) -> Stay:
-        cause = causes.get(int(left[0]), Cause("", "", (), 0))
+    def stay(name: str, axis: int, labels: Tensor, unprunable: Tensor) -> Stay:
+        cause = causes.get(int(unprunable[0]), Cause("", "", (), 0))
         links: list[Link] = []
         for call, label in cause.steps:
             link = Link(ops.get(call, ""), where.get(call, ""), *owners.of(label))
@@ -71,7 +71,7 @@ def stays(
         return Stay(
             tensor=name,
             axis=axis,
-            positions=left.numel(),
+            positions=unprunable.numel(),
             of=labels.numel(),
             reason=cause.reason or "no weight makes these channels",
             module=where.get(cause.at, ""),

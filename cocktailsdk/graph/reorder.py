@@ -92,12 +92,12 @@ def nested_order(
     """
     stays = torch.stack([~r.cpu() for r in removed]).sum(0) if removed else torch.zeros(coupling.n_units)
     alike = _alike(coupling)
-    wanted = list(coupling.groups)
-    order, left = _possible(coupling, stays, alike, wanted)
+    all_groups = list(coupling.groups)
+    order, sortable = _possible(coupling, stays, alike, all_groups)
     check = _Check(model, coupling, args, kwargs)
     if check.same(order):
         return order
-    ordered = [g for g in left if check.same(_possible(coupling, stays, alike, [g])[0])]
+    ordered = [g for g in sortable if check.same(_possible(coupling, stays, alike, [g])[0])]
     order, _ = _possible(coupling, stays, alike, ordered)
     log.warning(
         "these channel groups keep their order, since the model computes something else in another: %s",

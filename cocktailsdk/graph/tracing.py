@@ -26,9 +26,9 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self._module, self._given = module, given
+        self._module, self._arguments = module, arguments
         self._values: dict[fx.Node, Any] = {}
         self._running = False
 
@@ -42,7 +42,7 @@ class _Tracer(fx.Tracer):
             return self.to_bool(args[0][0])  # type: ignore[return-value]  # it takes conditions, or functions that give them
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         if kind == "placeholder":
-            self._values[proxy.node] = self._given[target]
+            self._values[proxy.node] = self._arguments[target]
         elif kind != "output":
             self._running = True
             try:
@@ -95,12 +95,12 @@ def traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     gives another value is refused (:func:`cocktailsdk.graph.layers.expect`).
     """
     parameters = dict(list(inspect.signature(type(module).forward).parameters.items())[1:])
-    given = bound_to(module, args, kwargs)
+    bound = bound_to(module, args, kwargs)
     for name, parameter in parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and given.get(name):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and bound.get(name):
             raise TypeError("a variable number of arguments")
     names = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    constant = {n: given.get(n, parameters[n].default) for n in names}
+    constant = {n: bound.get(n, parameters[n].default) for n in names}
     live = [n for n in names if not (constant[n] is None or isinstance(constant[n], bool | str))]
     fixed = {n: constant[n] for n in names if n not in live}
 

@@ -110,8 +110,8 @@ def verify_slim(
                 f"{type(model).__name__} returned no floating-point tensor by which to compare slim with masked; "
                 "give example inputs for which it does, or return a dataclass, a tuple or a mapping that holds them."
             )
-        left = _Left(cutter)
-        settling = _Settling(masked, slim, options, outputs, cutter, left)
+        survivors = _Survivors(cutter)
+        settling = _Settling(masked, slim, options, outputs, cutter, survivors)
         try:
             with precision, settling, RefuseEmptyHeads():
                 output = slim(*args, **kwargs)
@@ -123,7 +123,7 @@ def verify_slim(
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else "no message"
             where = failing_module(slim, args, kwargs)
-            before = first_difference(masked, slim, args, kwargs, left)
+            before = first_difference(masked, slim, args, kwargs, survivors)
             known = f", after going wrong in {before!r}" if before else ""
             raise SlimError(
                 f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
@@ -139,10 +139,10 @@ def verify_slim(
                 got_inside = tensors_in(part(*inside, **kw))
             worst = max(worst, relative_error(got_inside, outputs.seen[path], outputs.seen[path]))
         limit = precision.limit
-        if not worst <= limit and _nothing_left(want):
+        if not worst <= limit and _near_zero(want):
             worst = relative_error(got, want, _dense_outputs(model, args, kwargs))
         if not worst <= limit:
-            where = first_difference(masked, slim, args, kwargs, left)
+            where = first_difference(masked, slim, args, kwargs, survivors)
             raise SlimError(
                 f"the slim {type(model).__name__} computes something else than the masked one: relative error "
                 f"{worst:.1e}, allowed {limit:.0e}. The first module that differs is "
@@ -157,7 +157,7 @@ def verify_slim(
     return Proof(worst, settling.mends)
 
 
-def _nothing_left(outputs: Sequence[Tensor]) -> bool:
+def _near_zero(outputs: Sequence[Tensor]) -> bool:
     """Whether an output is so small beside unit scale that rounding is all there is in it."""
     return any(t.numel() and float(t.abs().max()) < SINGLE for t in outputs)
 
@@ -207,10 +207,10 @@ class _Settling:
         options: Options,
         outputs: _Outputs,
         cutter: Cutter,
-        left: _Left,
+        survivors: _Survivors,
     ) -> None:
         self.mends = Mends()
-        self._left = left
+        self._survivors = survivors
         self._masked, self._slim, self._options, self._outputs, self._cutter = masked, slim, options, outputs, cutter
         self._settled: set[str] = set()
         self._busy: set[str] = set()
@@ -279,17 +279,17 @@ class _Settling:
     def _expected(self, path: str) -> list[Tensor] | None:
         """What the module should return first: the masked model's value without what is gone."""
         wanted = self._outputs.seen.get(path)
-        expected = self._left.returned(path, wanted[0]) if wanted else None
+        expected = self._survivors.returned(path, wanted[0]) if wanted else None
         return None if expected is None else [expected]
 
 
-class _Left:
+class _Survivors:
     """What is left of tensors that modules of the masked model are given, or return, as far as that is known."""
 
     def __init__(self, cutter: Cutter) -> None:
         self._keep = cutter.keep
         self._returned: dict[str, Node] = {}
-        self._given: dict[str, dict[tuple[int, ...], Node]] = {}
+        self._inputs: dict[str, dict[tuple[int, ...], Node]] = {}
         by_name = {n.name: n for n in cutter.trace.nodes}
         for node in cutter.trace.nodes:
             sources = [by_name[name] for name in node.inputs]
@@ -297,11 +297,11 @@ class _Left:
                 self._returned[path] = node
                 for source in sources:
                     if path and source.shape is not None and path not in source.within:
-                        self._given.setdefault(path, {}).setdefault(source.shape, source)
+                        self._inputs.setdefault(path, {}).setdefault(source.shape, source)
 
-    def __call__(self, path: str, value: Tensor, given: bool) -> Tensor:
+    def __call__(self, path: str, value: Tensor, is_input: bool) -> Tensor:
         """What is left of a tensor that a module is given first (or else returns first)."""
-        node = self._given.get(path, {}).get(tuple(value.shape)) if given else self._returned.get(path)
+        node = self._inputs.get(path, {}).get(tuple(value.shape)) if is_input else self._returned.get(path)
         return value if node is None or node.shape != tuple(value.shape) else surviving(value, node, self._keep)
 
     def returned(self, path: str, value: Tensor) -> Tensor | None:

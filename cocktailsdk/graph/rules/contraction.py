@@ -256,27 +256,27 @@ def _of_vectors(ctx: Context, node: fx.Node, a: Any, b: Any) -> Fields:
     if len(sb) == 1:
         sb, fb = (*sb, 1), tuple(f.with_labels(f.labels[..., None]) for f in fb)
     shape = (*sa[:-2], *sb[:-2], sa[-2], sb[-1])
-    gone = [d for d, was in ((len(shape) - 1, len(ctx.shape(b))), (len(shape) - 2, len(ctx.shape(a)))) if was == 1]
+    squeezed = [d for d, was in ((len(shape) - 1, len(ctx.shape(b))), (len(shape) - 2, len(ctx.shape(a)))) if was == 1]
     out = product(ctx, fa, sa, fb, sb, shape)
-    for d in gone:
+    for d in squeezed:
         out = tuple(f.with_labels(f.labels.squeeze(d)) for f in out)
     return out if rank else ()
 
 
 def _factors(fa: Fields, fb: Fields, sa: tuple[int, ...], sb: tuple[int, ...]) -> tuple[Int64[Tensor, "..."], ...]:
     """Label arrays whose shares multiply to the share of multiply-adds left."""
-    taken: set[int] = set()
+    seen_dims: set[int] = set()
     out = []
     for f in fa:
-        if not f.dims & taken:
-            taken |= f.dims
+        if not f.dims & seen_dims:
+            seen_dims |= f.dims
             out.append(f.labels)
     shift = len(sa) - len(sb)
     rank = len(sa)
     for f in fb:
         dims = {rank - 1 if d == len(sb) - 2 else (rank if d == len(sb) - 1 else d + shift) for d in f.dims}
-        if not dims & taken:
-            taken |= dims
+        if not dims & seen_dims:
+            seen_dims |= dims
             out.append(f.labels)
     return tuple(out)
 

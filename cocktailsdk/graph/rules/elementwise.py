@@ -30,9 +30,9 @@ def unify(
     """
     rank = len(shape)
     aligned: list[tuple[tuple[int, ...], list[Field]]] = []
-    for own, given in operands:
+    for own, operand_fields in operands:
         extra = rank - len(own)
-        aligned.append(((1,) * extra + tuple(own), [f.with_labels(f.labels[(None,) * extra]) for f in given]))
+        aligned.append(((1,) * extra + tuple(own), [f.with_labels(f.labels[(None,) * extra]) for f in operand_fields]))
 
     # An operand that varies along a dimension without labels there asks for all of it.
     for d in range(rank):
@@ -49,11 +49,11 @@ def unify(
     out = []
     for row in rows:
         dims = frozenset.intersection(*(f.dims for f in row.values()))
-        reduced = {i: left for i, f in row.items() if (left := _reduced(ctx, f, dims)) is not None}
-        held = list(reduced.values())
-        for f in held[1:]:
-            ctx.labels.join(held[0].labels, f.labels)
-        if held:
+        reduced = {i: remaining for i, f in row.items() if (remaining := _reduced(ctx, f, dims)) is not None}
+        present = list(reduced.values())
+        for f in present[1:]:
+            ctx.labels.join(present[0].labels, f.labels)
+        if present:
             out.append([reduced.get(i) for i in range(len(operands))])
     return out
 
@@ -87,17 +87,17 @@ def _place(ctx: Context, rows: list[Row], operand: int, f: Field) -> None:
             return
         if len(_dims(row)) >= len(f.dims):
             ctx.labels.stay(f.labels)
-            kept = {i: left for i, g in row.items() if (left := ctx.labels.collapse(g, shared)) is not None}
+            remaining = {i: rest for i, g in row.items() if (rest := ctx.labels.collapse(g, shared)) is not None}
             row.clear()
-            row.update(kept)
+            row.update(remaining)
             if not row:
                 rows.remove(row)
             return
         rows.remove(row)
         ctx.labels.stay_all(row.values())
-        left = ctx.labels.collapse(f, shared)
-        if left is not None:
-            _place(ctx, rows, operand, left)
+        rest = ctx.labels.collapse(f, shared)
+        if rest is not None:
+            _place(ctx, rows, operand, rest)
         return
     rows.append({operand: f})
 

@@ -300,8 +300,8 @@ def pad(ctx: Context, node: fx.Node) -> Result:
             if labels is None or dim not in f.dims or (before, after) == (0, 0):
                 continue
             if mode != "constant" or before < 0 or after < 0:
-                left = ctx.labels.collapse(f.with_labels(labels), [dim])
-                labels = None if left is None else left.labels
+                collapsed = ctx.labels.collapse(f.with_labels(labels), [dim])
+                labels = None if collapsed is None else collapsed.labels
                 continue
             parts = [labels]
             for count, first in ((before, True), (after, False)):

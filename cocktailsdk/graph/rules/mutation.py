@@ -55,9 +55,9 @@ def mutated(ctx: Context, node: fx.Node) -> None:
     )
     if any(f.zero for f in before) and not all(f.zero for f in now):
         for other in shared:
-            held = ctx.env.get(other, ())
+            previous = ctx.env.get(other, ())
             ctx.env[other] = tuple(
-                f.with_zero(False) if isinstance(f, Field) else tuple(g.with_zero(False) for g in f) for f in held
+                f.with_zero(False) if isinstance(f, Field) else tuple(g.with_zero(False) for g in f) for f in previous
             )  # type: ignore[assignment]
 
 

@@ -25,8 +25,8 @@ def _affine(
     Returns:
         The fields, and whether weight and bias make a masked channel zero.
     """
-    given = [p for p in parameters if isinstance(p, fx.Node)]
-    views = [(tuple(view), tuple(f.with_labels(_viewed(f, view)) for f in ctx.fields(p))) for p in given]
+    nodes = [p for p in parameters if isinstance(p, fx.Node)]
+    views = [(tuple(view), tuple(f.with_labels(_viewed(f, view)) for f in ctx.fields(p))) for p in nodes]
     affine = isinstance(parameters[0], fx.Node) and (parameters[1] is None or isinstance(parameters[1], fx.Node))
     return unified(ctx, [(tuple(shape), fields), *views], shape), affine
 
@@ -91,9 +91,9 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
             )
             out.append(f)
         else:
-            left = ctx.labels.collapse(f, f.dims & inside)
-            if left is not None:
-                out.append(left)
+            collapsed = ctx.labels.collapse(f, f.dims & inside)
+            if collapsed is not None:
+                out.append(collapsed)
     view = (1,) * (rank - n) + tuple(shape[rank - n :])
     fields, _ = _affine(ctx, tuple(out), shape, [weight, bias], view)
     masked = isinstance(weight, fx.Node) and (name == "rms_norm" or bias is None or isinstance(bias, fx.Node))
@@ -108,23 +108,23 @@ def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int
 
     Fan-in positions may go where they are zero and the module that runs this can count the absent ones.
     """
-    held: list[Field] = []
+    per_row: list[Field] = []
     across: list[Field] = []
     for f in fields:
         if not f.dims - {1}:
-            held.append(f)
+            per_row.append(f)
         elif f.zero and 1 not in f.dims and module_of(node):
             ctx.counted.add(module_of(node))
             across.append(f.with_zero(False))
         else:
-            left = ctx.labels.collapse(f, f.dims - {1})
-            if left is not None:
-                held.append(left)
-    rows, _ = _affine(ctx, tuple(held), shape, node.args[1:3], view)
+            collapsed = ctx.labels.collapse(f, f.dims - {1})
+            if collapsed is not None:
+                per_row.append(collapsed)
+    rows, _ = _affine(ctx, tuple(per_row), shape, node.args[1:3], view)
     bias = len(node.args) > 2 and isinstance(node.args[2], fx.Node)
-    zero = {f.dims: f.zero for f in held}
-    kept = tuple(f.with_zero(zero.get(f.dims, False) or (bias and isinstance(node.args[1], fx.Node))) for f in rows)
-    return (*kept, *across)
+    zero = {f.dims: f.zero for f in per_row}
+    scaled = tuple(f.with_zero(zero.get(f.dims, False) or (bias and isinstance(node.args[1], fx.Node))) for f in rows)
+    return (*scaled, *across)
 
 
 @rule("_weight_norm", "_weight_norm_interface")
@@ -254,23 +254,23 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
     weight, bias = (node.args[1], node.args[2]) if native else (argument(node, "weight"), argument(node, "bias"))
     eps: Any = node.args[-1] if native else argument(node, "eps")
     view = (1, shape[1]) + (1,) * (len(shape) - 2)
-    held: list[Field] = []
+    joined: list[Field] = []
     for f in ctx.fields(x):
         positions = [d for d in f.dims if d != 1]
-        left = ctx.labels.collapse(f, positions) if positions else f
-        if left is not None and 1 in left.dims:
+        collapsed = ctx.labels.collapse(f, positions) if positions else f
+        if collapsed is not None and 1 in collapsed.dims:
             if groups == 1:
                 module = module_of(node)
                 others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
-                if not module or not left.zero or others or ctx.runs_children(module):
-                    ctx.labels.stay(left.labels)
+                if not module or not collapsed.zero or others or ctx.runs_children(module):
+                    ctx.labels.stay(collapsed.labels)
                     continue
                 ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
             else:
-                rows = left.labels.reshape(groups, -1)
+                rows = collapsed.labels.reshape(groups, -1)
                 ctx.labels.join(rows, rows[:, :1])
-        if left is not None:
-            held.append(left)
-    out, affine = _affine(ctx, tuple(held), shape, [weight, bias], view)
+        if collapsed is not None:
+            joined.append(collapsed)
+    out, affine = _affine(ctx, tuple(joined), shape, [weight, bias], view)
     out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
     return (out, (), ()) if native else out

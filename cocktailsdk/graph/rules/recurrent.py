@@ -24,17 +24,17 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
     One number holds the width of all layers and directions, so all lose the same positions. Packed sequences, states
     that are given, and projections are kept whole.
     """
-    given: tuple[Any, ...] = node.args
-    x, state, weights = given[:3]
+    args: tuple[Any, ...] = node.args
+    x, state, weights = args[:3]
     if node.target._overloadname != "input":  # type: ignore[union-attr]
-        return _whole(ctx, node, "a recurrent layer over packed sequences is kept whole")
+        return _keep_unpruned(ctx, node, "a recurrent layer over packed sequences is kept whole")
     layers, directions = int(argument(node, "num_layers")), 2 if argument(node, "bidirectional") else 1
     per_cell = len(weights) // (layers * directions)
     states = [state] if isinstance(state, fx.Node) else list(state)
     started = [s for s in states if getattr(s.target, "_opname", "") != "zeros"]
     hidden = ctx.shape(weights[1])[-1]
     if started or per_cell not in (2, 4) or hidden < 2:
-        return _whole(ctx, node, "a recurrent layer that is given its state, or projects it, is kept whole")
+        return _keep_unpruned(ctx, node, "a recurrent layer that is given its state, or projects it, is kept whole")
     gates = GATES[node.target._opname]  # type: ignore[union-attr]
     labels = ctx.labels.fresh(hidden)
     last = len(ctx.shape(x)) - 1
@@ -64,10 +64,10 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(ctx: Context, node: fx.Node) -> Result:
     """One step of a recurrent layer."""
-    return _whole(ctx, node, "a recurrent cell is kept whole")
+    return _keep_unpruned(ctx, node, "a recurrent cell is kept whole")
 
 
-def _whole(ctx: Context, node: fx.Node, reason: str) -> tuple[Any, ...]:
+def _keep_unpruned(ctx: Context, node: fx.Node, reason: str) -> tuple[Any, ...]:
     touched: Fields = tuple(f for source in node.all_input_nodes for f in ctx.fields(source))
     ctx.labels.stay_all(touched, reason)
     return tuple(() for _ in node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else ()

@@ -27,18 +27,18 @@ def mixed(
     Returns:
         What is left of the fields, with the operand's dimensions, and the dimensions mixed.
     """
-    gone = frozenset(dims)
+    mixed_dims = frozenset(dims)
     out: list[Field] = []
     for f in fields:
-        if not f.dims & gone:
+        if not f.dims & mixed_dims:
             out.append(f)
-        elif f.dims <= gone and f.zero and not absent_zeros_count:
+        elif f.dims <= mixed_dims and f.zero and not absent_zeros_count:
             continue  # a sum over channels that are truly zero: nothing to join, nothing goes on
         else:
-            left = ctx.labels.collapse(f, f.dims & gone)
-            if left is not None:
-                out.append(left)
-    return tuple(out), gone
+            collapsed = ctx.labels.collapse(f, f.dims & mixed_dims)
+            if collapsed is not None:
+                out.append(collapsed)
+    return tuple(out), mixed_dims
 
 
 def _reduced_dims(ctx: Context, node: fx.Node) -> list[int]:
@@ -107,7 +107,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
             ctx.counted.add(module_of(node))
             counts = False
             source = tuple(f.with_zero(f.zero or f.dims in zero) for f in source)
-    fields, gone = mixed(ctx, source, dims, absent_zeros_count=counts)
+    fields, mixed_dims = mixed(ctx, source, dims, absent_zeros_count=counts)
     keep = bool(argument(node, "keepdim", False))
     keeps_zero = name in (
         "sum",
@@ -127,7 +127,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     for f in fields:
         labels = f.labels
         if not keep:
-            for d in sorted(gone, reverse=True):
+            for d in sorted(mixed_dims, reverse=True):
                 labels = labels.squeeze(d)
         out.append(Field(labels, f.zero and keeps_zero))
     return tuple(out)
@@ -140,8 +140,8 @@ def cosine(ctx: Context, node: fx.Node) -> Result:
     a, b = node.args[:2]
     shape = torch.broadcast_shapes(ctx.shape(a), ctx.shape(b))
     fields = combine(ctx, (a, b), shape, all_zero)
-    left, _ = mixed(ctx, fields, [dim % len(shape)], absent_zeros_count=False)
-    return tuple(Field(f.labels.squeeze(dim), False) for f in left)
+    remaining, _ = mixed(ctx, fields, [dim % len(shape)], absent_zeros_count=False)
+    return tuple(Field(f.labels.squeeze(dim), False) for f in remaining)
 
 
 @rule("max", "min", "median", "mode", "kthvalue", "topk", "sort", "var_mean", "std_mean", "aminmax", "cummax", "cummin")
@@ -157,12 +157,12 @@ def selection(ctx: Context, node: fx.Node) -> Result:
     last = -1 if name in ("topk", "sort", "kthvalue", "mode", "median") else None
     dims = argument(node, "dim", last)
     dims = list(range(rank)) if dims is None else [int(d) % rank for d in ([dims] if isinstance(dims, int) else dims)]
-    fields, gone = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
+    fields, mixed_dims = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
     out = []
     for f in fields:
         labels = f.labels
         if first.dim() < rank:
-            for d in sorted(gone, reverse=True):
+            for d in sorted(mixed_dims, reverse=True):
                 labels = labels.squeeze(d)
         out.append(Field(labels, f.zero and name in ("max", "min")))
     values = tuple(out)

@@ -199,7 +199,7 @@ class Context:
         """Nodes whose innermost module is this one, in the mode that is being read; else in the other."""
         return self._calls.get((module, self.training)) or self._calls.get((module, not self.training), [])
 
-    def is_told(self, node: fx.Node) -> bool:
+    def in_trace(self, node: fx.Node) -> bool:
         """Whether a call is of eval mode, or of a module that runs in training mode alone."""
         return not node.meta.get("training") or (module_of(node), False) not in self._calls
 

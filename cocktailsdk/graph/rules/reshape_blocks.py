@@ -11,23 +11,23 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list
     """The smallest runs of dimensions of both shapes that hold the same number of elements."""
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        left, right = (
+        old_dims, new_dims = (
             ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
         )
         a = b = 1
-        for d in left:
+        for d in old_dims:
             a *= old[d]
-        for d in right:
+        for d in new_dims:
             b *= new[d]
-        i, j = i + len(left), j + len(right)
+        i, j = i + len(old_dims), j + len(new_dims)
         while a != b:
             if a < b:
                 a *= old[i]
-                left.append(i)
+                old_dims.append(i)
                 i += 1
             else:
                 b *= new[j]
-                right.append(j)
+                new_dims.append(j)
                 j += 1
-        blocks.append((left, right))
+        blocks.append((old_dims, new_dims))
     return blocks
