@@ -110,6 +110,11 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
+def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """A call's arguments by name, whichever way they were passed."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
 def _share(dim: int | Sequence[int] | None, before: Sequence[int], now: Sequence[int]) -> tuple[tuple[int, ...], float]:
     """The dimensions that are reduced, and how much is left along them."""
     dims = tuple(range(len(before))) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
@@ -215,16 +220,16 @@ class _Editor:
 
     def _mean(self, node: Any) -> None:
         """A mean over channels goes on dividing by how many there were."""
-        arguments = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
-        before, now = self._wide[arguments["input"]].shape, self._values[arguments["input"]].shape
-        dims, share = _share(arguments.get("dim"), before, now)
+        call = _arguments(node, "input", "dim", "keepdim")
+        before, now = self._wide[call["input"]].shape, self._values[call["input"]].shape
+        dims, share = _share(call.get("dim"), before, now)
         if share == 1:
             return
-        centred = _centred(arguments["input"], squared=True)
-        keepdim = bool(arguments.get("keepdim", False))
+        centred = _centred(call["input"], squared=True)
+        keepdim = bool(call.get("keepdim", False))
         node.op, node.kwargs = "call_function", {}
         if centred is None:
-            node.target, node.args = mean_of_all, (arguments["input"], dims, keepdim, share)
+            node.target, node.args = mean_of_all, (call["input"], dims, keepdim, share)
         else:
             node.target, node.args = variance_of_all, (centred, dims, keepdim, share, 0, False)
 
@@ -244,7 +249,7 @@ class _Editor:
 
     def _narrow(self, node: Any) -> None:
         """A run of channels, told by its start and length."""
-        call = dict(zip(("input", "dim", "start", "length"), node.args, strict=False)) | dict(node.kwargs)
+        call = _arguments(node, "input", "dim", "start", "length")
         source, dim = call["input"], call["dim"]
         before, now = self._wide[source].shape, self._values[source].shape
         if before[dim] == now[dim]:
@@ -259,7 +264,7 @@ class _Editor:
     def _standardisation(self, node: Any) -> None:
         """A weight's rows go on being standardised by their original fan-in."""
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        call = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        call = _arguments(node, *names)
         before, now = self._wide[call["input"]], self._values[call["input"]]
         if call.get("training") and before.dim() == 3 and before.shape[2] != now.shape[2]:
             share = now.shape[2] / before.shape[2]
@@ -268,9 +273,7 @@ class _Editor:
 
     def _layer_norm(self, node: Any) -> None:
         """A LayerNorm inside other code goes on counting the channels there were."""
-        call = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | dict(
-            node.kwargs
-        )
+        call = _arguments(node, "input", "normalized_shape", "weight", "bias", "eps")
         before, now = self._wide[call["input"]].shape, self._values[call["input"]].shape
         if before[-1] != now[-1]:
             node.op, node.target, node.kwargs = "call_function", layer_norm_of_all, {}
