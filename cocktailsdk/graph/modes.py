@@ -21,8 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from .determinism import seeded_rng
 from .export import Exported, export_whole, merge, op_name, shape_of, silenced, with_modules, within
-from .steady import unchanged_randomness
 
 if TYPE_CHECKING:
     from .rules import Context
@@ -230,7 +230,7 @@ def with_training(
         return Unreached(_widths(model, unread), why)
     copy = duplicate(model)
     try:
-        with torch.no_grad(), in_training(copy), unchanged_randomness():
+        with torch.no_grad(), in_training(copy), seeded_rng():
             copy(*args, **dict(kwargs or {}))
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import SlimError
 from .compare import Precision, failing_module, first_difference, relative_error, tensors_in
+from .determinism import ConstantRandom, seeded_rng
 from .modes import in_training, reads_training
-from .steady import Steady, unchanged_randomness
 
 __all__ = ["TrainingModeError", "check_training"]
 
@@ -57,21 +57,21 @@ def check_training(masked: nn.Module, slim: nn.Module, args: Sequence[Any], kwar
             again, _ = _outcome(masked, args, kwargs, precision)
             if not relative_error(again, want, want) <= precision.limit:
                 return False  # two runs of the masked model differ as well, so values show nothing
-        with Steady(), unchanged_randomness():
+        with ConstantRandom(), seeded_rng():
             where = first_difference(masked, slim, args, kwargs)
         raise _refused(slim, "computes something else than the masked one", where)
 
 
 def _outcome(model: nn.Module, args: Any, kwargs: Any, precision: Precision) -> tuple[list[Tensor], Exception | None]:
     try:
-        with unchanged_randomness(), precision, Steady():
+        with seeded_rng(), precision, ConstantRandom():
             return tensors_in(model(*args, **kwargs)), None
     except Exception as error:  # the model's own, for want of targets, or of the right sizes
         return [], error
 
 
 def _at(model: nn.Module, args: Any, kwargs: Any) -> str:
-    with unchanged_randomness(), Steady():
+    with seeded_rng(), ConstantRandom():
         return failing_module(model, args, kwargs)
 
 
