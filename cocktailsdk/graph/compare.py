@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .obstacles import hookable
 from .outputs import tensors_of
+from .unsupported import hookable
 
 __all__ = [
     "EXACT",

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from ..errors import ExportFailed
 from ..utils.undo import Snapshot, unchanged
 from .grouped import ExportableGroups
-from .obstacles import hookable, is_scripted, refuse_what_cannot_run
 from .outputs import tensors_of
+from .unsupported import hookable, is_scripted, refuse_unsupported
 
 __all__ = ["BuildsParameters", "Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
 
@@ -109,7 +109,7 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
             f"{type(model).__name__}: the graph is found by running the model, but no example inputs were given. "
             "Pass example_inputs=(x,) or example_kwargs={...}."
         )
-    refuse_what_cannot_run(model)
+    refuse_unsupported(model)
     inputs, own = (tuple(args), dict(kwargs or {})), _names(model)
     failures: dict[str, str] = {}
     with warnings.catch_warnings(), silenced(), torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CocktailError, PatternError
-from ..graph import Coupling, Kept, Stay, Weight, couple, obstacles
+from ..graph import Coupling, Kept, Stay, Weight, couple, unsupported_modules
 from ..graph.export import BuildsParameters, evaluating
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
@@ -106,7 +106,7 @@ def _found(model: nn.Module, example: Example, selection: Selection) -> Inspecti
 
 def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, selection: Selection) -> Inspection:
     stays = _stays(coupling)
-    kept = (*kept_whole(coupling), *obstacles(model))
+    kept = (*kept_whole(coupling), *unsupported_modules(model))
     if not kept and not coupling.weights and any(True for _ in model.parameters()):
         kept = (Kept("", NOTHING_RETURNED),)
     reasons = {k.where: k.reason for k in kept}
@@ -252,7 +252,7 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
         followed=False,
         layers=layers,
         groups=(),
-        kept=(Kept("", reason), *obstacles(model)),
+        kept=(Kept("", reason), *unsupported_modules(model)),
         params=sum(p.numel() for p in model.parameters() if not is_lazy(p)),
         flops=flops.get("", 0),
         savings=(),

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import ExportFailed
 from .coupling import Kept
 
-__all__ = ["hookable", "is_scripted", "obstacles", "refuse_what_cannot_run"]
+__all__ = ["hookable", "is_scripted", "refuse_unsupported", "unsupported_modules"]
 
 _ScriptModule: type | None = getattr(torch.jit, "ScriptModule", None)  # TorchScript is deprecated
 
@@ -36,7 +36,7 @@ def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, module) for path, module in model.named_modules() if not is_scripted(module))
 
 
-def obstacles(model: nn.Module) -> tuple[Kept, ...]:
+def unsupported_modules(model: nn.Module) -> tuple[Kept, ...]:
     """Modules whose kind keeps them from being pruned, with the reason; of nested ones the outermost."""
     found: list[Kept] = []
     inside: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ def _why(module: nn.Module) -> str:
     return ""
 
 
-def refuse_what_cannot_run(model: nn.Module) -> None:
+def refuse_unsupported(model: nn.Module) -> None:
     """Refuses models of which no part can be followed, before anything is run.
 
     Raises:
