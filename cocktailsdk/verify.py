@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .errors import PatternError
 from .graph import Kept, Weight
 from .graph.export import evaluating
-from .graph.hooked import hooked
+from .graph.hook_weights import hook_weights
 from .graph.weight_graph import run_weight_graph
 from .net.subnet_model import SubnetModel
 from .net.target_modules import Modules, Selection
@@ -174,7 +174,7 @@ def _weights(model: nn.Module) -> list[tuple[Weight, Tensor]]:
     out = []
     with unchanged(model), evaluating(model), torch.no_grad():
         for path, module in model.named_modules():
-            now = dict(hooked(module))
+            now = dict(hook_weights(module))
             for name, t, op, out_axis, in_axis in _of(module):
                 if id(t) not in seen:
                     seen.add(id(t))

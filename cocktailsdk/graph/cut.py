@@ -14,7 +14,7 @@ from ..errors import SlimError
 from .copies import duplicate
 from .coupling import Coupling, Trace
 from .export import evaluating
-from .hooked import refresh
+from .hook_weights import refresh_hook_weights
 from .mend import Mends, Options, mend
 
 __all__ = ["Cutter"]
@@ -79,7 +79,7 @@ class Cutter:
             if name in share and id(tensor) not in memo:
                 memo[id(tensor)] = _like(tensor, tensor.detach())
         slim = duplicate(model, memo)
-        refresh(slim.modules())
+        refresh_hook_weights(slim.modules())
         with evaluating(model), evaluating(slim):  # in training, merely reading a spectral norm's weight changes it
             return slim, mend(slim, model, self.trace, keep, mends)
 

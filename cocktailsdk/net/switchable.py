@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, PatternError, SubnetError
 from ..graph import Coupling
-from ..graph.hooked import refresh
+from ..graph.hook_weights import refresh_hook_weights
 from ..masks import Mask
 from ..masks.device_cache import Placed, PlacedMasks, placed_bytes, zero_masked
 from ..masks.nested import Level, nested_levels
@@ -324,7 +324,7 @@ class SwitchableModel(nn.Module):
             self._active = name
             for cache in self._adapter_caches:
                 cache.clear()
-            refresh(self._hooked)  # whoever looks at a weight before the next pass sees this subnetwork's
+            refresh_hook_weights(self._hooked)  # whoever looks at a weight before the next pass sees this subnetwork's
             if name != DENSE:
                 self._merges.arm(name)
             if watch:
