@@ -79,7 +79,7 @@ def test_users_own_model() -> None:
 
 
 class LambdaShortcut(nn.Module):
-    """The CIFAR ResNet's option-A shortcut as people write it: a lambda, with nothing to mend by name."""
+    """The CIFAR ResNet's option-A shortcut as people write it: a lambda, with nothing to fix by name."""
 
     def __init__(self, width: int, wider: int) -> None:
         super().__init__()

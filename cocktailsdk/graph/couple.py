@@ -14,8 +14,8 @@ from .assemble import assemble, making_axes
 from .coupling import EXCLUDED, Coupling
 from .export import Exported, export, module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
-from .mend import READS_SIZES
 from .modes import Unreached, idle, keep_for, reads_training, training_only, with_training
+from .module_fixes import READS_SIZES
 from .reasons import because
 from .rules import RULES, Context
 from .rules.mutation import mutated

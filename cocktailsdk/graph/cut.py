@@ -1,4 +1,4 @@
-"""Cutting: a copy of a model without some of its channel units, mended, and not yet proven."""
+"""Cutting: a copy of a model without some of its channel units, with its modules fixed, not yet verified."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .copies import duplicate
 from .coupling import Coupling, Trace
 from .export import evaluating
 from .hook_weights import refresh_hook_weights
-from .mend import Mends, Options, mend
+from .module_fixes import ModuleFixes, Options, fix_modules
 
 __all__ = ["Cutter"]
 
@@ -40,13 +40,13 @@ class Cutter:
         return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
 
     def cut(
-        self, model: nn.Module, mends: Mends | None = None, *, share: Container[str] = ()
+        self, model: nn.Module, fixes: ModuleFixes | None = None, *, share: Container[str] = ()
     ) -> tuple[nn.Module, Options]:
-        """Copies a model without the removed units and mends the copy; nothing is checked.
+        """Copies a model without the removed units and fixes the modules of the copy; nothing is checked.
 
         Args:
             model: The model.
-            mends: Values of attributes that are known.
+            fixes: Values of attributes that are known.
             share: Names of parameters and buffers of which the copy gets no copy: it has them as the model has them, or
                 the part that stays where that is the first run along each axis.
 
@@ -81,7 +81,7 @@ class Cutter:
         slim = duplicate(model, memo)
         refresh_hook_weights(slim.modules())
         with evaluating(model), evaluating(slim):  # in training, merely reading a spectral norm's weight changes it
-            return slim, mend(slim, model, self.trace, keep, mends)
+            return slim, fix_modules(slim, model, self.trace, keep, fixes)
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:

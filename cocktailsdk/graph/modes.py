@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from .code_names import names_read
 from .determinism import seeded_rng
 from .export import Exported, export_whole, merge, op_name, shape_of, silenced, with_modules, within
 
@@ -78,13 +79,7 @@ def reads_training(model: nn.Module) -> bool:
 
 def _asked(model: nn.Module) -> set[str]:
     classes = {type(m) for m in model.modules()}
-    return set().union(*(_names_read(cls) for cls in classes if not _known(cls)))
-
-
-def _names_read(cls: type) -> set[str]:
-    from .mend import names_read
-
-    return names_read(cls)
+    return set().union(*(names_read(cls) for cls in classes if not _known(cls)))
 
 
 def _known(cls: type) -> bool:

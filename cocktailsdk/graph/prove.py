@@ -42,7 +42,7 @@ def couple(
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         exclude: For a module's path, whether its output channels must all stay (its input columns may go).
-        prove: Slim half of every group on a randomised copy in float64, and keep whole what cannot be mended, with the
+        prove: Slim half of every group on a randomised copy in float64, and keep whole what cannot be fixed, with the
             reason. Models on the meta device, which hold no values, are never run.
 
     Returns:
@@ -121,7 +121,7 @@ def _reason(error: SlimError, module: str | None) -> str:
         return f"in training mode {module!r} reads it, and could not be shown to compute the same with fewer channels"
     where = f"in {module!r} " if module else ""
     elsewhere = "" if module == error.module else f", as it could not in {error.module!r}"
-    return f"its code {where}could not be mended for fewer channels{elsewhere}"
+    return f"its code {where}could not be fixed for fewer channels{elsewhere}"
 
 
 def halves(coupling: Coupling, groups: Sequence[int]) -> Bool[Tensor, " units"]:

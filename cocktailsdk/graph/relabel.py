@@ -20,8 +20,8 @@ from .couple import Pass
 from .coupling import STAYS, Node
 from .cut import Cutter
 from .labels import Field
-from .mend import left_along
 from .rules.registry import MOVEMENT
+from .surviving import surviving_along
 
 __all__ = ["check_labels"]
 
@@ -85,7 +85,7 @@ def _calls(found: Pass, units: Int64[Tensor, " labels"], cutter: Cutter) -> int:
     compared = 0
     for module, was in theirs.items():
         now = ours.get(module, [])
-        if [op for op, *_ in now] != [n.op for n in was]:  # a mended norm, say: only what it returns must be the same
+        if [op for op, *_ in now] != [n.op for n in was]:  # a replaced norm, say: only its result must be the same
             now, was = now[-1:], was[-1:]
         last = was[-1]
         for (op, shape, fields), node in zip(now, was, strict=True) if now else ():
@@ -118,7 +118,7 @@ def _compare(
 ) -> None:
     surviving: dict[int, Tensor] = {}
     for field_units in node.units:
-        for d, k in left_along(field_units, keep).items():
+        for d, k in surviving_along(field_units, keep).items():
             surviving[d] = k & surviving[d] if d in surviving else k
     expected = tuple(int(surviving[d].sum()) if d in surviving else n for d, n in enumerate(node.shape or ()))
     if not whole_model and len(shape) == len(expected):

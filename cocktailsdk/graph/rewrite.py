@@ -1,7 +1,7 @@
-"""The last mend: a module whose code takes channel counts from shapes gets its own forward, with the right sizes.
+"""The last fix: a module whose code takes channel counts from shapes gets its own forward, with the right sizes.
 
 ``q.reshape(b, n, self.num_heads, c // self.num_heads)``, with ``c`` read from an input that lost channels of its own,
-has no attribute to mend. Such a module is traced with its children as they are, and the numbers that must differ are
+has no attribute to fix. Such a module is traced with its children as they are, and the numbers that must differ are
 put in place.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
 from .layers import expect_still, layer_norm_of_all, mean_of_all, standardised_of_all, variance_of_all
-from .mend import left_along, new_shape
+from .surviving import new_shape, surviving_along
 from .tracing import Runner, bound_to, traced, values_of
 
 __all__ = ["rewritten"]
@@ -309,7 +309,7 @@ class _Editor:
         """Which positions are left along a dimension of the tensor of that shape which the module slices."""
         same_shape = [r for r in self._nearby if r.shape == shape]
         fields = [u for r in [r for r in same_shape if r.name in self._sliced] or same_shape for u in r.units]
-        found = [surviving[dim] for units in fields if dim in (surviving := left_along(units, self._keep))]
+        found = [surviving[dim] for units in fields if dim in (surviving := surviving_along(units, self._keep))]
         return found[0] if found and all(torch.equal(f, found[0]) for f in found) else None
 
     def _expected(self, family: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

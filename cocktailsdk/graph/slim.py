@@ -60,8 +60,8 @@ def slim_module(
             raise SlimError(f"all {g.size} units of group {g.name!r} would go; at least one of each group must stay.")
     with unchanged(model):
         trace = coupling.trace or _found_again(model, coupling, args, kwargs)
-        mends = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).mends if verify else None
-        return Cutter(coupling, trace, removed).cut(model, mends)[0]
+        fixes = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).fixes if verify else None
+        return Cutter(coupling, trace, removed).cut(model, fixes)[0]
 
 
 def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Trace:

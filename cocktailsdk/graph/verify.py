@@ -31,10 +31,11 @@ from .coupling import Coupling, Node
 from .cut import Cutter
 from .empty_heads import RefuseEmptyHeads
 from .export import evaluating
-from .mend import Mends, Options, assign, surviving
+from .module_fixes import ModuleFixes, Options, assign
 from .recoded import recoded
 from .relabel import check_labels
 from .rewrite import rewritten
+from .surviving import surviving
 from .verify_training import check_training
 
 __all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
@@ -54,11 +55,11 @@ class Proof:
 
     Attributes:
         error: The largest relative error over all outputs.
-        mends: What makes the slim model right.
+        fixes: What makes the slim model right.
     """
 
     error: float
-    mends: Mends
+    fixes: ModuleFixes
 
 
 def verify_slim(
@@ -115,8 +116,8 @@ def verify_slim(
         try:
             with precision, settling, RefuseEmptyHeads():
                 output = slim(*args, **kwargs)
-            if settling.mends.forwards:  # what is kept has modules with that code, so these are what is looked at
-                slim = cutter.cut(masked, settling.mends)[0].eval()
+            if settling.fixes.forwards:  # what is kept has modules with that code, so these are what is looked at
+                slim = cutter.cut(masked, settling.fixes)[0].eval()
                 with precision:
                     output = slim(*args, **kwargs)
             got = tensors_in(output)
@@ -128,7 +129,7 @@ def verify_slim(
             raise SlimError(
                 f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
                 f"{where or 'its own forward'!r}{known}. An attribute that this module reshapes or splits by could not "
-                "be mended: exclude it (exclude_modules=[...]) or register an adapter for its class.",
+                "be fixed: exclude it (exclude_modules=[...]) or register an adapter for its class.",
                 module=before or where,
             ) from error
         worst = relative_error(got, want, want)
@@ -154,7 +155,7 @@ def verify_slim(
         if precision.narrowed:  # such kernels cannot be exported in float64 either, and labels have no precision
             slim, (args, kwargs) = slim.float(), narrowed((args, kwargs))
         check_labels(slim, cutter, args, kwargs)
-    return Proof(worst, settling.mends)
+    return Proof(worst, settling.fixes)
 
 
 def _near_zero(outputs: Sequence[Tensor]) -> bool:
@@ -209,7 +210,7 @@ class _Settling:
         cutter: Cutter,
         survivors: _Survivors,
     ) -> None:
-        self.mends = Mends()
+        self.fixes = ModuleFixes()
         self._survivors = survivors
         self._masked, self._slim, self._options, self._outputs, self._cutter = masked, slim, options, outputs, cutter
         self._settled: set[str] = set()
@@ -249,7 +250,7 @@ class _Settling:
             chosen = dict(zip(names, values, strict=True))
             assign(module, chosen)
             if self._right(path, lambda: self._code[path](*args, **kwargs)):
-                self.mends.attributes[path] = chosen
+                self.fixes.attributes[path] = chosen
                 self._settled.add(path)
                 return
         # No attribute does it: give the module its own code with the right sizes.
@@ -262,8 +263,8 @@ class _Settling:
             return
         made = recoded(module, graph)
         if self._right(path, lambda: made(*args, **kwargs)):
-            self.mends.attributes[path] = first
-            self.mends.forwards[path] = graph
+            self.fixes.attributes[path] = first
+            self.fixes.forwards[path] = graph
             self._settled.add(path)
             self._code[path] = made.forward  # for the rest of this run; the model that is kept gets a module
 

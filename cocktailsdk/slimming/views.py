@@ -121,10 +121,10 @@ def channel_views(net: SubnetModel, subnets: str | Iterable[str]) -> Views:
     models: dict[str, nn.Module] = {}
     for name, gone in removed.items():
         cutter = Cutter(coupling, trace, order.removed(gone))
-        mends = verify_slim(ordered, cutter, args, kwargs).mends
+        fixes = verify_slim(ordered, cutter, args, kwargs).fixes
         _put_statistics(shared, dense, {n: order.of(n, v) for n, v in net.statistics.get(name, {}).items()})
-        made = cutter.cut(ordered, mends, share=shared.keys() - own)[0]
-        _settle(made, cutter.cut(ordered, mends)[0], name, args, kwargs)
+        made = cutter.cut(ordered, fixes, share=shared.keys() - own)[0]
+        _settle(made, cutter.cut(ordered, fixes)[0], name, args, kwargs)
         models[name] = after_slim(made.requires_grad_(False), (args, kwargs))
         log.info("%s is a view", name)
     _put_statistics(shared, dense, {})
