@@ -18,7 +18,7 @@ from .attention import SlimMultiheadAttention
 from .code_names import names_read
 from .coupling import Norm, Trace
 from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
-from .recoded import recoded
+from .rewritten_module import with_forward
 from .surviving import Sizes, sizes_of, surviving_along
 
 __all__ = ["ModuleFixes", "Options", "Value", "assign", "fix_modules"]
@@ -123,7 +123,7 @@ def fix_modules(
     # Innermost first, so that a rewritten parent holds its rewritten children.
     forwards = chosen.forwards if chosen is not None else {}
     for path in sorted(forwards, key=lambda p: -p.count(".")):
-        _replace_module(slim, path, recoded(slim.get_submodule(path), forwards[path]))
+        _replace_module(slim, path, with_forward(slim.get_submodule(path), forwards[path]))
     return options
 
 
@@ -263,4 +263,4 @@ def _fix_padding(
                     amounts[i] = int(left[:before].sum())
                     amounts[i + 1] = int(left[left.numel() - after :].sum()) if after else 0
         node.args = (node.args[0], amounts, *node.args[2:])
-    _replace_module(slim, path, recoded(slim.get_submodule(path), graph).train(training))
+    _replace_module(slim, path, with_forward(slim.get_submodule(path), graph).train(training))

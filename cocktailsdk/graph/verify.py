@@ -32,9 +32,9 @@ from .cut import Cutter
 from .empty_heads import RefuseEmptyHeads
 from .export import evaluating
 from .module_fixes import ModuleFixes, Options, assign
-from .recoded import recoded
 from .relabel import check_labels
 from .rewrite import rewritten
+from .rewritten_module import with_forward
 from .surviving import surviving
 from .verify_training import check_training
 
@@ -261,7 +261,7 @@ class _Settling:
         graph = rewritten(original, module, path, inputs, (args, kwargs), self._cutter.trace, self._cutter.keep)
         if graph is None:
             return
-        made = recoded(module, graph)
+        made = with_forward(module, graph)
         if self._right(path, lambda: made(*args, **kwargs)):
             self.fixes.attributes[path] = first
             self.fixes.forwards[path] = graph
