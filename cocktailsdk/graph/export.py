@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
 from ..utils.undo import Snapshot, unchanged
-from .grouped import ExportableGroups
+from .grouped_mm import ExportableGroups
 from .outputs import tensors_of
 from .unsupported import hookable, is_scripted, refuse_unsupported
 
