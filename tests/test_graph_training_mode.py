@@ -17,7 +17,7 @@ import cocktailsdk as cocktail
 from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.cut import duplicate
 from cocktailsdk.graph.determinism import ConstantRandom
-from cocktailsdk.graph.modes import in_training
+from cocktailsdk.graph.training_mode import in_training
 
 IMAGE = (2, 3, 12, 12)
 

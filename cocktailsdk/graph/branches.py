@@ -8,8 +8,8 @@ from torch import fx
 
 from .coupling import Scale
 from .export import shape_of, within
-from .modes import training_only
 from .rules import Context
+from .training_mode import training_only
 
 __all__ = ["Residual", "residuals"]
 

@@ -14,11 +14,11 @@ from .assemble import assemble, making_axes
 from .coupling import EXCLUDED, Coupling
 from .export import Exported, export, module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
-from .modes import Unreached, idle, keep_for, reads_training, training_only, with_training
 from .module_fixes import READS_SIZES
 from .reasons import because
 from .rules import RULES, Context
 from .rules.mutation import mutated
+from .training_mode import Unreached, idle, pin_unreached, reads_training, training_only, with_training
 
 __all__ = ["Pass"]
 
@@ -58,7 +58,7 @@ class Pass:
             self.follows_training = isinstance(both, Exported)
             exported, unreached = (both, unreached) if isinstance(both, Exported) else (exported, both)
         self._ctx = propagate(exported)
-        keep_for(self._ctx, unreached)
+        pin_unreached(self._ctx, unreached)
         if exclude is not None:
             made = [(use.module, use.name, use.out_axis) for use in self._ctx.uses.values()]
             made += [(table.rpartition(".")[0], table, 1) for table in sorted(self._ctx.tables)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import SlimError
 from .compare import Precision, failing_module, first_difference, relative_error, tensors_in
 from .determinism import ConstantRandom, seeded_rng
-from .modes import in_training, reads_training
+from .training_mode import in_training, reads_training
 
 __all__ = ["TrainingModeError", "check_training"]
 

@@ -35,7 +35,7 @@ __all__ = [
     "idle",
     "in_training",
     "joined",
-    "keep_for",
+    "pin_unreached",
     "reads_training",
     "training_only",
     "with_training",
@@ -249,7 +249,7 @@ def _widths(model: nn.Module, unread: Idle) -> dict[str, frozenset[int]]:
     return out
 
 
-def keep_for(ctx: Context, unreached: Unreached) -> None:
+def pin_unreached(ctx: Context, unreached: Unreached) -> None:
     """Nothing may go of what modules that no trace reaches may read: as wide as their inputs, or so once flattened."""
     widths = [(n, path) for path, module_widths in unreached.modules.items() for n in sorted(module_widths)]
     calls = [node for node in ctx.exported.graph.nodes if node.op == "call_function" and shape_of(node) is not None]
