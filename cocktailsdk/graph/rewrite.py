@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
 from .layers import expect_still, layer_norm_of_all, mean_of_all, standardised_of_all, variance_of_all
+from .module_tracer import Runner, bound_to, traced, values_of
 from .surviving import new_shape, surviving_along
-from .tracing import Runner, bound_to, traced, values_of
 
 __all__ = ["rewritten"]
 
