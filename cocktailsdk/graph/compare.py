@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .outputs import tensors_of
+from .output_tensors import tensors_of
 from .unsupported import hookable
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import ExportFailed
 from ..utils.undo import Snapshot, unchanged
 from .grouped_mm import ExportableGroups
-from .outputs import tensors_of
+from .output_tensors import tensors_of
 from .unsupported import hookable, is_scripted, refuse_unsupported
 
 __all__ = ["BuildsParameters", "Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import Branch
-from ..graph.outputs import tensors_of
+from ..graph.output_tensors import tensors_of
 from ..utils.undo import unchanged
 
 __all__ = ["Skipped", "without_branches"]
