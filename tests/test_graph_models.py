@@ -9,7 +9,7 @@ from torch import nn
 
 from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.cut import Cutter
-from cocktailsdk.graph.verify import EXACT, verify_slim
+from cocktailsdk.graph.verify_slim import EXACT, verify_slim
 from cocktailsdk.inspection.measuring import measured_flops
 
 

@@ -20,7 +20,7 @@ from cocktailsdk.graph.compare import NARROWED
 from cocktailsdk.graph.cut import Cutter
 from cocktailsdk.graph.layers import SlimLayerNorm
 from cocktailsdk.graph.module_fixes import ModuleFixes
-from cocktailsdk.graph.verify import verify_slim
+from cocktailsdk.graph.verify_slim import verify_slim
 
 
 class Attention(nn.Module):
@@ -178,7 +178,7 @@ def test_a_norm_that_forgets_absent_zeros_is_caught(right: Slimmed, monkeypatch:
 
 def test_counts_that_are_not_fixed_are_caught(right: Slimmed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cocktailsdk.graph.module_fixes._options", lambda value, changed: [])
-    monkeypatch.setattr("cocktailsdk.graph.verify.rewritten", lambda *_: None)
+    monkeypatch.setattr("cocktailsdk.graph.verify_slim.rewritten", lambda *_: None)
     with pytest.raises(SlimError, match="does not run") as caught:
         right.verify()
     assert caught.value.module == "attn"

@@ -16,7 +16,7 @@ from ..utils.undo import unchanged
 from .couple import Pass
 from .coupling import STAYS, Coupling, Trace
 from .cut import Cutter
-from .verify import verify_slim
+from .verify_slim import verify_slim
 
 __all__ = ["slim_module"]
 

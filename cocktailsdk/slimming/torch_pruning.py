@@ -44,7 +44,7 @@ def prune(
 
     What it removed of each parameter is read off a copy whose every element is its own position; the masked model is
     the original in which exactly these elements are zero. Both are compared in float64 on randomised weights of unit
-    scale, as every slim model is (:mod:`cocktailsdk.graph.verify`). The second proof, labels run through the slim
+    scale, as every slim model is (:mod:`cocktailsdk.graph.verify_slim`). The second proof, labels run through the slim
     model's graph, needs a coupling that Torch-Pruning does not have.
 
     Args:

@@ -17,7 +17,7 @@ from ..graph.copies import duplicate
 from ..graph.cut import Cutter
 from ..graph.export import evaluating
 from ..graph.reorder import nested_order
-from ..graph.verify import verify_slim
+from ..graph.verify_slim import verify_slim
 from ..models import after_slim
 from ..net.subnet_model import SubnetModel
 from ..patterns import DENSE
