@@ -21,7 +21,7 @@ from .compare import deviation, limit_for
 from .formats import Format, Job, format_of
 from .inputs import Inputs
 from .int8 import Data, quantize
-from .outputs import named_outputs
+from .plain_outputs import named_outputs
 from .program import first_line
 from .report import ExportReport
 from .torch_files import own_tensors

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
 from .inputs import Inputs
-from .outputs import plain_outputs
+from .plain_outputs import plain_outputs
 
 __all__ = ["Traced", "first_line", "program_of", "quiet"]
 

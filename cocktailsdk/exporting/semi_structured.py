@@ -183,7 +183,7 @@ def to_semi_structured(
         raise ExportFailed(f"no layer of {name!r} can run on a 2:4 kernel: {'; '.join(reasons)}")
     from ..exporting.compare import deviation, limit_for
     from ..exporting.inputs import Inputs
-    from ..exporting.outputs import named_outputs
+    from ..exporting.plain_outputs import named_outputs
 
     inputs = Inputs.of(net.model, *net.example)
     args, kwargs = torch.utils._pytree.tree_map(

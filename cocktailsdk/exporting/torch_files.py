@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import Job, Run
-from .outputs import named_outputs
+from .plain_outputs import named_outputs
 from .program import quiet
 
 __all__ = ["ExportedProgramFormat", "SafetensorsFormat", "own_tensors"]
