@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ExportFailed, SlimError
 from ..io import file_mode
 from ..net.subnet_model import SubnetModel
-from .compare import deviation, limit_for
+from .deviation import deviation, limit_for
 from .formats import Format, Job, format_of
 from .inputs import Inputs
 from .int8 import Data, quantize

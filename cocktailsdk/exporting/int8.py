@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportFailed
-from .compare import deviation
+from .deviation import deviation
 from .formats import Format, Job, Run, needs
 from .openvino_file import in_a_thread_of_its_own
 from .program import first_line, quiet

@@ -181,7 +181,7 @@ def to_semi_structured(
     if not any(layer.eligible for layer in layers):
         reasons = dict.fromkeys(layer.reason for layer in layers) or {"it has no linear layer": None}
         raise ExportFailed(f"no layer of {name!r} can run on a 2:4 kernel: {'; '.join(reasons)}")
-    from ..exporting.compare import deviation, limit_for
+    from ..exporting.deviation import deviation, limit_for
     from ..exporting.inputs import Inputs
     from ..exporting.plain_outputs import named_outputs
 
