@@ -103,12 +103,12 @@ def verify_nm(
         if target_modules is not None or exclude_modules is not None:
             raise PatternError("a net knows its eligible weights; leave target_modules and exclude_modules out")
         model._same_model()
-        weights, tensors = _left(model)
+        weights, tensors = _remaining(model)
         selection = model.selection
     else:
-        held = _weights(model)
-        found = _marked([w for w, _ in held])
-        tensors = {w.name: t for w, t in held}
+        named_weights = _weights(model)
+        found = _marked([w for w, _ in named_weights])
+        tensors = {w.name: t for w, t in named_weights}
         weights, selection = tuple(found), Selection.of(model, target_modules, exclude_modules)
     failures, checked, skipped = [], [], []
     for w in weights:
@@ -138,7 +138,7 @@ def _runs(weight: Weight, tensor: Tensor, m: int, transposable: bool) -> Tensor:
     return torch.cat([squares, squares.mT])
 
 
-def _left(net: SubnetModel) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
+def _remaining(net: SubnetModel) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
     """What the active subnetwork multiplies with, without the channels that it removes."""
     tensors: dict[str, Tensor] = dict(net.model.named_parameters())
     every = {**tensors, **dict(net.model.named_buffers())}
@@ -150,9 +150,9 @@ def _left(net: SubnetModel) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
     mask = net.masks.get(net.active)
     if mask is None or mask.removed is None:
         return net.coupling.weights, tensors
-    left = Remaining(net.coupling, mask.removed)
-    held = {w.name: left.slice(w, tensors[w.name].detach()) for w in net.coupling.weights}
-    return tuple(left.weight(w) for w in net.coupling.weights), held
+    remaining_units = Remaining(net.coupling, mask.removed)
+    sliced = {w.name: remaining_units.slice(w, tensors[w.name].detach()) for w in net.coupling.weights}
+    return tuple(remaining_units.weight(w) for w in net.coupling.weights), sliced
 
 
 def _alike(net: SubnetModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

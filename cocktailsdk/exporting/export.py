@@ -124,9 +124,9 @@ def _checked(kind: Format, job: Job, file: Path) -> float:
     """
     run = kind.runner(file, job)
     if run is None:
-        held, own = dict(kind.constants(file)), own_tensors(job.model)
-        wrong = [n for n, t in own.items() if n not in held or not _same(held[n], t)]
-        if wrong or set(held) != set(own):
+        constants, own = dict(kind.constants(file)), own_tensors(job.model)
+        wrong = [n for n, t in own.items() if n not in constants or not _same(constants[n], t)]
+        if wrong or set(constants) != set(own):
             raise ExportFailed(f"{file.name} does not hold what was written: {', '.join(wrong[:3])}; nothing was kept")
         return 0.0
     batches = [job.inputs]
@@ -136,12 +136,12 @@ def _checked(kind: Format, job: Job, file: Path) -> float:
         batches.append(job.inputs.fresh(job.inputs.batch, seed=1))
     dtypes = {t.dtype for t in job.model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()}
     limit, worst = limit_for(dtypes), 0.0
-    for given in batches:
-        apart, _ = deviation(run(given.named()), _torch(job.model, given))
+    for batch in batches:
+        apart, _ = deviation(run(batch.named()), _torch(job.model, batch))
         if not apart <= limit:
             raise ExportFailed(
                 f"{job.subnet!r} in {kind.runtime()} computes something else than in torch: on a batch of "
-                f"{given.batch} the largest difference is {apart:.1e} of the output's magnitude, allowed {limit:.0e}; "
+                f"{batch.batch} the largest difference is {apart:.1e} of the output's magnitude, allowed {limit:.0e}; "
                 "nothing was kept. Another format may hold it: .pt2 is torch's own"
             )
         worst = max(worst, apart)

@@ -113,8 +113,8 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
                 )
     except Exception as error:
         raise ExportFailed(f"onnxruntime.quantization failed on {job.subnet!r} ({first_line(error)})") from error
-    for left in [*file.parent.glob(f"{prepared.name}*"), *file.parent.glob(f"{file.name}*")]:
-        left.unlink()
+    for leftover in [*file.parent.glob(f"{prepared.name}*"), *file.parent.glob(f"{file.name}*")]:
+        leftover.unlink()
     made.rename(file)
     return ("static" if feeds else "dynamic"), f"onnxruntime.quantization {onnxruntime.__version__}"
 
@@ -125,9 +125,9 @@ def _forget_shapes_of_weights(file: Path) -> None:
 
     model = onnx.load(file)
     weights = {t.name for t in model.graph.initializer}
-    kept = [v for v in model.graph.value_info if v.name not in weights]
+    remaining = [v for v in model.graph.value_info if v.name not in weights]
     del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
+    model.graph.value_info.extend(remaining)
     onnx.save(model, file)
 
 
@@ -179,9 +179,9 @@ def _filled(job: Job, batch: Any) -> dict[str, Tensor]:
 
     seen: list[dict[str, Tensor]] = []
 
-    def take(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(dict(given))
-        return {"output": next(iter(given.values()))}
+    def take(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(dict(inputs))
+        return {"output": next(iter(inputs.values()))}
 
     default_forward(_Running(take, job), batch)
     return seen[0]

@@ -86,8 +86,8 @@ def session(file: Path, threads: int | None = None) -> Run:
     takes = [i.name for i in loaded.get_inputs()]
     gives = [o.name for o in loaded.get_outputs()]
 
-    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = loaded.run(None, {n: given[n].contiguous().numpy() for n in takes})
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = loaded.run(None, {n: inputs[n].contiguous().numpy() for n in takes})
         return {n: torch.from_numpy(v) for n, v in zip(gives, values, strict=True)}
 
     return run

@@ -91,8 +91,8 @@ def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") 
     takes = [i.get_any_name() for i in model.inputs]
     gives = [o.get_any_name() for o in model.outputs]
 
-    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = model([given[n].contiguous().numpy() for n in takes])
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = model([inputs[n].contiguous().numpy() for n in takes])
         return {n: torch.from_numpy(values[i].copy()) for i, n in enumerate(gives)}
 
     return run

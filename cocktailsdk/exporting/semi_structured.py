@@ -95,10 +95,10 @@ class SemiStructuredReport:
         ]
         for layer in self.layers:
             if layer.dense_ms is not None and layer.sparse_ms is not None:
-                kept = "used" if layer.used else "not used, it is no faster"
+                verdict = "used" if layer.used else "not used, it is no faster"
                 out.append(
                     f"  {layer.module}: {layer.dense_ms:.3f} ms dense, {layer.sparse_ms:.3f} ms 2:4 "
-                    f"({layer.dense_ms / layer.sparse_ms:.2f} times as fast); {kept}"
+                    f"({layer.dense_ms / layer.sparse_ms:.2f} times as fast); {verdict}"
                 )
             else:
                 out.append(f"  {layer.module}: {layer.reason or 'not measured'}")
@@ -191,9 +191,9 @@ def to_semi_structured(
     )
     with torch.no_grad():
         wanted = named_outputs(model(*args, **kwargs))
-        given = _given(model, [layer.module for layer in layers if layer.eligible], args, kwargs)
+        inputs_of = _layer_inputs(model, [layer.module for layer in layers if layer.eligible], args, kwargs)
         layers = [
-            _measured(model.get_submodule(layer.module), layer, given, repeats, always) if layer.eligible else layer
+            _measured(model.get_submodule(layer.module), layer, inputs_of, repeats, always) if layer.eligible else layer
             for layer in layers
         ]
         error, _ = deviation(
@@ -210,13 +210,13 @@ def to_semi_structured(
 
 
 def _measured(
-    module: nn.Module, layer: Eligibility, given: Mapping[str, Tensor], repeats: int, always: bool
+    module: nn.Module, layer: Eligibility, inputs_of: Mapping[str, Tensor], repeats: int, always: bool
 ) -> Eligibility:
     """Time a layer both ways, and leave it the quicker one."""
     assert isinstance(module, nn.Linear)
-    if layer.module not in given:
+    if layer.module not in inputs_of:
         return replace(layer, reason="it is not called on the example inputs")
-    x, dense = given[layer.module], module.weight
+    x, dense = inputs_of[layer.module], module.weight
     sparse = nn.Parameter(torch.sparse.to_sparse_semi_structured(dense.detach().contiguous()), requires_grad=False)
 
     def run(weight: Tensor) -> Callable[[], Tensor]:
@@ -244,12 +244,12 @@ def _milliseconds(calls: Iterable[Callable[[], Tensor]], repeats: int) -> list[f
     return [median(times) for times in seen]
 
 
-def _given(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[str, Tensor]:
+def _layer_inputs(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[str, Tensor]:
     """What modules are given in one forward pass."""
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(
-            lambda _m, inputs, path=path: seen.setdefault(path, inputs[0]) and None
+            lambda _m, inputs, path=path: recorded.setdefault(path, inputs[0]) and None
         )
         for path in paths
     ]
@@ -258,7 +258,7 @@ def _given(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return recorded
 
 
 def _others(model: nn.Module) -> tuple[str, ...]:

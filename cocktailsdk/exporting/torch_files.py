@@ -45,8 +45,8 @@ class ExportedProgramFormat:
             module = torch.export.load(file).module()
         names, args, kwargs = job.inputs.names, job.inputs.args, job.inputs.kwargs
 
-        def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            values = iter([given[n] for n in names])
+        def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            values = iter([inputs[n] for n in names])
             filled = torch.utils._pytree.tree_map(
                 lambda v: next(values) if isinstance(v, Tensor) else v, (args, kwargs)
             )

@@ -52,8 +52,8 @@ def count_zeros(wanted: Mapping[str, Bool[Tensor, "..."]], constants: Iterable[t
         wanted: By weight name, where it must be zero.
         constants: Names and values.
     """
-    held = {n: t for n, t in constants if t.numel() > 1}
-    patterns = {n: t == 0 for n, t in held.items()}
+    large = {n: t for n, t in constants if t.numel() > 1}
+    patterns = {n: t == 0 for n, t in large.items()}
     by_size: dict[int, list[str]] = {}
     for n, zero in patterns.items():
         by_size.setdefault(zero.numel(), []).append(n)
@@ -74,10 +74,10 @@ def _covers(zero: Bool[Tensor, "..."], wanted: Bool[Tensor, "..."]) -> bool:
     """Whether a tensor, its axes in some order, is zero wherever it should be."""
     if int(zero.sum()) < int(wanted.sum()):
         return False
-    held = torch.squeeze(zero)
+    squeezed = torch.squeeze(zero)
     form = [n for n in wanted.shape if n > 1]
-    for order in permutations(range(held.ndim)) if held.ndim <= 4 else [tuple(range(held.ndim))]:
-        moved = held.permute(order)
+    for order in permutations(range(squeezed.ndim)) if squeezed.ndim <= 4 else [tuple(range(squeezed.ndim))]:
+        moved = squeezed.permute(order)
         if list(moved.shape) == form and bool((moved | ~wanted.reshape(form)).all()):
             return True
-    return math.prod(held.shape) == wanted.numel() and bool((zero.reshape(-1) | ~wanted.reshape(-1)).all())
+    return math.prod(squeezed.shape) == wanted.numel() and bool((zero.reshape(-1) | ~wanted.reshape(-1)).all())

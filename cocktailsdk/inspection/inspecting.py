@@ -69,7 +69,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
     example: Example = ((), {})
     selection = Selection.of(model)
     if isinstance(model, SubnetModel):
-        if not _given(example_inputs) and not example_kwargs and model.example is not None:
+        if not _has_inputs(example_inputs) and not example_kwargs and model.example is not None:
             example_inputs, example_kwargs = model.example
         selection = model.selection
         model = model.model
@@ -86,7 +86,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
             return _unfollowed(model, _described(*example), reason, flops)
 
 
-def _given(inputs: Any) -> bool:
+def _has_inputs(inputs: Any) -> bool:
     return isinstance(inputs, Tensor) or not isinstance(inputs, list | tuple) or bool(inputs)
 
 
@@ -208,19 +208,19 @@ def _savings(coupling: Coupling, eligible: Iterable[Weight]) -> tuple[Saving, ..
         return ()
 
     def zeros(pattern: str, subnet: str, may: Mapping[str, int]) -> Saving:
-        gone = {w.name: round(HALF * may[w.name]) for w in weights}
-        idle = sum(2 * w.macs * gone[w.name] // w.numel for w in weights if w.numel)
-        return Saving(pattern, subnet, params - sum(gone.values()), flops, flops - idle, sum(may.values()) / params)
+        zeros_of = {w.name: round(HALF * may[w.name]) for w in weights}
+        idle = sum(2 * w.macs * zeros_of[w.name] // w.numel for w in weights if w.numel)
+        return Saving(pattern, subnet, params - sum(zeros_of.values()), flops, flops - idle, sum(may.values()) / params)
 
     removed = torch.zeros(coupling.n_units, dtype=torch.bool)
     for g in coupling.groups:
         removed[g.start : g.start + min(round(HALF * g.size), g.size - 1)] = True
-    left, run = coupling.params(removed), coupling.flops(removed)
+    params_left, run = coupling.params(removed), coupling.flops(removed)
     everything = torch.ones(coupling.n_units, dtype=torch.bool)
     return (
         zeros("unstructured", f"unstructured@{HALF:g}", {w.name: w.numel for w in weights}),
         *(zeros("n:m", f"{m // 2}:{m}", {w.name: covered(w, m) for w in weights}) for m in RUNS[:3]),
-        Saving("channel", f"channel@{HALF:g}", left, run, run, 1 - coupling.params(everything) / params),
+        Saving("channel", f"channel@{HALF:g}", params_left, run, run, 1 - coupling.params(everything) / params),
     )
 
 

@@ -121,12 +121,12 @@ def _rows(found: Findings) -> tuple[list[Row], dict[str, str]]:
                 lanes.append(key)
         name = tensor.removesuffix(".weight")
         shape = found.tensors.get(tensor, layer.shape if layer is not None else ())
-        told = "" if kept is None else kept.reason
+        reason = "" if kept is None else kept.reason
         if not found.followed:
-            told = "the model's graph is not known"
+            reason = "the model's graph is not known"
         elif kept is not None and kept.positions < kept.of:
-            told = f"{kept.positions} of {kept.of} channels stay: {kept.reason}"
-        out.append(Row(name, tensor, shape, layer, tuple(makes), tuple(reads), told))
+            reason = f"{kept.positions} of {kept.of} channels stay: {kept.reason}"
+        out.append(Row(name, tensor, shape, layer, tuple(makes), tuple(reads), reason))
     return out, reasons
 
 

@@ -172,7 +172,7 @@ def _sentence(found: Findings, of: int, side: str, groups: Sequence[str], stay: 
 
 def _cause(stay: Stay, side: str) -> str:
     """One or two sentences: the chain, then its end, then what else is in it."""
-    chain = _told(stay)
+    chain = _condensed(stay)
     if not chain:
         text = f"they are {stay.reason}" if stay.reason.startswith("an output") else stay.reason
     else:
@@ -193,7 +193,7 @@ def _cause(stay: Stay, side: str) -> str:
     return f"{text}.{tail}"
 
 
-def _told(stay: Stay) -> list[Link]:
+def _condensed(stay: Stay) -> list[Link]:
     """The chain without steps from a layer's own tensors to one another."""
     out: list[Link] = []
     at = owner(stay.tensor)
@@ -239,9 +239,9 @@ def _notes(layer: Layer) -> list[str]:
 
 
 def _contents(name: str, inside: Sequence[Layer]) -> str:
-    whole = [_weight(la.name) for la in inside if not la.groups]
+    unprunable = [_weight(la.name) for la in inside if not la.groups]
     groups = dict.fromkeys(g for la in inside for g in la.groups)
     text = f"{name}: the output channels of its weights ({len(inside)}) "
     text += f"go with the groups {_some(folded(groups))}" if groups else "stay"
-    kept = f"; those of {_some(folded(whole))} stay" if whole and groups else ""
-    return f"{text}{kept}."
+    rest = f"; those of {_some(folded(unprunable))} stay" if unprunable and groups else ""
+    return f"{text}{rest}."

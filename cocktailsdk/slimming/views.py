@@ -61,12 +61,12 @@ class Views(Mapping[str, nn.Module]):
     def __init__(self, models: Mapping[str, nn.Module], shared: Mapping[str, Tensor]) -> None:
         self._models = dict(models)
         self.shared = dict(shared)
-        held = {t.untyped_storage().data_ptr() for t in shared.values()}
+        storages = {t.untyped_storage().data_ptr() for t in shared.values()}
         self.copied: dict[str, dict[str, int]] = {
             name: {
                 n: t.untyped_storage().nbytes()
                 for n, t in _tensors(model).items()
-                if t.untyped_storage().data_ptr() not in held
+                if t.untyped_storage().data_ptr() not in storages
             }
             for name, model in self._models.items()
         }
