@@ -24,11 +24,13 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
     """Letters that do not go on are contracted where two operands share them, and summed over where one has them."""
     operands: list[Any] = list(node.args[1])  # type: ignore[arg-type]
     inputs, out = _letters(str(node.args[0]), [len(ctx.shape(o)) for o in operands])
+    # `ii->i` reads a diagonal, along which rows and columns go by one index.
     if any(len(set(own)) < len(own) for own in inputs):  # a diagonal
         ctx.labels.stay_all(f for o in operands for f in ctx.fields(o))
         return ()
     letters = list(dict.fromkeys((*out, *(c for own in inputs for c in own))))
     sizes = {c: n for own, o in zip(inputs, operands, strict=True) for c, n in zip(own, ctx.shape(o), strict=True)}
+    # All operands are brought to one dimension per letter, so a letter is paired with itself.
     every = [(d, d) for d in range(len(letters))]
     weights = [_weight(ctx, node, operands, inputs, out, i) for i in range(len(operands))]
 
@@ -39,8 +41,11 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
         ]
     for i, (operand, own) in enumerate(zip(operands[1:], inputs[1:], strict=True), start=1):
         other = _spelled(ctx.fields(operand), own, letters)
+        # Operands are multiplied from left to right, as torch.einsum does unless opt_einsum finds another order. A
+        # letter is summed as soon as nothing after it needs it.
         later = set(out).union(*inputs[i + 1 :])
         macs = prod(sizes[c] for c in present.union(own))
+        # The first product has two operands, either of which may be the weight.
         weight = weights[i] or (weights[0] if i == 1 else None)
         _count(ctx, node, weight, macs, current, other, weights[i] is not None)
         for d, c in enumerate(letters):
@@ -68,6 +73,8 @@ def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     hidden = [
         rank - len(part.replace("...", "")) if "..." in part else 0 for part, rank in zip(parts, ranks, strict=True)
     ]
+    # An ellipsis stands for as many dimensions as are left over; shorter ones are aligned at the end, as in
+    # broadcasting.
     batch = "".join(spare[: max(hidden)])
     inputs = [part.replace("...", batch[len(batch) - n :]) for part, n in zip(parts, hidden, strict=True)]
     if not arrow:
@@ -95,6 +102,8 @@ def _weight(
     summed = [d for d, c in enumerate(own) if c not in out and c in others]
     made = [d for d, c in enumerate(own) if c in out and c not in others]
     name = None
+    # The last letter that the weight alone brings is its output axis (`nhd` of a projection to heads: d); the others
+    # are further makers of channels.
     for out_dim in reversed(made if summed else []):
         found = weight_of(ctx, operands[at], out_dim, summed[-1])
         if found is not None:

@@ -40,6 +40,8 @@ def reshaped(labels: LabelTensor, old: Sequence[int], new: Sequence[int]) -> Lab
         old: The tensor's shape.
         new: The shape it gets.
     """
+    # Reshaping labels of full size would be right too, but a field of one dimension on a large tensor would take as
+    # much memory as the tensor. Blocks in which nothing varies keep size 1.
     before, after = list(labels.shape), [1] * len(new)
     for block_in, block_out in blocks(old, new):
         if any(labels.shape[d] > 1 for d in block_in):
@@ -56,6 +58,8 @@ def reshape(ctx: Context, node: fx.Node) -> Result:
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
     out = moved(ctx.fields(node.args[0]), lambda labels: reshaped(labels, old, new))
     for f in out:
+        # A flat axis is seen as rows and columns from here on (heads and channels of a head). Code can only express
+        # that whole rows or whole columns go, which is settled at the end.
         if len(f.dims) > 1:
             ctx.rectangles.append(f.labels)
     return out
@@ -129,7 +133,9 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
         if dim not in f.dims:
             out.append(f)
             continue
+        # The op itself runs on the labels: its arguments mean positions, whatever the values are.
         labels = node.target(f.labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        # A part of one channel cannot become narrower, and one that is gone would be an empty tensor.
         if labels.numel() == 1:
             ctx.labels.stay(labels)
         else:
@@ -154,6 +160,8 @@ def split(ctx: Context, node: fx.Node) -> Result:
     dim = int(argument(node, "dim", 0)) % len(shape)
     sizes = [int(v.shape[dim]) for v in node.meta["val"]]
     fields = ctx.fields(node.args[0])
+    # `split` with one size, and `chunk`, can only make equal parts, so equal parts must stay equal. Unequal sizes are
+    # in the code as a list, which the slim module gets with other numbers.
     if len(set(sizes)) > 1:
         return tuple(_run(ctx, fields, dim, sum(sizes[:i]), n) for i, n in enumerate(sizes))
     out = []
@@ -196,7 +204,9 @@ def uniform(ctx: Context, node: fx.Node) -> Result:
     value = argument(node, "fill_value") if name.endswith("full") else float(name.endswith("ones"))
     zero = isinstance(value, (int, float)) and value == 0
     out = []
+    # Dimension 0 is left out: it is the batch, which has no channels.
     for d, n in enumerate(shape):
+        # Fresh labels follow whatever channels the tensor meets first.
         if d > 0 and n > 1:
             view = [1] * len(shape)
             view[d] = n
@@ -229,6 +239,7 @@ def getitem(ctx: Context, node: fx.Node) -> Result:
 @movement_rule("cat", "concat", "concatenate")
 def cat(ctx: Context, node: fx.Node) -> Result:
     """Tensors one after the other."""
+    # torch.cat accepts empty tensors of shape (0,) among others of any rank, and ignores them.
     parts = [p for p in node.args[0] if ctx.shape(p) != (0,)]  # type: ignore[union-attr]
     dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
     return concatenated(ctx, [ctx.fields(p) for p in parts], [ctx.shape(p) for p in parts], dim)
@@ -258,6 +269,8 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
             ctx.labels.stay(extra.labels)
         along.append(varying[0] if varying else None)
         across.append([f for f in fields if dim not in f.dims])
+    # A part that has one field more across than any part with a field along `dim` varies along it after all (whole
+    # heads before a part whose channels have labels of their own): that field is taken as the one along `dim`.
     most = max((len(a) for a, f in zip(across, along, strict=True) if f is not None), default=0)
     for i, held in enumerate(across):  # whole heads, say, before a part of which each channel has its own label
         if along[i] is None and len(held) == most + 1 and any(f is not None for f in along):
@@ -274,6 +287,7 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
         dims = {d for a in along if a is not None for d in a.dims} | {dim}
         labels = []
         for a, shape in zip(along, shapes, strict=True):
+            # A part without labels (a class token, a constant) keeps all of its positions.
             own = a.labels if a is not None else torch.full([1] * len(shape), MUST_STAY)
             labels.append(spread(own, shape, dims))
         joined = torch.cat(labels, dim)
@@ -290,17 +304,21 @@ def pad(ctx: Context, node: fx.Node) -> Result:
     mode = argument(node, "mode", "constant")
     value = argument(node, "value", 0) or 0
     shape = ctx.shape(node.args[0])
+    # Padded channels can go only where they are zeros and the module is nothing but slices and pads, so that its graph
+    # can be replaced by one with other amounts.
     free = mode == "constant" and value == 0 and rewritable(ctx, module_of(node))
     out = []
     for f in ctx.fields(node.args[0]):
         labels: LabelTensor | None = f.labels
         for i in range(0, len(amounts), 2):
+            # `pad` lists amounts in pairs from the last dimension to the first.
             dim = len(shape) - 1 - i // 2
             before, after = amounts[i], amounts[i + 1]
             if labels is None or dim not in f.dims or (before, after) == (0, 0):
                 continue
             if mode != "constant" or before < 0 or after < 0:
                 collapsed = ctx.labels.collapse(f.with_labels(labels), [dim])
+                # Reflected and cropped positions depend on the width as a whole.
                 labels = None if collapsed is None else collapsed.labels
                 continue
             parts = [labels]
@@ -326,8 +344,10 @@ REWRITABLE = {"pad", "constant_pad_nd", "slice", "alias", "clone", "contiguous"}
 def rewritable(ctx: Context, module: str) -> bool:
     """Whether a module does nothing but slice and pad one tensor, so that its graph can stand for it."""
     nodes = ctx.nodes_of(module)
+    # The model itself ("") is never replaced by a graph.
     if not module or any(n.target._opname not in REWRITABLE for n in nodes):  # type: ignore[union-attr]
         return False
     owned = any(name.rpartition(".")[0] == module for name in ctx.exported.shapes)
     inputs = {a for n in nodes for a in n.all_input_nodes if a not in set(nodes)}
+    # A module that owns tensors, calls children or takes several inputs does more than the graph would.
     return not owned and not ctx.runs_children(module) and len(inputs) == 1

@@ -27,6 +27,7 @@ def _affine(
     """
     nodes = [p for p in parameters if isinstance(p, fx.Node)]
     views = [(tuple(view), tuple(f.with_labels(_viewed(f, view)) for f in ctx.fields(p))) for p in nodes]
+    # Norms without parameters, or with a constant one, turn a masked channel into -mean / std.
     affine = isinstance(parameters[0], fx.Node) and (parameters[1] is None or isinstance(parameters[1], fx.Node))
     return unified(ctx, [(tuple(shape), fields), *views], shape), affine
 
@@ -59,6 +60,7 @@ def batch_norm(ctx: Context, node: fx.Node) -> Result:
     out, affine = _affine(ctx, fields, shape, node.args[1:5], view)
     # Masked weight and bias make the channel zero, whatever came in; without them it is -mean/std.
     out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
+    # The native variants return saved statistics, too, which nothing of a model reads in eval mode.
     several = not hasattr(node.meta["val"], "shape")
     return (out, (), ()) if several else out
 
