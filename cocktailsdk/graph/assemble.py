@@ -59,6 +59,9 @@ def _number(root: Int64[Tensor, " labels"], made: Sequence[Made], parts: Sequenc
             something is left of each.
     """
     n, never = root.numel(), np.iinfo(np.int64).max
+    # A set of makers is compared as the XOR of one 63-bit random number for each maker: a hash of sets that vectorises
+    # over all labels. A fixed seed keeps unit order, and with it bundle bytes, the same in every run; a collision would
+    # only merge two runs, and is as likely as 2 ** -63 for a pair.
     rng = np.random.default_rng(0)
     makers_key = np.zeros(n, dtype=np.uint64)  # a class's set of makers, as the XOR of a random number for each
     order = np.full(n, never, dtype=np.int64)  # where a class was first made
@@ -66,17 +69,20 @@ def _number(root: Int64[Tensor, " labels"], made: Sequence[Made], parts: Sequenc
     for m in made:
         roots = root[m.labels].numpy()
         unique, first = np.unique(roots, return_index=True)
+        # `unique`, since a weight that makes a class at several positions must be XORed in once, not twice.
         makers_key[unique] ^= rng.integers(1, 2**63, dtype=np.uint64)
         order[unique] = np.minimum(order[unique], position + first)
         position += roots.size
     for labels in parts:
         makers_key[np.unique(root[labels].numpy())] ^= rng.integers(1, 2**63, dtype=np.uint64)
+    # Classes that no weight makes (of buffers, of padding) are no units: nothing would choose among them.
     live = np.flatnonzero(order < never)
     live = live[live != MUST_STAY]
     key = makers_key[live]
     kinds, kind = np.unique(key, return_inverse=True)
     kind_first = np.full(kinds.size, never, dtype=np.int64)
     np.minimum.at(kind_first, kind, order[live])
+    # lexsort has its primary key last: runs in the order of their first unit, units of a run in order of execution.
     ranked = np.lexsort((order[live], kind_first[kind]))
     of_root = np.full(n, STAYS, dtype=np.int64)
     of_root[live[ranked]] = np.arange(live.size)
@@ -111,6 +117,7 @@ def assemble(ctx: Context) -> Coupling:
     root, why = ctx.labels.classes()
     units = _number(root, made, ctx.parts)
     alone = [r.start for r in units.runs if r.stop - r.start < 2]
+    # One pass is enough: the other classes, and so the other groups, stay as they are.
     if alone:  # one of each group must stay, so a group of one has nothing to spare
         labels = [int((units.of_label == a).nonzero()[0]) for a in alone]
         ctx.labels.stay(torch.tensor(labels), "the only unit of its group")
@@ -151,6 +158,7 @@ def _weights(ctx: Context) -> tuple[Weight, ...]:
     for p in ctx.products:
         if p.weight is not None:
             macs[p.weight] = macs.get(p.weight, 0) + p.macs
+    # Papers leave the first convolution and the classifier dense; so do the patterns by default.
     first = next((u.name for u in ctx.uses.values() if u.op == "conv"), None)
     last = _classifiers(ctx)
     out = []
@@ -230,6 +238,7 @@ def _groups(
         for u in unit_fields:
             axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
             kind = "rows" if (name, axes[0]) in rows else "columns" if columns == axes[0] else "entries"
+            # Units are numbered run by run, so the run of a unit is found by bisection of the starts.
             owners = torch.searchsorted(starts, u[u != STAYS], right=True) - 1
             for g, count in zip(*(t.tolist() for t in torch.unique(owners, return_counts=True)), strict=True):
                 touches[g].append(Touch(name, axes, kind))
@@ -332,6 +341,7 @@ def _padding(ctx: Context, module: str) -> fx.Graph:
     inner = ctx.nodes_of(module)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
+    # `rewritable` has checked that the module has exactly one input.
     source = next(a for n in inner for a in n.all_input_nodes if a not in set(inner))
     values[source] = graph.placeholder("x")
     for node in inner:

@@ -130,6 +130,8 @@ class _Finder:
         self.behind: dict[fx.Node, int] = {}  # as bits, what a node was computed from, itself included
         self.readers: dict[str, set[fx.Node]] = {}
         for i, node in enumerate(self.order):
+            # Sets of nodes as Python integers, one bit for each node: union is `|`, and a graph of thousands of nodes
+            # needs a few hundred bytes for each instead of a set.
             bits = 1 << i
             for source in node.all_input_nodes:
                 bits |= self.behind.get(source, 0)  # the output's of training mode have none
@@ -150,12 +152,15 @@ class _Finder:
         if self.live[end] != {node}:
             return None
         nodes = {end}
+        # Backwards from the end: a call belongs to the branch once all its readers do. One sweep is enough, since
+        # readers come after what they read.
         for before in self.order[self.place[end] - 1 :: -1]:
             users = self.live[before] if before.op == "call_function" else None
             if users and users <= nodes:
                 nodes.add(before)
         terms = self._terms(stream)
         sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes}
+        # A branch must start from the stream. Otherwise the sum joins two independent paths, such as text and image.
         if not any(self.behind[s] & terms for s in sources):
             return None
         exported = self.ctx.exported
@@ -166,6 +171,7 @@ class _Finder:
         }
         contracted = {self.products.get(n) for n in nodes}
         weights = tuple(name for name in self.ctx.uses if name in own & contracted)
+        # The branch is dropped by masking its parameters, so they alone must make its end zero.
         zeros = _Zeros(self, nodes, own)
         if not weights or not zeros.zero(end) or any(zeros.divides(n) for n in nodes):
             return None
@@ -222,6 +228,7 @@ class _Zeros:
             return self.zero(args[at]) and (op == "rms_norm" or bias is None or self.zero(bias))
         if op in ("addmm", "baddbmm"):
             return self.zero(args[0]) and (self.zero(args[1]) or self.zero(args[2]))
+        # Zero values give a zero result; zero queries or keys do not (their softmax is uniform).
         if op == "scaled_dot_product_attention":
             return self.zero(args[2])
         if op == "linear" or op.startswith("conv"):

@@ -58,9 +58,13 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             if p.dim() <= 1:
                 p.copy_(uniform(p, -0.25, 0.25) if name.endswith("bias") else uniform(p, 0.5, 1.0))
             else:
+                # Gain 1 by fan-in: values stay of unit scale through any depth, so that a relative error of 1e-9 means
+                # something.
                 p.copy_(normal(p, max(p[0].numel(), 1) ** -0.5))
         for name, b in model.named_buffers():
             if name.endswith("running_mean"):
+                # Statistics of an untrained model are 0 and 1, under which a norm that is cut wrongly would go
+                # unnoticed.
                 b.copy_(normal(b, 0.1))
             elif name.endswith("running_var"):
                 b.copy_(uniform(b, 0.5, 1.5))
@@ -95,8 +99,10 @@ def relative_error(got: Sequence[Tensor], want: Sequence[Tensor], dense: Sequenc
         return float("inf")
     worst = 0.0
     for g, w, d in zip(got, want, dense, strict=True):
+        # Relative to the masked output, but not below rounding of the dense one; 1e-300 avoids 0 / 0.
         scale = max(float(w.norm()), 1e-12 * float(d.norm()), 1e-300)
         error = float((g - w).norm()) / scale
+        # `error == error` is False for NaN, which max() would otherwise drop.
         worst = max(worst, error if error == error else float("inf"))
     return worst
 
@@ -123,6 +129,7 @@ class Precision(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except RuntimeError as error:
+            # Kernels report a missing dtype only in words: "not implemented for 'Double'", "expected ... float64".
             if "Double" not in str(error) and "float64" not in str(error):
                 raise
             out = tree_map(_wide, func(*tree_map(_single, args), **tree_map(_single, kwargs)))

@@ -34,10 +34,12 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         SlimError: If the model cannot be copied.
     """
     memo = {} if memo is None else memo
+    # copy.deepcopy refuses tensors with a grad_fn, which hooks leave in attributes (torch.nn.utils.weight_norm).
     _detach(memo, (value for module in model.modules() for value in vars(module).values()))
     initial_memo = dict(memo)
     try:
         copied = copy.deepcopy(model, memo)
+    # deepcopy stops at the first object that it cannot copy. The memo then holds half-made copies and is reset.
     except Exception:
         memo.clear()
         memo.update(initial_memo)
@@ -101,6 +103,7 @@ def _rebind(made: nn.Module, memo: dict[int, Any]) -> None:
     copies = {key: value for key, value in memo.items() if isinstance(value, nn.Module)}
     for module in made.modules():
         for holder in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict))):
+            # deepcopy returns functions and weak references as they are, still bound to the original's modules.
             for key, value in list(holder.items()):
                 bound = _bound(value, copies)
                 if bound is not value:
@@ -121,6 +124,7 @@ def _bound(value: Any, copies: dict[int, Any], within: tuple[Any, ...] = ()) -> 
         if function is value.func and all(a is b for a, b in zip(args, value.args, strict=True)):
             return value
         return functools.partial(function, *args, **value.keywords)
+    # `within` stops recursion: a function may be in its own closure.
     if type(value) is not FunctionType or not value.__closure__ or any(value is w for w in within):
         return value
     contents = [_content(cell) for cell in value.__closure__]
@@ -130,6 +134,7 @@ def _bound(value: Any, copies: dict[int, Any], within: tuple[Any, ...] = ()) -> 
     cells = tuple(
         cell if a is b else CellType(b) for cell, a, b in zip(value.__closure__, contents, bound, strict=True)
     )
+    # Cells cannot be replaced in a function, so the function is built anew around new cells.
     made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
     made.__kwdefaults__, made.__dict__ = value.__kwdefaults__, dict(vars(value))
     return made

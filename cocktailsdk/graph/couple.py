@@ -53,6 +53,8 @@ class Pass:
         unread = idle(exported)
         self.follows_training = False
         unreached = Unreached({}, "")
+        # Exporting a second time costs as much as the first. It is needed only if parameters are left that eval mode
+        # does not read and the code asks for the mode.
         if training or (unread.modules and reads_training(model)):
             both = with_training(model, exported, args, kwargs, unread)
             self.follows_training = isinstance(both, Exported)
@@ -100,6 +102,8 @@ class Pass:
         """Keeps whole what a module deals with: first what its own code gives sizes to, then all that it is given."""
         if module is None:
             return
+        # What is pinned grows with each failure of the same module: calls that take sizes, all of its own calls and
+        # their inputs, then those of its children.
         depth = self._pinned.get(module, 0)
         self._pinned[module] = depth + 1
         for node in self._ctx.exported.graph.nodes:
@@ -135,6 +139,7 @@ class Pass:
 def propagate(exported: Exported) -> Context:
     """Runs every node's rule, in order of execution."""
     ctx = Context(exported, dead=_dead(exported.graph))
+    # Code outside the exported parts may read these tensors in any way.
     for name in sorted(exported.shared):
         ctx.labels.stay_all(ctx.axis_fields(name), "shared with code that could not be exported")
     for node in exported.graph.nodes:
@@ -161,6 +166,7 @@ def _apply_in_training(ctx: Context, node: fx.Node) -> None:
     """Ties what a call of training mode reads. It is not counted, and makes no channels that could go by themselves."""
     products, known = len(ctx.products), (set(ctx.uses), set(ctx.makers), set(ctx.tables))
     _apply(ctx, node)
+    # Costs are those of inference, and a unit that only training mode makes would vanish at deployment.
     del ctx.products[products:]
     for name in ctx.uses.keys() - known[0]:
         ctx.training_uses[name] = ctx.uses.pop(name)
@@ -172,6 +178,7 @@ def _apply_in_training(ctx: Context, node: fx.Node) -> None:
 def _dead(graph: fx.Graph) -> frozenset[fx.Node]:
     """Calls whose results nothing reads, and that write nothing: attention weights that are not asked for, say."""
     dead: set[fx.Node] = set()
+    # Backwards, so that the readers of a node are decided before it.
     for node in reversed(graph.nodes):
         schema = getattr(node.target, "_schema", None)
         writes = schema is None or schema.is_mutable or not schema.returns
@@ -186,6 +193,8 @@ def _dead(graph: fx.Graph) -> frozenset[fx.Node]:
 
 def _apply(ctx: Context, node: fx.Node) -> None:
     name = op_name(node)
+    # Ops that take sizes run in the slim module's code, too, even if nothing reads their result: they must not fail
+    # there.
     if node in ctx.dead and name not in READS_SIZES - {"mean"}:
         ctx.env[node] = ()
         return
@@ -199,6 +208,7 @@ def _apply(ctx: Context, node: fx.Node) -> None:
         return
     result = rule(ctx, node)
     ctx.env[node] = result
+    # A trailing underscore marks ops in place; a leading one marks private ops such as `_to_copy`, which are not.
     if name != "getitem" and str(getattr(node.target, "_opname", "")).endswith("_") and not name.startswith("_"):
         mutated(ctx, node)
 
@@ -214,6 +224,8 @@ def _rectangles(ctx: Context) -> None:
     """Where channels are seen as rows and columns, whole rows or whole columns go: whichever are more."""
     ctx.labels.because = "channels seen as rows and columns that are tied in both directions"
     changed = bool(ctx.rectangles)
+    # One join may change the classes seen by another rectangle, so the classes are computed anew after each change.
+    # Every join lowers the number of classes, so the loop ends.
     while changed:
         changed = False
         root, _ = ctx.labels.classes()
@@ -222,6 +234,8 @@ def _rectangles(ctx: Context) -> None:
             varying = [d for d in range(now.dim()) if now.shape[d] > 1 and not bool((now == now.narrow(d, 0, 1)).all())]
             if len(varying) < 2:
                 continue
+            # The dimension with most removable classes survives (heads if there are more heads than channels of a
+            # head); size and position only break ties.
             survivor = max(varying, key=lambda d: (_distinct(now, d), now.shape[d], d))
             for d in varying:
                 if d != survivor:

@@ -69,6 +69,8 @@ class Cutter:
                 if len(axes) != 1:
                     raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
                 stays = surviving.flatten().nonzero().flatten()
+                # Positions 0 ... n-1: a view of the original's memory will do. Once one axis needed a copy, views save
+                # nothing.
                 if not copied and 0 < stays.numel() == int(stays[-1]) + 1:
                     smaller = smaller.narrow(axes[0], 0, stays.numel())
                 else:

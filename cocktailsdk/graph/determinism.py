@@ -32,6 +32,7 @@ class ConstantRandom(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2].rstrip("_")
+        # Returns (output, mask); keeping everything is the one choice that needs no scaling by 1 / (1 - p).
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         out = func(*args, **(kwargs or {}))
@@ -45,6 +46,7 @@ class ConstantRandom(TorchDispatchMode):
 def seeded_rng() -> Iterator[None]:
     """The same seeds inside each time, and outside the state that generators had."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # fork_rng saves the state of every GPU, and would initialise CUDA to do so.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         try:
             random.seed(0)

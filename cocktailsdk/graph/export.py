@@ -74,6 +74,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         try:
             model.eval()
         except NotImplementedError:  # graphs of torch.export refuse: they are of one mode
+            # `GraphModule.eval` of exported programs raises NotImplementedError.
             for m, _ in was:
                 m.training = False
         _clear_caches(model)
@@ -88,6 +89,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _clear_caches(model: nn.Module) -> None:
     """Clears what modules keep of a run in eval mode (a bias by device, say), as they do it themselves in training."""
+    # LeViT, TinyViT and EfficientViT of timm keep an attention bias by device in eval mode, and clear it in `train()`.
+    # A fake tensor that an export left there would break the user's next call.
     for m in model.modules():
         caches = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
         if any(isinstance(t, Tensor) for cache in caches for t in cache.values()):
@@ -142,6 +145,7 @@ def _programs(
         _refuse_new_parameters(model, own)
         if program is not None:
             return {"": program}
+        # An attempt that failed half-way leaves fake tensors in lazily made buffers; real tensors are needed next.
         before.restore()
         recorded = _recorded_inputs(model, inputs)
         _refuse_new_parameters(model, own)
@@ -181,6 +185,8 @@ def _refuse_new_parameters(model: nn.Module, own: AbstractSet[str]) -> None:
 
 def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     with ExportableGroups():
+        # Non-strict: the code runs as plain Python, so that dataclass outputs, hooks and decorators of transformers and
+        # timm need no support from TorchDynamo.
         return torch.export.export(module, inputs[0], inputs[1], strict=False)
 
 
@@ -240,6 +246,7 @@ def _scopes(
 ) -> dict[str, ExportedProgram]:
     """The largest submodules that can be exported on what they are given."""
     programs: dict[str, ExportedProgram] = {}
+    # A stack in reverse, so that modules are tried in order of registration and a child right after its parent.
     pending = [path for path, _ in reversed(list(model.named_children()))]
     while pending:
         path = pending.pop()
@@ -269,6 +276,7 @@ def merge(model: nn.Module, programs: Mapping[str, ExportedProgram], failures: M
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]:
+        # Tied parameters: all names of one tensor become the first, since one axis must have one set of labels.
         canonical[name] = first.setdefault(id(tensor), name)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(t.shape) for name, t in [*parameters.items(), *model.named_buffers()]}
@@ -341,6 +349,7 @@ def within(node: fx.Node) -> tuple[str, ...]:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Export's own log lines (guards it could not make, say) and the graphs that it prints mean nothing to users."""
+    # This level also holds for the loggers below (torch.export, torch.fx) that have none of their own.
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

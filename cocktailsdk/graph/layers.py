@@ -69,6 +69,7 @@ class SlimLayerNorm(_SlimNorm):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Normalises ``x`` along its channel axis; shape and dtype stay."""
         axis = self.axis % x.dim()
+        # Half precision loses the mean of squares of large activations; torch's own norms accumulate in float32, too.
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         absent = self.channels - x.shape[axis]
         mean = wide.sum(axis, keepdim=True) / self.channels

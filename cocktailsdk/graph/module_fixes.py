@@ -86,6 +86,7 @@ def fix_modules(
     numbers = _layer_indices(before)
     for path, module in list(slim.named_modules()):
         was = before[path]
+        # Norms first: they may be subclasses of layers whose counts alone would not make them right.
         if path in trace.norms and _narrowed(module, was, trace.norms[path], sizes.get(path)):
             norm = trace.norms[path]
             make = {"layer": SlimLayerNorm, "rms": SlimRMSNorm, "group": SlimGroupNorm}[norm.kind]
@@ -150,6 +151,7 @@ def _fix_known_layer(module: nn.Module, was: Any) -> bool:
         old_groups, per_group = was.groups, was.weight.shape[0 if isinstance(module, _ConvTransposeNd) else 1]
         rows, columns = module.weight.shape[:2]
         if isinstance(module, _ConvTransposeNd):
+            # columns x groups outputs: a transposed convolution stores the outputs of one group.
             if old_groups == was.in_channels:  # depthwise: groups go with their channels
                 module.groups = rows
             module.in_channels, module.out_channels = rows, columns * module.groups
@@ -188,6 +190,8 @@ def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str
     for name, value in list(vars(module).items()):
         options = [] if name.startswith("_") else _options(value, changed)
         if options:
+            # A number that no method reads changes nothing that runs, but repr() and saved configs should show the new
+            # size.
             out[name] = options if name in read else options[:1]
     config = getattr(module, "config", None)
     if "config" in read and hasattr(config, "__dict__"):
@@ -223,6 +227,8 @@ def _layer_indices(modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]:
 def _options(value: Any, changed: Mapping[int, list[int]]) -> list[Value]:
     if isinstance(value, int) and not isinstance(value, bool):
         return [*changed[value], value] if value in changed else []
+    # At most 8 sizes and 32 combinations: enough for shapes and splits, and long lists (labels, schedules) are no
+    # sizes.
     if isinstance(value, tuple | list) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
         choices = [[*changed.get(v, []), v] for v in value]
         made: list[Value] = [type(value)(c) for c in islice(product(*choices), 32)]
@@ -235,6 +241,8 @@ def assign(module: nn.Module, values: Mapping[str, Value]) -> None:
     for name, value in values.items():
         if name.startswith("config."):
             own = name.removeprefix("config.")
+            # transformers' modules share one config object, so a module that needs another number gets a copy of its
+            # own.
             if getattr(module.config, own) != value:
                 module.config = copy.copy(module.config)
                 setattr(module.config, own, value)

@@ -77,6 +77,8 @@ def _coupled(
         return coupling
     failed: set[str] = set()
     tried = False
+    # Each failure names a module, which is pinned, and the whole model is verified again: pinning one module changes
+    # the groups that the others see.
     for _ in range(MOST_PINS):
         error = _failure(model, coupling, args, kwargs, range(len(coupling.groups)))
         if error is None:
@@ -91,6 +93,7 @@ def _coupled(
         for module in _alike(model, error.module, failed):
             found.pin(module, _reason(error, module))
         coupling = found.coupling()
+        # The named module had nothing left to pin, so the groups that fail are searched by bisection.
         if coupling.n_units == before:
             culprits = _culprits(model, coupling, args, kwargs, range(len(coupling.groups)))
             for g in culprits:
@@ -110,6 +113,7 @@ def _alike(model: nn.Module, module: str | None, failed: set[str]) -> list[str |
     def role(path: str) -> tuple[str, type]:
         return re.sub(r"\d+", "#", path), type(model.get_submodule(path))
 
+    # Verifying a model of 32 equal layers once for each would take 32 runs; two failures in one role decide for all.
     second = any(role(path) == role(module) for path in failed - {module})
     alike = [path for path, _ in model.named_modules() if role(path) == role(module)] if second else [module]
     failed.update(alike)
@@ -126,6 +130,8 @@ def _reason(error: SlimError, module: str | None) -> str:
 
 def halves(coupling: Coupling, groups: Sequence[int]) -> Bool[Tensor, " units"]:
     """Half of the units of some groups, at random positions."""
+    # A fixed seed: the same model has the same coupling in every run. Random positions, since code that cuts the wrong
+    # run of channels could pass with the first half.
     generator = torch.Generator().manual_seed(0)
     removed = torch.zeros(coupling.n_units, dtype=torch.bool)
     for i in groups:

@@ -51,6 +51,7 @@ def stays(
     axes = [(name, next(iter(f.dims)), f.labels.flatten()) for name, fields in ctx.named_axes.items() for f in fields]
     staying = [(name, axis, labels, labels[of_label[labels] == STAYS]) for name, axis, labels in axes]
     staying = [entry for entry in staying if entry[3].numel()]
+    # One label is asked for each axis: the search for causes is the expensive part, and neighbours share a cause.
     first = {int(unprunable[0]) for *_, unprunable in staying if int(root[unprunable[0]]) == 0}
     of_makers = [(name, labels[root[labels] == 0]) for name, labels in makers]
     causes = ctx.labels.causes(sorted(first | {int(m[0]) for _, m in of_makers if m.numel()}), root)
@@ -66,6 +67,7 @@ def stays(
         links: list[Link] = []
         for call, label in cause.steps:
             link = Link(ops.get(call, ""), where.get(call, ""), *owners.of(label))
+            # Consecutive joins by one call to one axis are one step for a reader.
             if not links or links[-1] != link:
                 links.append(link)
         return Stay(

@@ -61,6 +61,7 @@ def _origins(found: Pass, cutter: Cutter) -> Int64[Tensor, " labels"]:
     for name, labels_of in found.tensors().items():
         for axis, units in _along_one_axis(cutter.coupling.fields.get(name, ())).items():
             surviving = units[keep[units]]
+            # An axis of another length is found by the comparison of shapes below, with the module's name.
             if axis in labels_of and labels_of[axis].numel() == surviving.numel():
                 origin[labels_of[axis]] = surviving
     return origin
@@ -130,6 +131,7 @@ def _compare(
         now = units[field.labels]
         same = [u for u in node.units if {d for d, n in enumerate(u.shape) if n > 1} >= field.dims]
         candidates = [_surviving(u, surviving) for u in same]
+        # A field may stand for one of several of the original; it is wrong only if it agrees with none of them.
         candidates = [c for c in candidates if c.shape == now.shape]
         if candidates and not any(_agree(now, c) for c in candidates):
             raise _difference(f"{node.op} returns channels that are not those which survived, in their order", module)
@@ -143,6 +145,7 @@ def _surviving(units: Tensor, surviving: Mapping[int, Tensor]) -> Tensor:
 
 
 def _agree(now: Tensor, was: Tensor) -> bool:
+    # Positions that the original cannot cut, or that come from no tensor, are not comparable.
     both = (now >= 0) & (was > STAYS)
     return bool((now[both] == was[both]).all())
 

@@ -96,6 +96,7 @@ def rewritten(
             except ArithmeticError:  # a number made of widths, which what reads it has as a constant of the original
                 values[node] = None
                 obsolete.append(node)
+        # Readers before what they read: fx refuses to erase a node that has users.
         for node in reversed(obsolete):
             graph.erase_node(node)
     except Exception as error:
@@ -310,11 +311,14 @@ class _Editor:
         same_shape = [r for r in self._nearby if r.shape == shape]
         fields = [u for r in [r for r in same_shape if r.name in self._sliced] or same_shape for u in r.units]
         found = [surviving[dim] for units in fields if dim in (surviving := surviving_along(units, self._keep))]
+        # Two tensors of one shape with other channels left: which of them is sliced cannot be told from the shape.
         return found[0] if found and all(torch.equal(f, found[0]) for f in found) else None
 
     def _expected(self, family: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The slim shape of the next result that has this shape in the original."""
         found = [new_shape(r, self._keep) for r in self._own if r.op in FAMILIES[family] and r.shape == shape]
+        # The traced code and the exported graph list calls of one family in the same order, but not one for one: equal
+        # shapes are matched in order of appearance, the last one for the rest.
         nth = self._uses[family, shape]
         self._uses[family, shape] += 1
         return found[min(nth, len(found) - 1)] if found else None

@@ -85,6 +85,7 @@ def _correspondence(fresh: Coupling, stored: Coupling) -> Tensor | None:
     """For each fresh unit (and ``STAYS``, last) the stored one, or ``None`` if they contradict."""
     mapping = torch.full((fresh.n_units + 1,), STAYS)
     seen = torch.zeros(fresh.n_units + 1, dtype=torch.bool)
+    # STAYS is -1, which indexes the extra last entry.
     seen[STAYS] = True
     for name, fields in stored.fields.items():
         ours = {tuple(u.shape): u for u in fresh.fields[name]}

@@ -57,6 +57,7 @@ def sizes_of(trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> dict[str, 
     out: dict[str, Sizes] = {}
     by_name = {n.name: n for n in trace.nodes}
     became = {n.name: new_shape(n, keep) for n in trace.nodes if n.units and n.shape is not None}
+    # Results first: a size that a module makes itself is likelier to be in its attributes than one that it receives.
     for given in (False, True):
         for node in trace.nodes:
             for name in node.inputs if given else (node.name,):

@@ -98,6 +98,8 @@ def in_training(model: nn.Module) -> Iterator[None]:
     was = [(m, m.training) for m in model.modules()]
     try:
         for m, _ in was:
+            # Batch statistics, dropout and power iteration would differ between slim and masked for reasons other than
+            # channels.
             draws = isinstance(m, _NormBase | _DropoutNd) or any(
                 isinstance(hook, SpectralNorm) for hook in m._forward_pre_hooks.values()
             )
@@ -138,6 +140,8 @@ def joined(exported: Exported, training: Exported) -> Exported:
     by_name: dict[str, fx.Node] = {}
     same: defaultdict[Any, deque[fx.Node]] = defaultdict(deque)
     inputs: list[fx.Node] = []
+    # Calls of both modes that are equal, argument by argument, are one node. Arguments are nodes of the joined graph by
+    # then, so equality propagates from the inputs on.
     for node in exported.graph.nodes:
         if node.op == "output":
             continue
@@ -187,9 +191,11 @@ def _key(node: fx.Node) -> Any:
     if op in _RANDOM:
         args, kwargs = args[:1], {}
     elif op == "scaled_dot_product_attention":
+        # (query, key, value, attn_mask, dropout_p, is_causal)
         args[4:5] = []  # the share dropped
         kwargs.pop("dropout_p", None)
     elif op == "batch_norm":
+        # (input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
         args[5:7] = []  # whether by the batch's own statistics
     return str(node.target), repr(args), repr(sorted(kwargs.items(), key=lambda item: item[0])), within(node)
 

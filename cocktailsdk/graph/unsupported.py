@@ -86,6 +86,7 @@ def refuse_unsupported(model: nn.Module) -> None:
             f"{getattr(model, 'original_name', name)} is TorchScript: it was compiled by torch.jit, and its Python "
             "code is gone, so it cannot be followed. Pass the nn.Module that it was made of."
         )
+    # UninitializedParameter has no shape, so nothing can be exported before the first batch.
     lazy = [path or "the model" for path, module in model.named_modules() if _lazy(module)]
     if lazy:
         raise ExportFailed(

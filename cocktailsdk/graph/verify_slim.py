@@ -90,6 +90,7 @@ def verify_slim(
     masked = duplicate_in_double(model)
     randomise(masked, generator)
     args, kwargs = doubled((tuple(args), dict(kwargs or {})), generator)
+    # Cut before masking: the cut takes what survives, and the randomised weights must be equal in both.
     slim, options = cutter.cut(masked)
     scopes = [path for path in cutter.trace.scopes if path]
     with evaluating(masked), evaluating(slim), torch.no_grad():
@@ -140,6 +141,8 @@ def verify_slim(
                 got_inside = tensors_in(part(*inside, **kw))
             worst = max(worst, relative_error(got_inside, outputs.seen[path], outputs.seen[path]))
         limit = precision.limit
+        # `not <=` instead of `>`: NaN must fail. If masking leaves an output of nothing but rounding errors, its
+        # relative error means nothing, so the dense output sets the scale.
         if not worst <= limit and _near_zero(want):
             worst = relative_error(got, want, _dense_outputs(model, args, kwargs))
         if not worst <= limit:
@@ -151,6 +154,7 @@ def verify_slim(
                 "please: this should not happen.",
                 module=where,
             )
+        # After eval mode, since a model that is wrong there should be reported with the module that is wrong there.
         check_training(masked, slim, args, kwargs)
         if precision.narrowed:  # such kernels cannot be exported in float64 either, and labels have no precision
             slim, (args, kwargs) = slim.float(), narrowed((args, kwargs))
@@ -223,6 +227,7 @@ class _Settling:
             module = self._slim.get_submodule(path)
             self._code[path] = module.forward
             self._own[path] = vars(module).get("forward")  # some choose theirs when they are built
+            # An instance attribute shadows the class's forward, and nn.Module.__call__ still runs hooks around it.
             module.forward = partial(self._forward, path, module)
         return self
 
@@ -246,6 +251,7 @@ class _Settling:
     def _try(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         names = list(self._options[path])
         first = {name: values[0] for name, values in self._options[path].items()}
+        # The likeliest value of each attribute comes first, so the first combination is usually right.
         for values in islice(product(*self._options[path].values()), self.MOST):
             chosen = dict(zip(names, values, strict=True))
             assign(module, chosen)
@@ -295,6 +301,7 @@ class _Survivors:
         for node in cutter.trace.nodes:
             sources = [by_name[name] for name in node.inputs]
             for path in node.within:
+                # The last call inside a module wins: its result is what the module returns, if shapes agree.
                 self._returned[path] = node
                 for source in sources:
                     if path and source.shape is not None and path not in source.within:

@@ -53,6 +53,8 @@ def check_training(masked: nn.Module, slim: nn.Module, args: Sequence[Any], kwar
             return False
         if relative_error(got, want, want) <= precision.limit:
             return True
+        # Shapes that agree but values that do not: either the slim model is wrong, or the model is random in a way that
+        # ConstantRandom does not see (numpy, its own generator).
         if [t.shape for t in got] == [t.shape for t in want]:
             again, _ = _outcome(masked, args, kwargs, precision)
             if not relative_error(again, want, want) <= precision.limit:

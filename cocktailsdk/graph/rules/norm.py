@@ -56,6 +56,7 @@ def batch_norm(ctx: Context, node: fx.Node) -> Result:
     if name == "batch_norm" and bool(argument(node, "training", False)):
         return _of_a_batch(ctx, node, fields, shape, view)
     if name == "instance_norm":
+        # Instance norm takes its statistics over positions, which are therefore mixed.
         fields = ctx.collapse(fields, range(2, len(shape)))
     out, affine = _affine(ctx, fields, shape, node.args[1:5], view)
     # Masked weight and bias make the channel zero, whatever came in; without them it is -mean/std.
@@ -72,6 +73,8 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     The slim model then needs a norm that remembers how many channels there were, which takes the place of the module
     that ran this op. Where that module does more than normalise, the channels stay.
     """
+    # The statistics are a mean over channels. Absent channels change it only by their number if they were zero, so the
+    # slim norm divides by the original number (see layers.py).
     x, normalized = node.args[:2]
     weight = node.args[2] if len(node.args) > 2 else None
     name = node.target._opname  # type: ignore[union-attr]
@@ -84,6 +87,7 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     for f in ctx.fields(x):
         if not f.dims & inside:
             out.append(f)
+        # Called as a function inside other code: the module's forward is rewritten to count absent channels.
         elif f.dims == {rank - 1} and n == 1 and f.zero and axis is None and name == "layer_norm" and module_of(node):
             ctx.counted.add(module_of(node))
             out.append(f)
@@ -99,6 +103,7 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     view = (1,) * (rank - n) + tuple(shape[rank - n :])
     fields, _ = _affine(ctx, tuple(out), shape, [weight, bias], view)
     masked = isinstance(weight, fx.Node) and (name == "rms_norm" or bias is None or isinstance(bias, fx.Node))
+    # RMSNorm subtracts no mean, so a zero stays zero even without a masked weight.
     zero_without_bias = name == "rms_norm"
     fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
     several = not hasattr(node.meta["val"], "shape")
@@ -115,6 +120,7 @@ def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int
     for f in fields:
         if not f.dims - {1}:
             per_row.append(f)
+        # Standardised convolutions normalise each row of the weight over its fan-in, as (1, out, fan_in).
         elif f.zero and 1 not in f.dims and module_of(node):
             ctx.counted.add(module_of(node))
             across.append(f.with_zero(False))
@@ -176,6 +182,7 @@ def scaled_by(ctx: Context, v: Any, g: Any, axis: int | None) -> str | None:
         if fits and alone and pairs == {(direction, scale)}:
             ctx.scales[direction] = Scale(scale, axis)
             return scale
+    # The norm is of a computed weight: there is no parameter to mask in its place.
     for name in zero_sources(ctx, v):
         ctx.scales.setdefault(name, Scale("", axis))
     return None
@@ -210,6 +217,7 @@ def replaceable(ctx: Context, node: fx.Node) -> int | None:
     owned = {name.rpartition(".")[2] for name in ctx.exported.shapes if name.rpartition(".")[0] == module}
     if not owned <= {"weight", "bias"}:
         return None
+    # ConvNeXt-style norms permute to channels-last, normalise, and permute back.
     # Follow the channel axis from the norm's input back to the module's input, and forward to its output.
     axis = len(ctx.shape(node.args[0])) - 1
     current: Any = node.args[0]
@@ -221,6 +229,7 @@ def replaceable(ctx: Context, node: fx.Node) -> int | None:
     for n in nodes[nodes.index(node) + 1 :]:
         end = _axis_after(ctx, n, end)
         last = n
+    # A result in the middle that other code reads would be lost with the module.
     outside = [u for n in nodes if n is not last for u in n.users if u not in nodes]
     return axis if axis == end and not outside else None
 
@@ -251,6 +260,7 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
     """GroupNorm: whole groups may go, since each group's statistics are its own; of one group any channels."""
     x = node.args[0]
     shape = ctx.shape(x)
+    # native_group_norm has the arguments (x, weight, bias, N, C, HxW, groups, eps).
     native = node.target._opname != "group_norm"  # type: ignore[union-attr]
     groups = int(node.args[6] if native else node.args[1])  # type: ignore[arg-type]
     weight, bias = (node.args[1], node.args[2]) if native else (argument(node, "weight"), argument(node, "bias"))
@@ -261,6 +271,7 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
         positions = [d for d in f.dims if d != 1]
         collapsed = ctx.labels.collapse(f, positions) if positions else f
         if collapsed is not None and 1 in collapsed.dims:
+            # One group has statistics over all channels, as LayerNorm has.
             if groups == 1:
                 module = module_of(node)
                 others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
@@ -269,6 +280,7 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
                     continue
                 ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
             else:
+                # Statistics of a group over fewer of its channels would differ, so the channels of a group go together.
                 rows = collapsed.labels.reshape(groups, -1)
                 ctx.labels.join(rows, rows[:, :1])
         if collapsed is not None:

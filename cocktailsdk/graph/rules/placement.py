@@ -40,6 +40,8 @@ def index(ctx: Context, node: fx.Node) -> Result:
         chosen = [d for d, i in enumerate(indices) if i is not None]
         ranks = {len(ctx.shape(indices[d])) for d in chosen}
         booleans = any(indices[d].meta["val"].dtype in (torch.bool, torch.uint8) for d in chosen)
+        # Indices with a slice between them move the indexed dimensions to the front, and a mask makes a size that
+        # depends on values. Neither is followed.
         together = chosen == list(range(chosen[0], chosen[-1] + 1))
         if booleans or not together:
             ctx.labels.stay_all(ctx.fields(source))
@@ -54,6 +56,7 @@ def index(ctx: Context, node: fx.Node) -> Result:
                 labels = f.labels
                 for _ in chosen:
                     labels = labels.squeeze(chosen[0])
+                # The indexed dimensions become those of the index, wherever the first of them was.
                 for _ in range(rank):
                     labels = labels.unsqueeze(chosen[0])
                 out.append(f.with_labels(labels))
@@ -69,6 +72,7 @@ def index(ctx: Context, node: fx.Node) -> Result:
 def embedding(ctx: Context, node: fx.Node) -> Result:
     """Rows of a table chosen by index: its columns are the channels."""
     table = ctx.fields(node.args[0])
+    # One row for each index: the result has the index's dimensions and then the columns.
     rank = len(ctx.shape(node)) - 1
     out = []
     for f in table:
@@ -87,6 +91,7 @@ def repeat(ctx: Context, node: fx.Node) -> Result:
     """Copies one after the other along dimensions: a channel goes with its copies."""
     times = list(node.args[1])  # type: ignore[arg-type]
     rank = len(ctx.shape(node))
+    # As torch.Tensor.repeat: more factors than dimensions add dimensions in front.
     times = [1] * (rank - len(times)) + times
     out = []
     for f in ctx.fields(node.args[0]):
@@ -109,6 +114,7 @@ def executed(ctx: Context, node: fx.Node) -> Result:
     shape = ctx.shape(node.args[0])
     out = []
     for f in ctx.fields(node.args[0]):
+        # Windows and shuffles mix dimensions, so compact labels would be moved wrongly.
         full = f.labels.expand(shape).contiguous()
         if _shifts_channels(node, f):
             ctx.labels.stay(f.labels)
@@ -141,6 +147,7 @@ def im2col(ctx: Context, node: fx.Node) -> Result:
     kernel = prod(argument(node, "kernel_size"))
     out = []
     for f in _along_channels(ctx, node.args[0]):
+        # im2col lists channel by channel, each with all positions of its kernel, along dimension 1.
         labels = f.labels.flatten().repeat_interleave(kernel).view(1, -1, 1)
         out.append(f.with_labels(labels))
     return tuple(out)

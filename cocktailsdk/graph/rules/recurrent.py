@@ -29,13 +29,16 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
     if node.target._overloadname != "input":  # type: ignore[union-attr]
         return _keep_unpruned(ctx, node, "a recurrent layer over packed sequences is kept whole")
     layers, directions = int(argument(node, "num_layers")), 2 if argument(node, "bidirectional") else 1
+    # Two matrices for each cell, and two biases unless bias=False; a projection adds a third matrix, which is refused.
     per_cell = len(weights) // (layers * directions)
     states = [state] if isinstance(state, fx.Node) else list(state)
+    # A state that does not start at zero keeps its value at masked positions.
     started = [s for s in states if getattr(s.target, "_opname", "") != "zeros"]
     hidden = ctx.shape(weights[1])[-1]
     if started or per_cell not in (2, 4) or hidden < 2:
         return _keep_unpruned(ctx, node, "a recurrent layer that is given its state, or projects it, is kept whole")
     gates = GATES[node.target._opname]  # type: ignore[union-attr]
+    # One set of labels for all layers and directions, since hidden_size is one number.
     labels = ctx.labels.fresh(hidden)
     last = len(ctx.shape(x)) - 1
     steps = prod(ctx.shape(x)[:-1])
@@ -50,10 +53,13 @@ def recurrent(ctx: Context, node: fx.Node) -> Result:
                     name, macs = found[0], steps * prod(ctx.shape(matrix))
                     ctx.products.append(Product(node, module_of(node), name, macs, ()))
                     ctx.uses.setdefault(name, WeightUse(name, module_of(node), "linear", 0, 1, 1))
+                # The hidden state is (batch, hidden) in each step, but has one field here, along dimension 0 of its
+                # labels.
                 consume(ctx, fields, ctx.fields(matrix), last if matrix is w_ih else 0, 1)
             for tensor in (w_ih, w_hh, *biases):
                 rows = ctx.axis_field(ctx.fields(tensor), 0)
                 if rows is not None:
+                    # Rows are stacked gate by gate: a position of the state goes from each gate.
                     ctx.labels.join(rows.labels.reshape(gates, hidden), labels)
         view = (1,) * last + (hidden * directions,)
         inputs = (Field(labels.repeat(directions).view(view), zero=True),)

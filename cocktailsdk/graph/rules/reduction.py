@@ -66,6 +66,8 @@ def _centred(ctx: Context, value: Any, dims: list[int], *, squared: bool) -> fx.
         if name != "square" and difference is not None:
             again = 2 if name == "pow" else difference
             difference = difference if value.args[1:] == (again,) else None
+    # A variance written by hand. Its centred values are not zero for absent channels, so the mean of their squares
+    # alone could not be corrected by the number of channels.
     if called(difference) != "sub":
         return None
     x, mean = difference.args[:2]
@@ -97,6 +99,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     """Values combined along dimensions, which then go."""
     name = node.target._opname  # type: ignore[union-attr]
     dims = _reduced_dims(ctx, node)
+    # Sums and norms do not change with absent zeros; means, extremes and products do.
     counts = name not in ("sum", "norm", "linalg_norm", "linalg_vector_norm", "nansum")
     source = ctx.fields(node.args[0])
     if name in ("mean", "var", "std") and module_of(node):
@@ -154,6 +157,7 @@ def selection(ctx: Context, node: fx.Node) -> Result:
     first = node.meta["val"][0] if several else node.meta["val"]
     rank = len(ctx.shape(source))
     name = node.target._opname  # type: ignore[union-attr]
+    # Without `dim` these work along the last dimension, and max, min, var_mean and the like over all.
     last = -1 if name in ("topk", "sort", "kthvalue", "mode", "median") else None
     dims = argument(node, "dim", last)
     dims = list(range(rank)) if dims is None else [int(d) % rank for d in ([dims] if isinstance(dims, int) else dims)]
@@ -207,6 +211,8 @@ def spatial(ctx: Context, node: fx.Node) -> Result:
     """Pooling and resizing: positions are mixed, channels are not."""
     name = node.target._opname  # type: ignore[union-attr]
     rank = len(ctx.shape(node.args[0]))
+    # Resizing always has (batch, channels, positions ...). Pooling also takes input without a batch, so its spatial
+    # dimensions are counted from the end, as many as the digit in its name.
     first = 2 if name.startswith(("upsample", "_upsample", "grid")) else rank - int(next(c for c in name if c in "123"))
     fields, _ = mixed(ctx, ctx.fields(node.args[0]), range(first, rank), absent_zeros_count=True)
     several = not hasattr(node.meta["val"], "shape")

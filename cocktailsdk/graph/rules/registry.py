@@ -184,6 +184,7 @@ class Context:
                 known = node.name not in self.exported.tensors
             else:
                 sources = node.all_input_nodes
+                # An expert chosen by a router is still a weight: which one depends on the input, its values do not.
                 if getattr(node.target, "_opname", "") in ("index", "index_select", "gather"):
                     sources = sources[:1]
                 known = any(self.depends_on_inputs(s) for s in sources)

@@ -14,6 +14,8 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list
         old_dims, new_dims = (
             ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
         )
+        # The side with fewer elements takes its next dimension until both products agree; sizes of 1 at the end of one
+        # side join its last block.
         a = b = 1
         for d in old_dims:
             a *= old[d]

@@ -43,6 +43,7 @@ def _largest_source(
     ctx: Context, sources: Mapping[str, Axes], out_dim: int, in_dim: int
 ) -> tuple[str, int, int] | None:
     """The largest parameter whose zeros are those of an operand."""
+    # The largest is the weight; smaller sources are masks, scales or a norm's gain.
     for name in sorted(sources, key=lambda n: -prod(ctx.exported.shapes[n])):
         out_axis, in_axis = sources[name][out_dim], sources[name][in_dim]
         if out_axis is not None and in_axis is not None and out_axis != in_axis:
@@ -54,6 +55,7 @@ def _ingredient_weight(ctx: Context, value: fx.Node, out_dim: int, in_dim: int) 
     """The largest parameter that an operand is made from, by labels that it has of its axes, else by its shape."""
     shapes = ctx.exported.shapes
     names = [n for n in _ingredients(ctx, value) if n in ctx.exported.trainable and len(shapes[n]) > 1]
+    # Ties are broken by name, so that the choice does not depend on the order of a set.
     names = sorted(names, key=lambda n: (-prod(shapes[n]), n))
     for name in names:
         axes = [_axis_like(ctx, name, value, d) for d in (out_dim, in_dim)]
@@ -69,6 +71,7 @@ def _axis_like(ctx: Context, name: str, value: fx.Node, dim: int) -> int | None:
     here = next((f for f in ctx.fields(value) if f.dims == {dim}), None)
     for axis in range(len(ctx.exported.shapes[name])) if here is not None else ():
         field = ctx.axis_field(ctx.axis_fields(name), axis)
+        # One label is enough: a label belongs to one axis, and movement does not invent labels.
         if field is not None and here is not None and bool(torch.isin(here.labels.flatten()[:1], field.labels)):
             return axis
     return None

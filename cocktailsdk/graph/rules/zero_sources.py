@@ -42,12 +42,15 @@ def _zero_sources(ctx: Context, node: fx.Node) -> Mapping[str, Axes]:
     if node.op != "call_function" or not node.args:
         return {}
     op, first = op_name(node), node.args[0]
+    # A factor that is zero makes the product zero (weight times mask). A broadcast factor is left out: one element of
+    # it decides over many, so there is no element-by-element mask.
     if op in ("mul", "multiply"):
         return {n: axes for a in node.args[:2] if _as_large(a, node) for n, axes in zero_sources(ctx, a).items()}
     if op in ("div", "divide", "true_divide"):
         return zero_sources(ctx, first) if _as_large(first, node) else {}
     if op in _KEEP or op in PASSED_ON or op in KEEP_ZERO:
         return zero_sources(ctx, first)
+    # 0 ** p is 0 only for positive p.
     if op == "pow":
         exponent = node.args[1]
         return zero_sources(ctx, first) if isinstance(exponent, int | float) and exponent > 0 else {}
@@ -67,6 +70,7 @@ def _moved(ctx: Context, node: fx.Node, op: str) -> Mapping[str, Axes]:
     moves = op in MOVEMENT or op in ("index", "index_select")
     if not source or not moves:
         return {}
+    # A split returns a list, whose parts `getitem` takes next.
     if shape_of(node) is None:  # a split: its parts are taken from it next
         return source
     return {name: tuple(None if p is None else axes[p] for p in _places(node, op)) for name, axes in source.items()}
@@ -91,6 +95,7 @@ def _places(node: fx.Node, op: str) -> Axes:
     if op in ("slice", "narrow"):
         return tuple(range(rank))
     places: list[int | None] = [None] * len(new)
+    # An axis keeps its identity through a reshape if its block has one dimension that is larger than 1 on both sides.
     for before, after in blocks(old, new) if op in RESHAPES else ():
         wide_before, wide_after = [d for d in before if old[d] > 1], [d for d in after if new[d] > 1]
         if len(wide_before) == len(wide_after) == 1:
