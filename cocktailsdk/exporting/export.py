@@ -52,6 +52,7 @@ def export_subnet(
     job = job_of(net, name, dynamic_batch=dynamic_batch)
     wanted = masked_zeros(net, name, job.model)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # In the target's own folder, so that os.replace stays on one file system and is atomic.
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
     try:
         file = made / target.name
@@ -131,6 +132,7 @@ def _checked(kind: Format, job: Job, file: Path) -> float:
         return 0.0
     batches = [job.inputs]
     if job.dynamic_batch:
+        # Neither the example's size nor the traced one (3): a batch that became a constant of the graph shows here.
         batches += [job.inputs.fresh(n, seed=n) for n in (1, 2, 5)]
     else:
         batches.append(job.inputs.fresh(job.inputs.batch, seed=1))
@@ -138,6 +140,7 @@ def _checked(kind: Format, job: Job, file: Path) -> float:
     limit, worst = limit_for(dtypes), 0.0
     for batch in batches:
         apart, _ = deviation(run(batch.named()), _torch(job.model, batch))
+        # `not <=`, since NaN compares false with everything.
         if not apart <= limit:
             raise ExportFailed(
                 f"{job.subnet!r} in {kind.runtime()} computes something else than in torch: on a batch of "
@@ -165,6 +168,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
+        # As bytes: torch.equal would call -0.0 and 0.0 equal, and NaN unequal to itself.
         and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
     )
 

@@ -64,11 +64,14 @@ def quantize(kind: Format, job: Job, file: Path, data: Data) -> Int8Report:
     judged = feeds or [job.inputs.named()]
     wanted = [run(feed) for feed in judged]
     before = _metric(run, job, data)
+    # The session is dropped before its file is replaced, which Windows refuses while the file is open.
     del run
     method, quantizer = quantizers[kind.suffix](job, file, feeds)
     run = kind.runner(file, job)
     assert run is not None
     apart = [deviation(run(feed), want) for feed, want in zip(judged, wanted, strict=True)]
+    # A quantizer that matches nothing returns the float network without an error. Vectors are left out: quantized
+    # models have int8 zero points in any case.
     weights = sum(t.dtype in (torch.int8, torch.uint8) and t.ndim > 1 for _, t in kind.constants(file))
     if not weights:
         raise ExportFailed(f"{quantizer} found nothing in {job.subnet!r} of {type(job.model).__name__} to quantize")
@@ -88,6 +91,7 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    # onnxruntime recommends static quantization for convolutions; the dynamic one below covers MatMul and Gemm.
     if not feeds and _convolves(job.model):
         raise ExportFailed(
             f"int8 of {type(job.model).__name__} needs calibration data, since most of its weights are convolutions': "
@@ -96,6 +100,7 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
     prepared, made = file.with_suffix(".prepared.onnx"), file.with_suffix(".int8.onnx")
     try:
         with quiet(), _unadvised():
+            # ONNX's own shape inference is enough, and the symbolic one would need sympy.
             quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
             _forget_shapes_of_weights(prepared)
             if feeds:
@@ -113,6 +118,7 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
                 )
     except Exception as error:
         raise ExportFailed(f"onnxruntime.quantization failed on {job.subnet!r} ({first_line(error)})") from error
+    # External data of a model above 2 GB lies in files that begin with the model's name.
     for leftover in [*file.parent.glob(f"{prepared.name}*"), *file.parent.glob(f"{file.name}*")]:
         leftover.unlink()
     made.rename(file)
@@ -143,12 +149,14 @@ def _openvino(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
         with quiet(), redirect_stdout(io.StringIO()):  # it draws bars
             model = openvino.Core().read_model(file)
             dataset = nncf.Dataset([{n: t.numpy() for n, t in feed.items()} for feed in feeds])
+            # nncf compiles the model to calibrate it; see `in_a_thread_of_its_own`.
             quantized = in_a_thread_of_its_own(lambda: nncf.quantize(model, dataset))
             openvino.save_model(quantized, made, compress_to_fp16=False)
             del model, quantized
     except Exception as error:
         raise ExportFailed(f"nncf failed on {job.subnet!r} ({first_line(error)})") from error
     made.rename(file)
+    # The .xml finds its weights by its own name with the suffix .bin.
     made.with_suffix(".bin").rename(file.with_suffix(".bin"))
     return "static", f"nncf {nncf.__version__}"
 
@@ -175,6 +183,7 @@ class _Reader:
 
 def _filled(job: Job, batch: Any) -> dict[str, Tensor]:
     """A batch's inputs by name, found as training and evaluation do."""
+    # Late: training is not needed to export.
     from ..training.step.forward import default_forward
 
     seen: list[dict[str, Tensor]] = []
@@ -222,6 +231,7 @@ def _unadvised() -> Iterator[None]:
         return record.levelno > logging.WARNING
 
     root = logging.getLogger()
+    # A filter on the logger sees only what is logged to the root itself, so other packages' warnings still appear.
     root.addFilter(silent)
     try:
         yield

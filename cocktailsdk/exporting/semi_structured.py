@@ -117,6 +117,7 @@ def eligible_linears(model: nn.Module, dtype: torch.dtype = torch.float16) -> li
     Returns:
         The layers in the order of the model's modules, each with a reason if not.
     """
+    # A sparse weight replaces the parameter in one module; the other module would keep the dense one.
     tied = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     out = []
     for path, module in model.named_modules():
@@ -135,6 +136,7 @@ def _why_not(weight: Tensor, dtype: torch.dtype) -> str:
     outputs, inputs = weight.shape
     if outputs % rows or inputs % columns or not weight.numel():
         return f"{outputs} x {inputs} is no multiple of {rows} x {columns}"
+    # Fewer than N non-zero weights in a run are as good: the kernel stores two and multiplies zeros.
     fullest = int((weight.reshape(outputs, -1, M) != 0).sum(-1).max())
     return "" if fullest <= N else f"{fullest} of some {M} consecutive weights are not zero"
 
@@ -217,6 +219,7 @@ def _measured(
     if layer.module not in inputs_of:
         return replace(layer, reason="it is not called on the example inputs")
     x, dense = inputs_of[layer.module], module.weight
+    # requires_grad=False: the packed tensor has no gradient.
     sparse = nn.Parameter(torch.sparse.to_sparse_semi_structured(dense.detach().contiguous()), requires_grad=False)
 
     def run(weight: Tensor) -> Callable[[], Tensor]:
@@ -233,6 +236,7 @@ def _milliseconds(calls: Iterable[Callable[[], Tensor]], repeats: int) -> list[f
     """Medians, by turns."""
     calls = list(calls)
     seen: list[list[float]] = [[] for _ in calls]
+    # Both kernels by turns, so that clock changes of the GPU hit both; the first 5 runs warm up caches and autotuning.
     for turn in range(repeats + 5):
         for call, times in zip(calls, seen, strict=True):
             torch.cuda.synchronize()

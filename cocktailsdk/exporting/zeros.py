@@ -72,12 +72,15 @@ def count_zeros(wanted: Mapping[str, Bool[Tensor, "..."]], constants: Iterable[t
 
 def _covers(zero: Bool[Tensor, "..."], wanted: Bool[Tensor, "..."]) -> bool:
     """Whether a tensor, its axes in some order, is zero wherever it should be."""
+    # A quick no, before axes are permuted.
     if int(zero.sum()) < int(wanted.sum()):
         return False
     squeezed = torch.squeeze(zero)
     form = [n for n in wanted.shape if n > 1]
+    # At most 24 orders; more dimensions are only compared as they are.
     for order in permutations(range(squeezed.ndim)) if squeezed.ndim <= 4 else [tuple(range(squeezed.ndim))]:
         moved = squeezed.permute(order)
         if list(moved.shape) == form and bool((moved | ~wanted.reshape(form)).all()):
             return True
+    # Last, the same elements in the same order under another shape.
     return math.prod(squeezed.shape) == wanted.numel() and bool((zero.reshape(-1) | ~wanted.reshape(-1)).all())

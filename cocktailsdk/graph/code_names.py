@@ -13,10 +13,12 @@ __all__ = ["names_read"]
 def names_read(cls: type) -> set[str]:
     """Names that a class's methods use, other than when it is built."""
     out: set[str] = set()
+    # Methods of bases run too. nn.Module's own would add every name that it manages, such as `training`.
     for base in cls.__mro__:
         if base in (nn.Module, object):
             continue
         for name, function in vars(base).items():
+            # Decorated forwards (torch.no_grad, can_return_tuple of transformers) hide the code that reads the names.
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code is not None and name != "__init__":
                 out.update(_names_in(code))
