@@ -1,4 +1,4 @@
-"""How far two networks' outputs are apart."""
+"""The deviation between the outputs of two networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network can be exported to, by the file's suffix."""
+"""The formats that a subnetwork can be exported to, by file suffix."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Feeds = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Data:
-    """What a network is quantized and judged on.
+    """The data that a network is quantized and evaluated on.
 
     Attributes:
         calibration: Batches from which the ranges of activations are taken.

@@ -1,4 +1,4 @@
-"""What models return, as plain tensors by name: other runtimes know no ``ModelOutput``."""
+"""Model outputs as plain tensors by name: other runtimes know no ``ModelOutput``."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__ = ["Zeros", "count_zeros", "masked_zeros"]
 
 @dataclass(frozen=True)
 class Zeros:
-    """What a file holds of a subnetwork's masked weights.
+    """The zeros of a subnetwork's masked weights in a file.
 
     Attributes:
         wanted: Zeros of the masked weights.

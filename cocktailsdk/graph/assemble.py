@@ -1,4 +1,4 @@
-"""From the labels that the rules left to a coupling: their classes become units, groups, and what is told of them."""
+"""Builds a coupling from joined labels: classes of labels become units, and units become groups."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Units:
 
 
 def _number(root: Int64[Tensor, " labels"], made: Sequence[Made], parts: Sequence[Int64[Tensor, "..."]]) -> _Units:
-    """Numbers the classes that weights make, run by run: those of the same makers are neighbours.
+    """Numbers the classes that weights make, so that classes with the same makers are neighbours.
 
     Args:
         root: Root of every label.
@@ -112,7 +112,7 @@ def making_axes(ctx: Context) -> list[Made]:
 
 
 def assemble(ctx: Context) -> Coupling:
-    """The coupling that the labels say: classes that weights make, as units; what the same weights make, as groups."""
+    """Builds the coupling. Classes that weights make become units; units with the same makers become a group."""
     made = making_axes(ctx)
     root, why = ctx.labels.classes()
     units = _number(root, made, ctx.parts)
@@ -196,7 +196,7 @@ _MOVES = {
     "_to_copy",
     *FAKE_QUANTIZATION,
 }
-"""Ops that hand a value on as it is."""
+"""Ops that pass a value on unchanged."""
 
 
 def _classifiers(ctx: Context) -> set[str]:

@@ -1,4 +1,4 @@
-"""Residual branches: what a sum adds to a stream, and could as well not add."""
+"""Finds residual branches: the operands of sums that can be dropped from a stream."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ _NONE = Scale("", None)
 
 @dataclass(frozen=True)
 class Residual:
-    """A residual branch, as it lies in the graph.
+    """The nodes and tensors of a residual branch.
 
     Attributes:
         nodes: The calls that nothing but the branch needs.
         tensors: Parameters that nothing else reads; with all of them zero the branch adds nothing.
-        weights: Those of them that are contracted with activations.
+        weights: Those parameters that are contracted with activations.
         modules: Paths of the largest modules that run nothing but the branch, in order of execution.
     """
 
@@ -95,9 +95,10 @@ class Residual:
 def residuals(ctx: Context) -> tuple[Residual, ...]:
     """Every residual branch, in order of execution; of branches within branches the innermost.
 
-    A branch ends in an operand of a sum. What it starts from is the sum's other operand, a term of that, or what was
-    computed from these; so a block whose shortcut has a weight of its own has none. Its end must be zero once its own
-    parameters are: a last projection, norm or scale with a bias that is the branch's own, or none.
+    A branch ends in one operand of a sum. It starts from the other operand, from a term of that operand, or from a
+    value computed from either. A block whose shortcut has its own weight therefore has no branch. The result of a
+    branch must be zero once its own parameters are zero: it ends in a projection, norm or scale, with its own bias or
+    without one.
     """
     finder = _Finder(ctx)
     found = []
@@ -119,7 +120,7 @@ def _op(node: fx.Node) -> str:
 
 
 class _Finder:
-    """What is looked up again and again while a graph's branches are found."""
+    """Look-up tables for finding the branches of a graph."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -195,7 +196,7 @@ class _Finder:
 
 
 class _Zeros:
-    """Which values are zero once a branch's own parameters are; what is not known is not."""
+    """Decides which values are zero once a branch's own parameters are. Unknown ops count as non-zero."""
 
     def __init__(self, finder: _Finder, nodes: set[fx.Node], own: set[str]) -> None:
         self._finder, self._nodes, self._own = finder, nodes, own

@@ -26,6 +26,6 @@ def names_read(cls: type) -> set[str]:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Names in a function's code, and in that of what is defined inside it (generators, lambdas)."""
+    """Names in a function's code and in the functions defined inside it (generators, lambdas)."""
     inner = (c for c in code.co_consts if isinstance(c, CodeType))
     return set(code.co_names).union(*map(_names_in, inner))

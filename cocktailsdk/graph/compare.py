@@ -89,7 +89,7 @@ def leaves_of(output: Any) -> list[Tensor]:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """Copies of the same, that remember nothing."""
+    """Detached copies of these tensors."""
     return [t.detach().clone() for t in leaves_of(output)]
 
 
@@ -154,7 +154,7 @@ def _wide(value: Any) -> Any:
 
 
 def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor], list[Tensor]]]:
-    """What every module is given and returns, in order of completion, as far as the model runs."""
+    """Records inputs and outputs of every module, in order of completion, until the model ends or raises."""
     records: list[tuple[str, list[Tensor], list[Tensor]]] = []
     hooks = [
         m.register_forward_hook(
@@ -198,7 +198,7 @@ def first_difference(
     kwargs: Any,
     expected_of: Callable[[str, Tensor, bool], Tensor] = lambda _path, value, _is_input: value,
 ) -> str:
-    """Path of the first module to finish whose output differs though what it was given first does not.
+    """Path of the first module to finish whose output differs although its first input does not.
 
     Args:
         masked: The masked model.

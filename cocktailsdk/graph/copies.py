@@ -96,7 +96,7 @@ def _share_what_cannot_be_copied(model: nn.Module, memo: dict[int, Any]) -> None
 
 
 def _rebind(made: nn.Module, memo: dict[int, Any]) -> None:
-    """Lets functions and weak references that a copy holds refer to the copy: ``copy.deepcopy`` takes them as they are.
+    """Rebinds functions and weak references in a copy to the copy; ``copy.deepcopy`` leaves them bound to the original.
 
     A hook such as ``lambda m, x, y: self.features.append(y)`` would otherwise fill the original's list.
     """
@@ -112,7 +112,7 @@ def _rebind(made: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _bound(value: Any, copies: dict[int, Any], within: tuple[Any, ...] = ()) -> Any:
-    """A value that refers to copies in place of what they are copies of; the value itself if it refers to none."""
+    """The value with references to original modules replaced by references to their copies."""
     if isinstance(value, weakref.ReferenceType):
         target = copies.get(id(value()))
         return value if target is None else weakref.ref(target)

@@ -1,4 +1,4 @@
-"""From a model to its coupling: run the rules over the graph, pin what stays, and make a coupling of the labels."""
+"""Runs the rules over a model's graph, pins channels that must stay, and builds couplings from the labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Pass:
-    """One pass of the rules over a model, from which couplings are made; what is pinned in between stays.
+    """One pass of the rules over a model. Couplings can be built repeatedly while channels are pinned in between.
 
     Args:
         model: Any module; it is run in eval mode, without gradients, and left as it was.
@@ -37,7 +37,7 @@ class Pass:
         training: Follow training mode, too, whether or not there are parameters that eval mode does not read.
 
     Attributes:
-        follows_training: Whether the graph is that of both modes.
+        follows_training: Whether the graph covers training mode as well as eval mode.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Pass:
         self._pinned: dict[str, int] = {}
 
     def coupling(self) -> Coupling:
-        """The coupling, as things stand."""
+        """The coupling with the labels joined and pinned so far."""
         _rectangles(self._ctx)
         return assemble(self._ctx)
 
@@ -99,7 +99,7 @@ class Pass:
         return out
 
     def pin(self, module: str | None, reason: str) -> None:
-        """Keeps whole what a module deals with: first what its own code gives sizes to, then all that it is given."""
+        """Pins channels of a module: first those it reshapes by size, then all that it computes and receives."""
         if module is None:
             return
         # What is pinned grows with each failure of the same module: calls that take sizes, all of its own calls and
@@ -123,7 +123,7 @@ class Pass:
                             self._ctx.labels.stay_all(_flat(self._ctx, source), reason)
 
     def pin_units(self, coupling: Coupling, group: int, reason: str) -> None:
-        """Keeps a group whole."""
+        """Pins all units of a group."""
         g = coupling.groups[group]
         for p in coupling.producers:
             field = self._ctx.axis_field(self._ctx.axis_fields(p.weight), p.axis)
@@ -163,7 +163,7 @@ def propagate(exported: Exported) -> Context:
 
 
 def _apply_in_training(ctx: Context, node: fx.Node) -> None:
-    """Ties what a call of training mode reads. It is not counted, and makes no channels that could go by themselves."""
+    """Joins labels that a call of training mode reads. The call is not counted and makes no channels of its own."""
     products, known = len(ctx.products), (set(ctx.uses), set(ctx.makers), set(ctx.tables))
     _apply(ctx, node)
     # Costs are those of inference, and a unit that only training mode makes would vanish at deployment.
@@ -221,7 +221,7 @@ def _flat(ctx: Context, node: fx.Node) -> list[Field]:
 
 
 def _rectangles(ctx: Context) -> None:
-    """Where channels are seen as rows and columns, whole rows or whole columns go: whichever are more."""
+    """Where code views channels as rows and columns, only rows or only columns can go: whichever are more."""
     ctx.labels.because = "channels seen as rows and columns that are tied in both directions"
     changed = bool(ctx.rectangles)
     # One join may change the classes seen by another rectangle, so the classes are computed anew after each change.

@@ -1,4 +1,4 @@
-"""What was learned of a model: its weights, and which channels go together.
+"""The weights of a model, and which of its channels must be removed together.
 
 These are plain data. They are made by :func:`cocktailsdk.graph.couple` and know nothing
 of sparsity: patterns decide *what* to remove, the coupling says what goes with it.
@@ -81,7 +81,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a parameter is multiplied with once it was divided by a norm of its own (weight norm, spectral norm).
+    """The factor that follows the division of a parameter by its own norm (weight norm, spectral norm).
 
     Masked as a whole, such a part would be 0 / 0. Where there is a scale the scale is masked in its place, which makes
     the weight zero there. Where there is none, the parameter cannot be masked as a whole.
@@ -139,7 +139,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Kept:
-    """Something that is kept whole.
+    """A part of the model that is not pruned.
 
     Attributes:
         where: A module path, a parameter's name or an op.
@@ -212,12 +212,12 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: what a sum adds to a stream, and could as well not add.
+    """A residual branch: an operand of a sum that can be dropped.
 
     Attributes:
         name: Short, readable and unique (``"blocks.0.attn"``).
         tensors: Parameters that nothing but the branch reads; with all of them zero it adds nothing.
-        weights: Those of them that are contracted with activations.
+        weights: Those parameters that are contracted with activations.
         modules: Paths of the largest modules that run nothing but the branch, in order of execution.
     """
 
@@ -269,7 +269,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Trace:
-    """What slimming needs of the graph besides the coupling. Not stored in files: it is found again from the model.
+    """Parts of the graph that slimming needs besides the coupling. They are not stored; the model is traced again.
 
     Attributes:
         nodes: Every call, in order of execution.
@@ -301,13 +301,13 @@ class Coupling:
         fields: For each parameter or buffer that units touch, its unit fields: integer tensors
             broadcastable to its shape, ``STAYS`` where an element belongs to no unit. An element
             goes when a unit of any of its fields goes.
-        kept: What is kept whole, and why.
+        kept: The parts that are not pruned, and why.
         contractions: For counting.
         shapes: Shape of every parameter of the model.
         unknown_ops: Names of ops that had no rule, each with the number of its uses.
         branches: The residual branches, in order of execution.
         scales: By name, parameters that are divided by a norm of their own before use.
-        trace: What slimming needs besides; ``None`` in a coupling read from a file.
+        trace: Further parts of the graph for slimming; ``None`` in a coupling read from a file.
     """
 
     weights: tuple[Weight, ...]
@@ -328,7 +328,7 @@ class Coupling:
         return self.groups[-1].stop if self.groups else 0
 
     def masks(self, removed: Bool[Tensor, " units"]) -> dict[str, Bool[Tensor, "..."]]:
-        """What to set to zero so that the removed units are.
+        """Masks that set the removed units to zero.
 
         Args:
             removed: For each unit whether it goes.
@@ -340,7 +340,7 @@ class Coupling:
         return self.spared(self.left(removed))
 
     def left(self, removed: Bool[Tensor, " units"]) -> dict[str, Bool[Tensor, "..."]]:
-        """What is left of every tensor that the removed units touch, once these are sliced away.
+        """The positions that remain of every tensor after the removed units are sliced away.
 
         The same as :meth:`masks` but for parameters that are divided by a norm of their own.
         """

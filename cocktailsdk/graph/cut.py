@@ -36,7 +36,7 @@ class Cutter:
 
     @property
     def keep(self) -> Bool[Tensor, " units_and_stays"]:
-        """What stays; the last entry, True, is for what belongs to no unit (``STAYS`` indexes it)."""
+        """For each unit whether it stays. ``STAYS`` indexes the last entry, True: positions of no unit."""
         return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
 
     def cut(
@@ -47,8 +47,8 @@ class Cutter:
         Args:
             model: The model.
             fixes: Values of attributes that are known.
-            share: Names of parameters and buffers of which the copy gets no copy: it has them as the model has them, or
-                the part that stays where that is the first run along each axis.
+            share: Names of parameters and buffers whose memory the copy shares with the model. A narrowed tensor is
+                shared as a view where the remaining positions are the first ones along each axis.
 
         Returns:
             The copy, and the attributes that may need other values.

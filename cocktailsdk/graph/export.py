@@ -49,7 +49,7 @@ class Exported:
         tensors: For each placeholder that is a parameter or buffer the name it has in the model.
             A tied parameter has the first of its names everywhere.
         shapes: The shape of each of these tensors.
-        trainable: Names of those that are parameters.
+        trainable: Names of the tensors that are parameters.
         scopes: Paths of the submodules that the graph is made of; ``("",)`` where the whole model was exported.
         failures: Where it was not: by path, why a module is no scope.
         shared: Tensors that a scope shares with code that is in none.
@@ -66,7 +66,7 @@ class Exported:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back as it was; what modules keep of earlier runs is forgotten."""
+    """Puts every module in eval mode, clears caches of earlier runs, and restores the modes at the end."""
     modules = list(model.modules())
     was = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has no mode
     without = [m for m in modules if not hasattr(m, "training")]
@@ -88,7 +88,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _clear_caches(model: nn.Module) -> None:
-    """Clears what modules keep of a run in eval mode (a bias by device, say), as they do it themselves in training."""
+    """Clears tensors that modules cache in eval mode, by the modules' own ``train()``."""
     # LeViT, TinyViT and EfficientViT of timm keep an attention bias by device in eval mode, and clear it in `train()`.
     # A fake tensor that an export left there would break the user's next call.
     for m in model.modules():
@@ -101,8 +101,8 @@ def _clear_caches(model: nn.Module) -> None:
 def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Exported:
     """Exports a model in eval mode; the model is left as it was.
 
-    Where ``torch.export`` cannot follow the whole of it, the model is run once with hooks, and the largest submodules
-    that can be followed on what they were given are exported instead: the scopes.
+    If ``torch.export`` cannot trace the whole model, the model is run once with hooks. Then the largest submodules that
+    can be traced on the recorded inputs are exported instead: the scopes.
 
     Raises:
         ExportFailed: If the model does not run on these inputs, or nothing of it that holds parameters can be followed.
@@ -220,7 +220,7 @@ def _reason(error: Exception) -> str:
 
 
 def _recorded_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
-    """What every submodule is given in one run on real tensors."""
+    """Records the inputs of every submodule in one run on real tensors."""
     recorded: dict[str, Inputs] = {}
     hooks = [
         m.register_forward_pre_hook(
@@ -244,7 +244,7 @@ def _recorded_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
 def _scopes(
     model: nn.Module, recorded: Mapping[str, Inputs], failures: dict[str, str], warm: Snapshot
 ) -> dict[str, ExportedProgram]:
-    """The largest submodules that can be exported on what they are given."""
+    """Exports the largest submodules that ``torch.export`` can trace on their recorded inputs."""
     programs: dict[str, ExportedProgram] = {}
     # A stack in reverse, so that modules are tried in order of registration and a child right after its parent.
     pending = [path for path, _ in reversed(list(model.named_children()))]

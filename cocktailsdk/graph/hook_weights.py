@@ -15,7 +15,7 @@ __all__ = ["hook_weights", "refresh_hook_weights"]
 
 
 def hook_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What hooks of ``torch.nn.utils`` compute of a module's tensors as they are now, by the attribute's name.
+    """The weights that hooks of ``torch.nn.utils`` compute from a module's current tensors, by the attribute's name.
 
     No step of power iteration is taken.
     """
@@ -30,7 +30,7 @@ def hook_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def refresh_hook_weights(modules: Iterable[nn.Module]) -> None:
-    """Computes these attributes anew: after tensors were cut, or changed in place, they are those of before."""
+    """Computes these attributes again. After tensors were cut or changed in place, the attributes are out of date."""
     for module in modules:
         with suppress(
             RuntimeError

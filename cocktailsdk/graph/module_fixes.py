@@ -1,4 +1,4 @@
-"""Mending modules whose parameters were cut: their counts, and the numbers their code reshapes by."""
+"""Fixes modules whose parameters were cut: their counts, and the numbers that their code reshapes by."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["ModuleFixes", "Options", "Value", "assign", "fix_modules"]
 
 
 Value = int | tuple[int, ...] | list[int]
-"""What an attribute that sizes are taken from may be."""
+"""Types of attributes that code takes sizes from."""
 
 READS_SIZES = {
     "view",
@@ -49,7 +49,7 @@ Options = dict[str, dict[str, list[Value]]]
 
 @dataclass
 class ModuleFixes:
-    """What makes a slim model right besides the counts of known layers.
+    """Changes that a slim model needs besides the counts of known layers.
 
     Attributes:
         attributes: By module path, the values of its attributes.
@@ -67,7 +67,7 @@ def fix_modules(
     keep: Bool[Tensor, " units_and_stays"],
     chosen: ModuleFixes | None = None,
 ) -> Options:
-    """ModuleFixes a model whose parameters were cut.
+    """Fixes the modules of a model whose parameters were cut.
 
     Args:
         slim: The cut copy; changed in place.
@@ -144,7 +144,7 @@ def _narrowed(module: nn.Module, was: nn.Module, norm: Norm, sizes: Sizes | None
 
 
 def _fix_known_layer(module: nn.Module, was: Any) -> bool:
-    """ModuleFixes the counts of PyTorch's own layers (and of what inherits from them)."""
+    """Updates the counts of PyTorch's own layers and of classes derived from them."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, _ConvNd):

@@ -1,4 +1,4 @@
-"""Why channels must stay: from labels that stay to the calls and tensors that tie them to the cause."""
+"""Explains why channels must stay: the cause, and the calls and tensors that lead to it."""
 
 from __future__ import annotations
 

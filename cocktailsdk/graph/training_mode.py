@@ -1,4 +1,4 @@
-"""What a model runs in training mode only: auxiliary heads, deep supervision, branches on ``self.training``.
+"""Code that a model runs in training mode only: auxiliary heads, deep supervision, branches on ``self.training``.
 
 The graph is that of eval mode. Where parameters are left that nothing in it reads, the graph of training mode is joined
 to it: calls that both modes share are kept once, so that one axis has one set of labels whichever mode reads it.

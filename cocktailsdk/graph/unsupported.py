@@ -1,4 +1,4 @@
-"""What in a model cannot be followed, recognised by its kind and said in words."""
+"""Recognises modules that cannot be traced or pruned by their kind, with the reason."""
 
 from __future__ import annotations
 

@@ -51,11 +51,11 @@ def apply_masks(model: nn.Module, coupling: Coupling, removed: Bool[Tensor, " un
 
 @dataclass(frozen=True)
 class Proof:
-    """What the check found.
+    """The result of the verification.
 
     Attributes:
         error: The largest relative error over all outputs.
-        fixes: What makes the slim model right.
+        fixes: Changes that the slim model needs.
     """
 
     error: float
@@ -163,12 +163,12 @@ def verify_slim(
 
 
 def _near_zero(outputs: Sequence[Tensor]) -> bool:
-    """Whether an output is so small beside unit scale that rounding is all there is in it."""
+    """Whether an output is so small, next to unit scale, that it holds only rounding errors."""
     return any(t.numel() and float(t.abs().max()) < SINGLE for t in outputs)
 
 
 def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
-    """What the randomised model returns before anything is masked."""
+    """The outputs of the randomised model before masking."""
     dense = duplicate_in_double(model)
     randomise(dense, torch.Generator().manual_seed(0))
     with evaluating(dense), torch.no_grad(), Precision():
@@ -176,7 +176,7 @@ def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class _Outputs:
-    """Records what some modules of the masked model are given and return, at their first call."""
+    """Records inputs and outputs of some modules of the masked model at their first call."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -200,7 +200,7 @@ class _Outputs:
 
 
 class _Settling:
-    """As the slim model runs, finds for each module the values of its attributes with which it is right."""
+    """While the slim model runs, finds for each module the attribute values that reproduce the masked output."""
 
     MOST = 128
     """Combinations tried for a module."""
@@ -275,7 +275,7 @@ class _Settling:
             self._code[path] = made.forward  # for the rest of this run; the model that is kept gets a module
 
     def _right(self, path: str, run: Callable[[], Any]) -> bool:
-        """Whether a module returns what is left of the masked one's value."""
+        """Whether a module returns the surviving part of the masked module's output."""
         try:
             got = tensors_in(run())
         except Exception:  # wrong sizes raise all kinds of errors
@@ -284,14 +284,14 @@ class _Settling:
         return expected is None or relative_error(got[:1], expected, expected) <= NARROWED
 
     def _expected(self, path: str) -> list[Tensor] | None:
-        """What the module should return first: the masked model's value without what is gone."""
+        """The first tensor that the module should return: the masked output without removed channels."""
         wanted = self._outputs.seen.get(path)
         expected = self._survivors.returned(path, wanted[0]) if wanted else None
         return None if expected is None else [expected]
 
 
 class _Survivors:
-    """What is left of tensors that modules of the masked model are given, or return, as far as that is known."""
+    """The surviving part of tensors that modules of the masked model receive or return, where it is known."""
 
     def __init__(self, cutter: Cutter) -> None:
         self._keep = cutter.keep

@@ -1,4 +1,4 @@
-"""What an inspection found, as plain data."""
+"""The findings of an inspection, as plain data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Eligibility:
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that is multiplied with activations.
+    """A weight that is contracted with activations.
 
     Attributes:
         name: The parameter's name.
@@ -64,7 +64,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Slice:
-    """What a group takes of one tensor.
+    """The positions of one tensor that a group covers.
 
     Attributes:
         tensor: The parameter or buffer.
@@ -122,7 +122,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a pattern would leave.
+    """The parameters and FLOPs that a pattern would leave.
 
     Attributes:
         pattern: The pattern's registered name.

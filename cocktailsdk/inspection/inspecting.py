@@ -1,4 +1,4 @@
-"""From a model to what is found of it."""
+"""Inspects a model: traces it, builds its coupling, and collects the findings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LONGEST_REASON = 400
 
 
 def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[str, Any] | None = None) -> Inspection:
-    """Find what is prunable, what is coupled, and what is kept whole and why.
+    """Find which channels are prunable, which are coupled, and which are not pruned and why.
 
     It does not fail on models that cannot be followed: all their channels are kept, with the reason.
 
@@ -145,7 +145,7 @@ def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, sel
 
 
 def _stays(coupling: Coupling) -> tuple[Stay, ...]:
-    """What must stay, without the axes of weights along which there are no channels (a kernel's height)."""
+    """Positions that must stay, without axes that have no channels (the height of a kernel)."""
     if coupling.trace is None:
         return ()
     axes = {w.name: (w.out_axis, w.in_axis) for w in coupling.weights}
@@ -153,7 +153,7 @@ def _stays(coupling: Coupling) -> tuple[Stay, ...]:
 
 
 def kept_whole(coupling: Coupling) -> tuple[Kept, ...]:
-    """What is kept whole; of weights with the nearest cause."""
+    """Parts that are not pruned; weights with the nearest cause."""
     stays = _stays(coupling)
     made = {k.where for k in coupling.kept}
     axes = {w.name: w.out_axis for w in coupling.weights}

@@ -1,4 +1,4 @@
-"""Why something can go, or is kept whole, in a few sentences."""
+"""Explains in a few sentences why channels can be removed or must stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIES = {
     "bmm": "contracted with",
     "scaled_dot_product_attention": "attended together with",
 }
-"""What an op does to channels that it ties to others."""
+"""How an op ties channels to others, in words."""
 
 READS = ("linear", "addmm", "matmul", "bmm", "mm", "einsum", "convolution")
 """Ops (besides all that begin with ``conv``) whose weight's input columns are tied to the channels that they read."""
@@ -37,7 +37,7 @@ READS = ("linear", "addmm", "matmul", "bmm", "mm", "einsum", "convolution")
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of one axis of a parameter.
+    """The answer for one axis of a parameter.
 
     Attributes:
         tensor: The parameter or buffer.

@@ -1,8 +1,8 @@
-"""Where op rules are found, and what a rule sees.
+"""The registry of op rules, and the context that a rule reads.
 
 A rule is a function ``(ctx, node) -> Result`` registered under an ATen op's name: it reads the fields of the node's
-operands, joins what must go together, and returns the fields of the result. An op without a rule keeps everything
-that touches it whole and is named in the report.
+operands, joins the labels of channels that must go together, and returns the fields of the result. Channels that meet
+an op without a rule are not pruned, and the report names the op.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class Context:
         makers: Further axes of weights that make channels, by name and axis.
         tables: Embeddings, whose columns are channels.
         unknown: Ops without a rule, with the number of their uses.
-        unmaskable: Of weights whose elements cannot be masked, why not.
-        operands: Of weights that are computed from a parameter, what is multiplied.
-        scales: Of weights that are divided by a norm of their own, what scales them afterwards.
+        unmaskable: By name, why elements of a weight cannot be masked.
+        operands: Nodes of weights that are computed from a parameter, by the parameter's name.
+        scales: Factors that follow the division of a weight by its own norm, by the weight's name.
         zero_sources: Per node, the parameters whose zeros are its zeros (see :mod:`.zero_sources`).
         training: Whether the call that is being read is one of training mode alone.
         training_uses: Parameters contracted with activations in training mode alone, by name.
