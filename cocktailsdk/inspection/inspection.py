@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .drawing import draw
 from .findings import Findings
+from .svg import draw
 from .why import Why, why
 
 __all__ = ["Inspection"]
