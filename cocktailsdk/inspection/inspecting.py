@@ -22,8 +22,8 @@ from ..patterns.nm import covered
 from ..utils.batchnorm import device_of
 from ..utils.nested import to_device
 from ..utils.undo import unchanged
+from .channel_groups import channel_groups
 from .findings import Eligibility, Layer, Saving
-from .groups import channel_groups
 from .inspection import Inspection
 from .measuring import measured_flops
 
