@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import cocktailsdk as cocktail
 from cocktailsdk.errors import AdapterError, CocktailError
 from cocktailsdk.inspection import Inspection
-from cocktailsdk.inspection.names import folded, pattern_of
+from cocktailsdk.inspection.layer_names import folded, pattern_of
 from cocktailsdk.models import build_model
 from cocktailsdk.report.groups import groups_view
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..graph import STAYS, Coupling, Group, Node, Weight
 from .findings import ChannelGroup, Slice
-from .names import owner
+from .layer_names import owner
 
 __all__ = ["channel_groups"]
 

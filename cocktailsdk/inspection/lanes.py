@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ..graph import Stay
 from .findings import ChannelGroup, Findings, Layer
-from .names import folded, pattern_of
+from .layer_names import folded, pattern_of
 
 __all__ = ["Fold", "Lane", "Row", "arranged"]
 

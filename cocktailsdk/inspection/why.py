@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CocktailError
 from ..graph import Link, Stay
 from .findings import Findings, Layer
-from .names import folded, nearest, owner
+from .layer_names import folded, nearest, owner
 
 __all__ = ["Answer", "Why", "why"]
 
