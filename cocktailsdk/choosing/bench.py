@@ -27,7 +27,7 @@ from ..net.switchable import model_unchanged
 from ..patterns import DENSE
 from ..utils.batchnorm import device_of
 from ..utils.nested import to_device
-from .layers import layers_used, use_counts
+from .layer_use import layers_used, use_counts
 from .memory import peak_bytes
 from .profile import DeviceProfile, SubnetCost, Timing, machine_of, pareto_front
 from .sizes import deployed_bytes
