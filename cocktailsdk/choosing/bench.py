@@ -27,10 +27,10 @@ from ..net.switchable import model_unchanged
 from ..patterns import DENSE
 from ..utils.batchnorm import device_of
 from ..utils.nested import to_device
+from .deployed_size import deployed_bytes
 from .layer_use import layers_used, use_counts
 from .memory import peak_bytes
 from .profile import DeviceProfile, SubnetCost, Timing, machine_of, pareto_front
-from .sizes import deployed_bytes
 
 __all__ = ["RUNTIMES", "Progress", "bench"]
 
