@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import CocktailError, ExportFailed
 from ..exporting import export_subnet, format_of, job_of
-from ..exporting.inputs import Inputs
+from ..exporting.example_inputs import Inputs
 from ..exporting.semi_structured import to_semi_structured
 from ..graph.export import evaluating
 from ..net.subnet_model import SubnetModel

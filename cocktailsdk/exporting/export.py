@@ -18,8 +18,8 @@ from ..errors import ExportFailed, SlimError
 from ..io import file_mode
 from ..net.subnet_model import SubnetModel
 from .deviation import deviation, limit_for
+from .example_inputs import Inputs
 from .formats import Format, Job, format_of
-from .inputs import Inputs
 from .int8 import Data, quantize
 from .plain_outputs import named_outputs
 from .program import first_line

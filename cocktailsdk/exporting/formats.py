@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import ExportFailed
-from .inputs import Inputs
+from .example_inputs import Inputs
 from .program import Traced, program_of
 
 __all__ = ["FORMATS", "Format", "Job", "Run", "format_of", "needs", "register_format"]

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
-from .inputs import Inputs
+from .example_inputs import Inputs
 from .plain_outputs import plain_outputs
 
 __all__ = ["Traced", "first_line", "program_of", "quiet"]

@@ -184,7 +184,7 @@ def to_semi_structured(
         reasons = dict.fromkeys(layer.reason for layer in layers) or {"it has no linear layer": None}
         raise ExportFailed(f"no layer of {name!r} can run on a 2:4 kernel: {'; '.join(reasons)}")
     from ..exporting.deviation import deviation, limit_for
-    from ..exporting.inputs import Inputs
+    from ..exporting.example_inputs import Inputs
     from ..exporting.plain_outputs import named_outputs
 
     inputs = Inputs.of(net.model, *net.example)
