@@ -19,11 +19,11 @@ from ..io import file_mode
 from ..net.subnet_model import SubnetModel
 from .deviation import deviation, limit_for
 from .example_inputs import Inputs
+from .export_report import ExportReport
 from .formats import Format, Job, format_of
 from .int8 import Data, quantize
 from .plain_outputs import named_outputs
 from .program import first_line
-from .report import ExportReport
 from .torch_files import own_tensors
 from .zeros import Zeros, count_zeros, masked_zeros
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import ExportFailed
 from .deviation import deviation
+from .export_report import Int8Report
 from .formats import Format, Job, Run, needs
 from .openvino_file import in_a_thread_of_its_own
 from .program import first_line, quiet
-from .report import Int8Report
 
 __all__ = ["Data", "quantize"]
 
