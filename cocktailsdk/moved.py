@@ -21,6 +21,7 @@ MODULES = {
     "cocktailsdk.counts": "cocktailsdk.net.costs",
     "cocktailsdk.datasets": "cocktailsdk.presets.datasets",
     "cocktailsdk.devices": "cocktailsdk.utils.devices",
+    "cocktailsdk.graph.recoded": "cocktailsdk.graph.rewritten_module",  # in pickles of slim models
 }
 """Modules whose names were documented or typed in examples, by their old names."""
 

@@ -1,4 +1,4 @@
-"""What a network can be exported to, by the file's suffix."""
+"""The formats that a subnetwork can be exported to, by file suffix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportFailed
 from ..utils.optional import check_installed
-from .inputs import Inputs
+from .example_inputs import Inputs
 from .program import Traced, program_of
 
 __all__ = ["FORMATS", "Format", "Job", "Run", "format_of", "register_format"]

@@ -36,6 +36,8 @@ class OpenVinoFormat:
         OnnxFormat().write(job, between)
         try:
             model = openvino.Core().read_model(between)
+            # save_model halves weights to float16 by default (since OpenVINO 2023.0), which the comparison with torch
+            # would refuse.
             openvino.save_model(model, file, compress_to_fp16=False)
         except Exception as error:
             raise ExportFailed(
@@ -53,6 +55,7 @@ class OpenVinoFormat:
         """All constants that have an axis."""
         for op in _openvino().Core().read_model(file).get_ops():
             if op.get_type_name() == "Constant" and len(op.get_output_shape(0)):
+                # `op.data` is memory of the model, which is freed with it.
                 yield op.get_friendly_name(), torch.from_numpy(op.data.copy())
 
     def runtime(self) -> str:
@@ -83,6 +86,7 @@ def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") 
         precision: ``"f32"``; by itself OpenVINO narrows to bfloat16 on processors that have it.
     """
     openvino = _openvino()
+    # LATENCY: one request at a time on all cores, as a benchmark of a single network wants it.
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
@@ -90,8 +94,9 @@ def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") 
     takes = [i.get_any_name() for i in model.inputs]
     gives = [o.get_any_name() for o in model.outputs]
 
-    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = model([given[n].contiguous().numpy() for n in takes])
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = model([inputs[n].contiguous().numpy() for n in takes])
+        # The request reuses its output buffers in the next call.
         return {n: torch.from_numpy(values[i].copy()) for i, n in enumerate(gives)}
 
     return run

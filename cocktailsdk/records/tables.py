@@ -98,8 +98,8 @@ def _configurations(table: Mapping[str, Any]) -> dict[str, Entry]:
     def entry(kind: str) -> Entry:
         section = sections[kind]
         nested = {name: entry(of) for name, of in section.get("nested", {}).items()}
-        given = {k: v for k, v in section.items() if k not in ("classes", "nested")}
-        return Entry(kind, {**common, **_fields(given), "model_type": one_of({kind})}, nested)
+        fields = {k: v for k, v in section.items() if k not in ("classes", "nested")}
+        return Entry(kind, {**common, **_fields(fields), "model_type": one_of({kind})}, nested)
 
     return {name: entry(kind) for kind, section in sections.items() for name in section["classes"].split()}
 

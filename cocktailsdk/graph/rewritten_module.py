@@ -16,10 +16,10 @@ from torch import fx, nn
 
 from .layers import mean_of_all
 
-__all__ = ["Recoded", "recoded"]
+__all__ = ["RewrittenModule", "with_forward"]
 
 
-class Recoded(nn.Module):
+class RewrittenModule(nn.Module):
     """A module whose forward was rewritten; each has a class of its own, derived from the original's.
 
     Attributes:
@@ -40,18 +40,20 @@ class Recoded(nn.Module):
         return _empty, (cls.original, cls.source, dict(cls.names), cls.shares), self.__dict__
 
 
-def recoded(module: nn.Module, graph: fx.Graph) -> Recoded:
+def with_forward(module: nn.Module, graph: fx.Graph) -> RewrittenModule:
     """A module that runs a graph on another module's own parameters, children and attributes."""
     code = graph.python_code("self")
     names = {k: f"module {v.__name__}" if isinstance(v, ModuleType) else v for k, v in code.globals.items()}
     shares = tuple(float(n.args[3]) for n in graph.nodes if n.target is mean_of_all)
-    made = _empty(module.original if isinstance(module, Recoded) else type(module), code.src, names, shares)
+    made = _empty(module.original if isinstance(module, RewrittenModule) else type(module), code.src, names, shares)
     state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items() if k != "forward"}
     made.__dict__.update(state)
     return made
 
 
-def _empty(original: type[nn.Module], source: str, names: Mapping[str, Any], shares: tuple[float, ...]) -> Recoded:
+def _empty(
+    original: type[nn.Module], source: str, names: Mapping[str, Any], shares: tuple[float, ...]
+) -> RewrittenModule:
     """An instance without attributes, of a class made from source."""
     scope = {
         key: importlib.import_module(v.removeprefix("module ")) if isinstance(v, str) else v for key, v in names.items()
@@ -60,7 +62,7 @@ def _empty(original: type[nn.Module], source: str, names: Mapping[str, Any], sha
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     exec(compile(source, file, "exec"), scope)
     held = {"original": original, "forward": scope["forward"], "source": source, "names": dict(names), "shares": shares}
-    cls = type(original.__name__, (Recoded, original), {**held, "__module__": __name__})
-    made: Recoded = cls.__new__(cls)  # type: ignore[call-overload]
+    cls = type(original.__name__, (RewrittenModule, original), {**held, "__module__": __name__})
+    made: RewrittenModule = cls.__new__(cls)  # type: ignore[call-overload]
     nn.Module.__init__(made)
     return made

@@ -11,11 +11,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["hooked", "refresh"]
+__all__ = ["hook_weights", "refresh_hook_weights"]
 
 
-def hooked(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What hooks of ``torch.nn.utils`` compute of a module's tensors as they are now, by the attribute's name.
+def hook_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that hooks of ``torch.nn.utils`` compute from a module's current tensors, by the attribute's name.
 
     No step of power iteration is taken.
     """
@@ -29,11 +29,11 @@ def hooked(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield hook.name, hook.compute_weight(module, do_power_iteration=False)
 
 
-def refresh(modules: Iterable[nn.Module]) -> None:
-    """Computes these attributes anew: after tensors were cut, or changed in place, they are those of before."""
+def refresh_hook_weights(modules: Iterable[nn.Module]) -> None:
+    """Computes these attributes again. After tensors were cut or changed in place, the attributes are out of date."""
     for module in modules:
         with suppress(
             RuntimeError
         ):  # a hook that reads what a later one computes may find it in another dtype or shape
-            for name, value in hooked(module):
+            for name, value in hook_weights(module):
                 setattr(module, name, value)

@@ -30,12 +30,12 @@ def deployed_bytes(net: SubnetModel, name: str) -> int:
         if not isinstance(t, Tensor) or id(t) in seen or tensor_name.startswith(gone or ("\0",)):
             continue
         seen.add(id(t))
-        left = _left(keep[tensor_name], t.shape) if tensor_name in keep else t.numel()
-        total += left * t.element_size()
+        remaining = _remaining(keep[tensor_name], t.shape) if tensor_name in keep else t.numel()
+        total += remaining * t.element_size()
     return total
 
 
-def _left(keep: Tensor, shape: torch.Size) -> int:
+def _remaining(keep: Tensor, shape: torch.Size) -> int:
     """Elements of what is left of a tensor; all of it where no slice can hold what stays."""
     keep = keep.reshape((1,) * (len(shape) - keep.ndim) + tuple(keep.shape))
     along = []

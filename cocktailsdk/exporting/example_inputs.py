@@ -42,6 +42,7 @@ class Inputs:
         Raises:
             ExportFailed: There is no tensor with an axis among them.
         """
+        # Tensors that require grad cannot be passed to numpy, which every runtime takes.
         args, kwargs = tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))
         sizes = [t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
         if not sizes:
@@ -66,6 +67,7 @@ class Inputs:
         def remake(value: Any) -> Any:
             if not isinstance(value, Tensor) or not self.carries_batch(value):
                 return value
+            # Rows are repeated as often as the batch needs.
             rows = value[torch.arange(batch) % self.batch]
             if value.is_floating_point():
                 flat = value.reshape(-1)
@@ -73,8 +75,10 @@ class Inputs:
                 if flat.numel() and bool((flat == flat[0]).all()):  # says nothing of what the model does
                     drawn = drawn + torch.randn(rows.shape, generator=generator).to(drawn)
                 return drawn
+            # One number for each example (a length, a label) is kept: shuffling along it would only mix examples.
             if rows.ndim < 2:
                 return rows
+            # A random permutation within each row keeps the values in range (token ids, 0 / 1 masks).
             order = torch.rand(rows.shape, generator=generator).argsort(-1)
             return rows.gather(-1, order)
 
@@ -113,8 +117,10 @@ def _names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     for path, leaf in tree_flatten_with_path((args, dict(kwargs)))[0]:
         if not isinstance(leaf, Tensor):
             continue
+        # Pytree paths mix MappingKey (.key) and SequenceKey (.idx). The first key says args (0) or kwargs (1).
         keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
         head = positional[int(keys[1])] if keys[0] == "0" else keys[1]
+        # An identifier is a valid name in every runtime.
         name = re.sub(r"\W+", "_", "_".join([head, *keys[2:]])).strip("_") or "input"
         while name in out:
             name += "_"

@@ -31,10 +31,11 @@ from .coupling import Coupling, Node
 from .cut import Cutter
 from .empty_heads import RefuseEmptyHeads
 from .export import evaluating
-from .mend import Mends, Options, assign, surviving
-from .recoded import recoded
+from .module_fixes import ModuleFixes, Options, assign
 from .relabel import check_labels
 from .rewrite import rewritten
+from .rewritten_module import with_forward
+from .surviving import surviving
 from .verify_training import check_training
 
 __all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
@@ -50,15 +51,15 @@ def apply_masks(model: nn.Module, coupling: Coupling, removed: Bool[Tensor, " un
 
 @dataclass(frozen=True)
 class Proof:
-    """What the check found.
+    """The result of the verification.
 
     Attributes:
         error: The largest relative error over all outputs.
-        mends: What makes the slim model right.
+        fixes: Changes that the slim model needs.
     """
 
     error: float
-    mends: Mends
+    fixes: ModuleFixes
 
 
 def verify_slim(
@@ -89,6 +90,7 @@ def verify_slim(
     masked = duplicate_in_double(model)
     randomise(masked, generator)
     args, kwargs = doubled((tuple(args), dict(kwargs or {})), generator)
+    # Cut before masking: the cut takes what survives, and the randomised weights must be equal in both.
     slim, options = cutter.cut(masked)
     scopes = [path for path in cutter.trace.scopes if path]
     with evaluating(masked), evaluating(slim), torch.no_grad():
@@ -110,25 +112,25 @@ def verify_slim(
                 f"{type(model).__name__} returned no floating-point tensor by which to compare slim with masked; "
                 "give example inputs for which it does, or return a dataclass, a tuple or a mapping that holds them."
             )
-        left = _Left(cutter)
-        settling = _Settling(masked, slim, options, outputs, cutter, left)
+        survivors = _Survivors(cutter)
+        settling = _Settling(masked, slim, options, outputs, cutter, survivors)
         try:
             with precision, settling, RefuseEmptyHeads():
                 output = slim(*args, **kwargs)
-            if settling.mends.forwards:  # what is kept has modules with that code, so these are what is looked at
-                slim = cutter.cut(masked, settling.mends)[0].eval()
+            if settling.fixes.forwards:  # what is kept has modules with that code, so these are what is looked at
+                slim = cutter.cut(masked, settling.fixes)[0].eval()
                 with precision:
                     output = slim(*args, **kwargs)
             got = tensors_in(output)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else "no message"
             where = failing_module(slim, args, kwargs)
-            before = first_difference(masked, slim, args, kwargs, left)
+            before = first_difference(masked, slim, args, kwargs, survivors)
             known = f", after going wrong in {before!r}" if before else ""
             raise SlimError(
                 f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
                 f"{where or 'its own forward'!r}{known}. An attribute that this module reshapes or splits by could not "
-                "be mended: exclude it (exclude_modules=[...]) or register an adapter for its class.",
+                "be fixed: exclude it (exclude_modules=[...]) or register an adapter for its class.",
                 module=before or where,
             ) from error
         worst = relative_error(got, want, want)
@@ -139,10 +141,12 @@ def verify_slim(
                 got_inside = tensors_in(part(*inside, **kw))
             worst = max(worst, relative_error(got_inside, outputs.seen[path], outputs.seen[path]))
         limit = precision.limit
-        if not worst <= limit and _nothing_left(want):
+        # `not <=` instead of `>`: NaN must fail. If masking leaves an output of nothing but rounding errors, its
+        # relative error means nothing, so the dense output sets the scale.
+        if not worst <= limit and _near_zero(want):
             worst = relative_error(got, want, _dense_outputs(model, args, kwargs))
         if not worst <= limit:
-            where = first_difference(masked, slim, args, kwargs, left)
+            where = first_difference(masked, slim, args, kwargs, survivors)
             raise SlimError(
                 f"the slim {type(model).__name__} computes something else than the masked one: relative error "
                 f"{worst:.1e}, allowed {limit:.0e}. The first module that differs is "
@@ -150,20 +154,21 @@ def verify_slim(
                 "please: this should not happen.",
                 module=where,
             )
+        # After eval mode, since a model that is wrong there should be reported with the module that is wrong there.
         check_training(masked, slim, args, kwargs)
         if precision.narrowed:  # such kernels cannot be exported in float64 either, and labels have no precision
             slim, (args, kwargs) = slim.float(), narrowed((args, kwargs))
         check_labels(slim, cutter, args, kwargs)
-    return Proof(worst, settling.mends)
+    return Proof(worst, settling.fixes)
 
 
-def _nothing_left(outputs: Sequence[Tensor]) -> bool:
-    """Whether an output is so small beside unit scale that rounding is all there is in it."""
+def _near_zero(outputs: Sequence[Tensor]) -> bool:
+    """Whether an output is so small, next to unit scale, that it holds only rounding errors."""
     return any(t.numel() and float(t.abs().max()) < SINGLE for t in outputs)
 
 
 def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
-    """What the randomised model returns before anything is masked."""
+    """The outputs of the randomised model before masking."""
     dense = duplicate_in_double(model)
     randomise(dense, torch.Generator().manual_seed(0))
     with evaluating(dense), torch.no_grad(), Precision():
@@ -171,7 +176,7 @@ def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class _Outputs:
-    """Records what some modules of the masked model are given and return, at their first call."""
+    """Records inputs and outputs of some modules of the masked model at their first call."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -195,7 +200,7 @@ class _Outputs:
 
 
 class _Settling:
-    """As the slim model runs, finds for each module the values of its attributes with which it is right."""
+    """While the slim model runs, finds for each module the attribute values that reproduce the masked output."""
 
     MOST = 128
     """Combinations tried for a module."""
@@ -207,10 +212,10 @@ class _Settling:
         options: Options,
         outputs: _Outputs,
         cutter: Cutter,
-        left: _Left,
+        survivors: _Survivors,
     ) -> None:
-        self.mends = Mends()
-        self._left = left
+        self.fixes = ModuleFixes()
+        self._survivors = survivors
         self._masked, self._slim, self._options, self._outputs, self._cutter = masked, slim, options, outputs, cutter
         self._settled: set[str] = set()
         self._busy: set[str] = set()
@@ -222,6 +227,7 @@ class _Settling:
             module = self._slim.get_submodule(path)
             self._code[path] = module.forward
             self._own[path] = vars(module).get("forward")  # some choose theirs when they are built
+            # An instance attribute shadows the class's forward, and nn.Module.__call__ still runs hooks around it.
             module.forward = partial(self._forward, path, module)
         return self
 
@@ -245,11 +251,12 @@ class _Settling:
     def _try(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         names = list(self._options[path])
         first = {name: values[0] for name, values in self._options[path].items()}
+        # The likeliest value of each attribute comes first, so the first combination is usually right.
         for values in islice(product(*self._options[path].values()), self.MOST):
             chosen = dict(zip(names, values, strict=True))
             assign(module, chosen)
             if self._right(path, lambda: self._code[path](*args, **kwargs)):
-                self.mends.attributes[path] = chosen
+                self.fixes.attributes[path] = chosen
                 self._settled.add(path)
                 return
         # No attribute does it: give the module its own code with the right sizes.
@@ -260,15 +267,15 @@ class _Settling:
         graph = rewritten(original, module, path, inputs, (args, kwargs), self._cutter.trace, self._cutter.keep)
         if graph is None:
             return
-        made = recoded(module, graph)
+        made = with_forward(module, graph)
         if self._right(path, lambda: made(*args, **kwargs)):
-            self.mends.attributes[path] = first
-            self.mends.forwards[path] = graph
+            self.fixes.attributes[path] = first
+            self.fixes.forwards[path] = graph
             self._settled.add(path)
             self._code[path] = made.forward  # for the rest of this run; the model that is kept gets a module
 
     def _right(self, path: str, run: Callable[[], Any]) -> bool:
-        """Whether a module returns what is left of the masked one's value."""
+        """Whether a module returns the surviving part of the masked module's output."""
         try:
             got = tensors_in(run())
         except Exception:  # wrong sizes raise all kinds of errors
@@ -277,31 +284,32 @@ class _Settling:
         return expected is None or relative_error(got[:1], expected, expected) <= NARROWED
 
     def _expected(self, path: str) -> list[Tensor] | None:
-        """What the module should return first: the masked model's value without what is gone."""
+        """The first tensor that the module should return: the masked output without removed channels."""
         wanted = self._outputs.seen.get(path)
-        expected = self._left.returned(path, wanted[0]) if wanted else None
+        expected = self._survivors.returned(path, wanted[0]) if wanted else None
         return None if expected is None else [expected]
 
 
-class _Left:
-    """What is left of tensors that modules of the masked model are given, or return, as far as that is known."""
+class _Survivors:
+    """The surviving part of tensors that modules of the masked model receive or return, where it is known."""
 
     def __init__(self, cutter: Cutter) -> None:
         self._keep = cutter.keep
         self._returned: dict[str, Node] = {}
-        self._given: dict[str, dict[tuple[int, ...], Node]] = {}
+        self._inputs: dict[str, dict[tuple[int, ...], Node]] = {}
         by_name = {n.name: n for n in cutter.trace.nodes}
         for node in cutter.trace.nodes:
             sources = [by_name[name] for name in node.inputs]
             for path in node.within:
+                # The last call inside a module wins: its result is what the module returns, if shapes agree.
                 self._returned[path] = node
                 for source in sources:
                     if path and source.shape is not None and path not in source.within:
-                        self._given.setdefault(path, {}).setdefault(source.shape, source)
+                        self._inputs.setdefault(path, {}).setdefault(source.shape, source)
 
-    def __call__(self, path: str, value: Tensor, given: bool) -> Tensor:
+    def __call__(self, path: str, value: Tensor, is_input: bool) -> Tensor:
         """What is left of a tensor that a module is given first (or else returns first)."""
-        node = self._given.get(path, {}).get(tuple(value.shape)) if given else self._returned.get(path)
+        node = self._inputs.get(path, {}).get(tuple(value.shape)) if is_input else self._returned.get(path)
         return value if node is None or node.shape != tuple(value.shape) else surviving(value, node, self._keep)
 
     def returned(self, path: str, value: Tensor) -> Tensor | None:

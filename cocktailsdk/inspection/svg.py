@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from .found import ChannelGroup, Inspection
+from .findings import ChannelGroup, Findings
 from .lanes import Fold, Lane, Row, arranged
 
 __all__ = ["draw"]
@@ -25,7 +25,7 @@ STYLE = (
 )
 
 
-def draw(found: Inspection, title: str) -> str:
+def draw(found: Findings, title: str) -> str:
     """The picture of an inspection; the same for the same model, byte by byte."""
     rows, lanes, folds = arranged(found)
     by_key = {lane.key: lane for lane in lanes}
@@ -33,8 +33,8 @@ def draw(found: Inspection, title: str) -> str:
     names = LEFT + columns * COLUMN + 14 + (40 if folds else 0)
     shapes = names + CHARACTER * max([len(r.name) for r in rows], default=0) + 18
     labels = shapes + CHARACTER * max([len(_shape(r)) for r in rows], default=0) + 18
-    told = [_label(row, i, by_key) for i, row in enumerate(rows)]
-    width = round(max(labels + CHARACTER * max([len(t) for t, _ in told], default=0) + 24, 640))
+    labels_of_rows = [_label(row, i, by_key) for i, row in enumerate(rows)]
+    width = round(max(labels + CHARACTER * max([len(t) for t, _ in labels_of_rows], default=0) + 24, 640))
     height = TOP + ROW * max(len(rows), 1) + 20
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -49,13 +49,13 @@ def draw(found: Inspection, title: str) -> str:
     ]
     colours = {lane.key: _colour(lane, i) for i, lane in enumerate(lanes)}
     for i, row in enumerate(rows):
-        text, key = told[i]
+        text, key = labels_of_rows[i]
         out += _row(row, i, by_key, colours, (names, shapes, labels), (text, colours.get(key, GREY)))
     out.append("</svg>")
     return "\n".join(out) + "\n"
 
 
-def _head(found: Inspection, title: str) -> list[str]:
+def _head(found: Findings, title: str) -> list[str]:
     units = sum(g.units for g in found.groups)
     line = f"{len(found.groups)} channel groups, {units} units; rows are layers in order of execution"
     if not found.followed:
@@ -101,7 +101,7 @@ def _bracket(fold: Fold, names: float) -> list[str]:
 
 def _line(lane: Lane, colour: str) -> str:
     x, width = _x(lane), 2 if lane.group is None or lane.group.kind != "residual stream" else 4
-    title = escape(_told(lane))
+    title = escape(_lane_title(lane))
     if lane.first == lane.last:
         return f"<g><title>{title}</title></g>"
     return (
@@ -110,7 +110,7 @@ def _line(lane: Lane, colour: str) -> str:
     )
 
 
-def _told(lane: Lane) -> str:
+def _lane_title(lane: Lane) -> str:
     if lane.group is None:
         return f"kept: {lane.reason}"
     g = lane.group

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Steady", "unchanged_randomness"]
+__all__ = ["ConstantRandom", "seeded_rng"]
 
 _CONSTANTS = {
     "bernoulli": 1.0,
@@ -27,11 +27,12 @@ _CONSTANTS = {
 """What is drawn, by the op."""
 
 
-class Steady(TorchDispatchMode):
+class ConstantRandom(TorchDispatchMode):
     """Puts a constant in the place of each random number: a slim model draws fewer of them than the masked one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2].rstrip("_")
+        # Returns (output, mask); keeping everything is the one choice that needs no scaling by 1 / (1 - p).
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         out = func(*args, **(kwargs or {}))
@@ -42,9 +43,10 @@ class Steady(TorchDispatchMode):
 
 
 @contextmanager
-def unchanged_randomness() -> Iterator[None]:
+def seeded_rng() -> Iterator[None]:
     """The same seeds inside each time, and outside the state that generators had."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # fork_rng saves the state of every GPU, and would initialise CUDA to do so.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         try:
             random.seed(0)

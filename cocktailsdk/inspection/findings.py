@@ -1,17 +1,14 @@
-"""What an inspection found, as plain data."""
+"""The findings of an inspection, as plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..graph import Kept, Stay
 
-if TYPE_CHECKING:
-    from .why import Why
-
-__all__ = ["ChannelGroup", "Eligibility", "Inspection", "Layer", "Saving", "Slice"]
+__all__ = ["ChannelGroup", "Eligibility", "Findings", "Layer", "Saving", "Slice"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Eligibility:
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that is multiplied with activations.
+    """A weight that is contracted with activations.
 
     Attributes:
         name: The parameter's name.
@@ -67,7 +64,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Slice:
-    """What a group takes of one tensor.
+    """The positions of one tensor that a group covers.
 
     Attributes:
         tensor: The parameter or buffer.
@@ -125,7 +122,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a pattern would leave.
+    """The parameters and FLOPs that a pattern would leave.
 
     Attributes:
         pattern: The pattern's registered name.
@@ -145,25 +142,8 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What :func:`inspect` found.
-
-    Attributes:
-        model: The model's class.
-        inputs: The example inputs, in words.
-        followed: Whether the graph is known; otherwise no channel can go, and ``kept`` says why.
-        layers: Every weight, in order of execution.
-        groups: The channel groups.
-        kept: What is kept whole, and why.
-        params: Parameters of the model.
-        flops: FLOPs (2 x multiply-adds) of one forward pass on the example inputs.
-        savings: What each pattern could save.
-        stays: By axis, what of the parameters and buffers in the graph must stay, why, and how the cause comes there.
-        modules: Paths of all modules.
-        tensors: Parameters and buffers in the model, each with its shape.
-        proven: Whether it was shown, by slimming half of every group, that all of them can be slimmed. Models on the
-            meta device hold no values to show it on.
-    """
+class Findings:
+    """The fields of an :class:`Inspection`; `why` and the drawing read these. They are described there."""
 
     model: str
     inputs: tuple[str, ...]
@@ -178,40 +158,6 @@ class Inspection:
     modules: tuple[str, ...] = field(default=(), repr=False)
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     proven: bool = False
-
-    def why(self, name: str) -> Why:
-        """Whether the channels of a module or parameter can go, with which group, and if not, why they are kept.
-
-        Args:
-            name: A module's path or a parameter's name, as in ``named_modules()`` and ``named_parameters()``.
-
-        Returns:
-            The answer; ``str()`` of it is a few sentences.
-
-        Raises:
-            CocktailError: There is no such module or parameter; the message has the nearest names.
-
-        Example:
-            ```python
-            print(cocktail.inspect(model, (x,)).why("layer4.2.conv3"))
-            ```
-        """
-        from .why import why
-
-        return why(self, name)
-
-    def to_svg(self, title: str | None = None) -> str:
-        """The coupling as a picture: layers in order of execution, a coloured line for each channel group.
-
-        A filled dot on a line makes the group's channels, a ring reads them; grey is kept, with the reason as a
-        tooltip. Repeated blocks are drawn once. The same model always gives the same bytes.
-
-        Args:
-            title: Stands above; the model's class where none is given.
-        """
-        from .drawing import draw
-
-        return draw(self, title or self.model)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

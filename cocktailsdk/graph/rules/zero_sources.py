@@ -7,33 +7,17 @@ the input of a fake quantization are such parameters. The original of a standard
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from .export import op_name, shape_of
+from ..export import op_name, shape_of
+from .op_sets import FAKE_QUANTIZATION, KEEP_ZERO, PASSED_ON, RESHAPES
+from .registry import MOVEMENT, Axes, Context
+from .reshape_blocks import blocks
 
-if TYPE_CHECKING:
-    from .rules import Context
-
-__all__ = ["FAKE_QUANTIZATION", "carried", "computation", "computed", "reason_lost"]
-
-Axes = tuple[int | None, ...]
-"""For each dimension of a value the axis of the parameter that it is; ``None`` where it is no axis alone."""
-
-FAKE_QUANTIZATION = frozenset(
-    {
-        "_fused_moving_avg_obs_fq_helper",
-        "fake_quantize_per_channel_affine",
-        "fake_quantize_per_channel_affine_cachemask",
-        "fake_quantize_per_tensor_affine",
-        "fake_quantize_per_tensor_affine_cachemask",
-        "fused_moving_avg_obs_fake_quant",
-    }
-)
-"""Zero is a point of every affine grid, so these keep zeros."""
+__all__ = ["reason_lost", "zero_sources"]
 
 _NORMS = frozenset({"_weight_norm", "_weight_norm_interface"})
 """``g v / |v|``: a zero of ``v`` is a zero of the result."""
@@ -41,54 +25,52 @@ _NORMS = frozenset({"_weight_norm", "_weight_norm_interface"})
 _TRIANGLES = frozenset({"tril", "triu"})
 
 
-def carried(ctx: Context, value: Any) -> Mapping[str, Axes]:
+def zero_sources(ctx: Context, value: Any) -> Mapping[str, Axes]:
     """The parameters whose zeros are zeros of a value, each with the axes that the value's dimensions are."""
     if not isinstance(value, fx.Node):
         return {}
-    known = ctx.carried.get(value)
+    known = ctx.zero_sources.get(value)
     if known is None:
-        known = ctx.carried[value] = _carried(ctx, value)
+        known = ctx.zero_sources[value] = _zero_sources(ctx, value)
     return known
 
 
-def _carried(ctx: Context, node: fx.Node) -> Mapping[str, Axes]:
-    from .rules import elementwise, movement
-
+def _zero_sources(ctx: Context, node: fx.Node) -> Mapping[str, Axes]:
     name = ctx.tensor_name(node)
     if name is not None:
         return {name: tuple(range(len(ctx.shape(node))))} if name in ctx.exported.trainable else {}
     if node.op != "call_function" or not node.args:
         return {}
     op, first = op_name(node), node.args[0]
+    # A factor that is zero makes the product zero (weight times mask). A broadcast factor is left out: one element of
+    # it decides over many, so there is no element-by-element mask.
     if op in ("mul", "multiply"):
-        return {n: axes for a in node.args[:2] if _as_large(a, node) for n, axes in carried(ctx, a).items()}
+        return {n: axes for a in node.args[:2] if _as_large(a, node) for n, axes in zero_sources(ctx, a).items()}
     if op in ("div", "divide", "true_divide"):
-        return carried(ctx, first) if _as_large(first, node) else {}
-    if op in _KEEP or op in movement.PASSED_ON or op in elementwise.KEEP_ZERO:
-        return carried(ctx, first)
+        return zero_sources(ctx, first) if _as_large(first, node) else {}
+    if op in _KEEP or op in PASSED_ON or op in KEEP_ZERO:
+        return zero_sources(ctx, first)
+    # 0 ** p is 0 only for positive p.
     if op == "pow":
         exponent = node.args[1]
-        return carried(ctx, first) if isinstance(exponent, int | float) and exponent > 0 else {}
+        return zero_sources(ctx, first) if isinstance(exponent, int | float) and exponent > 0 else {}
     if op == "masked_fill":
-        return carried(ctx, first) if node.args[2] == 0 and _as_large(first, node) else {}
+        return zero_sources(ctx, first) if node.args[2] == 0 and _as_large(first, node) else {}
     if op in ("cat", "concat", "concatenate"):
-        return {n: axes for a in first for n, axes in carried(ctx, a).items()}  # type: ignore[union-attr]
+        return {n: axes for a in first for n, axes in zero_sources(ctx, a).items()}  # type: ignore[union-attr]
     return _moved(ctx, node, op)
 
 
 _KEEP = FAKE_QUANTIZATION | _NORMS | _TRIANGLES
 
-_RESHAPES = frozenset("reshape view _unsafe_view flatten unflatten squeeze unsqueeze reshape_as view_as ravel".split())  # noqa: SIM905
-
 
 def _moved(ctx: Context, node: fx.Node, op: str) -> Mapping[str, Axes]:
     """Parameters carried by data movement."""
-    from .rules import RULES, movement
-
-    source = carried(ctx, node.args[0])
-    moves = getattr(RULES.get(op), "__module__", "") == movement.__name__ or op in ("index", "index_select")
+    source = zero_sources(ctx, node.args[0])
+    moves = op in MOVEMENT or op in ("index", "index_select")
     if not source or not moves:
         return {}
+    # A split returns a list, whose parts `getitem` takes next.
     if shape_of(node) is None:  # a split: its parts are taken from it next
         return source
     return {name: tuple(None if p is None else axes[p] for p in _places(node, op)) for name, axes in source.items()}
@@ -96,8 +78,6 @@ def _moved(ctx: Context, node: fx.Node, op: str) -> Mapping[str, Axes]:
 
 def _places(node: fx.Node, op: str) -> Axes:
     """For each dimension of a movement's result the dimension of its operand that it is."""
-    from .rules.movement import blocks
-
     new = shape_of(node) or ()
     old = shape_of(node.args[0])
     if old is None:  # a part of a split has all of its dimensions, one of what is unbound has not
@@ -115,7 +95,8 @@ def _places(node: fx.Node, op: str) -> Axes:
     if op in ("slice", "narrow"):
         return tuple(range(rank))
     places: list[int | None] = [None] * len(new)
-    for before, after in blocks(old, new) if op in _RESHAPES else ():
+    # An axis keeps its identity through a reshape if its block has one dimension that is larger than 1 on both sides.
+    for before, after in blocks(old, new) if op in RESHAPES else ():
         wide_before, wide_after = [d for d in before if old[d] > 1], [d for d in after if new[d] > 1]
         if len(wide_before) == len(wide_after) == 1:
             places[wide_after[0]] = wide_before[0]
@@ -132,47 +113,7 @@ def reason_lost(ctx: Context, value: fx.Node, name: str) -> str:
     node: Any = value
     while isinstance(node, fx.Node) and node.args:
         source = node.args[0]
-        if name in carried(ctx, source):
+        if name in zero_sources(ctx, source):
             return f"its zeros would not be zeros of the weight that is computed from it ({op_name(node)} changes them)"
         node = source
     return "its zeros would not be zeros of the weight that is computed from it"
-
-
-def computed(graph: fx.Graph, tensors: Callable[[str], Tensor]) -> Tensor:
-    """Runs the graph of a weight.
-
-    Args:
-        graph: As :func:`computation` makes it.
-        tensors: A parameter or buffer by its name; none is changed.
-    """
-    values: dict[fx.Node, Any] = {}
-    *nodes, end = graph.nodes
-    with torch.no_grad():
-        for node in nodes:
-            if node.op == "placeholder":
-                # a copy, since observers of fake quantization write into their buffers
-                values[node] = tensors(node.meta["tensor"]).detach().clone()
-            elif not op_name(node).startswith("_assert"):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-    result: Tensor = values[end.args[0]]
-    return result
-
-
-def computation(ctx: Context, value: fx.Node) -> fx.Graph:
-    """The graph that computes a value from parameters and buffers, which are its placeholders, by their names."""
-    needed: set[fx.Node] = set()
-    pending = [value]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in ctx.exported.graph.nodes:
-        if node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = {"tensor": ctx.tensor_name(node)}
-    graph.output(copies[value])
-    return graph

@@ -24,11 +24,12 @@ class _Tracer(fx.Tracer):
         given: Its inputs by name.
     """
 
+    # Buffers must be nodes too: a rewritten forward reads them from the slim module, where they are narrower.
     proxy_buffer_attributes = True
 
-    def __init__(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self._module, self._given = module, given
+        self._module, self._arguments = module, arguments
         self._values: dict[fx.Node, Any] = {}
         self._running = False
 
@@ -42,7 +43,7 @@ class _Tracer(fx.Tracer):
             return self.to_bool(args[0][0])  # type: ignore[return-value]  # it takes conditions, or functions that give them
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         if kind == "placeholder":
-            self._values[proxy.node] = self._given[target]
+            self._values[proxy.node] = self._arguments[target]
         elif kind != "output":
             self._running = True
             try:
@@ -95,22 +96,25 @@ def traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     gives another value is refused (:func:`cocktailsdk.graph.layers.expect`).
     """
     parameters = dict(list(inspect.signature(type(module).forward).parameters.items())[1:])
-    given = bound_to(module, args, kwargs)
+    bound = bound_to(module, args, kwargs)
     for name, parameter in parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and given.get(name):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and bound.get(name):
             raise TypeError("a variable number of arguments")
     names = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    constant = {n: given.get(n, parameters[n].default) for n in names}
+    constant = {n: bound.get(n, parameters[n].default) for n in names}
     live = [n for n in names if not (constant[n] is None or isinstance(constant[n], bool | str))]
     fixed = {n: constant[n] for n in names if n not in live}
 
     # A stand-in that shares everything with the module but takes the live arguments only.
+    # fx makes a placeholder of every argument, but flags must stay values. The code is wrapped in a function that takes
+    # only the live arguments.
     code = (
         f"def forward(self, {', '.join(live)}):\n    return own(self, {', '.join(f'{n}={n}' for n in live)}, **fixed)"
     )
     scope: dict[str, Any] = {"own": type(module).forward, "fixed": fixed}
     exec(code, scope)
     stand_in: nn.Module = module.__new__(type(type(module).__name__, (type(module),), {"forward": scope["forward"]}))
+    # Not a copy: parameters and children must be those of the module, so that their paths in the graph are right.
     stand_in.__dict__ = module.__dict__
     graph = _Tracer(module, constant).trace(stand_in)
 
@@ -120,11 +124,14 @@ def traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     for name in names:
         if name in placeholders:
             node = placeholders[name]
+            # The order of placeholders becomes the order of arguments of the generated forward, which must be the
+            # original's.
             first.prepend(node)
             optional = optional or parameters[name].default is not inspect.Parameter.empty
             node.args = (
                 (parameters[name].default,) if parameters[name].default is not inspect.Parameter.empty else node.args
             )
+            # Python allows no argument without a default after one with a default.
             if optional and not node.args:
                 node.args = (None,)
         else:

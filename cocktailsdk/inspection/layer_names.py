@@ -49,7 +49,7 @@ def folded(names: Iterable[str]) -> list[str]:
                 numbers[first][at] |= numbers[k][at]
         alive = sorted(merged.values())
         shapes, numbers = [shapes[k] for k in alive], [numbers[k] for k in alive]
-    return [_filled(shape, held) for shape, held in zip(shapes, numbers, strict=True)]
+    return [_filled(shape, values) for shape, values in zip(shapes, numbers, strict=True)]
 
 
 def _filled(shape: str, numbers: Sequence[set[int]]) -> str:
@@ -57,16 +57,16 @@ def _filled(shape: str, numbers: Sequence[set[int]]) -> str:
     return first + "".join(_numbers(n) + part for n, part in zip(numbers, others, strict=True))
 
 
-def _numbers(held: set[int]) -> str:
+def _numbers(values: set[int]) -> str:
     """``3``, ``{0..5}``, ``{0,2,7..9}``."""
     runs: list[list[int]] = []
-    for n in sorted(held):
+    for n in sorted(values):
         if runs and runs[-1][-1] == n - 1:
             runs[-1].append(n)
         else:
             runs.append([n])
     texts = [f"{r[0]}..{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs]
-    return texts[0] if len(held) == 1 else "{" + ",".join(texts) + "}"
+    return texts[0] if len(values) == 1 else "{" + ",".join(texts) + "}"
 
 
 def nearest(name: str, among: Sequence[str]) -> str:

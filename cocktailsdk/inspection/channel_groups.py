@@ -11,8 +11,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from ..graph import STAYS, Coupling, Group, Node, Weight
-from .found import ChannelGroup, Slice
-from .names import owner
+from .findings import ChannelGroup, Slice
+from .layer_names import owner
 
 __all__ = ["channel_groups"]
 
@@ -122,8 +122,8 @@ class _Runs:
 
     def counts(self, units: Int64[Tensor, "..."]) -> dict[int, int]:
         """By group, how many positions it has."""
-        held = units[units != STAYS]
-        found, counts = torch.unique(torch.searchsorted(self._starts, held, right=True) - 1, return_counts=True)
+        prunable = units[units != STAYS]
+        found, counts = torch.unique(torch.searchsorted(self._starts, prunable, right=True) - 1, return_counts=True)
         return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
@@ -174,8 +174,8 @@ def _streams(coupling: Coupling, runs: _Runs) -> set[int]:
         sides = [by_name[i] for i in node.inputs if i in by_name and by_name[i].units]
         if len(sides) < 2:
             continue
-        held = [set().union(*(runs.counts(u) for u in side.units)) for side in sides]
-        out |= {g for g in set.intersection(*held) if len(coupling.groups[g].producers) > 1}
+        groups_of_sides = [set().union(*(runs.counts(u) for u in side.units)) for side in sides]
+        out |= {g for g in set.intersection(*groups_of_sides) if len(coupling.groups[g].producers) > 1}
     return out
 
 
@@ -199,13 +199,13 @@ class _Weighed:
 
     def first_unit(self, group: int) -> tuple[int, int]:
         """Parameters and FLOPs that go with it."""
-        whole, tensors = self._coupling, self._tensors[group]
+        coupling, tensors = self._coupling, self._tensors[group]
         part = replace(
-            whole,
-            fields={n: whole.fields[n] for n in tensors},
-            shapes={n: whole.shapes[n] for n in tensors if n in whole.shapes},
-            contractions=tuple(whole.contractions[at] for at in self._products[group]),
+            coupling,
+            fields={n: coupling.fields[n] for n in tensors},
+            shapes={n: coupling.shapes[n] for n in tensors if n in coupling.shapes},
+            contractions=tuple(coupling.contractions[at] for at in self._products[group]),
         )
-        removed = torch.zeros(whole.n_units, dtype=torch.bool)
-        removed[whole.groups[group].start] = True
+        removed = torch.zeros(coupling.n_units, dtype=torch.bool)
+        removed[coupling.groups[group].start] = True
         return part.params() - part.params(removed), part.flops() - part.flops(removed)

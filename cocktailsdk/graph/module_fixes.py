@@ -1,13 +1,11 @@
-"""Mending modules whose parameters were cut: their counts, and the numbers their code reshapes by."""
+"""Fixes modules whose parameters were cut: their counts, and the numbers that their code reshapes by."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice, product
-from types import CodeType
 from typing import Any
 
 from jaxtyping import Bool
@@ -17,70 +15,17 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import SlimError
 from .attention import SlimMultiheadAttention
-from .coupling import Node, Norm, Trace
+from .code_names import names_read
+from .coupling import Norm, Trace
 from .layers import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
-from .recoded import recoded
+from .rewritten_module import with_forward
+from .surviving import Sizes, sizes_of, surviving_along
 
-__all__ = ["Mends", "Options", "Sizes", "Value", "assign", "mend", "names_read", "new_shape", "sizes_of", "surviving"]
-
-
-@dataclass
-class Sizes:
-    """Which sizes a module saw change.
-
-    Attributes:
-        changed: For each size that shrank somewhere, what it became, in order of appearance.
-    """
-
-    changed: dict[int, list[int]] = field(default_factory=dict)
-
-    def add(self, old: int, new: int) -> None:
-        """One dimension that went from ``old`` to ``new``."""
-        if old != new and new not in self.changed.setdefault(old, []):
-            self.changed[old].append(new)
-
-
-def left_along(units: Tensor, keep: Bool[Tensor, " units_and_stays"]) -> dict[int, Bool[Tensor, " n"]]:
-    """Which positions are left along each dimension that a unit field varies in."""
-    mask = keep[units]
-    return {d: mask.movedim(d, 0).reshape(n, -1).any(1) for d, n in enumerate(mask.shape) if n > 1}
-
-
-def new_shape(node: Node, keep: Bool[Tensor, " units_and_stays"]) -> tuple[int, ...]:
-    """A node's shape in the slim model."""
-    shape = list(node.shape or ())
-    for units in node.units:
-        for d, left in left_along(units, keep).items():
-            shape[d] = min(shape[d], int(left.sum()))
-    return tuple(shape)
-
-
-def surviving(value: Tensor, node: Node, keep: Bool[Tensor, " units_and_stays"]) -> Tensor:
-    """What is left of a node's value in the slim model."""
-    for units in node.units:
-        for d, left in left_along(units, keep).items():
-            if left.numel() == value.shape[d]:
-                value = value.index_select(d, left.nonzero().flatten().to(value.device))
-    return value
-
-
-def sizes_of(trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> dict[str, Sizes]:
-    """For each module the sizes that change in what it runs itself: in results first, then in what it is given."""
-    out: dict[str, Sizes] = {}
-    by_name = {n.name: n for n in trace.nodes}
-    became = {n.name: new_shape(n, keep) for n in trace.nodes if n.units and n.shape is not None}
-    for given in (False, True):
-        for node in trace.nodes:
-            for name in node.inputs if given else (node.name,):
-                if name in became:
-                    seen = out.setdefault(node.module, Sizes())
-                    for old, new in zip(by_name[name].shape or (), became[name], strict=True):
-                        seen.add(old, new)
-    return out
+__all__ = ["ModuleFixes", "Options", "Value", "assign", "fix_modules"]
 
 
 Value = int | tuple[int, ...] | list[int]
-"""What an attribute that sizes are taken from may be."""
+"""Types of attributes that code takes sizes from."""
 
 READS_SIZES = {
     "view",
@@ -103,8 +48,8 @@ Options = dict[str, dict[str, list[Value]]]
 
 
 @dataclass
-class Mends:
-    """What makes a slim model right besides the counts of known layers.
+class ModuleFixes:
+    """Changes that a slim model needs besides the counts of known layers.
 
     Attributes:
         attributes: By module path, the values of its attributes.
@@ -115,14 +60,14 @@ class Mends:
     forwards: dict[str, fx.Graph] = field(default_factory=dict)
 
 
-def mend(
+def fix_modules(
     slim: nn.Module,
     original: nn.Module,
     trace: Trace,
     keep: Bool[Tensor, " units_and_stays"],
-    chosen: Mends | None = None,
+    chosen: ModuleFixes | None = None,
 ) -> Options:
-    """Mends a model whose parameters were cut.
+    """Fixes the modules of a model whose parameters were cut.
 
     Args:
         slim: The cut copy; changed in place.
@@ -138,15 +83,16 @@ def mend(
     sizes = sizes_of(trace, keep)
     reading = {n.module for n in trace.nodes if n.op in READS_SIZES and n.module in sizes} | trace.counted
     options: Options = {}
-    numbers = _numbers_of_layers(before)
+    numbers = _layer_indices(before)
     for path, module in list(slim.named_modules()):
         was = before[path]
+        # Norms first: they may be subclasses of layers whose counts alone would not make them right.
         if path in trace.norms and _narrowed(module, was, trace.norms[path], sizes.get(path)):
             norm = trace.norms[path]
             make = {"layer": SlimLayerNorm, "rms": SlimRMSNorm, "group": SlimGroupNorm}[norm.kind]
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             made = make(weight, bias, channels=norm.channels, axis=norm.axis, eps=norm.eps)
-            _put(slim, path, made.train(module.training))
+            _replace_module(slim, path, made.train(module.training))
         elif isinstance(module, nn.MultiheadAttention):
             changed = any(p.shape != q.shape for p, q in zip(module.parameters(), was.parameters(), strict=True))
             if changed:
@@ -156,10 +102,10 @@ def mend(
                         module=path,
                     )
                 stand_in = SlimMultiheadAttention(module, was.head_dim)
-                _put(slim, path, stand_in.train(module.training))
+                _replace_module(slim, path, stand_in.train(module.training))
         elif path in trace.pads:
-            _mend_padding(slim, path, trace, keep, module.training)
-        elif _mend_known(module, was):
+            _fix_padding(slim, path, trace, keep, module.training)
+        elif _fix_known_layer(module, was):
             if path in trace.counted:
                 options[path] = {}
         else:
@@ -178,11 +124,11 @@ def mend(
     # Innermost first, so that a rewritten parent holds its rewritten children.
     forwards = chosen.forwards if chosen is not None else {}
     for path in sorted(forwards, key=lambda p: -p.count(".")):
-        _put(slim, path, recoded(slim.get_submodule(path), forwards[path]))
+        _replace_module(slim, path, with_forward(slim.get_submodule(path), forwards[path]))
     return options
 
 
-def _put(slim: nn.Module, path: str, made: nn.Module) -> None:
+def _replace_module(slim: nn.Module, path: str, made: nn.Module) -> None:
     """Puts a module in the place of another, wherever that is registered."""
     was = slim.get_submodule(path)
     for name in [name for name, m in slim.named_modules(remove_duplicate=False) if m is was]:
@@ -197,14 +143,15 @@ def _narrowed(module: nn.Module, was: nn.Module, norm: Norm, sizes: Sizes | None
     return sizes is not None and norm.channels in sizes.changed
 
 
-def _mend_known(module: nn.Module, was: Any) -> bool:
-    """Mends the counts of PyTorch's own layers (and of what inherits from them)."""
+def _fix_known_layer(module: nn.Module, was: Any) -> bool:
+    """Updates the counts of PyTorch's own layers and of classes derived from them."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, _ConvNd):
         old_groups, per_group = was.groups, was.weight.shape[0 if isinstance(module, _ConvTransposeNd) else 1]
         rows, columns = module.weight.shape[:2]
         if isinstance(module, _ConvTransposeNd):
+            # columns x groups outputs: a transposed convolution stores the outputs of one group.
             if old_groups == was.in_channels:  # depthwise: groups go with their channels
                 module.groups = rows
             module.in_channels, module.out_channels = rows, columns * module.groups
@@ -243,6 +190,8 @@ def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str
     for name, value in list(vars(module).items()):
         options = [] if name.startswith("_") else _options(value, changed)
         if options:
+            # A number that no method reads changes nothing that runs, but repr() and saved configs should show the new
+            # size.
             out[name] = options if name in read else options[:1]
     config = getattr(module, "config", None)
     if "config" in read and hasattr(config, "__dict__"):
@@ -253,7 +202,7 @@ def _attributes(module: nn.Module, changed: Mapping[int, list[int]]) -> dict[str
     return out
 
 
-def _numbers_of_layers(modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]:
+def _layer_indices(modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]:
     """Modules' paths and attributes that say which layer a module is (``layer_idx``), whatever size they may equal.
 
     Those of layers with one path but for a number, whose values go with that number. Only runs with a cache read them,
@@ -278,6 +227,8 @@ def _numbers_of_layers(modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]
 def _options(value: Any, changed: Mapping[int, list[int]]) -> list[Value]:
     if isinstance(value, int) and not isinstance(value, bool):
         return [*changed[value], value] if value in changed else []
+    # At most 8 sizes and 32 combinations: enough for shapes and splits, and long lists (labels, schedules) are no
+    # sizes.
     if isinstance(value, tuple | list) and 0 < len(value) <= 8 and all(type(v) is int for v in value):
         choices = [[*changed.get(v, []), v] for v in value]
         made: list[Value] = [type(value)(c) for c in islice(product(*choices), 32)]
@@ -285,30 +236,13 @@ def _options(value: Any, changed: Mapping[int, list[int]]) -> list[Value]:
     return []
 
 
-def names_read(cls: type) -> set[str]:
-    """Names that a class's methods use, other than when it is built."""
-    out: set[str] = set()
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for name, function in vars(base).items():
-            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-            if code is not None and name != "__init__":
-                out.update(_names_in(code))
-    return out
-
-
-def _names_in(code: CodeType) -> set[str]:
-    """Names in a function's code, and in that of what is defined inside it (generators, lambdas)."""
-    inner = (c for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))
-
-
 def assign(module: nn.Module, values: Mapping[str, Value]) -> None:
     """Sets attributes; those of a config on a copy that is the module's own."""
     for name, value in values.items():
         if name.startswith("config."):
             own = name.removeprefix("config.")
+            # transformers' modules share one config object, so a module that needs another number gets a copy of its
+            # own.
             if getattr(module.config, own) != value:
                 module.config = copy.copy(module.config)
                 setattr(module.config, own, value)
@@ -316,7 +250,7 @@ def assign(module: nn.Module, values: Mapping[str, Value]) -> None:
             setattr(module, name, value)
 
 
-def _mend_padding(
+def _fix_padding(
     slim: nn.Module, path: str, trace: Trace, keep: Bool[Tensor, " units_and_stays"], training: bool
 ) -> None:
     """Puts the module's graph, with the amounts of padding that are left, in its place."""
@@ -329,7 +263,7 @@ def _mend_padding(
         amounts = list(node.args[1])
         rank = len(record.shape or ())
         for units in record.units:
-            along = left_along(units, keep)
+            along = surviving_along(units, keep)
             for i in range(0, len(amounts), 2):
                 left = along.get(rank - 1 - i // 2)
                 if left is not None:
@@ -337,4 +271,4 @@ def _mend_padding(
                     amounts[i] = int(left[:before].sum())
                     amounts[i + 1] = int(left[left.numel() - after :].sum()) if after else 0
         node.args = (node.args[0], amounts, *node.args[2:])
-    _put(slim, path, recoded(slim.get_submodule(path), graph).train(training))
+    _replace_module(slim, path, with_forward(slim.get_submodule(path), graph).train(training))

@@ -1,4 +1,4 @@
-"""What models return, as plain tensors by name: other runtimes know no ``ModelOutput``."""
+"""Model outputs as plain tensors by name: other runtimes know no ``ModelOutput``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def plain(output: Any) -> Any:
 @contextmanager
 def plain_outputs(model: nn.Module) -> Iterator[None]:
     """Inside, a model returns :func:`plain` outputs."""
+    # A hook instead of a wrapper module, so that names of parameters in the exported file stay those of the model.
     hook = model.register_forward_hook(lambda _model, _inputs, output: plain(output))
     try:
         yield
@@ -51,4 +52,5 @@ def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     else:
         return
     for key, part in parts:
+        # A bare number is no valid name of an output in ONNX, so positions of a tuple get a prefix.
         yield from _walk(part, f"{name}_{key}" if name else key if not key.isdecimal() else f"{SINGLE}_{key}")

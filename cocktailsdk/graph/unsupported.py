@@ -1,4 +1,4 @@
-"""What in a model cannot be followed, recognised by its kind and said in words."""
+"""Recognises modules that cannot be traced or pruned by their kind, with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import ExportFailed
 from .coupling import Kept
 
-__all__ = ["hookable", "is_scripted", "obstacles", "refuse_what_cannot_run"]
+__all__ = ["hookable", "is_scripted", "refuse_unsupported", "unsupported_modules"]
 
 _ScriptModule: type | None = getattr(torch.jit, "ScriptModule", None)  # TorchScript is deprecated
 
@@ -36,7 +36,7 @@ def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, module) for path, module in model.named_modules() if not is_scripted(module))
 
 
-def obstacles(model: nn.Module) -> tuple[Kept, ...]:
+def unsupported_modules(model: nn.Module) -> tuple[Kept, ...]:
     """Modules whose kind keeps them from being pruned, with the reason; of nested ones the outermost."""
     found: list[Kept] = []
     inside: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ def _why(module: nn.Module) -> str:
     return ""
 
 
-def refuse_what_cannot_run(model: nn.Module) -> None:
+def refuse_unsupported(model: nn.Module) -> None:
     """Refuses models of which no part can be followed, before anything is run.
 
     Raises:
@@ -86,6 +86,7 @@ def refuse_what_cannot_run(model: nn.Module) -> None:
             f"{getattr(model, 'original_name', name)} is TorchScript: it was compiled by torch.jit, and its Python "
             "code is gone, so it cannot be followed. Pass the nn.Module that it was made of."
         )
+    # UninitializedParameter has no shape, so nothing can be exported before the first batch.
     lazy = [path or "the model" for path, module in model.named_modules() if _lazy(module)]
     if lazy:
         raise ExportFailed(

@@ -1,4 +1,4 @@
-"""What a model runs in training mode only: auxiliary heads, deep supervision, branches on ``self.training``.
+"""Code that a model runs in training mode only: auxiliary heads, deep supervision, branches on ``self.training``.
 
 The graph is that of eval mode. Where parameters are left that nothing in it reads, the graph of training mode is joined
 to it: calls that both modes share are kept once, so that one axis has one set of labels whichever mode reads it.
@@ -21,8 +21,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from .export import Exported, _merged, _placed, _quiet, _whole, op_name, shape_of, within
-from .steady import unchanged_randomness
+from .code_names import names_read
+from .determinism import seeded_rng
+from .export import Exported, export_whole, merge, op_name, shape_of, silenced, with_modules, within
 
 if TYPE_CHECKING:
     from .rules import Context
@@ -34,7 +35,7 @@ __all__ = [
     "idle",
     "in_training",
     "joined",
-    "keep_for",
+    "pin_unreached",
     "reads_training",
     "training_only",
     "with_training",
@@ -78,13 +79,7 @@ def reads_training(model: nn.Module) -> bool:
 
 def _asked(model: nn.Module) -> set[str]:
     classes = {type(m) for m in model.modules()}
-    return set().union(*(_names_read(cls) for cls in classes if not _known(cls)))
-
-
-def _names_read(cls: type) -> set[str]:
-    from .mend import names_read
-
-    return names_read(cls)
+    return set().union(*(names_read(cls) for cls in classes if not _known(cls)))
 
 
 def _known(cls: type) -> bool:
@@ -103,6 +98,8 @@ def in_training(model: nn.Module) -> Iterator[None]:
     was = [(m, m.training) for m in model.modules()]
     try:
         for m, _ in was:
+            # Batch statistics, dropout and power iteration would differ between slim and masked for reasons other than
+            # channels.
             draws = isinstance(m, _NormBase | _DropoutNd) or any(
                 isinstance(hook, SpectralNorm) for hook in m._forward_pre_hooks.values()
             )
@@ -125,10 +122,10 @@ def followed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     Raises:
         Exception: Whatever ``torch.export`` or the model raises: targets may be missing.
     """
-    with torch.no_grad(), in_training(model), warnings.catch_warnings(), _quiet():
+    with torch.no_grad(), in_training(model), warnings.catch_warnings(), silenced():
         warnings.simplefilter("ignore")
-        program = _whole(model, (tuple(args), dict(kwargs or {})))
-        return _placed(model, _merged(model, {"": program}, {}))
+        program = export_whole(model, (tuple(args), dict(kwargs or {})))
+        return with_modules(model, merge(model, {"": program}, {}))
 
 
 def training_only(node: fx.Node) -> bool:
@@ -143,6 +140,8 @@ def joined(exported: Exported, training: Exported) -> Exported:
     by_name: dict[str, fx.Node] = {}
     same: defaultdict[Any, deque[fx.Node]] = defaultdict(deque)
     inputs: list[fx.Node] = []
+    # Calls of both modes that are equal, argument by argument, are one node. Arguments are nodes of the joined graph by
+    # then, so equality propagates from the inputs on.
     for node in exported.graph.nodes:
         if node.op == "output":
             continue
@@ -192,9 +191,11 @@ def _key(node: fx.Node) -> Any:
     if op in _RANDOM:
         args, kwargs = args[:1], {}
     elif op == "scaled_dot_product_attention":
+        # (query, key, value, attn_mask, dropout_p, is_causal)
         args[4:5] = []  # the share dropped
         kwargs.pop("dropout_p", None)
     elif op == "batch_norm":
+        # (input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
         args[5:7] = []  # whether by the batch's own statistics
     return str(node.target), repr(args), repr(sorted(kwargs.items(), key=lambda item: item[0])), within(node)
 
@@ -230,7 +231,7 @@ def with_training(
         return Unreached(_widths(model, unread), why)
     copy = duplicate(model)
     try:
-        with torch.no_grad(), in_training(copy), unchanged_randomness():
+        with torch.no_grad(), in_training(copy), seeded_rng():
             copy(*args, **dict(kwargs or {}))
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
@@ -254,11 +255,11 @@ def _widths(model: nn.Module, unread: Idle) -> dict[str, frozenset[int]]:
     return out
 
 
-def keep_for(ctx: Context, unreached: Unreached) -> None:
+def pin_unreached(ctx: Context, unreached: Unreached) -> None:
     """Nothing may go of what modules that no trace reaches may read: as wide as their inputs, or so once flattened."""
-    widths = [(n, path) for path, held in unreached.modules.items() for n in sorted(held)]
-    told = [node for node in ctx.exported.graph.nodes if node.op == "call_function" and shape_of(node) is not None]
-    for node in told if widths else ():
+    widths = [(n, path) for path, module_widths in unreached.modules.items() for n in sorted(module_widths)]
+    calls = [node for node in ctx.exported.graph.nodes if node.op == "call_function" and shape_of(node) is not None]
+    for node in calls if widths else ():
         shape = shape_of(node) or ()
         for f in ctx.fields(node):
             for d in f.dims if len(f.dims) == 1 else ():
