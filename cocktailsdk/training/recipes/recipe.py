@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
+from ..step.hooks import StepHook, StepHooks
 from .masks import MASK_RULES, MaskRule
 from .steps import SCHEDULES, StepSchedule
 
@@ -23,7 +24,7 @@ class Recipe:
     Attributes:
         name: What it is called in reports.
         schedule: Which networks each mini-batch trains: a name (``"pivot"``, ``"rotation"``, ``"sandwich"``,
-            ``"single"``) or a function from a :class:`~.steps.Moment` to a :class:`~.steps.Step`.
+            ``"single"``) or a function from a :class:`~.steps.ScheduleContext` to a :class:`~.steps.Step`.
         masks: How a round's masks are made: ``"umg"`` (paper, section 3.2), ``"own"`` (each pattern for itself),
             ``"tickets"`` (likewise; what does not nest is cut from the dense round's weights), ``"refilling"``, or a
             function from a :class:`~.masks.Pruning` to masks by subnet name.
@@ -52,6 +53,8 @@ class Recipe:
         takes: What nets it is for: ``"any"``, those of one ``"pattern"``, or of one ``"subnet"``.
         needs: Patterns that the net must have, by name.
         only: The only patterns that it may have; empty for any.
+        hooks: What happens between steps besides training: see :mod:`~cocktailsdk.training.step.hooks`. A schedule
+            that is a hook itself is not named again. Every run works on copies.
 
     Raises:
         TrainingError: A field makes no sense; it is named.
@@ -74,6 +77,7 @@ class Recipe:
     takes: Literal["any", "pattern", "subnet"] = "any"
     needs: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    hooks: tuple[StepHook, ...] = ()
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[str]] = {
@@ -96,6 +100,8 @@ class Recipe:
             if not isinstance(value, str) or value not in allowed:
                 function = ", or a function" if name in known else ""
                 raise self._error(name, f"must be one of {', '.join(map(repr, allowed))}{function}")
+        if not isinstance(self.hooks, tuple) or not all(isinstance(hook, StepHook) for hook in self.hooks):
+            raise self._error("hooks", "must be a tuple of StepHook instances")
         if not 0 <= self.distill <= 1:
             raise self._error("distill", "must be True, False or a share in 0 … 1")
         if not 0 <= self.finishing < 1:
@@ -123,6 +129,10 @@ class Recipe:
     def finishing_step_schedule(self) -> StepSchedule:
         """The same of finishing."""
         return SCHEDULES[s] if isinstance(s := self.finishing_schedule, str) else s
+
+    def step_hooks(self) -> StepHooks:
+        """Copies of the hooks for one run; empty for most recipes."""
+        return StepHooks(self.schedule, self.finishing_schedule, self.hooks)
 
     @property
     def mask_rule(self) -> MaskRule:
@@ -179,8 +189,12 @@ class Recipe:
             )
 
     def describe(self) -> dict[str, Any]:
-        """All fields as JSON values; of functions the name, of dataclass instances also their fields."""
-        return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+        """All fields as JSON values; of functions the name, of dataclass instances also their fields.
+
+        ``hooks`` are described where the recipe names some: runs of releases that had none can then be resumed.
+        """
+        described = {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+        return described if self.hooks else {name: value for name, value in described.items() if name != "hooks"}
 
 
 def _described(value: Any) -> Any:
@@ -190,6 +204,8 @@ def _described(value: Any) -> Any:
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_described(v) for v in value]
+    if isinstance(value, StepHook):
+        return type(value).__qualname__
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return value
