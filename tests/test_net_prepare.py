@@ -234,7 +234,7 @@ def test_statistics_that_two_norms_share_are_copied():
     net = measured_net()
     net.model.bn3 = nn.BatchNorm2d(8).eval()
     net.model.bn3.running_mean = net.model.bn1.running_mean
-    net = cocktail.net.CocktailNet(
+    net = cocktail.CocktailNet(
         net.model, net.patterns, net.coupling, net.selection, net.example, {n: net.masks[n] for n in NAMES}
     )
     dense, where = values(net.model), addresses(net.model)
