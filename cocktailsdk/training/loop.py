@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,24 +13,30 @@ from torch import Tensor
 from ..errors import SubnetError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
+from ..utils.batchnorm import device_of
 from ..utils.fsdp import reshard_after_forward
-from ..utils.modes import TrainingModes
+from ..utils.modes import TrainingModes, modes_kept
 from ..utils.norms import running_norms
 from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
+from .data.batches import HeldBatches
+from .data.loader_state import refuse_spent
 from .left_out import weight_sums
-from .loop_finish import finish_loop
+from .loop_finish import accuracy_metric, check_trained, measure_networks, restored_on_failure
 from .loop_plan import LoopPlan
-from .loop_state import check_loop_state, loop_state
+from .loop_state import check_loop_state
 from .loop_step import LoopStep, beyond, dense_output_of, needs_trainer
 from .metrics import MetricFn
-from .recipes import Recipe, Step, recipe_named
-from .state.encoding import unpack_masks
+from .randomness import forked
+from .recipes import Recipe, recipe_named
+from .state.encoding import pack_masks, unpack_masks
+from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
 from .step.engine import StepEngine
 from .step.execution import Execution
 from .step.forward import ForwardFn, default_forward, detached
-from .step.same_batch import BatchIdentity, SameBatch
+from .step.precision import without_autocast
+from .step.same_batch import SameBatch
 
 __all__ = ["CoLoop"]
 
@@ -118,7 +124,6 @@ class CoLoop:
         self._first_sums: Tensor | None = None
         self._classes_looks, self._accumulated, self._stack = 0, False, ExitStack()
         self._shared = SameBatch(recipe.same_batch)
-        self._shared_batch: BatchIdentity | None = None
         self._configuration = {
             "recipe": recipe.describe(),
             "steps": steps,
@@ -218,7 +223,9 @@ class CoLoop:
         # anew for every step: the caller may have wrapped the model, which may replace its parameters
         self._engine = StepEngine(net, self._execution, self._distillation)
         subnet = step.passes[0].subnet
-        teacher = self._teacher(step, batch) if self._engine.needs_teacher(subnet) else None
+        teacher = self._shared.teacher_of(step, batch)
+        if self._engine.needs_teacher(subnet) and teacher is None:
+            teacher = dense_output_of(net, self._execution, batch, self._forward is default_forward)
         self._stack = ExitStack()
         active = self._stack.enter_context(self._engine.active(subnet, teacher=teacher))
         first = number == 0 and not self._accumulated
@@ -244,8 +251,7 @@ class CoLoop:
         if sparse and self._last and not self._engine.mask_gradients(step.network):
             raise TrainingError("the step ended without gradients: call backward() inside it, before the optimizer's")
         if self._last and not self._accumulated and step.dense_output is not None:
-            self._shared.done(step.plan, step.dense_output)
-            self._shared_batch = BatchIdentity(self._batch) if self._shared.open else None
+            self._shared.done(step.plan, step.dense_output, batch=self._batch)
         else:  # the dense output is of one batch, and an accumulated step has several
             self._shared.clear()
         self._accumulated = not self._last
@@ -277,22 +283,19 @@ class CoLoop:
         """
         if self.current is not None or self._plan.place(self.done)[0] < self._plan.rounds:
             raise TrainingError(f"finish() comes after the last round; {self.done} of {self.total} steps are done")
-        finish_loop(
-            self._net,
-            [DENSE, *self._plan.names(self._plan.rounds)],
-            train_loader,
-            val_loader,
-            forward=self._forward,
-            modes=self._modes,
-            metric=metric,
-            classes=self._distillation.classes,
-            recalibration_batches=recalibration_batches,
-            seed=self._seed,
-            configuration=self._configuration,
-            steps=self.done,
-            first_sums=self._first_sums,
-        )
-        return self._net
+        net = self._net
+        check_trained(net, self.done, self._first_sums)
+        refuse_spent(val_loader, "val_loader")
+        device, forward = device_of(net.model), self._forward
+        with restored_on_failure(net), without_autocast(device), forked(), modes_kept(net.model):
+            self._modes.apply()
+            batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
+            held_out = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
+            if held_out is not None and metric is None:
+                metric = accuracy_metric(net, held_out, forward, self._distillation.classes)
+            measure_networks(net, [DENSE, *self._plan.names(self._plan.rounds)], batches, held_out, forward, metric)
+            note_training(net, self._configuration, train_loader)
+        return net
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, and its masks: tensors and plain values. Save the model and the optimizer beside.
@@ -304,7 +307,15 @@ class CoLoop:
             raise TrainingError("state_dict() is for between steps: call it after the optimizer's")
         entered = self._plan.entered
         masks = {name: self._net.masks[name] for name in self._plan.names(entered)}
-        return loop_state(self._configuration, self.done, entered, self._distillation.classes, masks)
+        classes = self._distillation.classes
+        return {
+            "format": 1,
+            "configuration": self._configuration,
+            "done": self.done,
+            "entered": entered,
+            "classes": None if classes is None else asdict(classes),
+            "masks": pack_masks(masks),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stand where another loop stood, with its masks. What a same-batch step would have reused is computed anew.
@@ -319,12 +330,6 @@ class CoLoop:
         self._distillation = replace(self._distillation, classes=classes)
         self.done, self._plan.entered = state["done"], state["entered"]
         self._shared.clear()
-
-    def _teacher(self, step: Step, batch: Any) -> Any:
-        shared = self._shared_batch
-        if self._shared.follows(step) and shared is not None and shared.same(batch):
-            return self._shared.teacher
-        return dense_output_of(self._net, self._execution, batch, self._forward is default_forward)
 
     def _loss(self, step: LoopStep, loss: Tensor, output: Any, target: Any) -> Tensor:
         distillation = self._distillation

@@ -1,44 +1,18 @@
-"""The state of a loop of your own, as tensors and plain values."""
+"""Whether a state is one of a loop of your own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..masks import Mask
 from ..net.subnet_model import SubnetModel
 from .state.compatibility import Foreign, check_classes, check_masks
 from .state.configuration import differences
-from .state.encoding import pack_masks
-from .step.distill import Classes
 
-__all__ = ["check_loop_state", "loop_state"]
-
-
-def loop_state(
-    configuration: Mapping[str, Any], done: int, entered: int, classes: Classes | None, masks: Mapping[str, Mask]
-) -> dict[str, Any]:
-    """What ``CoLoop.state_dict`` returns.
-
-    Args:
-        configuration: The loop's.
-        done: Optimizer steps done.
-        entered: The last round whose masks are made.
-        classes: Where the output holds class logits, if that is known.
-        masks: Those of the rounds so far.
-    """
-    return {
-        "format": 1,
-        "configuration": configuration,
-        "done": done,
-        "entered": entered,
-        "classes": None if classes is None else asdict(classes),
-        "masks": pack_masks(masks),
-    }
+__all__ = ["check_loop_state"]
 
 
 def check_loop_state(state: Any, net: SubnetModel, configuration: Mapping[str, Any], total: int) -> None:

@@ -130,7 +130,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
                 shared.clear()
                 batches, at = session.next_batches()
             hooks = _hooks(session, step, context)
-            hooks.before_step()
+            hooks.call("before_step")
             # after the hooks, so that whatever they draw leaves the step's own random numbers as they are
             session.seed("step", k, position.epoch, i, *session.own)
             location = StepLocation(k, position.epoch, i, at, session.history.steps)

@@ -154,32 +154,17 @@ class StepContext:
         self._snapshot(name)
 
 
-@dataclass
+@dataclass(frozen=True)
 class HookCalls:
     """The hooks of one step, called by the engine."""
 
     hooks: Sequence[StepHook]
     context: StepContext
 
-    def before_step(self) -> None:
-        """Before the first pass."""
+    def call(self, method: str, *arguments: Any) -> None:
+        """Call a method of all hooks."""
         for hook in self.hooks:
-            hook.before_step(self.context)
-
-    def after_backward(self, subnet: str) -> None:
-        """After a subnet's passes, before its gradients are masked."""
-        for hook in self.hooks:
-            hook.after_backward(self.context, subnet)
-
-    def before_update(self) -> None:
-        """Before clipping and the optimizer."""
-        for hook in self.hooks:
-            hook.before_update(self.context)
-
-    def after_update(self) -> None:
-        """After the optimizer."""
-        for hook in self.hooks:
-            hook.after_update(self.context)
+            getattr(hook, method)(self.context, *arguments)
 
 
 class StepHooks:

@@ -23,8 +23,9 @@ class SameBatch:
     """
 
     def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self.clear()
+        self._enabled, self._leads = enabled, False
+        self.teacher: Any = None
+        self._batch: BatchIdentity | None = None
 
     @property
     def open(self) -> bool:
@@ -44,14 +45,27 @@ class SameBatch:
         """
         return self._enabled and step.leads and not last
 
-    def done(self, step: Step, teacher: Any, *, last: bool = False) -> None:
-        """Note that a step was made, and the dense network's output for its batch."""
+    def done(self, step: Step, teacher: Any, *, last: bool = False, batch: Any = None) -> None:
+        """Note that a step was made.
+
+        Args:
+            step: The step.
+            teacher: The dense network's output for its batch.
+            last: As of :meth:`leads`.
+            batch: The batch, where the next step may come with another one.
+        """
         self._leads = self.leads(step, last=last)
         self.teacher = teacher if self._leads else None
+        self._batch = BatchIdentity(batch) if self._leads and batch is not None else None
+
+    def teacher_of(self, step: Step, batch: Any) -> Any:
+        """The dense network's output, if the next step follows on the very batch of the step before."""
+        same = self.follows(step) and self._batch is not None and self._batch.same(batch)
+        return self.teacher if same else None
 
     def clear(self) -> None:
         """Let the next step take another batch."""
-        self._leads, self.teacher = False, None
+        self._leads, self.teacher, self._batch = False, None, None
 
 
 class BatchIdentity:

@@ -153,12 +153,12 @@ class Stepper:
         if scaler is not None:
             scaler.unscale_(optimizer)  # before all that looks at the size of gradients
         if hooks is not None:
-            hooks.before_update()
+            hooks.call("before_update")
         execution.clip()
         with self._masked_unchanged(step, optimizer):
             overflowed = _update(optimizer, scaler)
         if hooks is not None and not overflowed:
-            hooks.after_update()
+            hooks.call("after_update")
         return StepResult(losses, teacher, overflowed)
 
     def _pass(
@@ -174,7 +174,7 @@ class Stepper:
         execution, engine = self._execution, self._engine
         losses: list[Tensor] = []
         outputs: list[Any] = []
-        after_backward = None if hooks is None else partial(hooks.after_backward, one.subnet)
+        after_backward = None if hooks is None else partial(hooks.call, "after_backward", one.subnet)
         with engine.masked_gradients(one.subnet, after_backward):
             for i, (batch, share) in enumerate(parts):
                 known = None if teacher is None else teacher[i]
