@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -25,10 +24,10 @@ from .left_out import weight_sums
 from .loop_finish import accuracy_metric, check_trained, measure_networks, restored_on_failure
 from .loop_plan import LoopPlan
 from .loop_state import check_loop_state
-from .loop_step import LoopStep, beyond, dense_output_of, needs_trainer
+from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
 from .metrics import MetricFn
 from .randomness import forked
-from .recipes import Recipe, recipe_named
+from .recipes import Recipe
 from .state.encoding import pack_masks, unpack_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
@@ -104,23 +103,17 @@ class CoLoop:
         if not isinstance(net, SubnetModel):
             raise TrainingError(f"net must be what cocktailsdk.sparsify() returned, got {type(net).__name__}")
         check_numbers(steps=steps, rounds=rounds, distill_weight=distill_weight, seed=seed)
-        recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
-        if why := needs_trainer(recipe):
-            raise TrainingError(f"recipe {recipe.name!r} {why}: CoTrainer does that, CoLoop does not")
-        if start not in ("scratch", "pretrained"):
-            raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
+        recipe = recipe_for_loops(recipe)
         if not 0 <= distill_weight <= 1:
             raise TrainingError(f"distill_weight must lie in 0 … 1, got {distill_weight!r}")
         self._net, self._recipe, self._seed = net, recipe, seed
         self._modes, self._norms = TrainingModes(net.model), list(running_norms(net.model).values())
         self._plan = LoopPlan(net, recipe, steps, rounds, start, seed)
-        share = recipe.distill
-        weight = distill_weight if share is True or not distill_weight else float(share)
-        self._distillation = Distillation(weight, distill_fn)
+        self._distillation = Distillation(recipe.distillation(distill_weight), distill_fn)
         self._forward = forward_fn or default_forward
         self._execution = Execution(net.model, self._forward)
         if self._execution.sharded:
-            reshard_after_forward(net.model)  # masks act on the shards
+            reshard_after_forward(net.model)  # masks act on the shards, not on gathered weights that are kept
         self._first_sums: Tensor | None = None
         self._classes_looks, self._accumulated, self._stack = 0, False, ExitStack()
         self._shared = SameBatch(recipe.same_batch)
@@ -166,7 +159,7 @@ class CoLoop:
         while not self.finished:
             before = self.done
             for batch in loader:
-                for _ in itertools.count():
+                while True:
                     at = self.done
                     yield batch
                     if self.done == at or not self.repeats:
@@ -209,8 +202,7 @@ class CoLoop:
             raise TrainingError("a step is open already: call end(), or leave its `with`, before the next one")
         if net.active != DENSE:
             raise TrainingError(f"{net.active!r} is active: switch('dense') before a step")
-        step = self._plan.step(self.done)
-        round_, number = self._plan.place(self.done)
+        step, (round_, number) = self._plan.step(self.done), self._plan.place(self.done)
         if len(step.passes) > 1 or step.passes[0].resolution != 1:
             raise beyond(self._recipe, "trains several networks, or at several resolutions, in one step")
         if self._first_sums is None and not self.done:
@@ -228,8 +220,8 @@ class CoLoop:
             teacher = dense_output_of(net, self._execution, batch, self._forward is default_forward)
         self._stack = ExitStack()
         active = self._stack.enter_context(self._engine.active(subnet, teacher=teacher))
-        first = number == 0 and not self._accumulated
-        self.current = LoopStep(self._loss, step, active, round_, first, round_ > self._plan.rounds)
+        first, finishing = number == 0 and not self._accumulated, round_ > self._plan.rounds
+        self.current = LoopStep(self._loss, step, active, round_, first, finishing)
         self._batch, self._last = batch, last
         return self.current
 

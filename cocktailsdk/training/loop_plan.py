@@ -27,6 +27,9 @@ class LoopPlan:
     Attributes:
         rounds: The number of the last round before finishing.
         entered: The last round whose masks are made.
+
+    Raises:
+        TrainingError: There is no such start, or there are too few steps.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class LoopPlan:
         start: Literal["scratch", "pretrained"],
         seed: int,
     ) -> None:
+        if start not in ("scratch", "pretrained"):
+            raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
         self._net, self._recipe, self._steps, self._seed = net, recipe, steps, seed
         self._plan = recipe.plan(net.patterns, rounds)
         self._first = 0 if start == "scratch" and recipe.rounds == "levels" else 1

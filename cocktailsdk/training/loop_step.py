@@ -14,11 +14,11 @@ from ..net.subnet_model import SubnetModel
 from ..utils.batchnorm import device_of
 from ..utils.blame import MISFITS, blamed
 from ..utils.nested import form_of, to_device
-from .recipes import Recipe, Step
+from .recipes import Recipe, Step, recipe_named
 from .step.engine import ActivePass
 from .step.execution import Execution
 
-__all__ = ["LoopStep", "beyond", "dense_output_of", "needs_trainer"]
+__all__ = ["LoopStep", "beyond", "dense_output_of", "recipe_for_loops"]
 
 
 class LoopStep:
@@ -94,8 +94,19 @@ def dense_output_of(net: SubnetModel, execution: Execution, batch: Any, found: b
         return execution.teacher(to_device(batch, device_of(net.model)))
 
 
-def needs_trainer(recipe: Recipe) -> str | None:
-    """What a recipe does that a loop cannot; ``None`` where there is nothing."""
+def recipe_for_loops(recipe: str | Recipe) -> Recipe:
+    """A recipe that a loop can follow, also by its name.
+
+    Raises:
+        TrainingError: It does what a loop cannot; says what.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
+    if what := _needs_trainer(recipe):
+        raise beyond(recipe, what)
+    return recipe
+
+
+def _needs_trainer(recipe: Recipe) -> str | None:
     if recipe.merges:
         return "merges its rounds"
     if recipe.rewind and recipe.rounds == "levels":

@@ -31,7 +31,7 @@ class Recipe:
         rounds: ``"levels"``: a dense round, then one for every level (paper, section 3); ``"one"``: all networks
             together in a single round, their masks made from the weights that it begins with.
         rewind: Whether rounds begin from the rewind point (paper, section 3.1) or from where the one before ended.
-        distill: Share of the distillation loss on sparse turns: a number in [0, 1]; ``True`` for the trainer's
+        distill: Share of the distillation loss on sparse passes: a number in [0, 1]; ``True`` for the trainer's
             ``distill_weight``, ``False`` for none.
         update: On sparse steps momentum and weight decay go on moving masked weights (``"all"``, as the paper's code
             does) or leave them (``"active"``).
@@ -130,6 +130,14 @@ class Recipe:
         """The same of finishing."""
         return SCHEDULES[s] if isinstance(s := self.finishing_schedule, str) else s
 
+    def distillation(self, weight: float) -> float:
+        """Share of the distillation loss on sparse passes.
+
+        Args:
+            weight: The trainer's ``distill_weight``; at 0 there is no distillation in any recipe.
+        """
+        return weight if weight == 0 or self.distill is True else float(self.distill)
+
     def step_hooks(self) -> StepHooks:
         """Copies of the hooks for one run; empty for most recipes."""
         return StepHooks(self.schedule, self.finishing_schedule, self.hooks)
@@ -163,12 +171,12 @@ class Recipe:
         return ({name: levels[name] for name in rounds_of(patterns)[0]},)
 
     def _check(self, patterns: Sequence[Pattern]) -> None:
-        given = [p.name for p in patterns]
+        present = [p.name for p in patterns]
         names = [s.name for p in patterns for s in p.subnets()]
         if self.takes == "pattern" and len(patterns) > 1:
             raise TrainingError(
                 f"recipe {self.name!r} trains one pattern a run, and this net has "
-                f"{', '.join(given)}: sparsify() the model with one of them, and train each in a "
+                f"{', '.join(present)}: sparsify() the model with one of them, and train each in a "
                 "run of its own"
             )
         if self.takes == "subnet" and len(names) > 1:
@@ -177,12 +185,12 @@ class Recipe:
                 f"({', '.join(names[:3])}, …): sparsify() the model with a single level, as in "
                 "Unstructured(sparsities=[0.9]), and train each in a run of its own"
             )
-        if missing := [name for name in self.needs if name not in given]:
+        if missing := [name for name in self.needs if name not in present]:
             raise TrainingError(
-                f"recipe {self.name!r} needs the pattern {missing[0]!r}, and this net has {', '.join(given)}: give it "
-                "to sparsify() too"
+                f"recipe {self.name!r} needs the pattern {missing[0]!r}, and this net has {', '.join(present)}: give "
+                "it to sparsify() too"
             )
-        if self.only and (other := [name for name in given if name not in self.only]):
+        if self.only and (other := [name for name in present if name not in self.only]):
             raise TrainingError(
                 f"recipe {self.name!r} is for {' and '.join(self.only)}, and this net has {other[0]}: sparsify() the "
                 "model without, or choose another recipe"
