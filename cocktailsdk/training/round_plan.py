@@ -10,7 +10,8 @@ from ..net.subnet_model import SubnetModel
 from ..patterns.base import Subnet
 from .recipes import Pruning, Recipe, ScheduleContext, Step
 from .recipes.steps import DENSE_STEP
-from .step.hooks import StepHook, StepHooks
+from .step.hook_calls import StepHooks
+from .step.hooks import StepHook
 
 __all__ = ["Plan", "hooks_of", "names_until", "networks_of", "round_masks", "step_of"]
 

@@ -42,7 +42,7 @@ from .state.history import History, Position
 from .state.store import Store
 from .step.distill import Classes
 from .step.execution import Execution
-from .step.hooks import StepHooks
+from .step.hook_calls import StepHooks
 from .step.nan_guard import SECONDS, LossWatch, Skips, StepLocation, not_finite
 from .step.same_batch import SameBatch
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
-from ..step.hooks import StepHook, StepHooks
+from ..step.hook_calls import StepHooks
+from ..step.hooks import StepHook
 from .masks import MASK_RULES, MaskRule
 from .steps import SCHEDULES, StepSchedule
 

@@ -24,7 +24,7 @@ from .distill import Classes, Distillation, DistillFn
 from .engine import StepEngine
 from .execution import Execution
 from .forward import ForwardFn, LossFn, detached, loss_of
-from .hooks import HookCalls
+from .hook_calls import HookCalls
 from .masked_updates import masked_weights_unchanged
 from .resolution import resized
 
