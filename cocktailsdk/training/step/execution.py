@@ -105,8 +105,8 @@ class Execution:
             # DDP otherwise waits for ever for gradients of parameters that a pass does not use
             self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self._wrapped = self._accelerator.prepare_model(passing)
-        # Accelerate (1.10 to 1.15) keeps every prepared model in ``_models`` for as long as the program runs. Ours is to
-        # be freed with the run, and ``free_memory()`` would drop the user's models too.
+        # Accelerate (1.10 to 1.15) keeps every prepared model in ``_models`` for as long as the program runs. Ours is
+        # to be freed with the run, and ``free_memory()`` would drop the user's models too.
         models = self._accelerator._models
         models[:] = [model for model in models if model not in (passing, self._wrapped)]
 
