@@ -6,7 +6,7 @@ Everything is looked at before the run takes any of it over, so that the state b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from fractions import Fraction
 from typing import Any, Never
 
@@ -21,7 +21,7 @@ from ..options import Options
 from .encoding import decode_masks, written_before
 from .history import History, Position, RoundHistory
 
-__all__ = ["Foreign", "check_classes", "check_masks", "check_state"]
+__all__ = ["Foreign", "check_classes", "check_masks", "check_state", "hook_states"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -51,7 +51,6 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "held_examples": (Tensor, type(None)),
     "held_scores": (int,),
     "masks": (dict,),
-    "gradients": (dict,),
     "rewound": (dict, type(None)),
     "model": (dict,),
     "optimization": (dict, type(None)),
@@ -98,7 +97,7 @@ def check_state(
         _check_generators(key, state[key], generators)
     _check_stream(state.get("stream"))
     _check_tensors("model", state["model"], shapes, whole=True)
-    _check_tensors("gradients", state["gradients"], parameters)
+    _check_hooks(state, parameters, options)
     for name, own in _of_networks("statistics", state["statistics"], net):
         if not isinstance(own, dict):
             _refuse(f"the statistics of {name!r} are", own)
@@ -108,6 +107,18 @@ def check_state(
     check_masks(state["masks"], net)
     _check_optimization(state, net, options)
     _check_files(state["position"], files, tensors, net, options, shapes)
+
+
+def hook_states(state: Mapping[str, Any], hooks: Sized) -> list[dict[str, Any]]:
+    """The states of a run's hooks.
+
+    Before there were hooks, a state had the gradients of the step before, which the one schedule that used them (that
+    of ``"ast"``) still names in the same way.
+    """
+    if "hooks" in state:
+        states: list[dict[str, Any]] = state["hooks"]
+        return states
+    return [dict(state["gradients"]), *({} for _ in range(len(hooks) - 1))] if len(hooks) else []
 
 
 def check_masks(
@@ -254,6 +265,20 @@ def _check_tensors(what: str, said: Mapping[Any, Any], shapes: Shapes, *, whole:
     missing = set(shapes) - set(said) if whole else ()
     if missing:
         _refuse(f"its {what} lacks", min(missing))
+
+
+def _check_hooks(state: Mapping[str, Any], parameters: Shapes, options: Options) -> None:
+    """What a hook keeps under a parameter's name, say its gradient, must be like the parameter."""
+    if "hooks" not in state:
+        if not isinstance(state.get("gradients"), dict):
+            _refuse("'gradients' is", state.get("gradients"))
+        _check_tensors("gradients", state["gradients"], parameters)
+        return
+    states, hooks = state["hooks"], options.recipe.step_hooks()
+    if not isinstance(states, list) or len(states) != len(hooks) or not all(isinstance(s, dict) for s in states):
+        _refuse(f"it has the states of other hooks than this recipe's {len(hooks)},", states)
+    for own in states:
+        _check_tensors("hooks", {n: v for n, v in own.items() if n in parameters}, parameters)
 
 
 def _of_networks(what: str, said: dict[Any, Any], net: SubnetModel) -> list[tuple[str, Any]]:
