@@ -53,6 +53,7 @@ with torch.no_grad():
     assert cocktail.verify_nm(again, 2, 4).ok
     again.switch("dense")
     assert torch.equal(again(x), dense)
+cocktail.CoTrainer(again, [(x, torch.tensor([0, 1]))], nn.functional.cross_entropy, epochs=1).fit()
 print(f"cocktailsdk {cocktail.__version__} works with torch {torch.__version__} on Python {sys.version.split()[0]}")
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .bundle import load_bundle
 from .bundle.hub_mixin import HubMixin
 from .errors import PatternError
-from .graph import obstacles
+from .graph import unsupported_modules
 from .net.coverage import check_coverage, nothing_to_prune
 from .net.subnet_model import SubnetModel, model_unchanged
 from .net.target_modules import Modules, Selection
@@ -212,7 +212,7 @@ def sparsify(
     coupling = couple_model(model, example, selection)
     eligible = selection.eligible(coupling)
     if not eligible and not coupling.groups:
-        kinds = "".join(f"; {k.where}: {k.reason}" for k in obstacles(model)[:2])
+        kinds = "".join(f"; {k.where}: {k.reason}" for k in unsupported_modules(model)[:2])
         raise PatternError(
             "nothing in the model can be pruned: no weight is eligible and no channels can go "
             f"({nothing_to_prune(coupling, selection)}){kinds}; the first convolution and the classifier become "

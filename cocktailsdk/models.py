@@ -226,26 +226,26 @@ def best_record(model: nn.Module) -> tuple[dict[str, Any] | None, str | None]:
     for name in LIBRARIES:
         try:
             for record in _built_in(name).records(model):
-                said = {"adapter": name, "record": dict(record), "dtype": next(iter(dtypes), "float32")}
-                refused = _refusal(said, bounds)
-                if refused is not None and (found is not None or _refusal(said, bounds, trust=True) is not None):
+                entry = {"adapter": name, "record": dict(record), "dtype": next(iter(dtypes), "float32")}
+                refused = _refusal(entry, bounds)
+                if refused is not None and (found is not None or _refusal(entry, bounds, trust=True) is not None):
                     reason = refused
-                elif _same_build(model, rebuilt(said, "meta", bounds=bounds, trust=refused is not None)):
+                elif _same_build(model, rebuilt(entry, "meta", bounds=bounds, trust=refused is not None)):
                     if refused is None:
-                        return said, None
-                    found, reason = said, refused
+                        return entry, None
+                    found, reason = entry, refused
         except Exception as error:  # someone else's package must not break ours
             reason = f"adapter {name!r} failed ({type(error).__name__}: {error})"
             log.info("adapter %r cannot say how a %s is built", name, type(model).__name__, exc_info=True)
     return found, reason
 
 
-def _refusal(said: Mapping[str, Any], bounds: Bounds, trust: bool = False) -> str | None:
+def _refusal(entry: Mapping[str, Any], bounds: Bounds, trust: bool = False) -> str | None:
     """Why a bundle with this record would not build its model, or ``None``."""
     try:
-        check_record(said, bounds, trust=trust)
+        check_record(entry, bounds, trust=trust)
         if not trust:
-            check_version(said["adapter"])
+            check_version(entry["adapter"])
     except AdapterError as error:
         return str(error)
     return None
@@ -333,12 +333,12 @@ def suggestions(reference: str, among: Iterable[str] | None = None) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _as_inputs(given: Any) -> Inputs:
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    if isinstance(given, tuple | list):
-        return tuple(given), {}
-    return (given,), {}
+def _as_inputs(inputs: Any) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
 
 
 def _from_factory(reference: str, pretrained: bool) -> nn.Module:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from importlib.abc import Loader
 
-__all__ = ["install", "moved_names"]
+__all__ = ["install", "moved_names", "renamed_fields"]
+
+T = TypeVar("T")
 
 MODULES = {
     "cocktailsdk.adapters": "cocktailsdk.models",
@@ -21,6 +24,7 @@ MODULES = {
     "cocktailsdk.counts": "cocktailsdk.net.costs",
     "cocktailsdk.datasets": "cocktailsdk.presets.datasets",
     "cocktailsdk.devices": "cocktailsdk.utils.devices",
+    "cocktailsdk.graph.recoded": "cocktailsdk.graph.rewritten_module",  # in pickles of slim models
 }
 """Modules whose names were documented or typed in examples, by their old names."""
 
@@ -44,6 +48,37 @@ def moved_names(module: str, names: Mapping[str, str], late: Mapping[str, str] |
         return getattr(importlib.import_module(parent), last)
 
     return look_up
+
+
+def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
+    """A decorator of dataclasses: old names of fields still work, as keywords and as attributes.
+
+    Args:
+        **names: By old name the new one.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def with_old_names(self: T, *args: Any, **keywords: Any) -> None:
+            for old in names.keys() & keywords.keys():
+                _warn(f"{cls.__name__}({old}=...)", f"{cls.__name__}({names[old]}=...)")
+                keywords[names[old]] = keywords.pop(old)
+            init(self, *args, **keywords)
+
+        setattr(cls, "__init__", with_old_names)  # noqa: B010, what mypy takes
+        for old in names:
+            setattr(cls, old, property(functools.partial(_renamed, old=old, new=names[old])))
+        return cls
+
+    return decorate
+
+
+def _renamed(instance: Any, old: str, new: str) -> Any:
+    kind = type(instance).__name__
+    _warn(f"{kind}.{old}", f"{kind}.{new}")
+    return getattr(instance, new)
 
 
 def install() -> None:

@@ -11,15 +11,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import PatternError
 from .graph import Kept, Weight
-from .graph.carried import computed
 from .graph.export import evaluating
-from .graph.hooked import hooked
+from .graph.hook_weights import hook_weights
+from .graph.weight_graph import run_weight_graph
+from .masks.remaining import Remaining
+from .masks.tiles import runs, tiles
 from .net.subnet_model import SubnetModel
 from .net.target_modules import Modules, Selection
 from .patterns import NM
-from .patterns.layout import tiles
-from .patterns.nm import runs
-from .patterns.remaining import Remaining
 from .utils.undo import unchanged
 
 
@@ -103,12 +102,12 @@ def verify_nm(
         if target_modules is not None or exclude_modules is not None:
             raise PatternError("a net knows its eligible weights; leave target_modules and exclude_modules out")
         model._check_structure()
-        weights, tensors = _left(model)
+        weights, tensors = _remaining(model)
         selection = model.selection
     else:
-        held = _weights(model)
-        found = _marked([w for w, _ in held])
-        tensors = {w.name: t for w, t in held}
+        named_weights = _weights(model)
+        found = _marked([w for w, _ in named_weights])
+        tensors = {w.name: t for w, t in named_weights}
         weights, selection = tuple(found), Selection.of(model, target_modules, exclude_modules)
     failures, checked, skipped = [], [], []
     for w in weights:
@@ -138,21 +137,21 @@ def _runs(weight: Weight, tensor: Tensor, m: int, transposable: bool) -> Tensor:
     return torch.cat([squares, squares.mT])
 
 
-def _left(net: SubnetModel) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
+def _remaining(net: SubnetModel) -> tuple[tuple[Weight, ...], dict[str, Tensor]]:
     """What the active subnetwork multiplies with, without the channels that it removes."""
     tensors: dict[str, Tensor] = dict(net.model.named_parameters())
     every = {**tensors, **dict(net.model.named_buffers())}
     trace = net.coupling.trace
     if trace is not None:
-        tensors |= {n: computed(graph, every.__getitem__) for n, graph in trace.computed.items()}
+        tensors |= {n: run_weight_graph(graph, every.__getitem__) for n, graph in trace.computed.items()}
     else:
         tensors |= _alike(net, tensors)
     mask = net.masks.get(net.active)
     if mask is None or mask.removed is None:
         return net.coupling.weights, tensors
-    left = Remaining(net.coupling, mask.removed)
-    held = {w.name: left.slice(w, tensors[w.name].detach()) for w in net.coupling.weights}
-    return tuple(left.weight(w) for w in net.coupling.weights), held
+    remaining_units = Remaining(net.coupling, mask.removed)
+    sliced = {w.name: remaining_units.slice(w, tensors[w.name].detach()) for w in net.coupling.weights}
+    return tuple(remaining_units.weight(w) for w in net.coupling.weights), sliced
 
 
 def _alike(net: SubnetModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +173,7 @@ def _weights(model: nn.Module) -> list[tuple[Weight, Tensor]]:
     out = []
     with unchanged(model), evaluating(model), torch.no_grad():
         for path, module in model.named_modules():
-            now = dict(hooked(module))
+            now = dict(hook_weights(module))
             for name, t, op, out_axis, in_axis in _of(module):
                 if id(t) not in seen:
                     seen.add(id(t))

@@ -17,7 +17,6 @@ import cocktailsdk as cocktail
 from cocktailsdk import NM, BundleError, Channel, Mask, Pattern, Subnet, Unstructured
 from cocktailsdk.bundle import bundle_bytes
 from cocktailsdk.bundle.examples import describe, remake
-from cocktailsdk.bundle.packing import from_levels, from_ranks, level_bits, pack, run_bits, to_levels, to_ranks, unpack
 from cocktailsdk.patterns import registry
 from cocktailsdk.slimming import coupling_difference
 
@@ -326,38 +325,3 @@ def test_inputs_that_cannot_be_described_are_only_missed_by_slim(tmp_path):
         loaded.slim("channel@0.5")
     loaded.example = ((torch.randn(2, 3, 6, 6),), {})
     assert isinstance(loaded.slim("channel@0.5"), TinyNet)
-
-
-@given(st.integers(1, 16), st.lists(st.integers(0, 2**16 - 1), max_size=100))
-def test_packing_whole_numbers_and_back(bits, numbers):
-    values = torch.tensor([n % (1 << bits) for n in numbers], dtype=torch.int32).numpy()
-    packed = pack(values, bits)
-    assert packed.numel() == (len(numbers) * bits + 7) // 8
-    assert unpack(packed, bits, len(numbers)).tolist() == values.tolist()
-
-
-@given(st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))), st.integers(0, 99))
-def test_packing_runs_and_back(pair, seed):
-    n, m = pair
-    scores = torch.rand(17, m, generator=torch.Generator().manual_seed(seed))
-    keep = torch.zeros(17, m, dtype=torch.bool).scatter_(1, scores.argsort(1)[:, :n], True)
-    ranks = to_ranks(keep, n)
-    assert torch.equal(from_ranks(unpack(pack(ranks, run_bits(n, m)), run_bits(n, m), 17), n, m), keep)
-    keep[3] = True
-    assert to_ranks(keep, n) is None
-
-
-def test_bits_are_few():
-    assert [run_bits(1, 2), run_bits(2, 4), run_bits(4, 8)] == [1, 3, 7]
-    assert [level_bits(n) for n in (1, 2, 3, 4, 15, 16, 255, 256)] == [1, 2, 2, 4, 4, 8, 8, None]
-
-
-@given(st.integers(1, 12), st.integers(0, 99))
-def test_packing_nested_masks_and_back(count, seed):
-    level = torch.randint(0, count + 1, (50,), generator=torch.Generator().manual_seed(seed))
-    kept = [(level == 0) | (level > k) for k in range(1, count + 1)]
-    levels = to_levels(kept)
-    assert levels.tolist() == level.tolist()
-    again = from_levels(unpack(pack(levels, 4), 4, 50), count)
-    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
-    assert to_levels([torch.tensor([False, True]), torch.tensor([True, True])]) is None

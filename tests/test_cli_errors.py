@@ -217,6 +217,8 @@ def test_what_is_checked_before_torch_is_what_is_there() -> None:
         (("bench", *BUNDLE, "--runtime", "onnxruntime"), ("onnxruntime",), "onnx"),
         (("bench", *BUNDLE, "--runtime", "openvino"), ("openvino",), "openvino"),
         (("train", "--preset", "digits", "--tensorboard", "board"), ("tensorboard",), "tensorboard"),
+        (("train", "--preset", "digits"), ("sklearn",), "presets"),
+        (("report", "empty"), ("matplotlib",), "plots"),
     ],
 )
 def test_a_missing_extra_is_named_with_what_to_type(

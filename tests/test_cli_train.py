@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def run(*arguments: str) -> Result:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    board = ["--tensorboard", str(folder.parent / "board")] if find_spec("tensorboard") is not None else []
+    board = ["--tensorboard", str(folder.parent / "board")] if importlib.util.find_spec("tensorboard") else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "digits", small)
         return folder, run("train", "--preset", "digits", "--out", str(folder), *board)
@@ -73,6 +74,20 @@ def test_a_run_ends_with_its_table_and_files(finished: tuple[Path, Result]) -> N
     assert report["bundle_bytes"] == sum(f.stat().st_size for f in (folder / "bundle").iterdir())
     assert 0 < report["dense_bytes"] < report["bundle_bytes"]
     assert report["seconds"] > 0
+
+
+def test_without_matplotlib_it_trains_all_the_same_and_says_what_draws_the_picture(
+    finished: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *more: None if n == "matplotlib" else find(n, *more))
+    shutil.copytree(finished[0] / "state", tmp_path / "run" / "state")  # all that is left to do is to report
+    done = run("train", "--preset", "digits", "--out", str(tmp_path / "run"))
+    assert done.exit_code == 0, done.output
+    said = 'networks.png is left out: drawing the picture needs matplotlib, which is not installed: pip install "'
+    assert f'{said}cocktailsdk[plots]"' in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["bundle", "report.json", "state"]
+    assert "networks.png" not in done.stdout and "bundle/, report.json\n" in done.stdout
 
 
 def test_its_report_has_all_that_there_is_to_show(finished: tuple[Path, Result], tmp_path: Path) -> None:
@@ -132,8 +147,6 @@ def test_another_configuration_in_the_same_folder_touches_nothing(finished: tupl
 
 
 def test_a_lost_bundle_is_made_again_from_the_state(finished: tuple[Path, Result], tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "bundle")
@@ -193,16 +206,12 @@ def test_eval_measures_what_training_reported(finished: tuple[Path, Result]) -> 
 
 
 def test_a_bundle_alone_needs_its_preset_named(finished: tuple[Path, Result], tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished[0] / "bundle", tmp_path / "bundle")
     assert run("eval", str(tmp_path / "bundle")).exit_code == 2
     assert run("eval", str(tmp_path / "bundle"), "2:4", "--preset", "digits").exit_code == 0
 
 
 def test_a_damaged_bundle_is_named(finished: tuple[Path, Result], tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished[0] / "bundle", tmp_path / "bundle")
     file = tmp_path / "bundle" / "bundle.json"
     file.write_bytes(file.read_bytes()[:-10])

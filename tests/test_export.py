@@ -209,10 +209,10 @@ def test_without_example_inputs_there_is_nothing_to_run(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named_with_their_extra() -> None:
-    from cocktailsdk.exporting.formats import needs
+    from cocktailsdk.utils.optional import check_installed
 
     with pytest.raises(cocktail.ExportFailed, match=r'nowhere_to_be, which is.*pip install "cocktailsdk\[onnx\]"'):
-        needs(("torch", "nowhere_to_be"), "onnx", "exporting")
+        check_installed("torch", "nowhere_to_be", purpose="this", extra="onnx", error=cocktail.ExportFailed)
 
 
 def test_runtimes_are_not_imported_before_they_are_used() -> None:

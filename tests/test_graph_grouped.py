@@ -11,7 +11,7 @@ import cocktailsdk as cocktail
 from cocktailsdk.graph import couple
 from cocktailsdk.graph.empty_heads import RefuseEmptyHeads
 from cocktailsdk.graph.export import export
-from cocktailsdk.graph.grouped import ExportableGroups, grouped_mm
+from cocktailsdk.graph.grouped_mm import ExportableGroups, grouped_mm
 
 
 class Experts(nn.Module):

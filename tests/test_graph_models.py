@@ -9,7 +9,7 @@ from torch import nn
 
 from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.cut import Cutter
-from cocktailsdk.graph.verify import EXACT, verify_slim
+from cocktailsdk.graph.verify_slim import EXACT, verify_slim
 from cocktailsdk.inspection.measuring import measured_flops
 
 
@@ -79,7 +79,7 @@ def test_users_own_model() -> None:
 
 
 class LambdaShortcut(nn.Module):
-    """The CIFAR ResNet's option-A shortcut as people write it: a lambda, with nothing to mend by name."""
+    """The CIFAR ResNet's option-A shortcut as people write it: a lambda, with nothing to fix by name."""
 
     def __init__(self, width: int, wider: int) -> None:
         super().__init__()

@@ -83,7 +83,7 @@ def test_a_wrong_rule_is_caught_when_its_groups_are_proven() -> None:
 
     coupling = couple(Unknown(), (torch.randn(*IMAGE),))
     kept = {k.where: k.reason for k in coupling.kept}
-    assert "could not be mended" in kept["mystery.weight"]
+    assert "could not be fixed" in kept["mystery.weight"]
     assert {g.name for g in coupling.groups} == {"first", "conv", "out"}
 
 
@@ -93,7 +93,7 @@ def test_rules_are_for_ops_that_there_are() -> None:
     assert unknown <= elsewhere
 
 
-def test_what_cannot_be_mended_is_kept_whole_with_a_reason() -> None:
+def test_code_that_cannot_be_fixed_is_left_unpruned_with_a_reason() -> None:
     class Closed(Tokens):
         """Heads hidden in a closure, and control flow on sizes that no tracer follows."""
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_mended_is_kept_whole_with_a_reason() -> None:
     model, args = Closed(), (torch.randn(*TOKENS),)
     coupling = couple(model, args)
     kept = {k.where: k.reason for k in coupling.kept}
-    assert "could not be mended" in kept["a.weight"]
+    assert "could not be fixed" in kept["a.weight"]
     assert [g.size for g in coupling.groups] == [16]  # the stream still goes
     assert_equal(model, coupling, removal(coupling, half), args)
 

@@ -136,7 +136,7 @@ class PackedByHead(Streamed):
 
 @case(TOKENS, [16, 2])
 class PackedUnequally(Streamed):
-    """Four query heads and two key heads in one weight, split by widths that are mended."""
+    """Four query heads and two key heads in one weight, split by widths that are fixed."""
 
     class inner(Heads):
         kv_heads = 2

@@ -110,7 +110,7 @@ def equal_parts(x):
     return a * b
 
 
-@case(IMAGE, [12], {"first.weight": "slice|could not be mended"})
+@case(IMAGE, [12], {"first.weight": "slice|could not be fixed"})
 @moving(4)
 def every_other(x):
     return x[:, ::2]
@@ -217,7 +217,7 @@ def overwritten_in_space(x):
     return y
 
 
-@case(IMAGE, [5, 12], {"first.weight": "3 of 8 channels: .* could not be mended"})
+@case(IMAGE, [5, 12], {"first.weight": "3 of 8 channels: .* could not be fixed"})
 @moving(8)
 def overwritten_channels(x):
     """Written by position, which no tracer follows: what comes after goes."""
@@ -226,7 +226,7 @@ def overwritten_channels(x):
     return y
 
 
-@case(IMAGE, [12], {"first.weight": "could not be mended"})
+@case(IMAGE, [12], {"first.weight": "could not be fixed"})
 @moving(8)
 def shifted_in_time(x):
     """A part of the channels looks ahead, a part looks back (TSM): by position too."""
@@ -280,7 +280,7 @@ class MixerTransposes(Tokens):
 
 @case(IMAGE, [5, 3, 16, 6])
 class SlicedChannels(Ends):
-    """A run of channels, and parts of unequal length: bounds are mended in the module that takes them."""
+    """A run of channels, and parts of unequal length: bounds are fixed in the module that takes them."""
 
     class Inner(nn.Module):
         def __init__(self) -> None:

@@ -12,7 +12,7 @@ from graph_cases import IMAGE, TOKENS, Ends, Heads, Streamed, Table, Tokens, ass
 from torch import nn
 
 from cocktailsdk.graph import couple, slim_module
-from cocktailsdk.graph.recoded import Recoded
+from cocktailsdk.graph.rewritten_module import RewrittenModule
 
 case = CASES = Table()
 
@@ -183,7 +183,7 @@ def test_rewritten_modules_are_of_their_class_and_can_be_copied() -> None:
     model, x = SharedUnderSeveralNames(), torch.randn(*TOKENS)
     coupling = couple(model, (x,))
     slim = slim_module(model, coupling, removal(coupling, one), (x,)).eval()  # heads no longer fit the stream's width
-    assert all(isinstance(block, Recoded) and isinstance(block, Block) for block in slim.blocks)
+    assert all(isinstance(block, RewrittenModule) and isinstance(block, Block) for block in slim.blocks)
     assert slim.norms[0] is slim.norms[1] is slim.norm and slim.blocks[0].shared is slim.split
     for other in (copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
         assert torch.equal(other(x), slim(x))

@@ -231,7 +231,7 @@ class ExpertsByTopK(Tokens):
         return x + self.experts(x)
 
 
-@case(IMAGE, [6], {"make.weight": "could not be mended", "first.weight": "conv2d"})
+@case(IMAGE, [6], {"make.weight": "could not be fixed", "first.weight": "conv2d"})
 class Hypernetwork(Ends):
     """A kernel made from the image itself: what it makes it of goes, the kernel does not."""
 

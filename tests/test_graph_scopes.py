@@ -13,7 +13,7 @@ from cocktailsdk.errors import ExportFailed, SlimError
 from cocktailsdk.graph import couple
 from cocktailsdk.graph.cut import Cutter
 from cocktailsdk.graph.relabel import check_labels
-from cocktailsdk.graph.verify import verify_slim
+from cocktailsdk.graph.verify_slim import verify_slim
 
 
 def block(channels: int, width: int) -> nn.Sequential:

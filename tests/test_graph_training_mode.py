@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import cocktailsdk as cocktail
 from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.cut import duplicate
-from cocktailsdk.graph.modes import in_training
-from cocktailsdk.graph.steady import Steady
+from cocktailsdk.graph.determinism import ConstantRandom
+from cocktailsdk.graph.training_mode import in_training
 
 IMAGE = (2, 3, 12, 12)
 
@@ -142,7 +142,7 @@ def agree(model: nn.Module, coupling: Coupling, x: Tensor) -> nn.Module:
         for name, keep in coupling.masks(removed).items():
             tensors[name].mul_(keep)
         for mode in (nn.Module.eval, nn.Module.train):
-            with Steady():
+            with ConstantRandom():
                 want, got = mode(masked)(x.double()), mode(slim)(x.double())
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
     return slim

@@ -1,4 +1,4 @@
-"""A deliberately wrong mend is caught by the verification, and named."""
+"""A deliberately wrong fix is caught by the verification, and named."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cocktailsdk.graph import Coupling, couple, slim_module
 from cocktailsdk.graph.compare import NARROWED
 from cocktailsdk.graph.cut import Cutter
 from cocktailsdk.graph.layers import SlimLayerNorm
-from cocktailsdk.graph.mend import Mends
-from cocktailsdk.graph.verify import verify_slim
+from cocktailsdk.graph.module_fixes import ModuleFixes
+from cocktailsdk.graph.verify_slim import verify_slim
 
 
 class Attention(nn.Module):
@@ -111,7 +111,7 @@ class Slimmed:
     x: torch.Tensor
     coupling: Coupling
     removed: torch.Tensor
-    mends: Mends
+    fixes: ModuleFixes
 
     def verify(self) -> None:
         verify_slim(self.model, Cutter(self.coupling, self.coupling.trace, self.removed), (self.x,))
@@ -123,8 +123,8 @@ def right() -> Slimmed:
     model, x = Net(), torch.randn(2, 6, 8)
     coupling = couple(model, (x,))
     removed = removal(coupling, half)
-    mends = verify_slim(model, Cutter(coupling, coupling.trace, removed), (x,)).mends
-    return Slimmed(model, x, coupling, removed, mends)
+    fixes = verify_slim(model, Cutter(coupling, coupling.trace, removed), (x,)).fixes
+    return Slimmed(model, x, coupling, removed, fixes)
 
 
 HARMS: list[tuple[Callable[[nn.Module], None], str]] = [
@@ -143,10 +143,10 @@ HARMS: list[tuple[Callable[[nn.Module], None], str]] = [
 
 
 @pytest.mark.parametrize(("harm", "named"), HARMS, ids=[h.__name__ for h, _ in HARMS])
-def test_a_wrong_mend_is_caught_and_named(right: Slimmed, harm: Callable[[nn.Module], None], named: str) -> None:
+def test_a_wrong_fix_is_caught_and_named(right: Slimmed, harm: Callable[[nn.Module], None], named: str) -> None:
     class Wrong(Cutter):
-        def cut(self, model, mends=None):
-            slim, _ = super().cut(model, right.mends)
+        def cut(self, model, fixes=None):
+            slim, _ = super().cut(model, right.fixes)
             harm(slim)
             return slim, {}  # nothing is left to settle
 
@@ -176,9 +176,9 @@ def test_a_norm_that_forgets_absent_zeros_is_caught(right: Slimmed, monkeypatch:
     assert caught.value.module == "norm"
 
 
-def test_counts_that_are_not_mended_are_caught(right: Slimmed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cocktailsdk.graph.mend._options", lambda value, changed: [])
-    monkeypatch.setattr("cocktailsdk.graph.verify.rewritten", lambda *_: None)
+def test_counts_that_are_not_fixed_are_caught(right: Slimmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cocktailsdk.graph.module_fixes._options", lambda value, changed: [])
+    monkeypatch.setattr("cocktailsdk.graph.verify_slim.rewritten", lambda *_: None)
     with pytest.raises(SlimError, match="does not run") as caught:
         right.verify()
     assert caught.value.module == "attn"
@@ -195,8 +195,8 @@ def test_one_tensor_cut_elsewhere_is_caught(right: Slimmed, tensor: str, axis: i
     wrong = replace(right.coupling, fields={**fields, tensor: tuple(moved)})
 
     class Wrong(Cutter):
-        def cut(self, model, mends=None):
-            return Cutter(wrong, self.trace, self.removed).cut(model, right.mends)[0], {}
+        def cut(self, model, fixes=None):
+            return Cutter(wrong, self.trace, self.removed).cut(model, right.fixes)[0], {}
 
     with pytest.raises(SlimError, match="relative error") as caught:
         verify_slim(right.model, Wrong(right.coupling, right.coupling.trace, right.removed), (right.x,))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import cocktailsdk as cocktail
 from cocktailsdk.errors import AdapterError, CocktailError
 from cocktailsdk.inspection import Inspection
-from cocktailsdk.inspection.names import folded, pattern_of
+from cocktailsdk.inspection.layer_names import folded, pattern_of
 from cocktailsdk.models import build_model
 from cocktailsdk.report.groups import groups_view
 
@@ -161,7 +161,7 @@ class Attention(nn.Module):
     ],
 )
 def test_channels_of_every_head_are_called_so(heads: int, tied: bool, want: set[str]) -> None:
-    found = cocktail.inspect(Attention(heads, tied).to("meta"), torch.ones(1, 5, 6))  # mends are no matter here
+    found = cocktail.inspect(Attention(heads, tied).to("meta"), torch.ones(1, 5, 6))  # fixes do not matter here
     assert want <= {g.unit for g in found.groups}
     assert {g.unit for g in found.groups} - want <= {"a channel", f"{heads} channels that go together"}
 

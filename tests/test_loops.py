@@ -14,7 +14,8 @@ from training_tiny import assert_identical, sgd, tiny_images, tiny_net, tiny_tra
 
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
-from cocktailsdk.training.recipes import Moment, Step, Turn, recipe_named
+from cocktailsdk.training import StepHook
+from cocktailsdk.training.recipes import ScheduleContext, Step, SubnetPass, recipe_named
 from cocktailsdk.training.schedules import cosine
 
 PAIRS = [cocktail.Unstructured(sparsities=[0.3, 0.6]), "1:2"]
@@ -239,9 +240,10 @@ def test_after_the_last_step_there_is_no_other() -> None:
     [
         ({"recipe": "paper"}, "'paper' merges its rounds: CoTrainer does that"),
         ({"recipe": "paper-no-merging"}, "rewinds the weights"),
-        ({"recipe": replace(SAME_BATCH, update="active")}, "holds masked weights"),
+        ({"recipe": replace(SAME_BATCH, update="active")}, "keeps masked weights unchanged"),
         ({"recipe": replace(SAME_BATCH, finishing_rate=0.1)}, "changes learning rates"),
         ({"recipe": replace(SAME_BATCH, statistics="separate")}, "keeps statistics"),
+        ({"recipe": replace(SAME_BATCH, hooks=(StepHook(),))}, "has hooks, which change masks"),
         ({"recipe": "paprika"}, "paper"),
         ({"steps": 3}, "steps=3 is too small: 3 rounds and finishing"),
         ({"start": "middle"}, "start must be"),
@@ -259,12 +261,9 @@ def test_the_net_must_come_from_sparsify() -> None:
 
 
 def test_steps_of_several_networks_are_refused_when_they_come() -> None:
-    def both(moment: Moment) -> Step:
-        return Step((Turn("dense"), Turn(moment.names[0])))
+    def both(context: ScheduleContext) -> Step:
+        return Step((SubnetPass("dense"), SubnetPass(context.names[0])))
 
     loop = cocktail.CoLoop(plain_net(), 12, recipe=replace(SAME_BATCH, schedule=both), start="pretrained")
     with pytest.raises(TrainingError, match="several networks"):
         loop.begin(batches()[0])
-    forgetful = replace(SAME_BATCH, schedule=lambda moment: Step((Turn("dense"),), forget=True))
-    with pytest.raises(TrainingError, match="inside rounds"):
-        cocktail.CoLoop(plain_net(), 12, recipe=forgetful, start="pretrained").begin(batches()[0])

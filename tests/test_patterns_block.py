@@ -14,9 +14,9 @@ from pattern_cases import assert_whole_way, entry, sparse, weights
 from tiny import tiny_net
 
 from cocktailsdk import Block, PatternError, Unstructured, Vector
+from cocktailsdk.masks.tiles import covered_by_tiles, matrices, tiles, unmatrices, untiles
 from cocktailsdk.patterns import in_order, parse_pattern, resolve_patterns
 from cocktailsdk.patterns.channel import Channel, unit_scores
-from cocktailsdk.patterns.layout import covered_by_tiles, matrices, tiles, unmatrices, untiles
 
 SIZES = st.sampled_from([(4, 4), (2, 3), (1, 4), (4, 1), (16, 16)])
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import cocktailsdk as cocktail
 from cocktailsdk import NM, PatternError
-from cocktailsdk.patterns.nm import covered, nm_mask, runs, unruns
+from cocktailsdk.masks.tiles import covered_by_runs, runs, unruns
+from cocktailsdk.patterns.nm import nm_mask
 
 PAIRS = st.integers(2, 10).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
 
@@ -40,7 +41,7 @@ def test_every_run_keeps_the_n_largest_and_remainders_are_whole(made, pair, seed
                 best = sorted(range(m), key=lambda i, run=run: (-run[i], i))[:n]
                 assert [i for i in range(m) if bits[start + i]] == sorted(best)
             assert all(bits[full:])
-    assert int((~keep).sum()) == covered(weight, m) // m * (m - n)
+    assert int((~keep).sum()) == covered_by_runs(weight, m) // m * (m - n)
 
 
 @given(weights(), st.integers(2, 10))
@@ -49,7 +50,7 @@ def test_runs_and_back_is_the_identity(made, m):
     value = torch.arange(weight.numel).reshape(weight.shape).float()
     again = unruns(weight, runs(weight, value, m), -1.0)
     assert torch.equal(again[again >= 0], value[again >= 0])
-    assert int((again >= 0).sum()) == covered(weight, m)
+    assert int((again >= 0).sum()) == covered_by_runs(weight, m)
 
 
 def test_by_default_three_networks_of_half_the_weights():

@@ -13,9 +13,9 @@ from tiny import tiny_net
 
 import cocktailsdk as cocktail
 from cocktailsdk import NM, Block, Channel, PatternError, Product, Unstructured
+from cocktailsdk.masks.remaining import Remaining
+from cocktailsdk.masks.tiles import covered_by_runs
 from cocktailsdk.patterns import parse_pattern, resolve_patterns
-from cocktailsdk.patterns.nm import covered
-from cocktailsdk.patterns.remaining import Remaining
 
 
 @settings(max_examples=20)
@@ -68,7 +68,7 @@ def test_sparsity_and_coverage_are_those_of_what_is_left():
     weights = [left.weight(w) for w in net.eligible]
     assert [w.shape for w in weights] == [(12, 6, 3, 3), (12, 12, 1, 1)]
     total = sum(w.numel for w in weights)
-    assert report.coverage == pytest.approx(sum(covered(w, 4) for w in weights) / total) != 1.0
+    assert report.coverage == pytest.approx(sum(covered_by_runs(w, 4) for w in weights) / total) != 1.0
 
 
 def test_every_level_goes_with_every_level_and_channels_are_nested():
@@ -144,7 +144,7 @@ def test_products_go_the_whole_way_and_only_what_is_left_is_stored(model, tmp_pa
 
     with safe_open(tmp_path / "bundle" / "subnets.safetensors", "pt") as file:
         left = Remaining(net.coupling, net.masks["channel@0.4+2:4"].removed)
-        runs = sum(covered(left.weight(w), 4) // 4 for w in net.eligible)
+        runs = sum(covered_by_runs(left.weight(w), 4) // 4 for w in net.eligible)
         assert file.get_tensor("channel@0.4+2:4.runs").numel() == (3 * runs + 7) // 8
         left = Remaining(net.coupling, net.masks["channel@0.25+unstructured@0.5"].removed)
         held = sum(left.weight(w).numel for w in net.eligible)

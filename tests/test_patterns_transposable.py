@@ -17,9 +17,9 @@ from tiny import tiny_net
 import cocktailsdk as cocktail
 from cocktailsdk import NM, PatternError, Transposable
 from cocktailsdk.masks import Mask
+from cocktailsdk.masks.tiles import covered_by_tiles, matrices
 from cocktailsdk.patterns import UMG, parse_pattern, resolve_patterns
 from cocktailsdk.patterns.channel import unit_scores
-from cocktailsdk.patterns.layout import covered_by_tiles, matrices
 from cocktailsdk.patterns.transposable import best_squares
 
 PAIRS = st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4), (2, 3), (4, 8), (2, 8), (3, 6)])

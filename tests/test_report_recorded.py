@@ -113,6 +113,6 @@ def test_without_tensorboard_the_message_says_what_to_install(monkeypatch: pytes
 
     from cocktailsdk.report.tensorboard import TensorBoard
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(TrainingError, match=r"cocktailsdk\[tensorboard\]"):
         TensorBoard("nowhere")

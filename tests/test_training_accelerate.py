@@ -177,11 +177,11 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
     before = {n: p.detach().clone() for n, p in net.model.named_parameters()}
     scale = scaler.get_scale()
     huge[0] = 1e36  # times the scale it is infinite
-    assert stepper.step(DENSE_STEP, batches()[:1], optimizer, None, scaler).skipped
+    assert stepper.step(DENSE_STEP, batches()[:1], optimizer, None, scaler).overflowed
     assert all(torch.equal(before[n], p) for n, p in net.model.named_parameters())
     assert scaler.get_scale() == scale / 2
     huge[0] = 1.0
-    assert not stepper.step(DENSE_STEP, batches()[:1], optimizer, None, scaler).skipped
+    assert not stepper.step(DENSE_STEP, batches()[:1], optimizer, None, scaler).overflowed
     assert not torch.equal(before["fc.weight"], net.model.fc.weight)
 
 

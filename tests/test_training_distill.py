@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_tiny import TinyNet, tiny_images, tiny_net, to_float
 
-from cocktailsdk.training.recipes import Step, Turn
+from cocktailsdk.training.recipes import Step, SubnetPass
 from cocktailsdk.training.step.distill import Classes, find_classes, soft_cross_entropy, untouched_buffers
 from cocktailsdk.training.step.forward import default_forward
 from cocktailsdk.training.step.stepper import Stepper
@@ -27,8 +27,8 @@ def stepper(net: Any, **options: Any) -> Stepper:
     return Stepper(net, default_forward, **{**settings, **options})
 
 
-def turn(name: str) -> Step:
-    return Step((Turn(name),))
+def step_of(name: str) -> Step:
+    return Step((SubnetPass(name),))
 
 
 def no_dropout(net: Any) -> Any:
@@ -58,7 +58,7 @@ def test_a_sparse_step_is_the_papers_loss_on_the_kept_weights(name: str) -> None
 
     before = {n: p.detach().clone() for n, p in net.model.named_parameters()}
     optimizer = torch.optim.SGD(net.model.parameters(), lr=1.0)
-    loss = stepper(net).step(turn(name), [(x, y)], optimizer).losses[name]
+    loss = stepper(net).step(step_of(name), [(x, y)], optimizer).losses[name]
 
     torch.testing.assert_close(loss, expected.detach())
     masks = net.mask_tensors(name)
@@ -71,7 +71,7 @@ def test_gradients_reach_only_kept_weights_but_decay_moves_all() -> None:
     net = no_dropout(tiny_net())
     before = net.model.conv2.weight.detach().clone()
     optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, weight_decay=0.01)
-    stepper(net).step(turn("unstructured@0.7"), [batch()], optimizer)
+    stepper(net).step(step_of("unstructured@0.7"), [batch()], optimizer)
     gone = ~net.masks["unstructured@0.7"].elements["conv2.weight"]
     after = net.model.conv2.weight.detach()
     torch.testing.assert_close(after[gone], before[gone] * (1 - 0.1 * 0.01))
@@ -85,7 +85,7 @@ def test_the_teacher_leaves_no_trace_in_weights_gradients_or_statistics() -> Non
         double = options.get("distill_fn") is not None
         loss_fn = (lambda o, y: 2 * F.cross_entropy(o, y)) if double else F.cross_entropy
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9)
-        stepper(net, loss_fn=loss_fn, **options).step(turn("channel@0.4"), [batch()], optimizer)
+        stepper(net, loss_fn=loss_fn, **options).step(step_of("channel@0.4"), [batch()], optimizer)
     for (name, a), (_, b) in zip(plain.model.named_parameters(), taught.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
         assert a.grad is not None
@@ -99,7 +99,7 @@ def test_statistics_of_sparse_steps_are_shared() -> None:
     net = no_dropout(tiny_net())
     reference = masked_copy(net, "unstructured@0.5")
     reference(batch()[0])
-    stepper(net).step(turn("unstructured@0.5"), [batch()], torch.optim.SGD(net.model.parameters(), lr=0.1))
+    stepper(net).step(step_of("unstructured@0.5"), [batch()], torch.optim.SGD(net.model.parameters(), lr=0.1))
     for name, buffer in net.model.named_buffers():
         torch.testing.assert_close(buffer, reference.get_buffer(name))
 

@@ -135,6 +135,12 @@ def set_(*path, to):
     return change
 
 
+def old_gradients(state):
+    """As states were before there were hooks."""
+    del state["hooks"]
+    state["gradients"] = {"x": torch.zeros(2)}
+
+
 def drop(*path):
     def change(state):
         for key in path[:-1]:
@@ -182,7 +188,8 @@ CHANGES = {
     "a mask of another shape": set_("masks", to={"2:4/elements/0.weight": torch.zeros(8, dtype=torch.bool)}),
     "a mask of floats": set_("masks", to={"2:4/elements/0.weight": torch.zeros(8, 8)}),
     "a mask without a kind": set_("masks", to={"2:4": torch.zeros(8, 8, dtype=torch.bool)}),
-    "gradients of nobody": set_("gradients", to={"x": torch.zeros(2)}),
+    "gradients of nobody": old_gradients,
+    "hooks of another recipe": set_("hooks", to=[{"x": torch.zeros(2)}]),
     "no optimizer": set_("optimization", to={"a": 1}),
     "an optimizer of text": set_("optimization", "optimizer", to="x"),
     "an optimizer without groups": set_("optimization", "optimizer", "param_groups", to=[]),

@@ -14,7 +14,7 @@ from training_tiny import assert_identical, result, tiny_loaders, tiny_net, tiny
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.recipes import Moment, Recipe, Step, Turn, recipe_named, recipes
+from cocktailsdk.training.recipes import Recipe, ScheduleContext, Step, SubnetPass, recipe_named, recipes
 from cocktailsdk.training.recipes.steps import Pivot, Sandwich, Single, rotation
 from cocktailsdk.training.rivals.alternating import Alternating
 from cocktailsdk.training.rivals.phases import Phases
@@ -46,8 +46,8 @@ def trained(recipe: str | Recipe, **options: Any) -> cocktail.CoTrainer:
 def names(schedule: Any, networks: dict[str, tuple[str, ...]], steps: int, first: int = 0, by: int = 1) -> list[Any]:
     out = []
     for i in range(first, steps, by):
-        turns = schedule(Moment(1, i, steps, networks)).turns
-        out.append(turns[0].network if len(turns) == 1 else [t.network for t in turns])
+        passes = schedule(ScheduleContext(1, i, steps, networks)).passes
+        out.append(passes[0].subnet if len(passes) == 1 else [one.subnet for one in passes])
     return out
 
 
@@ -67,7 +67,7 @@ def test_a_pattern_with_several_subnets_takes_them_in_turn() -> None:
 def test_after_a_dense_step_several_sparse_ones_may_follow() -> None:
     networks = {"unstructured": ("u1", "u2"), "n:m": (), "channel": ("c1",)}
     assert names(Pivot(sparse=3), networks, 9) == ["dense", "u1", "c1", "u2", "dense", "c1", "u1", "c1", "dense"]
-    steps = [Pivot(sparse=2)(Moment(1, i, 9, networks)) for i in range(3)]
+    steps = [Pivot(sparse=2)(ScheduleContext(1, i, 9, networks)) for i in range(3)]
     assert [(s.leads, s.follows) for s in steps] == [(True, False), (True, True), (False, True)]
 
 
@@ -250,19 +250,40 @@ def test_n_m_tickets_are_cut_from_the_dense_rounds_weights() -> None:
         assert torch.equal(mask, ended[0].elements[name])
 
 
+class Recorded:
+    """A step's context that notes what a hook does to it."""
+
+    def __init__(self, context: ScheduleContext, step: Step) -> None:
+        self.schedule, self.step, self.subnets = context, step, step.subnets
+        self.done: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self.done.append(name)
+
+
+def phases_of(schedule: Phases, steps: int) -> list[Recorded]:
+    out = []
+    for i in range(steps):
+        context = ScheduleContext(1, i, steps, {"u": ("a",)})
+        recorded = Recorded(context, schedule(context))
+        schedule.before_step(recorded)  # type: ignore[arg-type]
+        out.append(recorded)
+    return out
+
+
 def test_phases_alternate_and_the_dense_network_keeps_what_the_last_dense_phase_ended_with() -> None:
-    schedule = Phases()
-    steps = [schedule(Moment(1, i, 100, {"u": ("a",)})) for i in range(100)]
-    sparse = [i for i, s in enumerate(steps) if s.turns[0].network == "a"]
+    steps = phases_of(Phases(), 100)
+    sparse = [i for i, s in enumerate(steps) if s.step.passes[0].subnet == "a"]
     expected = {*range(85, 100)}.union(*(range(i, i + 5) for i in range(10, 75, 10)))
     assert set(sparse) == expected
-    assert [i for i, s in enumerate(steps) if s.prune] == [10, 20, 30, 40, 50, 60, 70, 85]
-    assert [i for i, s in enumerate(steps) if s.forget] == [15, 25, 35, 45, 55, 65, 75]
-    assert [i for i, s in enumerate(steps) if s.keep] == [85]
+    assert [i for i, s in enumerate(steps) if "remake_masks" in s.done] == [10, 20, 30, 40, 50, 60, 70, 85]
+    assert [i for i, s in enumerate(steps) if "drop_optimizer_state" in s.done] == [15, 25, 35, 45, 55, 65, 75]
+    assert [i for i, s in enumerate(steps) if "snapshot_weights" in s.done] == [85]
+    assert steps[85].done == ["snapshot_weights", "remake_masks", "zero_masked_weights"]
     for n in range(1, 12):
-        short = [schedule(Moment(1, i, n, {"u": ("a",)})) for i in range(n)]
-        assert short[-1].turns[0].network == "a"
-        assert sum(s.keep is not None for s in short) == 1
+        short = phases_of(Phases(), n)
+        assert short[-1].step.passes[0].subnet == "a"
+        assert sum("snapshot_weights" in s.done for s in short) == 1
 
 
 def test_in_a_sparse_phase_masked_weights_are_zero_and_the_mask_is_fixed() -> None:
@@ -325,14 +346,19 @@ def test_alternating_exchanges_weights_layer_by_layer_and_keeps_their_numbers(pa
 def test_opposed_gradients_lose_what_opposes() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     previous: dict[str, torch.Tensor] = {}
+
+    def correct() -> dict[str, torch.Tensor]:
+        assert parameter.grad is not None
+        return correct_gradients({"w": parameter.grad}, previous)
+
     for gradient, corrected in [((1.0, 0.0), (1.0, 0.0)), ((-3.0, 2.0), (0.0, 2.0)), ((1.0, 1.0), (1.0, 1.0))]:
         parameter.grad = torch.tensor(gradient)
-        correct_gradients({"w": parameter}, previous)
+        previous = correct()
         assert parameter.grad.tolist() == list(corrected)
     parameter.grad = torch.zeros(2)
-    correct_gradients({"w": parameter}, previous)
+    previous = correct()
     parameter.grad = -torch.ones(2)
-    correct_gradients({"w": parameter}, previous)
+    correct()
     assert parameter.grad.tolist() == [-1.0, -1.0]
 
 
@@ -420,34 +446,34 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         stepper = Stepper(net, default_forward, F.cross_entropy, None, 0.5, Classes(1), active=active)
         batch = next(iter(tiny_loaders()[0]))
-        stepper.step(Step((Turn("dense"),)), [batch], optimizer)
+        stepper.step(Step((SubnetPass("dense"),)), [batch], optimizer)
         weight = net.model.conv2.weight
         before = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
-        stepper.step(Step((Turn("unstructured@0.7"),)), [batch], optimizer)
+        stepper.step(Step((SubnetPass("unstructured@0.7"),)), [batch], optimizer)
         gone = net.mask_tensors("unstructured@0.7")["conv2.weight"] == 0
         assert torch.equal(weight[gone], before[0][gone]) is active
         assert torch.equal(optimizer.state[weight]["momentum_buffer"][gone], before[1][gone]) is active
         assert not torch.equal(weight[~gone], before[0][~gone])
 
 
-def test_gradients_of_several_turns_are_added_each_under_its_own_mask() -> None:
+def test_gradients_of_several_passes_are_added_each_under_its_own_mask() -> None:
     from cocktailsdk.training.step.distill import Classes
     from cocktailsdk.training.step.forward import default_forward
     from cocktailsdk.training.step.stepper import Stepper
 
-    def gradients(*turns: str) -> dict[str, torch.Tensor]:
+    def gradients(*subnets: str) -> dict[str, torch.Tensor]:
         net = tiny_net()
         net.model.dropout.p = 0.0
         net.train()
         stepper = Stepper(net, default_forward, F.cross_entropy, None, 0.5, Classes(1))
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.0)
-        stepper.step(Step(tuple(map(Turn, turns))), [batch], optimizer)
+        stepper.step(Step(tuple(map(SubnetPass, subnets))), [batch], optimizer)
         return {n: p.grad.clone() for n, p in net.model.named_parameters() if p.grad is not None}
 
     batch = next(iter(tiny_loaders()[1]))
-    turns = ("dense", "unstructured@0.7", "channel@0.5")
-    alone = [gradients(turn) for turn in turns]
-    for name, together in gradients(*turns).items():
+    subnets = ("dense", "unstructured@0.7", "channel@0.5")
+    alone = [gradients(subnet) for subnet in subnets]
+    for name, together in gradients(*subnets).items():
         torch.testing.assert_close(together, sum(g[name] for g in alone), rtol=1e-4, atol=1e-6)
 
 
@@ -462,16 +488,16 @@ def test_separate_statistics_change_no_weight_and_are_what_networks_end_with() -
     assert not torch.equal(one["bn2.running_mean"], other["bn2.running_mean"])
 
 
-def test_a_recipe_of_ones_own_is_any_function_of_the_moment() -> None:
-    def twice_sparse(moment: Moment) -> Step:
-        turns = ("dense", *moment.names)
-        return Step((Turn(turns[moment.step % len(turns)]),))
+def test_a_recipe_of_ones_own_is_any_function_of_the_schedule_context() -> None:
+    def twice_sparse(context: ScheduleContext) -> Step:
+        names = ("dense", *context.names)
+        return Step((SubnetPass(names[context.step % len(names)]),))
 
     recipe = Recipe(name="mine", schedule=twice_sparse)
     assert_identical(result(trained(recipe)), result(trained("paper-rotation")))
     description = trainer_of(recipe).configuration["training"]["recipe"]
     assert description["schedule"].endswith("twice_sparse")
-    assert set(description) == {f.name for f in dataclasses.fields(Recipe)}
+    assert set(description) == {f.name for f in dataclasses.fields(Recipe)} - {"hooks"}
 
 
 def test_fingerprints_tell_recipes_apart() -> None:

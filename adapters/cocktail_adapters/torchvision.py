@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cocktailsdk.errors import AdapterError
 from cocktailsdk.models import suggestions
 from cocktailsdk.records import fenced
+from cocktailsdk.utils.optional import installed, require
 
 from .images import example_images
 
@@ -30,8 +31,7 @@ class TorchvisionAdapter:
 
     def build(self, reference: str, *, pretrained: bool = False) -> nn.Module:
         """The model with random weights, or with the default trained ones."""
-        from torchvision import models
-
+        models = _models()
         name = reference.removeprefix(PREFIX)
         if name not in models.list_models():
             raise AdapterError(f"torchvision has no model {name!r}{suggestions(PREFIX + name, self.references())}")
@@ -47,8 +47,7 @@ class TorchvisionAdapter:
         return model
 
     def _built(self, name: str, **options: Any) -> nn.Module:
-        from torchvision import models
-
+        models = _models()
         # A backbone of its own would be fetched even where the model's weights are random.
         options |= {"weights_backbone": None} if "weights_backbone" in _arguments(name) else {}
         try:
@@ -77,8 +76,8 @@ class TorchvisionAdapter:
         if not home.startswith("torchvision.models."):
             return
         from torch import nn
-        from torchvision import models
 
+        models = _models()
         count = sum(1 for _ in model.parameters())
         names = [n for n in models.list_models() if models.get_model_builder(n).__module__ == home]
         last = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
@@ -89,8 +88,7 @@ class TorchvisionAdapter:
 
     def rebuild(self, record: Mapping[str, Any]) -> nn.Module:
         """The builder's model with random weights; only builders that torchvision itself defines."""
-        from torchvision import models
-
+        models = _models()
         name, options = str(record["name"]), dict(record["options"])
         # Users register builders of their own in the same table.
         known = name in models.list_models()
@@ -100,10 +98,14 @@ class TorchvisionAdapter:
             return self._built(name, **options)
 
     def references(self) -> Iterable[str]:
-        """All of torchvision's models, quantised ones left out."""
-        from torchvision import models
+        """All of torchvision's models, quantised ones left out; none where torchvision is not installed."""
+        if not installed("torchvision"):
+            return []
+        return [PREFIX + n for n in _models().list_models() if not n.startswith("quantized_")]
 
-        return [PREFIX + n for n in models.list_models() if not n.startswith("quantized_")]
+
+def _models() -> Any:
+    return require("torchvision.models", "a model of torchvision", error=AdapterError)
 
 
 def _on_meta(build: Callable[[Mapping[str, Any]], nn.Module], record: Mapping[str, Any]) -> nn.Module:
@@ -116,6 +118,4 @@ def _on_meta(build: Callable[[Mapping[str, Any]], nn.Module], record: Mapping[st
 def _arguments(name: str) -> Iterable[str]:
     import inspect
 
-    from torchvision import models
-
-    return inspect.signature(models.get_model_builder(name)).parameters
+    return inspect.signature(_models().get_model_builder(name)).parameters

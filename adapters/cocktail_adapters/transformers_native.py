@@ -20,7 +20,7 @@ from cocktailsdk.graph.compare import Precision, doubled, randomise, relative_er
 from cocktailsdk.graph.copies import duplicate_in_double
 from cocktailsdk.graph.export import evaluating
 from cocktailsdk.graph.layers import SlimRMSNorm
-from cocktailsdk.graph.recoded import Recoded
+from cocktailsdk.graph.rewritten_module import RewrittenModule
 
 from .transformers_search import shapes_of
 
@@ -101,7 +101,7 @@ def folds_of(slim: nn.Module) -> dict[str, float]:
         if isinstance(module, SlimRMSNorm) and module.weight is not None:
             found[path] = module.weight.numel() / module.channels
         elif (
-            isinstance(module, Recoded)
+            isinstance(module, RewrittenModule)
             and isinstance(getattr(module, "weight", None), nn.Parameter)
             and len(module.shares) == 1
         ):

@@ -32,8 +32,8 @@ def built(meta: Mapping[str, Any], weights: TensorFile, trust: bool = False) -> 
     Raises:
         BundleError: No adapter recorded how it is built, the record is refused, or what is built here is another.
     """
-    said = meta.get("build")
-    if said is None:
+    record = meta.get("build")
+    if record is None:
         made_from = quoted(meta["model"]["class"]).strip("'")
         raise BundleError(
             f"the bundle does not say how its {made_from} is built, since no adapter knew: pass the model, as in "
@@ -48,13 +48,13 @@ def built(meta: Mapping[str, Any], weights: TensorFile, trust: bool = False) -> 
     most = max_modules(count)
     bounds = Bounds.of(weights.shapes.values())
     try:
-        outline = rebuilt(said, "meta", most, bounds=bounds, trust=trust)
+        outline = rebuilt(record, "meta", most, bounds=bounds, trust=trust)
         check_model(str(meta["model"]["class"]), outline, weights.shapes)
         stored = set(stored_names(outline))
         fleeting = sum(t.numel() * t.element_size() for n, t in all_tensors(outline).items() if n not in stored)
         if fingerprint(outline) != meta["model"]["fingerprint"] or fleeting > MAX_FLEETING_BYTES:
             raise AdapterError("what is built has other tensors; pass the model, or use the versions in its provenance")
-        return rebuilt(said, most_modules=most, bounds=bounds, trust=trust)
+        return rebuilt(record, most_modules=most, bounds=bounds, trust=trust)
     except AdapterError as e:
         raise BundleError(f"the bundle's model cannot be built here: {shortened(e)}") from e
 
@@ -70,16 +70,16 @@ def check_model(made_from: str, model: nn.Module, found: Mapping[str, tuple[int,
     missing = [n for n in found if n not in want]
     extra = [n for n in want if n not in found]
     other = [n for n in want if n in found and want[n] != found[n]]
-    said = []
+    problems = []
     made_from = quoted(made_from).strip("'")
     if other:
-        said.append(f"{other[0]!r} has shape {want[other[0]]}, in the bundle {found[other[0]]}" + more(other))
+        problems.append(f"{other[0]!r} has shape {want[other[0]]}, in the bundle {found[other[0]]}" + more(other))
     if missing:
-        said.append(f"the bundle has {quoted(missing[0])}, which the model lacks" + more(missing))
+        problems.append(f"the bundle has {quoted(missing[0])}, which the model lacks" + more(missing))
     if extra:
-        said.append(f"the model has {extra[0]!r}, which the bundle lacks" + more(extra))
-    if said:
+        problems.append(f"the model has {extra[0]!r}, which the bundle lacks" + more(extra))
+    if problems:
         raise BundleError(
             f"the bundle was made from another model ({made_from}) than this {type(model).__name__}: "
-            f"{'; '.join(said)}; build the model with the same arguments"
+            f"{'; '.join(problems)}; build the model with the same arguments"
         )

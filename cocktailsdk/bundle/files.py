@@ -170,8 +170,8 @@ def _check_target(target: Path) -> None:
         raise BundleError(f"{target} is a file; a bundle is a folder: choose another path")
     if (target / JSON_FILE).is_file() or not any(target.iterdir()):
         return
-    held = ", ".join(sorted(p.name for p in target.iterdir())[:5])
-    raise BundleError(f"{target} holds other things ({held}) and no bundle; choose a new or an empty folder")
+    content = ", ".join(sorted(p.name for p in target.iterdir())[:5])
+    raise BundleError(f"{target} holds other things ({content}) and no bundle; choose a new or an empty folder")
 
 
 def read_meta(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:

@@ -178,8 +178,8 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
         rows = []
         for name in net.names:
             metric = net.metrics.get(name)
-            said = "–" if metric is None else f"{metric:.4f}"
-            rows.append(f"| `{name}` | {net.subnet(name).sparsity:.3f} | {said} |")
+            shown = "–" if metric is None else f"{metric:.4f}"
+            rows.append(f"| `{name}` | {net.subnet(name).sparsity:.3f} | {shown} |")
         text = CARD.format(
             count=len(net.names),
             sparse=len(net.names) - 1,

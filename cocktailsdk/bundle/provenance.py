@@ -26,10 +26,10 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
         BundleError: It holds something else than JSON values.
     """
     versions = {"cocktailsdk": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    whole = {"versions": versions, **given}
-    if not _is_json(whole):
+    complete = {"versions": versions, **given}
+    if not _is_json(complete):
         raise BundleError(f"net.provenance must hold JSON values with texts as keys, and holds {dict(given)!r:.200}")
-    return {key: json.loads(json.dumps(value)) for key, value in sorted(whole.items())}
+    return {key: json.loads(json.dumps(value)) for key, value in sorted(complete.items())}
 
 
 def _is_json(value: Any) -> bool:

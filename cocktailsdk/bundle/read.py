@@ -15,6 +15,7 @@ from ..errors import BundleError, CocktailError, PatternError, SubnetError
 from ..graph import Coupling
 from ..io.safetensors_reader import TensorFile
 from ..io.values import distinct, flag, items, keyed, more, quoted, shortened, small, text, texts, whole
+from ..masks.encoder import decode_masks
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
 from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
@@ -30,7 +31,6 @@ from .listing import listed_subnets
 from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .statistics import read_statistics
-from .subnets import read_masks
 from .write import row
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,9 @@ class _Bundle(Generic[NetT]):
         selection = self.old_selection() if first else self.selection(coupling)
         eligible = selection.eligible(coupling)
         # The first version did not say where a subnet's statistics begin: all must be read to know.
-        masks = read_masks(meta["masks"], file.__getitem__, names, coupling, eligible, names if first else set(wanted))
+        masks = decode_masks(
+            meta["masks"], file.__getitem__, names, coupling, eligible, names if first else set(wanted)
+        )
         check_masks(patterns, masks, UMG(coupling, eligible, weights), "get the bundle again from who trained it")
         statistics = read_statistics(meta["statistics"], file, masks, coupling, buffers, names, places=not first)
         if len(masks) == len(names) and file.unread:

@@ -14,6 +14,7 @@ from ..errors import BundleError
 from ..io.limits import MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
 from ..io.values import more
 from ..masks import Mask
+from ..masks.encoder import decode_masks, encode_masks
 from ..models import best_record
 from ..net.subnet_model import SubnetModel
 from ..patterns import DENSE, Subnet
@@ -25,7 +26,6 @@ from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
 from .provenance import completed
 from .statistics import write_statistics
-from .subnets import read_masks, write_masks
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
     advice = "set one that it makes, net.set_mask(name, net.make_masks(name)), or register a pattern of your own"
     check_masks(net.patterns, masks, net.umg(), advice)
     coupling_meta, units = write_coupling(net.coupling, table)
-    mask_entries, packed = write_masks(net.patterns, masks, net.coupling, net.eligible)
-    again = read_masks(mask_entries, packed.__getitem__, names, net.coupling, net.eligible)
+    mask_entries, packed = encode_masks(net.patterns, masks, net.coupling, net.eligible)
+    again = decode_masks(mask_entries, packed.__getitem__, names, net.coupling, net.eligible)
     broken = [n for n in names if not same_mask(masks[n], again[n])]
     if broken:
         raise BundleError(f"the masks of {', '.join(broken)} cannot be packed: report this with the pattern's code")

@@ -1,10 +1,10 @@
 """Choosing a subnetwork: measured on this machine, and picked by budget."""
 
 from .bench import RUNTIMES, bench
-from .layers import LayerUse, layers_used, use_counts
+from .deployed_size import deployed_bytes
+from .layer_use import LayerUse, layers_used, use_counts
 from .pick import pick
 from .profile import DeviceProfile, SubnetCost, Timing, pareto_front, read_profile
-from .sizes import deployed_bytes
 
 __all__ = [
     "RUNTIMES",

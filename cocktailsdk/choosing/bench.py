@@ -19,17 +19,17 @@ from torch import nn
 
 from ..errors import CocktailError, ExportFailed
 from ..exporting import export_subnet, format_of, job_of
-from ..exporting.inputs import Inputs
+from ..exporting.example_inputs import Inputs
 from ..exporting.semi_structured import to_semi_structured
 from ..graph.export import evaluating
 from ..net.subnet_model import SubnetModel, model_unchanged
 from ..patterns import DENSE
 from ..utils.batchnorm import device_of
 from ..utils.nested import to_device
-from .layers import layers_used, use_counts
+from .deployed_size import deployed_bytes
+from .layer_use import layers_used, use_counts
 from .memory import peak_bytes
 from .profile import DeviceProfile, SubnetCost, Timing, machine_of, pareto_front
-from .sizes import deployed_bytes
 
 __all__ = ["RUNTIMES", "Progress", "bench"]
 
@@ -108,11 +108,11 @@ def bench(
     plain = _unmeasured(net, sizes, runtime, repeats)
     if keep is not None:
         keep.updated(plain)  # to refuse before anything is measured
-        _check_kept(net, keep)
+        _check_earlier(net, keep)
     device, example = device_of(net.model), Inputs.of(net.model, *net.example)
     done, total = 0, len(wanted) * (1 + len(sizes) * (warmup + repeats))
 
-    def told(what: str, steps: int = 0) -> None:
+    def report_progress(what: str, steps: int = 0) -> None:
         nonlocal done
         done += steps
         if progress is not None:
@@ -124,20 +124,20 @@ def bench(
     with unharmed, evaluating(net.model), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runners: dict[str, _Runner] = {}
         for name in wanted:
-            told(f"preparing {name}")
+            report_progress(f"preparing {name}")
             runners[name] = _runner(net, name, runtime, Path(folder))
-            told(f"preparing {name}", 1)
+            report_progress(f"preparing {name}", 1)
         for size in sizes:
             inputs = _on(example.fresh(size), device if runtime == "torch" else torch.device("cpu"))
             seen: dict[str, list[float]] = {n: [] for n in wanted}
             for turn in range(warmup + repeats):
                 for name in wanted:
-                    told(f"batch {size}: {name}")
+                    report_progress(f"batch {size}: {name}")
                     with runners[name].within():
                         seconds = _seconds(partial(runners[name].call, inputs), device)
                     if turn >= warmup:
                         seen[name].append(seconds)
-                    told(f"batch {size}: {name}", 1)
+                    report_progress(f"batch {size}: {name}", 1)
             for name in wanted:
                 with runners[name].within():
                     memory = _memory(runners[name], inputs)
@@ -163,7 +163,7 @@ def bench(
     return found if keep is None else keep.updated(found)
 
 
-def _check_kept(net: SubnetModel, keep: DeviceProfile) -> None:
+def _check_earlier(net: SubnetModel, keep: DeviceProfile) -> None:
     """See that a profile's networks are still those of the net.
 
     Raises:

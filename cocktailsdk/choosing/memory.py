@@ -19,15 +19,19 @@ def peak_bytes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     On CUDA it is what PyTorch's allocator counted. Elsewhere the tensors alive are counted after every operation, which
     leaves out what kernels need inside for themselves.
     """
-    held = [*model.parameters(), *model.buffers(), *(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))]
-    device = held[0].device if held else torch.device("cpu")
+    owned = [
+        *model.parameters(),
+        *model.buffers(),
+        *(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
+    ]
+    device = owned[0].device if owned else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         with torch.no_grad():
             model(*args, **kwargs)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    with torch.no_grad(), _Alive(held) as alive:
+    with torch.no_grad(), _Alive(owned) as alive:
         model(*args, **kwargs)
     return alive.peak
 
@@ -35,11 +39,11 @@ def peak_bytes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 class _Alive(TorchDispatchMode):
     """Counts the bytes of all storages that are alive."""
 
-    def __init__(self, held: list[Tensor]) -> None:
+    def __init__(self, owned: list[Tensor]) -> None:
         super().__init__()
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._bytes = self.peak = 0
-        self._seen(held)
+        self._seen(owned)
 
     def _seen(self, tensors: list[Tensor]) -> None:
         for key, (ref, size) in list(self._alive.items()):

@@ -10,8 +10,8 @@ from ..errors import CocktailError, PatternError, SubnetError
 from ..net.costs import SubnetReport
 from ..net.subnet_model import SubnetModel
 from ..utils.nearest import shown
+from .deployed_size import deployed_bytes
 from .profile import DeviceProfile, read_profile
-from .sizes import deployed_bytes
 
 __all__ = ["pick"]
 

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from ..errors import CocktailError
+from ..utils.optional import check_installed
 from .bundles import bundle_folder
-from .checks import check_device, check_subnets, needs_extra, output_file
+from .checks import check_device, check_subnets, output_file
 from .completing import networks
 from .console import command, log_to, messages, print_json, results
 from .options import AsData, Bundle, Model, TrustBuildRecord
@@ -26,9 +27,6 @@ class Runtime(StrEnum):
     TORCH = "torch"
     ONNXRUNTIME = "onnxruntime"
     OPENVINO = "openvino"
-
-
-RUNTIME_EXTRAS = {Runtime.ONNXRUNTIME: "onnx", Runtime.OPENVINO: "openvino"}
 
 
 @command
@@ -74,7 +72,7 @@ def bench_bundle(
     target = out if out is not None else folder.with_name(f"{folder.name}.profile.json")
     output_file(target, "--out")
     if runtime is not Runtime.TORCH:
-        needs_extra((runtime.value,), RUNTIME_EXTRAS[runtime], f"--runtime {runtime.value}")
+        check_installed(runtime.value, purpose=f"--runtime {runtime.value}")
         if device not in (None, "cpu"):
             raise CocktailError(f"--device {device} does not apply to --runtime {runtime.value}, which runs on the CPU")
     check_device(device)

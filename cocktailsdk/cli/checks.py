@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from ..errors import CocktailError, ExportFailed, SubnetError, TrainingError
 from ..utils.nearest import loose, no_subnet, shown
+from ..utils.optional import check_installed
 from .bundles import bundle_folder
 from .completing import PRESETS
 
@@ -23,7 +23,6 @@ __all__ = [
     "check_subnets",
     "input_file",
     "input_folder",
-    "needs_extra",
     "output_file",
     "output_folder",
 ]
@@ -97,6 +96,8 @@ def check_preset(
         input_file(weights, "--weights")
     if not takes and data is not None:
         raise TrainingError(f"preset {preset!r} takes no data folder (it comes with scikit-learn): leave out --data")
+    if preset == "digits" and loads_data:
+        check_installed("sklearn", purpose="preset 'digits'", error=TrainingError)
     if takes and data is None and loads_data:
         raise TrainingError(f"preset {preset!r} needs the folder that holds its images (--data PATH)")
     if data is not None:
@@ -135,33 +136,11 @@ def check_format(path: Path, *, int8: bool, fixed_batch: bool) -> None:
     if suffix not in FORMATS:
         return  # exporting says which formats there are
     packages, extra = FORMATS[suffix]
-    needs_extra(packages, extra, f"exporting to {suffix}", ExportFailed)
+    check_installed(*packages, purpose=f"exporting to {suffix}", extra=extra, error=ExportFailed)
     if int8 and suffix not in (".onnx", ".xml"):
         raise ExportFailed(f"--int8 does not apply to {suffix}, which has no quantizer here: use .onnx or .xml")
     if fixed_batch and suffix == ".safetensors":
         raise ExportFailed("--fixed-batch does not apply to .safetensors, which holds no graph: leave it out")
-
-
-def needs_extra(packages: Sequence[str], extra: str, what: str, error: type[CocktailError] = CocktailError) -> None:
-    """See that packages are installed, without importing them.
-
-    Raises:
-        CocktailError: One is not; says which command installs it.
-    """
-    missing = [p for p in packages if not installed(p)]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise error(
-            f'{what} needs {" and ".join(missing)}, which {verb} not installed: pip install "cocktailsdk[{extra}]"'
-        )
-
-
-def installed(package: str) -> bool:
-    """Whether a package can be imported, as far as can be seen without doing so."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # half-loaded, or a part of what is not there
-        return False
 
 
 def input_file(path: Path, option: str) -> Path:

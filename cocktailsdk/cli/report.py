@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..utils.optional import check_installed
 from .checks import input_file, input_folder, output_file, output_folder
 from .console import command, log_to, messages, print_json, results
 
@@ -61,6 +62,7 @@ def report_run(
         _home(Path(folder))
     output_file(html, "--html")
     output_folder(figures, "--figures")
+    check_installed("matplotlib", purpose="drawing the charts of a report")
 
     from ..io.text import write_bytes
     from ..report.page import report_page

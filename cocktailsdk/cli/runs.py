@@ -22,6 +22,7 @@ from ..report.live import RunView, run_view_for
 from ..report.recorded import recorded
 from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
 from ..training.events import Callback, Event
+from ..utils.optional import installed, missing
 
 __all__ = ["BUNDLE", "PICTURE", "train_preset"]
 
@@ -48,7 +49,7 @@ def train_preset(
 
     Args:
         name: The preset.
-        folder: Holds ``state/``, and at the end ``bundle/``, ``report.json`` and a picture.
+        folder: Holds ``state/``, and at the end ``bundle/``, ``report.json`` and, with matplotlib, a picture.
         console: For progress.
         data: The folder of images.
         seed: By default the preset's.
@@ -87,6 +88,8 @@ def train_preset(
     if ranks.from_main(lambda: done is not None):
         console.print(f"the run in {folder} is finished", soft_wrap=True)
         return done
+    if message := missing("matplotlib", purpose="drawing the picture"):
+        console.print(f"{PICTURE} is left out: {message}", soft_wrap=True)
     subnets = [prepared.net.subnet(n) for n in prepared.net.names]
     title = f"{preset.name} · {preset.model} · {len(subnets)} networks · {folder}"
     with _threads(preset.threads), run_view_for(console, title, subnets) as view:
@@ -151,5 +154,6 @@ def _report(
         environment={**versions(), "command": command},
         **recorded(net, trainer),
     )
-    write_figure(report, folder / PICTURE)
+    if installed("matplotlib"):
+        write_figure(report, folder / PICTURE)
     return report

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ..errors import TrainingError
-from .checks import check_device, check_preset, needs_extra, output_folder
+from ..utils.optional import check_installed
+from .checks import check_device, check_preset, output_folder
 from .completing import presets
 from .console import INTERRUPTED, TERMINATED, command, log_to, messages, print_json, results
 
@@ -61,8 +62,8 @@ def train(
 ) -> None:
     """Train one bundle of sparse networks, and measure every one of them.
 
-    The folder then holds the bundle, report.json and a picture. Ctrl-C and SIGTERM save (exit codes 130 and 143);
-    the same command goes on.
+    The folder then holds the bundle, report.json and, with matplotlib, a picture. Ctrl-C and SIGTERM save (exit codes
+    130 and 143); the same command goes on.
     """
     console = messages(main_process_only=True)
     log_to(console)
@@ -73,10 +74,10 @@ def train(
     output_folder(folder, "--out")
     output_folder(tensorboard, "--tensorboard")
     if tensorboard is not None:
-        needs_extra(("tensorboard",), "tensorboard", "--tensorboard", TrainingError)
+        check_installed("tensorboard", purpose="--tensorboard", error=TrainingError)
     check_device(device)
 
-    from .runs import train_preset
+    from .runs import PICTURE, train_preset
 
     try:
         with ExitStack() as stack:
@@ -112,4 +113,5 @@ def train(
 
     screen = results()
     screen.print(run_view(report))
-    screen.print(f"in {folder}: bundle/, report.json, networks.png", soft_wrap=True)
+    picture = f", {PICTURE}" if (folder / PICTURE).is_file() else ""
+    screen.print(f"in {folder}: bundle/, report.json{picture}", soft_wrap=True)

@@ -1,10 +1,10 @@
 """Subnetworks for other runtimes: ONNX, OpenVINO, ``torch.export``, plain tensors; and 2:4 kernels on CUDA."""
 
 from .export import export_subnet, job_of
+from .export_report import ExportReport, Int8Report
 from .formats import FORMATS, Format, Job, Run, format_of, register_format
 from .onnx_file import OnnxFormat
 from .openvino_file import OpenVinoFormat
-from .report import ExportReport, Int8Report
 from .torch_files import ExportedProgramFormat, SafetensorsFormat
 from .zeros import Zeros
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from ..errors import ExportFailed, SlimError
 from ..io import file_mode
 from ..net.subnet_model import SubnetModel
-from .compare import deviation, limit_for
+from .deviation import deviation, limit_for
+from .example_inputs import Inputs
+from .export_report import ExportReport
 from .formats import Format, Job, format_of
-from .inputs import Inputs
 from .int8 import Data, quantize
-from .outputs import named_outputs
+from .plain_outputs import named_outputs
 from .program import first_line
-from .report import ExportReport
 from .torch_files import own_tensors
 from .zeros import Zeros, count_zeros, masked_zeros
 
@@ -52,6 +52,7 @@ def export_subnet(
     job = job_of(net, name, dynamic_batch=dynamic_batch)
     wanted = masked_zeros(net, name, job.model)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # In the target's own folder, so that os.replace stays on one file system and is atomic.
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
     try:
         file = made / target.name
@@ -124,24 +125,26 @@ def _checked(kind: Format, job: Job, file: Path) -> float:
     """
     run = kind.runner(file, job)
     if run is None:
-        held, own = dict(kind.constants(file)), own_tensors(job.model)
-        wrong = [n for n, t in own.items() if n not in held or not _same(held[n], t)]
-        if wrong or set(held) != set(own):
+        constants, own = dict(kind.constants(file)), own_tensors(job.model)
+        wrong = [n for n, t in own.items() if n not in constants or not _same(constants[n], t)]
+        if wrong or set(constants) != set(own):
             raise ExportFailed(f"{file.name} does not hold what was written: {', '.join(wrong[:3])}; nothing was kept")
         return 0.0
     batches = [job.inputs]
     if job.dynamic_batch:
+        # Neither the example's size nor the traced one (3): a batch that became a constant of the graph shows here.
         batches += [job.inputs.fresh(n, seed=n) for n in (1, 2, 5)]
     else:
         batches.append(job.inputs.fresh(job.inputs.batch, seed=1))
     dtypes = {t.dtype for t in job.model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()}
     limit, worst = limit_for(dtypes), 0.0
-    for given in batches:
-        apart, _ = deviation(run(given.named()), _torch(job.model, given))
+    for batch in batches:
+        apart, _ = deviation(run(batch.named()), _torch(job.model, batch))
+        # `not <=`, since NaN compares false with everything.
         if not apart <= limit:
             raise ExportFailed(
                 f"{job.subnet!r} in {kind.runtime()} computes something else than in torch: on a batch of "
-                f"{given.batch} the largest difference is {apart:.1e} of the output's magnitude, allowed {limit:.0e}; "
+                f"{batch.batch} the largest difference is {apart:.1e} of the output's magnitude, allowed {limit:.0e}; "
                 "nothing was kept. Another format may hold it: .pt2 is torch's own"
             )
         worst = max(worst, apart)
@@ -165,6 +168,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
+        # As bytes: torch.equal would call -0.0 and 0.0 equal, and NaN unequal to itself.
         and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
     )
 

@@ -1,9 +1,8 @@
-"""What a network can be exported to, by the file's suffix."""
+"""The formats that a subnetwork can be exported to, by file suffix."""
 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,10 +12,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import ExportFailed
-from .inputs import Inputs
+from ..utils.optional import check_installed
+from .example_inputs import Inputs
 from .program import Traced, program_of
 
-__all__ = ["FORMATS", "Format", "Job", "Run", "format_of", "needs", "register_format"]
+__all__ = ["FORMATS", "Format", "Job", "Run", "format_of", "register_format"]
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Runs an exported network: inputs by name in, outputs by name out, all on the CPU."""
@@ -107,19 +107,5 @@ def format_of(path: Path) -> Format:
         hint = f" Did you mean {near[0]}?" if near else ""
         found = f"the suffix {suffix!r}, which no format has" if suffix else "no suffix, which would name the format"
         raise ExportFailed(f"{path.name!r} has {found}.{hint} There are {listed}")
-    needs(kind.packages, kind.extra, f"exporting to {kind.suffix}")
+    check_installed(*kind.packages, purpose=f"exporting to {kind.suffix}", extra=kind.extra, error=ExportFailed)
     return kind
-
-
-def needs(packages: tuple[str, ...], extra: str, what: str) -> None:
-    """Check that packages are installed, without importing them.
-
-    Raises:
-        ExportFailed: One is not.
-    """
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ExportFailed(
-            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            + (f'pip install "cocktailsdk[{extra}]"' if extra else f"pip install {' '.join(missing)}")
-        )

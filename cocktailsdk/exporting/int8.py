@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportFailed
-from .compare import deviation
-from .formats import Format, Job, Run, needs
+from ..utils.optional import require
+from .deviation import deviation
+from .export_report import Int8Report
+from .formats import Format, Job, Run
 from .openvino_file import in_a_thread_of_its_own
 from .program import first_line, quiet
-from .report import Int8Report
 
 __all__ = ["Data", "quantize"]
 
@@ -27,7 +28,7 @@ Feeds = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Data:
-    """What a network is quantized and judged on.
+    """The data that a network is quantized and evaluated on.
 
     Attributes:
         calibration: Batches from which the ranges of activations are taken.
@@ -64,11 +65,14 @@ def quantize(kind: Format, job: Job, file: Path, data: Data) -> Int8Report:
     judged = feeds or [job.inputs.named()]
     wanted = [run(feed) for feed in judged]
     before = _metric(run, job, data)
+    # The session is dropped before its file is replaced, which Windows refuses while the file is open.
     del run
     method, quantizer = quantizers[kind.suffix](job, file, feeds)
     run = kind.runner(file, job)
     assert run is not None
     apart = [deviation(run(feed), want) for feed, want in zip(judged, wanted, strict=True)]
+    # A quantizer that matches nothing returns the float network without an error. Vectors are left out: quantized
+    # models have int8 zero points in any case.
     weights = sum(t.dtype in (torch.int8, torch.uint8) and t.ndim > 1 for _, t in kind.constants(file))
     if not weights:
         raise ExportFailed(f"{quantizer} found nothing in {job.subnet!r} of {type(job.model).__name__} to quantize")
@@ -84,10 +88,10 @@ def quantize(kind: Format, job: Job, file: Path, data: Data) -> Int8Report:
 
 
 def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
-    import onnxruntime
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
+    onnxruntime = require("onnxruntime", "int8 for ONNX", error=ExportFailed)
+    quantization = require("onnxruntime.quantization", "int8 for ONNX", error=ExportFailed)
+    shape_inference = require("onnxruntime.quantization.shape_inference", "int8 for ONNX", error=ExportFailed)
+    # onnxruntime recommends static quantization for convolutions; the dynamic one below covers MatMul and Gemm.
     if not feeds and _convolves(job.model):
         raise ExportFailed(
             f"int8 of {type(job.model).__name__} needs calibration data, since most of its weights are convolutions': "
@@ -96,7 +100,8 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
     prepared, made = file.with_suffix(".prepared.onnx"), file.with_suffix(".int8.onnx")
     try:
         with quiet(), _unadvised():
-            quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
+            # ONNX's own shape inference is enough, and the symbolic one would need sympy.
+            shape_inference.quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
             _forget_shapes_of_weights(prepared)
             if feeds:
                 quantization.quantize_static(
@@ -113,29 +118,27 @@ def _onnx(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
                 )
     except Exception as error:
         raise ExportFailed(f"onnxruntime.quantization failed on {job.subnet!r} ({first_line(error)})") from error
-    for left in [*file.parent.glob(f"{prepared.name}*"), *file.parent.glob(f"{file.name}*")]:
-        left.unlink()
+    # External data of a model above 2 GB lies in files that begin with the model's name.
+    for leftover in [*file.parent.glob(f"{prepared.name}*"), *file.parent.glob(f"{file.name}*")]:
+        leftover.unlink()
     made.rename(file)
     return ("static" if feeds else "dynamic"), f"onnxruntime.quantization {onnxruntime.__version__}"
 
 
 def _forget_shapes_of_weights(file: Path) -> None:
     """The quantizer transposes weights, and then falls over the shapes that are noted for them."""
-    import onnx
-
+    onnx = require("onnx", "int8 for ONNX", error=ExportFailed)
     model = onnx.load(file)
     weights = {t.name for t in model.graph.initializer}
-    kept = [v for v in model.graph.value_info if v.name not in weights]
+    remaining = [v for v in model.graph.value_info if v.name not in weights]
     del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
+    model.graph.value_info.extend(remaining)
     onnx.save(model, file)
 
 
 def _openvino(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
-    needs(("nncf",), "", "int8 for OpenVINO")
-    import nncf
-    import openvino
-
+    nncf = require("nncf", "int8 for OpenVINO", error=ExportFailed)
+    openvino = require("openvino", "int8 for OpenVINO", error=ExportFailed)
     if not feeds:
         raise ExportFailed("int8 for OpenVINO needs calibration data: give calibration=, some batches of inputs")
     made = file.with_suffix(".int8.xml")
@@ -143,12 +146,14 @@ def _openvino(job: Job, file: Path, feeds: Feeds) -> tuple[str, str]:
         with quiet(), redirect_stdout(io.StringIO()):  # it draws bars
             model = openvino.Core().read_model(file)
             dataset = nncf.Dataset([{n: t.numpy() for n, t in feed.items()} for feed in feeds])
+            # nncf compiles the model to calibrate it; see `in_a_thread_of_its_own`.
             quantized = in_a_thread_of_its_own(lambda: nncf.quantize(model, dataset))
             openvino.save_model(quantized, made, compress_to_fp16=False)
             del model, quantized
     except Exception as error:
         raise ExportFailed(f"nncf failed on {job.subnet!r} ({first_line(error)})") from error
     made.rename(file)
+    # The .xml finds its weights by its own name with the suffix .bin.
     made.with_suffix(".bin").rename(file.with_suffix(".bin"))
     return "static", f"nncf {nncf.__version__}"
 
@@ -175,13 +180,14 @@ class _Reader:
 
 def _filled(job: Job, batch: Any) -> dict[str, Tensor]:
     """A batch's inputs by name, found as training and evaluation do."""
+    # Late: training is not needed to export.
     from ..training.step.forward import default_forward
 
     seen: list[dict[str, Tensor]] = []
 
-    def take(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(dict(given))
-        return {"output": next(iter(given.values()))}
+    def take(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(dict(inputs))
+        return {"output": next(iter(inputs.values()))}
 
     default_forward(_Running(take, job), batch)
     return seen[0]
@@ -222,6 +228,7 @@ def _unadvised() -> Iterator[None]:
         return record.levelno > logging.WARNING
 
     root = logging.getLogger()
+    # A filter on the logger sees only what is logged to the root itself, so other packages' warnings still appear.
     root.addFilter(silent)
     try:
         yield

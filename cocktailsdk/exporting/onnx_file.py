@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportFailed
+from ..utils.optional import require
 from .formats import Job, Run
 from .program import first_line, quiet
 
@@ -31,6 +32,8 @@ class OnnxFormat:
         traced = job.traced
         try:
             with quiet():
+                # From the exported program, so that ONNX and .pt2 come from one trace; dynamo=True is the exporter that
+                # takes programs.
                 made = torch.onnx.export(
                     traced.program,
                     dynamo=True,
@@ -47,6 +50,7 @@ class OnnxFormat:
         assert made is not None
         size = sum(t.nbytes for t in job.model.state_dict().values() if isinstance(t, Tensor))
         with quiet():
+            # One file where that is possible: it is easier to move than a pair.
             made.save(file, external_data=size > LARGEST)
 
     def runner(self, file: Path, job: Job, threads: int | None = None) -> Run:
@@ -55,13 +59,14 @@ class OnnxFormat:
 
     def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """Initializers and constants."""
-        import onnx
-        from onnx import numpy_helper
-
+        onnx = require("onnx", "reading ONNX files", error=ExportFailed)
+        numpy_helper = require("onnx.numpy_helper", "reading ONNX files", error=ExportFailed)
         graph = onnx.load(file).graph
         for tensor in graph.initializer:
+            # to_array may return a read-only view of the file's bytes, of which torch.from_numpy warns.
             yield tensor.name, torch.from_numpy(numpy_helper.to_array(tensor).copy())
         for node in graph.node:
+            # A constant may be a node in place of an initializer.
             if node.op_type == "Constant":
                 for attribute in node.attribute:
                     if attribute.name == "value" and attribute.t.dims:
@@ -69,25 +74,25 @@ class OnnxFormat:
 
     def runtime(self) -> str:
         """onnxruntime."""
-        import onnxruntime
-
+        onnxruntime = require("onnxruntime", "running ONNX files", error=ExportFailed)
         return f"onnxruntime {onnxruntime.__version__}"
 
 
 def session(file: Path, threads: int | None = None) -> Run:
     """A network in onnxruntime, on the CPU."""
-    import onnxruntime
-
+    onnxruntime = require("onnxruntime", "running ONNX files", error=ExportFailed)
     options = onnxruntime.SessionOptions()
+    # 3 is ERROR: warnings about unused initializers and graph optimisations mean nothing to users.
     options.log_severity_level = 3
     if threads is not None:
+        # One operator at a time, so that `threads` is the number of busy threads.
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     loaded = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     takes = [i.name for i in loaded.get_inputs()]
     gives = [o.name for o in loaded.get_outputs()]
 
-    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = loaded.run(None, {n: given[n].contiguous().numpy() for n in takes})
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = loaded.run(None, {n: inputs[n].contiguous().numpy() for n in takes})
         return {n: torch.from_numpy(v) for n, v in zip(gives, values, strict=True)}
 
     return run

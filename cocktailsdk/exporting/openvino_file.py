@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ExportFailed
+from ..utils.optional import require
 from .formats import Job, Run
 from .onnx_file import OnnxFormat
 from .program import first_line
@@ -30,12 +31,13 @@ class OpenVinoFormat:
 
     def write(self, job: Job, file: Path) -> None:
         """Write ONNX beside, convert it without narrowing anything, and remove it again."""
-        import openvino
-
+        openvino = _openvino()
         between = file.with_suffix(".onnx")
         OnnxFormat().write(job, between)
         try:
             model = openvino.Core().read_model(between)
+            # save_model halves weights to float16 by default (since OpenVINO 2023.0), which the comparison with torch
+            # would refuse.
             openvino.save_model(model, file, compress_to_fp16=False)
         except Exception as error:
             raise ExportFailed(
@@ -51,17 +53,18 @@ class OpenVinoFormat:
 
     def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """All constants that have an axis."""
-        import openvino
-
-        for op in openvino.Core().read_model(file).get_ops():
+        for op in _openvino().Core().read_model(file).get_ops():
             if op.get_type_name() == "Constant" and len(op.get_output_shape(0)):
+                # `op.data` is memory of the model, which is freed with it.
                 yield op.get_friendly_name(), torch.from_numpy(op.data.copy())
 
     def runtime(self) -> str:
         """OpenVINO."""
-        import openvino
+        return f"openvino {_openvino().__version__}"
 
-        return f"openvino {openvino.__version__}"
+
+def _openvino() -> Any:
+    return require("openvino", "OpenVINO IR", error=ExportFailed)
 
 
 def in_a_thread_of_its_own(work: Callable[[], Result]) -> Result:
@@ -82,8 +85,8 @@ def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") 
         threads: Processor threads.
         precision: ``"f32"``; by itself OpenVINO narrows to bfloat16 on processors that have it.
     """
-    import openvino
-
+    openvino = _openvino()
+    # LATENCY: one request at a time on all cores, as a benchmark of a single network wants it.
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
@@ -91,8 +94,9 @@ def compiled(file: Path, threads: int | None = None, *, precision: str = "f32") 
     takes = [i.get_any_name() for i in model.inputs]
     gives = [o.get_any_name() for o in model.outputs]
 
-    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = model([given[n].contiguous().numpy() for n in takes])
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = model([inputs[n].contiguous().numpy() for n in takes])
+        # The request reuses its output buffers in the next call.
         return {n: torch.from_numpy(values[i].copy()) for i, n in enumerate(gives)}
 
     return run

@@ -16,8 +16,8 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
-from .inputs import Inputs
-from .outputs import plain_outputs
+from .example_inputs import Inputs
+from .plain_outputs import plain_outputs
 
 __all__ = ["Traced", "first_line", "program_of", "quiet"]
 
@@ -53,10 +53,13 @@ def program_of(model: nn.Module, inputs: Inputs, *, dynamic_batch: bool = True) 
     """
     shapes = None
     if dynamic_batch:
+        # Sizes 0 and 1 are specialised by torch.export, and 2 may equal another size of the model, which would tie
+        # both.
         inputs = inputs.fresh(TRACED)
         collection, batch = ShapesCollection(), Dim("batch", min=1)
         for t in tree_leaves((inputs.args, inputs.kwargs)):
             if isinstance(t, Tensor) and inputs.carries_batch(t):
+                # One Dim object for all inputs: torch.export then knows that their batches are equal.
                 collection[t] = {0: batch}
         shapes = collection.dynamic_shapes(model, inputs.args, inputs.kwargs)
     try:
@@ -82,6 +85,7 @@ def quiet() -> Iterator[None]:
     """Silences exporters' own notes, which mean nothing to users; what fails raises."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
+    # Some exporters write to stderr directly, past Python's logging.
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:

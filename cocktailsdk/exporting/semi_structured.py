@@ -59,7 +59,7 @@ class Eligibility:
 
 @dataclass(frozen=True)
 class SemiStructuredReport:
-    """What 2:4 kernels are good for in one network.
+    """The layers of a subnetwork that can use 2:4 kernels, and the time that saves.
 
     Attributes:
         subnet: Its name.
@@ -95,10 +95,10 @@ class SemiStructuredReport:
         ]
         for layer in self.layers:
             if layer.dense_ms is not None and layer.sparse_ms is not None:
-                kept = "used" if layer.used else "not used, it is no faster"
+                verdict = "used" if layer.used else "not used, it is no faster"
                 out.append(
                     f"  {layer.module}: {layer.dense_ms:.3f} ms dense, {layer.sparse_ms:.3f} ms 2:4 "
-                    f"({layer.dense_ms / layer.sparse_ms:.2f} times as fast); {kept}"
+                    f"({layer.dense_ms / layer.sparse_ms:.2f} times as fast); {verdict}"
                 )
             else:
                 out.append(f"  {layer.module}: {layer.reason or 'not measured'}")
@@ -117,6 +117,7 @@ def eligible_linears(model: nn.Module, dtype: torch.dtype = torch.float16) -> li
     Returns:
         The layers in the order of the model's modules, each with a reason if not.
     """
+    # A sparse weight replaces the parameter in one module; the other module would keep the dense one.
     tied = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     out = []
     for path, module in model.named_modules():
@@ -135,6 +136,7 @@ def _why_not(weight: Tensor, dtype: torch.dtype) -> str:
     outputs, inputs = weight.shape
     if outputs % rows or inputs % columns or not weight.numel():
         return f"{outputs} x {inputs} is no multiple of {rows} x {columns}"
+    # Fewer than N non-zero weights in a run are as good: the kernel stores two and multiplies zeros.
     fullest = int((weight.reshape(outputs, -1, M) != 0).sum(-1).max())
     return "" if fullest <= N else f"{fullest} of some {M} consecutive weights are not zero"
 
@@ -181,9 +183,9 @@ def to_semi_structured(
     if not any(layer.eligible for layer in layers):
         reasons = dict.fromkeys(layer.reason for layer in layers) or {"it has no linear layer": None}
         raise ExportFailed(f"no layer of {name!r} can run on a 2:4 kernel: {'; '.join(reasons)}")
-    from ..exporting.compare import deviation, limit_for
-    from ..exporting.inputs import Inputs
-    from ..exporting.outputs import named_outputs
+    from ..exporting.deviation import deviation, limit_for
+    from ..exporting.example_inputs import Inputs
+    from ..exporting.plain_outputs import named_outputs
 
     inputs = Inputs.of(net.model, *net.example)
     args, kwargs = torch.utils._pytree.tree_map(
@@ -191,9 +193,9 @@ def to_semi_structured(
     )
     with torch.no_grad():
         wanted = named_outputs(model(*args, **kwargs))
-        given = _given(model, [layer.module for layer in layers if layer.eligible], args, kwargs)
+        inputs_of = _layer_inputs(model, [layer.module for layer in layers if layer.eligible], args, kwargs)
         layers = [
-            _measured(model.get_submodule(layer.module), layer, given, repeats, always) if layer.eligible else layer
+            _measured(model.get_submodule(layer.module), layer, inputs_of, repeats, always) if layer.eligible else layer
             for layer in layers
         ]
         error, _ = deviation(
@@ -210,13 +212,14 @@ def to_semi_structured(
 
 
 def _measured(
-    module: nn.Module, layer: Eligibility, given: Mapping[str, Tensor], repeats: int, always: bool
+    module: nn.Module, layer: Eligibility, inputs_of: Mapping[str, Tensor], repeats: int, always: bool
 ) -> Eligibility:
     """Time a layer both ways, and leave it the quicker one."""
     assert isinstance(module, nn.Linear)
-    if layer.module not in given:
+    if layer.module not in inputs_of:
         return replace(layer, reason="it is not called on the example inputs")
-    x, dense = given[layer.module], module.weight
+    x, dense = inputs_of[layer.module], module.weight
+    # requires_grad=False: the packed tensor has no gradient.
     sparse = nn.Parameter(torch.sparse.to_sparse_semi_structured(dense.detach().contiguous()), requires_grad=False)
 
     def run(weight: Tensor) -> Callable[[], Tensor]:
@@ -233,6 +236,7 @@ def _milliseconds(calls: Iterable[Callable[[], Tensor]], repeats: int) -> list[f
     """Medians, by turns."""
     calls = list(calls)
     seen: list[list[float]] = [[] for _ in calls]
+    # Both kernels by turns, so that clock changes of the GPU hit both; the first 5 runs warm up caches and autotuning.
     for turn in range(repeats + 5):
         for call, times in zip(calls, seen, strict=True):
             torch.cuda.synchronize()
@@ -244,12 +248,12 @@ def _milliseconds(calls: Iterable[Callable[[], Tensor]], repeats: int) -> list[f
     return [median(times) for times in seen]
 
 
-def _given(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """What modules are given in one forward pass."""
-    seen: dict[str, Tensor] = {}
+def _layer_inputs(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The first input of each module in one forward pass."""
+    recorded: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(
-            lambda _m, inputs, path=path: seen.setdefault(path, inputs[0]) and None
+            lambda _m, inputs, path=path: recorded.setdefault(path, inputs[0]) and None
         )
         for path in paths
     ]
@@ -258,7 +262,7 @@ def _given(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return recorded
 
 
 def _others(model: nn.Module) -> tuple[str, ...]:

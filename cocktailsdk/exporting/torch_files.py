@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import Job, Run
-from .outputs import named_outputs
+from .plain_outputs import named_outputs
 from .program import quiet
 
 __all__ = ["ExportedProgramFormat", "SafetensorsFormat", "own_tensors"]
@@ -45,8 +45,10 @@ class ExportedProgramFormat:
             module = torch.export.load(file).module()
         names, args, kwargs = job.inputs.names, job.inputs.args, job.inputs.kwargs
 
-        def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            values = iter([given[n] for n in names])
+        def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            values = iter([inputs[n] for n in names])
+            # An exported program checks the nesting of its arguments, so the example's structure is filled with the new
+            # tensors.
             filled = torch.utils._pytree.tree_map(
                 lambda v: next(values) if isinstance(v, Tensor) else v, (args, kwargs)
             )
@@ -78,6 +80,7 @@ class SafetensorsFormat:
         """Write the tensors."""
         from safetensors.torch import save_file
 
+        # safetensors refuses tensors that share memory or are not contiguous.
         tensors = {n: t.contiguous().clone() for n, t in own_tensors(job.model).items()}
         save_file(tensors, file, {"format": "pt", "subnet": job.subnet, "class": type(job.model).__qualname__})
 

@@ -18,7 +18,7 @@ __all__ = ["Zeros", "count_zeros", "masked_zeros"]
 
 @dataclass(frozen=True)
 class Zeros:
-    """What a file holds of a subnetwork's masked weights.
+    """The zeros of a subnetwork's masked weights in a file.
 
     Attributes:
         wanted: Zeros of the masked weights.
@@ -52,8 +52,8 @@ def count_zeros(wanted: Mapping[str, Bool[Tensor, "..."]], constants: Iterable[t
         wanted: By weight name, where it must be zero.
         constants: Names and values.
     """
-    held = {n: t for n, t in constants if t.numel() > 1}
-    patterns = {n: t == 0 for n, t in held.items()}
+    large = {n: t for n, t in constants if t.numel() > 1}
+    patterns = {n: t == 0 for n, t in large.items()}
     by_size: dict[int, list[str]] = {}
     for n, zero in patterns.items():
         by_size.setdefault(zero.numel(), []).append(n)
@@ -72,12 +72,15 @@ def count_zeros(wanted: Mapping[str, Bool[Tensor, "..."]], constants: Iterable[t
 
 def _covers(zero: Bool[Tensor, "..."], wanted: Bool[Tensor, "..."]) -> bool:
     """Whether a tensor, its axes in some order, is zero wherever it should be."""
+    # A quick no, before axes are permuted.
     if int(zero.sum()) < int(wanted.sum()):
         return False
-    held = torch.squeeze(zero)
+    squeezed = torch.squeeze(zero)
     form = [n for n in wanted.shape if n > 1]
-    for order in permutations(range(held.ndim)) if held.ndim <= 4 else [tuple(range(held.ndim))]:
-        moved = held.permute(order)
+    # At most 24 orders; more dimensions are only compared as they are.
+    for order in permutations(range(squeezed.ndim)) if squeezed.ndim <= 4 else [tuple(range(squeezed.ndim))]:
+        moved = squeezed.permute(order)
         if list(moved.shape) == form and bool((moved | ~wanted.reshape(form)).all()):
             return True
-    return math.prod(held.shape) == wanted.numel() and bool((zero.reshape(-1) | ~wanted.reshape(-1)).all())
+    # Last, the same elements in the same order under another shape.
+    return math.prod(squeezed.shape) == wanted.numel() and bool((zero.reshape(-1) | ~wanted.reshape(-1)).all())

@@ -18,9 +18,9 @@ from .coupling import (
     Trace,
     Weight,
 )
-from .obstacles import obstacles
 from .prove import couple
 from .slim import slim_module
+from .unsupported import unsupported_modules
 
 __all__ = [
     "EXCLUDED",
@@ -40,6 +40,6 @@ __all__ = [
     "Trace",
     "Weight",
     "couple",
-    "obstacles",
     "slim_module",
+    "unsupported_modules",
 ]

@@ -1,4 +1,4 @@
-"""From the labels that the rules left to a coupling: their classes become units, groups, and what is told of them."""
+"""Builds a coupling from joined labels: classes of labels become units, and units become groups."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from jaxtyping import Int64
 from torch import Tensor, fx
 
 from .branches import residuals
-from .carried import FAKE_QUANTIZATION, carried, computation
 from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
 from .export import module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
 from .reasons import stays
 from .rules import Context
+from .rules.op_sets import FAKE_QUANTIZATION
+from .rules.zero_sources import zero_sources
+from .weight_graph import weight_graph
 
 __all__ = ["Made", "assemble", "making_axes"]
 
@@ -48,7 +50,7 @@ class _Units:
 
 
 def _number(root: Int64[Tensor, " labels"], made: Sequence[Made], parts: Sequence[Int64[Tensor, "..."]]) -> _Units:
-    """Numbers the classes that weights make, run by run: those of the same makers are neighbours.
+    """Numbers the classes that weights make, so that classes with the same makers are neighbours.
 
     Args:
         root: Root of every label.
@@ -57,6 +59,9 @@ def _number(root: Int64[Tensor, " labels"], made: Sequence[Made], parts: Sequenc
             something is left of each.
     """
     n, never = root.numel(), np.iinfo(np.int64).max
+    # A set of makers is compared as the XOR of one 63-bit random number for each maker: a hash of sets that vectorises
+    # over all labels. A fixed seed keeps unit order, and with it bundle bytes, the same in every run; a collision would
+    # only merge two runs, and is as likely as 2 ** -63 for a pair.
     rng = np.random.default_rng(0)
     makers_key = np.zeros(n, dtype=np.uint64)  # a class's set of makers, as the XOR of a random number for each
     order = np.full(n, never, dtype=np.int64)  # where a class was first made
@@ -64,17 +69,20 @@ def _number(root: Int64[Tensor, " labels"], made: Sequence[Made], parts: Sequenc
     for m in made:
         roots = root[m.labels].numpy()
         unique, first = np.unique(roots, return_index=True)
+        # `unique`, since a weight that makes a class at several positions must be XORed in once, not twice.
         makers_key[unique] ^= rng.integers(1, 2**63, dtype=np.uint64)
         order[unique] = np.minimum(order[unique], position + first)
         position += roots.size
     for labels in parts:
         makers_key[np.unique(root[labels].numpy())] ^= rng.integers(1, 2**63, dtype=np.uint64)
+    # Classes that no weight makes (of buffers, of padding) are no units: nothing would choose among them.
     live = np.flatnonzero(order < never)
     live = live[live != MUST_STAY]
     key = makers_key[live]
     kinds, kind = np.unique(key, return_inverse=True)
     kind_first = np.full(kinds.size, never, dtype=np.int64)
     np.minimum.at(kind_first, kind, order[live])
+    # lexsort has its primary key last: runs in the order of their first unit, units of a run in order of execution.
     ranked = np.lexsort((order[live], kind_first[kind]))
     of_root = np.full(n, STAYS, dtype=np.int64)
     of_root[live[ranked]] = np.arange(live.size)
@@ -104,11 +112,12 @@ def making_axes(ctx: Context) -> list[Made]:
 
 
 def assemble(ctx: Context) -> Coupling:
-    """The coupling that the labels say: classes that weights make, as units; what the same weights make, as groups."""
+    """Builds the coupling. Classes that weights make become units; units with the same makers become a group."""
     made = making_axes(ctx)
     root, why = ctx.labels.classes()
     units = _number(root, made, ctx.parts)
     alone = [r.start for r in units.runs if r.stop - r.start < 2]
+    # One pass is enough: the other classes, and so the other groups, stay as they are.
     if alone:  # one of each group must stay, so a group of one has nothing to spare
         labels = [int((units.of_label == a).nonzero()[0]) for a in alone]
         ctx.labels.stay(torch.tensor(labels), "the only unit of its group")
@@ -117,9 +126,9 @@ def assemble(ctx: Context) -> Coupling:
 
     fields: dict[str, tuple[Tensor, ...]] = {}
     for name, axis_fields in ctx.named_axes.items():
-        held = tuple(u for f in axis_fields if bool(((u := units.of_label[f.labels]) != STAYS).any()))
-        if held:
-            fields[name] = held
+        unit_fields = tuple(u for f in axis_fields if bool(((u := units.of_label[f.labels]) != STAYS).any()))
+        if unit_fields:
+            fields[name] = unit_fields
     producers = tuple(
         Producer(m.name, m.axis, u) for m in made if bool(((u := units.of_label[m.labels]) != STAYS).any())
     )
@@ -128,7 +137,7 @@ def assemble(ctx: Context) -> Coupling:
         producers=producers,
         groups=_groups(ctx, units, fields, producers),
         fields=fields,
-        kept=_kept(ctx, made, units, why),
+        kept=_unprunable(ctx, made, units, why),
         contractions=_contractions(ctx, units),
         shapes={n: s for n, s in ctx.exported.shapes.items() if n in ctx.exported.trainable},
         unknown_ops=dict(ctx.unknown),
@@ -149,6 +158,7 @@ def _weights(ctx: Context) -> tuple[Weight, ...]:
     for p in ctx.products:
         if p.weight is not None:
             macs[p.weight] = macs.get(p.weight, 0) + p.macs
+    # Papers leave the first convolution and the classifier dense; so do the patterns by default.
     first = next((u.name for u in ctx.uses.values() if u.op == "conv"), None)
     last = _classifiers(ctx)
     out = []
@@ -186,7 +196,7 @@ _MOVES = {
     "_to_copy",
     *FAKE_QUANTIZATION,
 }
-"""Ops that hand a value on as it is."""
+"""Ops that pass a value on unchanged."""
 
 
 def _classifiers(ctx: Context) -> set[str]:
@@ -222,12 +232,13 @@ def _groups(
     touches: list[list[Touch]] = [[] for _ in units.runs]
     channels = [1] * len(units.runs)
     starts = torch.tensor([r.start for r in units.runs])
-    for name, held in fields.items():
+    for name, unit_fields in fields.items():
         use = ctx.uses.get(name) or ctx.training_uses.get(name)
         columns = None if use is None else use.in_axis
-        for u in held:
+        for u in unit_fields:
             axes = tuple(d for d, n in enumerate(u.shape) if n > 1)
             kind = "rows" if (name, axes[0]) in rows else "columns" if columns == axes[0] else "entries"
+            # Units are numbered run by run, so the run of a unit is found by bisection of the starts.
             owners = torch.searchsorted(starts, u[u != STAYS], right=True) - 1
             for g, count in zip(*(t.tolist() for t in torch.unique(owners, return_counts=True)), strict=True):
                 touches[g].append(Touch(name, axes, kind))
@@ -261,7 +272,7 @@ def _names(makers: Sequence[frozenset[str]]) -> list[str]:
     return out
 
 
-def _kept(ctx: Context, made: Sequence[Made], units: _Units, why: Mapping[int, str]) -> tuple[Kept, ...]:
+def _unprunable(ctx: Context, made: Sequence[Made], units: _Units, why: Mapping[int, str]) -> tuple[Kept, ...]:
     out = []
     for m in made:
         staying = m.labels[units.of_label[m.labels] == STAYS]
@@ -291,15 +302,15 @@ def _contractions(ctx: Context, units: _Units) -> tuple[Contraction, ...]:
 def _trace(ctx: Context, units: _Units, made: Sequence[Made], root: Int64[Tensor, " labels"]) -> Trace:
     nodes = []
     for node in ctx.exported.graph.nodes:
-        if node.op != "call_function" or not ctx.is_told(node):
+        if node.op != "call_function" or not ctx.in_trace(node):
             continue
         result = ctx.env.get(node, ())
         shape = shape_of(node)
-        held: tuple[Tensor, ...] = ()
+        unit_fields: tuple[Tensor, ...] = ()
         if shape is not None and all(isinstance(f, Field) for f in result):
-            held = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
-        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function" and ctx.is_told(a))
-        nodes.append(Node(node.name, op_name(node), module_of(node), shape, held, inputs, within(node)))
+            unit_fields = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
+        inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function" and ctx.in_trace(a))
+        nodes.append(Node(node.name, op_name(node), module_of(node), shape, unit_fields, inputs, within(node)))
     pads = {m: _padding(ctx, m) for m in ctx.pads}
     why = stays(ctx, [(m.name, m.labels) for m in made], root, units.of_label, {n.name: n.op for n in nodes})
     return Trace(
@@ -319,10 +330,10 @@ def _computed(ctx: Context) -> dict[str, fx.Graph]:
     same = {
         name: value
         for name, value in alone.items()
-        if carried(ctx, value)[name] == tuple(range(len(ctx.exported.shapes[name])))
+        if zero_sources(ctx, value)[name] == tuple(range(len(ctx.exported.shapes[name])))
         and ctx.shape(value) == ctx.exported.shapes[name]
     }
-    return {name: computation(ctx, value) for name, value in same.items()}
+    return {name: weight_graph(ctx, value) for name, value in same.items()}
 
 
 def _padding(ctx: Context, module: str) -> fx.Graph:
@@ -330,6 +341,7 @@ def _padding(ctx: Context, module: str) -> fx.Graph:
     inner = ctx.nodes_of(module)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
+    # `rewritable` has checked that the module has exactly one input.
     source = next(a for n in inner for a in n.all_input_nodes if a not in set(inner))
     values[source] = graph.placeholder("x")
     for node in inner:

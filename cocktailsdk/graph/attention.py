@@ -22,6 +22,7 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
     """
 
     def __init__(self, narrowed: nn.MultiheadAttention, head_dim: int) -> None:
+        # nn.MultiheadAttention.__init__ would allocate full-size weights and refuse widths that heads do not divide.
         nn.Module.__init__(self)
         for name in (
             "in_proj_weight",
@@ -37,6 +38,7 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         self.dropout, self.batch_first = narrowed.dropout, narrowed.batch_first
         self.add_zero_attn = narrowed.add_zero_attn
         self.head_dim = head_dim
+        # The output projection reads all heads side by side, so its input width is heads x head_dim.
         self.num_heads = self.out_proj.weight.shape[1] // head_dim
         matrices = self._matrices()
         self.embed_dim, self.kdim, self.vdim = (m.shape[1] for m in matrices)
@@ -69,6 +71,7 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         mask = self._mask(attn_mask, key_padding_mask, q, batched)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat([t, b.expand(t.shape[0], -1, -1)], 1) for t, b in ((k, self.bias_k), (v, self.bias_v)))
+        # Appended before heads are split, which gives each head its part of the bias, or zeros.
         if self.add_zero_attn:
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         if mask is not None:
@@ -97,9 +100,11 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         if attn_mask is not None:
             mask = _added(attn_mask, q)
             if mask.dim() == 3:  # (batch * heads, queries, keys), with all the heads that there were
-                given = mask.shape[0] // q.shape[0]
-                mask = mask.unflatten(0, (q.shape[0], given))
-                mask = mask if given in (1, self.num_heads) else mask[:, :1].expand(-1, self.num_heads, -1, -1)
+                mask_heads = mask.shape[0] // q.shape[0]
+                mask = mask.unflatten(0, (q.shape[0], mask_heads))
+                # A mask for each original head cannot be assigned to the surviving heads; masks of all heads are taken
+                # to be equal.
+                mask = mask if mask_heads in (1, self.num_heads) else mask[:, :1].expand(-1, self.num_heads, -1, -1)
         if padding is not None:
             own = _added(padding if batched else padding[None], q)[:, None, None]
             mask = own if mask is None else mask + own

@@ -1,4 +1,4 @@
-"""Residual branches: what a sum adds to a stream, and could as well not add."""
+"""Finds residual branches: the operands of sums that can be dropped from a stream."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import fx
 
 from .coupling import Scale
 from .export import shape_of, within
-from .modes import training_only
 from .rules import Context
+from .training_mode import training_only
 
 __all__ = ["Residual", "residuals"]
 
@@ -77,12 +77,12 @@ _NONE = Scale("", None)
 
 @dataclass(frozen=True)
 class Residual:
-    """A residual branch, as it lies in the graph.
+    """The nodes and tensors of a residual branch.
 
     Attributes:
         nodes: The calls that nothing but the branch needs.
         tensors: Parameters that nothing else reads; with all of them zero the branch adds nothing.
-        weights: Those of them that are contracted with activations.
+        weights: Those parameters that are contracted with activations.
         modules: Paths of the largest modules that run nothing but the branch, in order of execution.
     """
 
@@ -95,9 +95,10 @@ class Residual:
 def residuals(ctx: Context) -> tuple[Residual, ...]:
     """Every residual branch, in order of execution; of branches within branches the innermost.
 
-    A branch ends in an operand of a sum. What it starts from is the sum's other operand, a term of that, or what was
-    computed from these; so a block whose shortcut has a weight of its own has none. Its end must be zero once its own
-    parameters are: a last projection, norm or scale with a bias that is the branch's own, or none.
+    A branch ends in one operand of a sum. It starts from the other operand, from a term of that operand, or from a
+    value computed from either. A block whose shortcut has its own weight therefore has no branch. The result of a
+    branch must be zero once its own parameters are zero: it ends in a projection, norm or scale, with its own bias or
+    without one.
     """
     finder = _Finder(ctx)
     found = []
@@ -119,7 +120,7 @@ def _op(node: fx.Node) -> str:
 
 
 class _Finder:
-    """What is looked up again and again while a graph's branches are found."""
+    """Look-up tables for finding the branches of a graph."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -130,6 +131,8 @@ class _Finder:
         self.behind: dict[fx.Node, int] = {}  # as bits, what a node was computed from, itself included
         self.readers: dict[str, set[fx.Node]] = {}
         for i, node in enumerate(self.order):
+            # Sets of nodes as Python integers, one bit for each node: union is `|`, and a graph of thousands of nodes
+            # needs a few hundred bytes for each instead of a set.
             bits = 1 << i
             for source in node.all_input_nodes:
                 bits |= self.behind.get(source, 0)  # the output's of training mode have none
@@ -150,12 +153,15 @@ class _Finder:
         if self.live[end] != {node}:
             return None
         nodes = {end}
+        # Backwards from the end: a call belongs to the branch once all its readers do. One sweep is enough, since
+        # readers come after what they read.
         for before in self.order[self.place[end] - 1 :: -1]:
             users = self.live[before] if before.op == "call_function" else None
             if users and users <= nodes:
                 nodes.add(before)
         terms = self._terms(stream)
         sources = {s for n in nodes for s in n.all_input_nodes if s not in nodes}
+        # A branch must start from the stream. Otherwise the sum joins two independent paths, such as text and image.
         if not any(self.behind[s] & terms for s in sources):
             return None
         exported = self.ctx.exported
@@ -166,6 +172,7 @@ class _Finder:
         }
         contracted = {self.products.get(n) for n in nodes}
         weights = tuple(name for name in self.ctx.uses if name in own & contracted)
+        # The branch is dropped by masking its parameters, so they alone must make its end zero.
         zeros = _Zeros(self, nodes, own)
         if not weights or not zeros.zero(end) or any(zeros.divides(n) for n in nodes):
             return None
@@ -189,7 +196,7 @@ class _Finder:
 
 
 class _Zeros:
-    """Which values are zero once a branch's own parameters are; what is not known is not."""
+    """Decides which values are zero once a branch's own parameters are. Unknown ops count as non-zero."""
 
     def __init__(self, finder: _Finder, nodes: set[fx.Node], own: set[str]) -> None:
         self._finder, self._nodes, self._own = finder, nodes, own
@@ -222,6 +229,7 @@ class _Zeros:
             return self.zero(args[at]) and (op == "rms_norm" or bias is None or self.zero(bias))
         if op in ("addmm", "baddbmm"):
             return self.zero(args[0]) and (self.zero(args[1]) or self.zero(args[2]))
+        # Zero values give a zero result; zero queries or keys do not (their softmax is uniform).
         if op == "scaled_dot_product_attention":
             return self.zero(args[2])
         if op == "linear" or op.startswith("conv"):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .obstacles import hookable
-from .outputs import tensors_of
+from .output_tensors import tensors_of
+from .unsupported import hookable
 
 __all__ = [
     "EXACT",
@@ -58,9 +58,13 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             if p.dim() <= 1:
                 p.copy_(uniform(p, -0.25, 0.25) if name.endswith("bias") else uniform(p, 0.5, 1.0))
             else:
+                # Gain 1 by fan-in: values stay of unit scale through any depth, so that a relative error of 1e-9 means
+                # something.
                 p.copy_(normal(p, max(p[0].numel(), 1) ** -0.5))
         for name, b in model.named_buffers():
             if name.endswith("running_mean"):
+                # Statistics of an untrained model are 0 and 1, under which a norm that is cut wrongly would go
+                # unnoticed.
                 b.copy_(normal(b, 0.1))
             elif name.endswith("running_var"):
                 b.copy_(uniform(b, 0.5, 1.5))
@@ -85,7 +89,7 @@ def leaves_of(output: Any) -> list[Tensor]:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """Copies of the same, that remember nothing."""
+    """Detached copies of these tensors."""
     return [t.detach().clone() for t in leaves_of(output)]
 
 
@@ -95,8 +99,10 @@ def relative_error(got: Sequence[Tensor], want: Sequence[Tensor], dense: Sequenc
         return float("inf")
     worst = 0.0
     for g, w, d in zip(got, want, dense, strict=True):
+        # Relative to the masked output, but not below rounding of the dense one; 1e-300 avoids 0 / 0.
         scale = max(float(w.norm()), 1e-12 * float(d.norm()), 1e-300)
         error = float((g - w).norm()) / scale
+        # `error == error` is False for NaN, which max() would otherwise drop.
         worst = max(worst, error if error == error else float("inf"))
     return worst
 
@@ -123,6 +129,7 @@ class Precision(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except RuntimeError as error:
+            # Kernels report a missing dtype only in words: "not implemented for 'Double'", "expected ... float64".
             if "Double" not in str(error) and "float64" not in str(error):
                 raise
             out = tree_map(_wide, func(*tree_map(_single, args), **tree_map(_single, kwargs)))
@@ -147,11 +154,11 @@ def _wide(value: Any) -> Any:
 
 
 def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor], list[Tensor]]]:
-    """What every module is given and returns, in order of completion, as far as the model runs."""
-    seen: list[tuple[str, list[Tensor], list[Tensor]]] = []
+    """Records inputs and outputs of every module, in order of completion, until the model ends or raises."""
+    records: list[tuple[str, list[Tensor], list[Tensor]]] = []
     hooks = [
         m.register_forward_hook(
-            lambda _m, given, out, name=name: seen.append((name, tensors_in(given), tensors_in(out)))
+            lambda _m, inputs, out, name=name: records.append((name, tensors_in(inputs), tensors_in(out)))
         )
         for name, m in hookable(model)
     ]
@@ -159,11 +166,11 @@ def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Te
         with Precision():
             model(*args, **kwargs)
     except Exception:  # only used to see how far it came
-        return seen
+        return records
     finally:
         for h in hooks:
             h.remove()
-    return seen
+    return records
 
 
 def failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
@@ -189,33 +196,34 @@ def first_difference(
     slim: nn.Module,
     args: Any,
     kwargs: Any,
-    left: Callable[[str, Tensor, bool], Tensor] = lambda _path, value, _given: value,
+    expected_of: Callable[[str, Tensor, bool], Tensor] = lambda _path, value, _is_input: value,
 ) -> str:
-    """Path of the first module to finish whose output differs though what it was given first does not.
+    """Path of the first module to finish whose output differs although its first input does not.
 
     Args:
         masked: The masked model.
         slim: The slim one.
         args: Positional inputs of both.
         kwargs: Keyword inputs of both.
-        left: From a module's path, a tensor of the masked model, and whether the module is given it (or returns it),
-            what is left of that tensor in the slim model.
+        expected_of: From a module's path, a tensor of the masked model, and whether it is an input of the module (or
+            an output), the part of that tensor which the slim model has.
     """
-    want: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
-    for name, given, out in _record(masked, args, kwargs):
-        want.setdefault(name, []).append((given, out))
+    masked_records: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
+    for name, inputs, out in _record(masked, args, kwargs):
+        masked_records.setdefault(name, []).append((inputs, out))
 
-    def differs(name: str, got: list[Tensor], wanted: list[Tensor], given: bool) -> bool:
-        if not got or not wanted:
+    def differs(name: str, slim_values: list[Tensor], masked_values: list[Tensor], is_input: bool) -> bool:
+        if not slim_values or not masked_values:
             return False
-        expected = left(name, wanted[0], given)
-        return expected.shape == got[0].shape and relative_error(got[:1], [expected], [expected]) > SINGLE
+        expected = expected_of(name, masked_values[0], is_input)
+        same_shape = expected.shape == slim_values[0].shape
+        return same_shape and relative_error(slim_values[:1], [expected], [expected]) > SINGLE
 
-    wrong = ""
-    for name, given, out in _record(slim, args, kwargs):
-        was_given, was = want[name].pop(0) if want.get(name) else ([], [])
-        if differs(name, out, was, False):
-            if not differs(name, given, was_given, True):
+    first_wrong = ""
+    for name, inputs, out in _record(slim, args, kwargs):
+        masked_inputs, masked_outputs = masked_records[name].pop(0) if masked_records.get(name) else ([], [])
+        if differs(name, out, masked_outputs, False):
+            if not differs(name, inputs, masked_inputs, True):
                 return name
-            wrong = wrong or name
-    return wrong
+            first_wrong = first_wrong or name
+    return first_wrong

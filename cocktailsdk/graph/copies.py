@@ -34,43 +34,45 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         SlimError: If the model cannot be copied.
     """
     memo = {} if memo is None else memo
+    # copy.deepcopy refuses tensors with a grad_fn, which hooks leave in attributes (torch.nn.utils.weight_norm).
     _detach(memo, (value for module in model.modules() for value in vars(module).values()))
-    given = dict(memo)
+    initial_memo = dict(memo)
     try:
-        made = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+    # deepcopy stops at the first object that it cannot copy. The memo then holds half-made copies and is reset.
     except Exception:
         memo.clear()
-        memo.update(given)
+        memo.update(initial_memo)
         _detach(memo, Walk([model]).tensors)
         _share_what_cannot_be_copied(model, memo)
         try:
-            made = copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
         except Exception as error:
             raise SlimError(
                 f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); a slim model is a copy. "
                 "Let copy.deepcopy(model) work, for example by a __deepcopy__ method of the class that fails"
             ) from error
-    _rebind(made, memo)
-    return made
+    _rebind(copied, memo)
+    return copied
 
 
 def duplicate_in_double(model: nn.Module) -> nn.Module:
     """A copy in float64, with the tensors that it keeps in plain attributes (masks and anchors of an earlier run)."""
     made = duplicate(model).double()  # leaves complex buffers complex
     for module in made.modules():
-        for tensor in _kept_in(vars(module)):
+        for tensor in _nested_tensors(vars(module)):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.double()
     return made
 
 
-def _kept_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+def _nested_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
     """Tensors in nested containers; parameters and buffers are in double precision by now."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple) and depth:
-        for held in value.values() if isinstance(value, dict) else value:
-            yield from _kept_in(held, depth - 1)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _nested_tensors(item, depth - 1)
 
 
 def _detach(memo: dict[int, Any], values: Iterable[Any]) -> None:
@@ -82,9 +84,9 @@ def _detach(memo: dict[int, Any], values: Iterable[Any]) -> None:
 def _share_what_cannot_be_copied(model: nn.Module, memo: dict[int, Any]) -> None:
     known = memo | {id(m): m for m in model.modules()}
     for module in model.modules():
-        held = [v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")]
+        attributes = [v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")]
         # The dictionaries themselves (of hooks, above all) are copied: what is added to one must not be in the other.
-        for value in [leaf for v in held for leaf in (v.values() if isinstance(v, dict) else (v,))]:
+        for value in [leaf for v in attributes for leaf in (v.values() if isinstance(v, dict) else (v,))]:
             if isinstance(value, nn.Module | Tensor):
                 continue
             try:
@@ -94,13 +96,14 @@ def _share_what_cannot_be_copied(model: nn.Module, memo: dict[int, Any]) -> None
 
 
 def _rebind(made: nn.Module, memo: dict[int, Any]) -> None:
-    """Lets functions and weak references that a copy holds refer to the copy: ``copy.deepcopy`` takes them as they are.
+    """Rebinds functions and weak references in a copy to the copy; ``copy.deepcopy`` leaves them bound to the original.
 
     A hook such as ``lambda m, x, y: self.features.append(y)`` would otherwise fill the original's list.
     """
     copies = {key: value for key, value in memo.items() if isinstance(value, nn.Module)}
     for module in made.modules():
         for holder in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict))):
+            # deepcopy returns functions and weak references as they are, still bound to the original's modules.
             for key, value in list(holder.items()):
                 bound = _bound(value, copies)
                 if bound is not value:
@@ -109,7 +112,7 @@ def _rebind(made: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _bound(value: Any, copies: dict[int, Any], within: tuple[Any, ...] = ()) -> Any:
-    """A value that refers to copies in place of what they are copies of; the value itself if it refers to none."""
+    """The value with references to original modules replaced by references to their copies."""
     if isinstance(value, weakref.ReferenceType):
         target = copies.get(id(value()))
         return value if target is None else weakref.ref(target)
@@ -121,6 +124,7 @@ def _bound(value: Any, copies: dict[int, Any], within: tuple[Any, ...] = ()) -> 
         if function is value.func and all(a is b for a, b in zip(args, value.args, strict=True)):
             return value
         return functools.partial(function, *args, **value.keywords)
+    # `within` stops recursion: a function may be in its own closure.
     if type(value) is not FunctionType or not value.__closure__ or any(value is w for w in within):
         return value
     contents = [_content(cell) for cell in value.__closure__]
@@ -130,6 +134,7 @@ def _bound(value: Any, copies: dict[int, Any], within: tuple[Any, ...] = ()) -> 
     cells = tuple(
         cell if a is b else CellType(b) for cell, a, b in zip(value.__closure__, contents, bound, strict=True)
     )
+    # Cells cannot be replaced in a function, so the function is built anew around new cells.
     made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
     made.__kwdefaults__, made.__dict__ = value.__kwdefaults__, dict(vars(value))
     return made

@@ -1,4 +1,4 @@
-"""From a model to its coupling: run the rules over the graph, pin what stays, and make a coupling of the labels."""
+"""Runs the rules over a model's graph, pins channels that must stay, and builds couplings from the labels."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .assemble import assemble, making_axes
 from .coupling import EXCLUDED, Coupling
 from .export import Exported, export, module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
-from .mend import READS_SIZES
-from .modes import Unreached, idle, keep_for, reads_training, training_only, with_training
+from .module_fixes import READS_SIZES
 from .reasons import because
 from .rules import RULES, Context
 from .rules.mutation import mutated
+from .training_mode import Unreached, idle, pin_unreached, reads_training, training_only, with_training
 
 __all__ = ["Pass"]
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Pass:
-    """One pass of the rules over a model, from which couplings are made; what is pinned in between stays.
+    """One pass of the rules over a model. Couplings can be built repeatedly while channels are pinned in between.
 
     Args:
         model: Any module; it is run in eval mode, without gradients, and left as it was.
@@ -37,7 +37,7 @@ class Pass:
         training: Follow training mode, too, whether or not there are parameters that eval mode does not read.
 
     Attributes:
-        follows_training: Whether the graph is that of both modes.
+        follows_training: Whether the graph covers training mode as well as eval mode.
     """
 
     def __init__(
@@ -53,12 +53,14 @@ class Pass:
         unread = idle(exported)
         self.follows_training = False
         unreached = Unreached({}, "")
+        # Exporting a second time costs as much as the first. It is needed only if parameters are left that eval mode
+        # does not read and the code asks for the mode.
         if training or (unread.modules and reads_training(model)):
             both = with_training(model, exported, args, kwargs, unread)
             self.follows_training = isinstance(both, Exported)
             exported, unreached = (both, unreached) if isinstance(both, Exported) else (exported, both)
         self._ctx = propagate(exported)
-        keep_for(self._ctx, unreached)
+        pin_unreached(self._ctx, unreached)
         if exclude is not None:
             made = [(use.module, use.name, use.out_axis) for use in self._ctx.uses.values()]
             made += [(table.rpartition(".")[0], table, 1) for table in sorted(self._ctx.tables)]
@@ -69,7 +71,7 @@ class Pass:
         self._pinned: dict[str, int] = {}
 
     def coupling(self) -> Coupling:
-        """The coupling, as things stand."""
+        """The coupling with the labels joined and pinned so far."""
         _rectangles(self._ctx)
         return assemble(self._ctx)
 
@@ -90,16 +92,18 @@ class Pass:
         """By module, its calls in order of execution: op, shape and fields of the result."""
         out: dict[str, list[tuple[str, tuple[int, ...] | None, tuple[Field, ...]]]] = {}
         for node in self._ctx.exported.graph.nodes:
-            if node.op == "call_function" and self._ctx.is_told(node):
+            if node.op == "call_function" and self._ctx.in_trace(node):
                 result = self._ctx.env.get(node, ())
-                held = tuple(f for f in result if isinstance(f, Field)) if shape_of(node) is not None else ()
-                out.setdefault(module_of(node), []).append((op_name(node), shape_of(node), held))
+                fields = tuple(f for f in result if isinstance(f, Field)) if shape_of(node) is not None else ()
+                out.setdefault(module_of(node), []).append((op_name(node), shape_of(node), fields))
         return out
 
     def pin(self, module: str | None, reason: str) -> None:
-        """Keeps whole what a module deals with: first what its own code gives sizes to, then all that it is given."""
+        """Pins channels of a module: first those it reshapes by size, then all that it computes and receives."""
         if module is None:
             return
+        # What is pinned grows with each failure of the same module: calls that take sizes, all of its own calls and
+        # their inputs, then those of its children.
         depth = self._pinned.get(module, 0)
         self._pinned[module] = depth + 1
         for node in self._ctx.exported.graph.nodes:
@@ -119,7 +123,7 @@ class Pass:
                             self._ctx.labels.stay_all(_flat(self._ctx, source), reason)
 
     def pin_units(self, coupling: Coupling, group: int, reason: str) -> None:
-        """Keeps a group whole."""
+        """Pins all units of a group."""
         g = coupling.groups[group]
         for p in coupling.producers:
             field = self._ctx.axis_field(self._ctx.axis_fields(p.weight), p.axis)
@@ -135,6 +139,7 @@ class Pass:
 def propagate(exported: Exported) -> Context:
     """Runs every node's rule, in order of execution."""
     ctx = Context(exported, dead=_dead(exported.graph))
+    # Code outside the exported parts may read these tensors in any way.
     for name in sorted(exported.shared):
         ctx.labels.stay_all(ctx.axis_fields(name), "shared with code that could not be exported")
     for node in exported.graph.nodes:
@@ -147,20 +152,21 @@ def propagate(exported: Exported) -> Context:
             else:
                 _apply(ctx, node)
         elif node.op == "output":
-            whole = exported.scopes == ("",)
-            said = "an output of the model" if whole else "an output of a part that was exported alone"
+            whole_model = exported.scopes == ("",)
+            reason = "an output of the model" if whole_model else "an output of a part that was exported alone"
             ends = node.meta.get("eval")
             for source in node.all_input_nodes:
                 both = ends is None or source.name in ends
-                ctx.labels.stay_all(_flat(ctx, source), said if both else f"{said} in training mode")
+                ctx.labels.stay_all(_flat(ctx, source), reason if both else f"{reason} in training mode")
     ctx.labels.at, ctx.training = "", False
     return ctx
 
 
 def _apply_in_training(ctx: Context, node: fx.Node) -> None:
-    """Ties what a call of training mode reads. It is not counted, and makes no channels that could go by themselves."""
+    """Joins labels that a call of training mode reads. The call is not counted and makes no channels of its own."""
     products, known = len(ctx.products), (set(ctx.uses), set(ctx.makers), set(ctx.tables))
     _apply(ctx, node)
+    # Costs are those of inference, and a unit that only training mode makes would vanish at deployment.
     del ctx.products[products:]
     for name in ctx.uses.keys() - known[0]:
         ctx.training_uses[name] = ctx.uses.pop(name)
@@ -172,6 +178,7 @@ def _apply_in_training(ctx: Context, node: fx.Node) -> None:
 def _dead(graph: fx.Graph) -> frozenset[fx.Node]:
     """Calls whose results nothing reads, and that write nothing: attention weights that are not asked for, say."""
     dead: set[fx.Node] = set()
+    # Backwards, so that the readers of a node are decided before it.
     for node in reversed(graph.nodes):
         schema = getattr(node.target, "_schema", None)
         writes = schema is None or schema.is_mutable or not schema.returns
@@ -186,6 +193,8 @@ def _dead(graph: fx.Graph) -> frozenset[fx.Node]:
 
 def _apply(ctx: Context, node: fx.Node) -> None:
     name = op_name(node)
+    # Ops that take sizes run in the slim module's code, too, even if nothing reads their result: they must not fail
+    # there.
     if node in ctx.dead and name not in READS_SIZES - {"mean"}:
         ctx.env[node] = ()
         return
@@ -199,21 +208,24 @@ def _apply(ctx: Context, node: fx.Node) -> None:
         return
     result = rule(ctx, node)
     ctx.env[node] = result
+    # A trailing underscore marks ops in place; a leading one marks private ops such as `_to_copy`, which are not.
     if name != "getitem" and str(getattr(node.target, "_opname", "")).endswith("_") and not name.startswith("_"):
         mutated(ctx, node)
 
 
 def _flat(ctx: Context, node: fx.Node) -> list[Field]:
-    held = ctx.env.get(node)
-    if held is None:
+    result = ctx.env.get(node)
+    if result is None:
         return list(ctx.fields(node))
-    return [f for x in held for f in ([x] if isinstance(x, Field) else x)]
+    return [f for x in result for f in ([x] if isinstance(x, Field) else x)]
 
 
 def _rectangles(ctx: Context) -> None:
-    """Where channels are seen as rows and columns, whole rows or whole columns go: whichever are more."""
+    """Where code views channels as rows and columns, only rows or only columns can go: whichever are more."""
     ctx.labels.because = "channels seen as rows and columns that are tied in both directions"
     changed = bool(ctx.rectangles)
+    # One join may change the classes seen by another rectangle, so the classes are computed anew after each change.
+    # Every join lowers the number of classes, so the loop ends.
     while changed:
         changed = False
         root, _ = ctx.labels.classes()
@@ -222,6 +234,8 @@ def _rectangles(ctx: Context) -> None:
             varying = [d for d in range(now.dim()) if now.shape[d] > 1 and not bool((now == now.narrow(d, 0, 1)).all())]
             if len(varying) < 2:
                 continue
+            # The dimension with most removable classes survives (heads if there are more heads than channels of a
+            # head); size and position only break ties.
             survivor = max(varying, key=lambda d: (_distinct(now, d), now.shape[d], d))
             for d in varying:
                 if d != survivor:

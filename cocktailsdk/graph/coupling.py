@@ -1,4 +1,4 @@
-"""What was learned of a model: its weights, and which channels go together.
+"""The weights of a model, and which of its channels must be removed together.
 
 These are plain data. They are made by :func:`cocktailsdk.graph.couple` and know nothing
 of sparsity: patterns decide *what* to remove, the coupling says what goes with it.
@@ -81,7 +81,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a parameter is multiplied with once it was divided by a norm of its own (weight norm, spectral norm).
+    """The factor that follows the division of a parameter by its own norm (weight norm, spectral norm).
 
     Masked as a whole, such a part would be 0 / 0. Where there is a scale the scale is masked in its place, which makes
     the weight zero there. Where there is none, the parameter cannot be masked as a whole.
@@ -139,7 +139,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Kept:
-    """Something that is kept whole.
+    """A part of the model that is not pruned.
 
     Attributes:
         where: A module path, a parameter's name or an op.
@@ -212,12 +212,12 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: what a sum adds to a stream, and could as well not add.
+    """A residual branch: an operand of a sum that can be dropped.
 
     Attributes:
         name: Short, readable and unique (``"blocks.0.attn"``).
         tensors: Parameters that nothing but the branch reads; with all of them zero it adds nothing.
-        weights: Those of them that are contracted with activations.
+        weights: Those parameters that are contracted with activations.
         modules: Paths of the largest modules that run nothing but the branch, in order of execution.
     """
 
@@ -269,7 +269,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Trace:
-    """What slimming needs of the graph besides the coupling. Not stored in files: it is found again from the model.
+    """Parts of the graph that slimming needs besides the coupling. They are not stored; the model is traced again.
 
     Attributes:
         nodes: Every call, in order of execution.
@@ -301,13 +301,13 @@ class Coupling:
         fields: For each parameter or buffer that units touch, its unit fields: integer tensors
             broadcastable to its shape, ``STAYS`` where an element belongs to no unit. An element
             goes when a unit of any of its fields goes.
-        kept: What is kept whole, and why.
+        kept: The parts that are not pruned, and why.
         contractions: For counting.
         shapes: Shape of every parameter of the model.
         unknown_ops: Names of ops that had no rule, each with the number of its uses.
         branches: The residual branches, in order of execution.
         scales: By name, parameters that are divided by a norm of their own before use.
-        trace: What slimming needs besides; ``None`` in a coupling read from a file.
+        trace: Further parts of the graph for slimming; ``None`` in a coupling read from a file.
     """
 
     weights: tuple[Weight, ...]
@@ -328,7 +328,7 @@ class Coupling:
         return self.groups[-1].stop if self.groups else 0
 
     def masks(self, removed: Bool[Tensor, " units"]) -> dict[str, Bool[Tensor, "..."]]:
-        """What to set to zero so that the removed units are.
+        """Masks that set the removed units to zero.
 
         Args:
             removed: For each unit whether it goes.
@@ -340,16 +340,16 @@ class Coupling:
         return self.spared(self.left(removed))
 
     def left(self, removed: Bool[Tensor, " units"]) -> dict[str, Bool[Tensor, "..."]]:
-        """What is left of every tensor that the removed units touch, once these are sliced away.
+        """The positions that remain of every tensor after the removed units are sliced away.
 
         The same as :meth:`masks` but for parameters that are divided by a norm of their own.
         """
         out: dict[str, Tensor] = {}
-        gone = _with_stays(removed)
+        is_removed = _with_stays(removed)
         for name, fields in self.fields.items():
             keep: Tensor | None = None
             for units in fields:
-                k = ~gone[units]
+                k = ~is_removed[units]
                 keep = k if keep is None else keep & k
             if keep is not None and not bool(keep.all()):
                 out[name] = keep
@@ -363,16 +363,16 @@ class Coupling:
             if keep is None or not scale.name:
                 continue
             others = [d for d in range(keep.ndim) if d != scale.axis]
-            any_left = keep.sum(others, keepdim=True) > 0 if others else keep
-            if bool(any_left.all()):
+            any_remaining = keep.sum(others, keepdim=True) > 0 if others else keep
+            if bool(any_remaining.all()):
                 continue
-            out[name] = keep | ~any_left
+            out[name] = keep | ~any_remaining
             if bool(out[name].all()):
                 del out[name]
             own = len(self.shapes[scale.name])
-            any_left = any_left if own == keep.ndim else any_left.flatten()
-            any_left = any_left.reshape(()) if own == 0 else any_left
-            out[scale.name] = out[scale.name] & any_left if scale.name in out else any_left
+            any_remaining = any_remaining if own == keep.ndim else any_remaining.flatten()
+            any_remaining = any_remaining.reshape(()) if own == 0 else any_remaining
+            out[scale.name] = out[scale.name] & any_remaining if scale.name in out else any_remaining
         return out
 
     def params(self, removed: Bool[Tensor, " units"] | None = None) -> int:
@@ -380,11 +380,11 @@ class Coupling:
         total = sum(_numel(s) for s in self.shapes.values())
         if removed is None:
             return total
-        gone = _with_stays(removed)
+        is_removed = _with_stays(removed)
         for name, fields in self.fields.items():
             if name in self.shapes:
-                left, whole = _left(fields, gone)
-                total -= (whole - left) * (_numel(self.shapes[name]) // whole)
+                remaining, size = _count_remaining(fields, is_removed)
+                total -= (size - remaining) * (_numel(self.shapes[name]) // size)
         return total
 
     def flops(self, removed: Bool[Tensor, " units"] | None = None) -> int:
@@ -395,14 +395,14 @@ class Coupling:
         """
         if removed is None:
             return 2 * sum(c.macs for c in self.contractions)
-        gone = _with_stays(removed)
+        is_removed = _with_stays(removed)
         total = 0
         for c in self.contractions:
-            left, whole = c.macs, 1
+            remaining, size = c.macs, 1
             for fields in (*((units,) for units in c.factors), self.fields.get(c.weight or "", ())):
-                part, of = _left(fields, gone)
-                left, whole = left * part, whole * of
-            total += left // whole
+                part, of = _count_remaining(fields, is_removed)
+                remaining, size = remaining * part, size * of
+            total += remaining // size
         return 2 * total
 
 
@@ -418,21 +418,23 @@ def _with_stays(removed: Bool[Tensor, " units"]) -> Bool[Tensor, " units_and_one
     return torch.cat([removed.cpu(), torch.zeros(1, dtype=torch.bool)])
 
 
-def _left(fields: tuple[Int64[Tensor, "..."], ...], gone: Bool[Tensor, " units_and_one"]) -> tuple[int, int]:
+def _count_remaining(
+    fields: tuple[Int64[Tensor, "..."], ...], removed: Bool[Tensor, " units_and_one"]
+) -> tuple[int, int]:
     """How many positions are left of how many, over the dimensions in which the fields vary.
 
     Rows and columns are counted one by one: a mask of a large weight would take as many bytes as it has elements.
     """
-    kept = [~gone[units] for units in fields]
-    taken: set[int] = set()
-    left = whole = 1
-    for k in kept:
+    masks = [~removed[units] for units in fields]
+    seen_dims: set[int] = set()
+    remaining = size = 1
+    for k in masks:
         dims = {d for d, n in enumerate(k.shape) if n > 1}
-        if dims & taken:  # fields that share a dimension are no rectangle
-            both = kept[0]
-            for other in kept[1:]:
+        if dims & seen_dims:  # fields that share a dimension are no rectangle
+            both = masks[0]
+            for other in masks[1:]:
                 both = both & other
             return int(both.sum()), both.numel()
-        taken |= dims
-        left, whole = left * int(k.sum()), whole * k.numel()
-    return left, whole
+        seen_dims |= dims
+        remaining, size = remaining * int(k.sum()), size * k.numel()
+    return remaining, size

@@ -1,4 +1,4 @@
-"""Cutting: a copy of a model without some of its channel units, mended, and not yet proven."""
+"""Cutting: a copy of a model without some of its channel units, with its modules fixed, not yet verified."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..errors import SlimError
 from .copies import duplicate
 from .coupling import Coupling, Trace
 from .export import evaluating
-from .hooked import refresh
-from .mend import Mends, Options, mend
+from .hook_weights import refresh_hook_weights
+from .module_fixes import ModuleFixes, Options, fix_modules
 
 __all__ = ["Cutter"]
 
@@ -36,19 +36,19 @@ class Cutter:
 
     @property
     def keep(self) -> Bool[Tensor, " units_and_stays"]:
-        """What stays; the last entry, True, is for what belongs to no unit (``STAYS`` indexes it)."""
+        """For each unit whether it stays. ``STAYS`` indexes the last entry, True: positions of no unit."""
         return torch.cat([~self.removed, torch.ones(1, dtype=torch.bool)])
 
     def cut(
-        self, model: nn.Module, mends: Mends | None = None, *, share: Container[str] = ()
+        self, model: nn.Module, fixes: ModuleFixes | None = None, *, share: Container[str] = ()
     ) -> tuple[nn.Module, Options]:
-        """Copies a model without the removed units and mends the copy; nothing is checked.
+        """Copies a model without the removed units and fixes the modules of the copy; nothing is checked.
 
         Args:
             model: The model.
-            mends: Values of attributes that are known.
-            share: Names of parameters and buffers of which the copy gets no copy: it has them as the model has them, or
-                the part that stays where that is the first run along each axis.
+            fixes: Values of attributes that are known.
+            share: Names of parameters and buffers whose memory the copy shares with the model. A narrowed tensor is
+                shared as a view where the remaining positions are the first ones along each axis.
 
         Returns:
             The copy, and the attributes that may need other values.
@@ -62,13 +62,15 @@ class Cutter:
             smaller = tensor.detach()
             copied = name not in share
             for units in fields:
-                left = keep[units]
-                if bool(left.all()):
+                surviving = keep[units]
+                if bool(surviving.all()):
                     continue
-                axes = [d for d in range(left.dim()) if left.shape[d] > 1]
+                axes = [d for d in range(surviving.dim()) if surviving.shape[d] > 1]
                 if len(axes) != 1:
                     raise SlimError(f"{name!r}: its channels vary along {len(axes)} axes at once, which cannot be cut.")
-                stays = left.flatten().nonzero().flatten()
+                stays = surviving.flatten().nonzero().flatten()
+                # Positions 0 ... n-1: a view of the original's memory will do. Once one axis needed a copy, views save
+                # nothing.
                 if not copied and 0 < stays.numel() == int(stays[-1]) + 1:
                     smaller = smaller.narrow(axes[0], 0, stays.numel())
                 else:
@@ -79,9 +81,9 @@ class Cutter:
             if name in share and id(tensor) not in memo:
                 memo[id(tensor)] = _like(tensor, tensor.detach())
         slim = duplicate(model, memo)
-        refresh(slim.modules())
+        refresh_hook_weights(slim.modules())
         with evaluating(model), evaluating(slim):  # in training, merely reading a spectral norm's weight changes it
-            return slim, mend(slim, model, self.trace, keep, mends)
+            return slim, fix_modules(slim, model, self.trace, keep, fixes)
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:

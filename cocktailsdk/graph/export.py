@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
 from ..utils.undo import Snapshot, unchanged
-from .grouped import ExportableGroups
-from .obstacles import hookable, is_scripted, refuse_what_cannot_run
-from .outputs import tensors_of
+from .grouped_mm import ExportableGroups
+from .output_tensors import tensors_of
+from .unsupported import hookable, is_scripted, refuse_unsupported
 
 __all__ = ["BuildsParameters", "Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
 
@@ -49,7 +49,7 @@ class Exported:
         tensors: For each placeholder that is a parameter or buffer the name it has in the model.
             A tied parameter has the first of its names everywhere.
         shapes: The shape of each of these tensors.
-        trainable: Names of those that are parameters.
+        trainable: Names of the tensors that are parameters.
         scopes: Paths of the submodules that the graph is made of; ``("",)`` where the whole model was exported.
         failures: Where it was not: by path, why a module is no scope.
         shared: Tensors that a scope shares with code that is in none.
@@ -66,7 +66,7 @@ class Exported:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back as it was; what modules keep of earlier runs is forgotten."""
+    """Puts every module in eval mode, clears caches of earlier runs, and restores the modes at the end."""
     modules = list(model.modules())
     was = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has no mode
     without = [m for m in modules if not hasattr(m, "training")]
@@ -74,23 +74,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         try:
             model.eval()
         except NotImplementedError:  # graphs of torch.export refuse: they are of one mode
+            # `GraphModule.eval` of exported programs raises NotImplementedError.
             for m, _ in was:
                 m.training = False
-        _forget(model)
+        _clear_caches(model)
         yield
     finally:
-        _forget(model)
+        _clear_caches(model)
         for m, training in was:
             m.training = training
         for m in without:
             vars(m).pop("training", None)
 
 
-def _forget(model: nn.Module) -> None:
-    """Clears what modules keep of a run in eval mode (a bias by device, say), as they do it themselves in training."""
+def _clear_caches(model: nn.Module) -> None:
+    """Clears tensors that modules cache in eval mode, by the modules' own ``train()``."""
+    # LeViT, TinyViT and EfficientViT of timm keep an attention bias by device in eval mode, and clear it in `train()`.
+    # A fake tensor that an export left there would break the user's next call.
     for m in model.modules():
-        kept = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
-        if any(isinstance(t, Tensor) for held in kept for t in held.values()):
+        caches = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
+        if any(isinstance(t, Tensor) for cache in caches for t in cache.values()):
             m.train()
             m.eval()
 
@@ -98,8 +101,8 @@ def _forget(model: nn.Module) -> None:
 def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Exported:
     """Exports a model in eval mode; the model is left as it was.
 
-    Where ``torch.export`` cannot follow the whole of it, the model is run once with hooks, and the largest submodules
-    that can be followed on what they were given are exported instead: the scopes.
+    If ``torch.export`` cannot trace the whole model, the model is run once with hooks. Then the largest submodules that
+    can be traced on the recorded inputs are exported instead: the scopes.
 
     Raises:
         ExportFailed: If the model does not run on these inputs, or nothing of it that holds parameters can be followed.
@@ -109,10 +112,10 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
             f"{type(model).__name__}: the graph is found by running the model, but no example inputs were given. "
             "Pass example_inputs=(x,) or example_kwargs={...}."
         )
-    refuse_what_cannot_run(model)
+    refuse_unsupported(model)
     inputs, own = (tuple(args), dict(kwargs or {})), _names(model)
     failures: dict[str, str] = {}
-    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+    with warnings.catch_warnings(), silenced(), torch.no_grad():
         warnings.simplefilter("ignore")
         programs = _programs(model, inputs, own, failures)
     if not programs:
@@ -121,11 +124,11 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
             "its submodules. Check that its control flow does not depend on tensor values."
         )
     if "" in programs:
-        return _placed(model, _merged(model, programs, {}))
+        return with_modules(model, merge(model, programs, {}))
     log.info(
         "%s could not be exported (%s); following %d parts of it", type(model).__name__, failures[""], len(programs)
     )
-    return _placed(model, _merged(model, programs, failures))
+    return with_modules(model, merge(model, programs, failures))
 
 
 def _programs(
@@ -138,21 +141,22 @@ def _programs(
     leaves in the model are stand-ins without values.
     """
     with evaluating(model), unchanged(model) as before:
-        whole = _attempt(partial(_whole, model, inputs), failures, "")
+        program = _attempt(partial(export_whole, model, inputs), failures, "")
         _refuse_new_parameters(model, own)
-        if whole is not None:
-            return {"": whole}
+        if program is not None:
+            return {"": program}
+        # An attempt that failed half-way leaves fake tensors in lazily made buffers; real tensors are needed next.
         before.restore()
-        given = _given(model, inputs)
+        recorded = _recorded_inputs(model, inputs)
         _refuse_new_parameters(model, own)
         with unchanged(model) as warm:
             if before.restore():
                 warm.restore()
-                whole = _attempt(partial(_whole, model, inputs), failures, "")
-                if whole is not None:
-                    return {"": whole}
+                program = _attempt(partial(export_whole, model, inputs), failures, "")
+                if program is not None:
+                    return {"": program}
                 warm.restore()
-            return _scopes(model, given, failures, warm)
+            return _scopes(model, recorded, failures, warm)
 
 
 def _attempt(export_it: Callable[[], ExportedProgram], failures: dict[str, str], path: str) -> ExportedProgram | None:
@@ -181,10 +185,12 @@ def _refuse_new_parameters(model: nn.Module, own: AbstractSet[str]) -> None:
 
 def _program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     with ExportableGroups():
+        # Non-strict: the code runs as plain Python, so that dataclass outputs, hooks and decorators of transformers and
+        # timm need no support from TorchDynamo.
         return torch.export.export(module, inputs[0], inputs[1], strict=False)
 
 
-def _whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+def export_whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """The whole model. Of outputs that ``torch.export`` does not know (a language model's cache) only tensors count."""
     foreign: list[bool] = []
     # What torch.export says of such an output differs between versions, so the output itself is looked at.
@@ -213,12 +219,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 200, placeholder=' …')}"
 
 
-def _given(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
-    """What every submodule is given in one run on real tensors."""
-    given: dict[str, Inputs] = {}
+def _recorded_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
+    """Records the inputs of every submodule in one run on real tensors."""
+    recorded: dict[str, Inputs] = {}
     hooks = [
         m.register_forward_pre_hook(
-            lambda _m, a, k, path=path: given.setdefault(path, (a, k)) and None, with_kwargs=True
+            lambda _m, a, k, path=path: recorded.setdefault(path, (a, k)) and None, with_kwargs=True
         )
         for path, m in hookable(model)
         if path
@@ -232,14 +238,15 @@ def _given(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     finally:
         for h in hooks:
             h.remove()
-    return given
+    return recorded
 
 
 def _scopes(
-    model: nn.Module, given: Mapping[str, Inputs], failures: dict[str, str], warm: Snapshot
+    model: nn.Module, recorded: Mapping[str, Inputs], failures: dict[str, str], warm: Snapshot
 ) -> dict[str, ExportedProgram]:
-    """The largest submodules that can be exported on what they are given."""
+    """Exports the largest submodules that ``torch.export`` can trace on their recorded inputs."""
     programs: dict[str, ExportedProgram] = {}
+    # A stack in reverse, so that modules are tried in order of registration and a child right after its parent.
     pending = [path for path, _ in reversed(list(model.named_children()))]
     while pending:
         path = pending.pop()
@@ -249,8 +256,8 @@ def _scopes(
         if is_scripted(module):
             failures[path] = "TorchScript, whose code cannot be followed"
             continue
-        if path in given:
-            program = _attempt(partial(_program, module, given[path]), failures, path)
+        if path in recorded:
+            program = _attempt(partial(_program, module, recorded[path]), failures, path)
             warm.restore()
             if program is not None:
                 programs[path] = program
@@ -261,7 +268,7 @@ def _scopes(
     return programs
 
 
-def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures: Mapping[str, str]) -> Exported:
+def merge(model: nn.Module, programs: Mapping[str, ExportedProgram], failures: Mapping[str, str]) -> Exported:
     """One graph of all scopes, side by side, with every tensor under its first name in the model."""
     first: dict[int, str] = {}
     canonical: dict[str, str] = {}
@@ -269,6 +276,7 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]:
+        # Tied parameters: all names of one tensor become the first, since one axis must have one set of labels.
         canonical[name] = first.setdefault(id(tensor), name)
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(t.shape) for name, t in [*parameters.items(), *model.named_buffers()]}
@@ -276,14 +284,14 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
     graph, outputs = fx.Graph(), []
     for path, program in programs.items():
         prefix = f"{path}." if path else ""
-        held = {
+        tensor_names = {
             spec.arg.name: prefix + spec.target
             for spec in program.graph_signature.input_specs
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None
         }
         if not path:  # the usual case needs no copy
             # A buffer that the example run registered is not the model's yet: it counts as a constant.
-            tensors = {node: canonical[name] for node, name in held.items() if name in canonical}
+            tensors = {node: canonical[name] for node, name in tensor_names.items() if name in canonical}
             return Exported(program.graph, tensors, shapes, frozenset(parameters))
         values: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
@@ -292,15 +300,15 @@ def _merged(model: nn.Module, programs: Mapping[str, ExportedProgram], failures:
                 continue
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].meta = {**node.meta, "scope": path}
-            if held.get(node.name) in canonical:
-                tensors[values[node].name] = canonical[held[node.name]]
+            if tensor_names.get(node.name) in canonical:
+                tensors[values[node].name] = canonical[tensor_names[node.name]]
     graph.output(tuple(outputs))
     outside = {canonical[name] for name in canonical if not any(name.startswith(f"{path}.") for path in programs)}
     shared = frozenset(outside.intersection(tensors.values()))
     return Exported(graph, tensors, shapes, frozenset(parameters), tuple(programs), dict(failures), shared)
 
 
-def _placed(model: nn.Module, exported: Exported) -> Exported:
+def with_modules(model: nn.Module, exported: Exported) -> Exported:
     """Notes on every node the modules that ran it, each by the first of its paths where it has several."""
     first: dict[nn.Module, str] = {}
     known = {path: first.setdefault(m, path) for path, m in model.named_modules(remove_duplicate=False)}
@@ -339,8 +347,9 @@ def within(node: fx.Node) -> tuple[str, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Export's own log lines (guards it could not make, say) and the graphs that it prints mean nothing to users."""
+    # This level also holds for the loggers below (torch.export, torch.fx) that have none of their own.
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Int64
-from scipy.sparse import coo_matrix, csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, connected_components
 from torch import Tensor
+
+from .connectivity import breadth_first_edges, component_roots
 
 MUST_STAY = 0
 
@@ -143,24 +143,16 @@ class Labels:
         Returns:
             The roots, and for labels that stay the first reason given for their class.
         """
-        n = self._next
-        component = np.arange(n)
-        if self._left:
-            left, right = np.concatenate(self._left), np.concatenate(self._right)
-            graph = coo_matrix((np.ones(left.size, dtype=np.int8), (left, right)), shape=(n, n))
-            _, component = connected_components(graph, directed=False)
-        # The first label of a component, in label order, is its smallest.
-        _, first = np.unique(component, return_index=True)
-        root = first[component]
+        root = component_roots(self._next, *self._edges())
         reason: dict[int, str] = {}
         for labels, because, _ in self._stay:
             for r in np.unique(root[labels]):
                 reason.setdefault(int(r), because)
-        stays = np.zeros(n, dtype=bool)
+        stays = np.zeros(self._next, dtype=bool)
         stays[list(reason)] = True
         why = {int(i): reason[int(root[i])] for i in np.flatnonzero(stays[root])}
         root = np.where(stays[root], MUST_STAY, root)
-        return torch.from_numpy(root.astype(np.int64)), why
+        return torch.from_numpy(root), why
 
     def causes(self, wanted: Sequence[int], root: Int64[Tensor, " labels"]) -> dict[int, Cause]:
         """The nearest cause of each of some labels that stay, and the joins that lead to it.
@@ -171,38 +163,44 @@ class Labels:
         """
         n = self._next
         staying = root.numpy() == MUST_STAY
-        empty = np.zeros(0, dtype=np.int64)
-        sizes = [a.size for a in self._left]
-        left, right = (np.concatenate([empty, *side]) for side in (self._left, self._right))
-        by = np.repeat(np.arange(len(sizes)), sizes)
+        left, right = self._edges()
+        join = np.repeat(np.arange(len(self._left)), [a.size for a in self._left])
         live = staying[left] & staying[right]
-        left, right, by = left[live], right[live], by[live]
-        ones = np.ones(left.size, dtype=np.int8)
-        _, component = connected_components(coo_matrix((ones, (left, right)), shape=(n, n)), directed=False)
-        _, family = np.unique(component, return_index=True)
+        left, right, join = left[live], right[live], join[live]
+        family = component_roots(n, left, right)
         # One more node, n, leads to all that was made to stay: breadth first from there finds the nearest causes.
-        given = [labels for labels, _, _ in self._stay]
-        sources = np.concatenate([empty, *given])
-        event = np.repeat(np.arange(len(given)), [a.size for a in given])
+        made_to_stay = [labels for labels, _, _ in self._stay]
+        sources = _concatenated(made_to_stay)
+        event = np.repeat(np.arange(len(made_to_stay)), [a.size for a in made_to_stay])
         tail = np.concatenate([left, right, np.full(sources.size, n)])
         head = np.concatenate([right, left, sources])
-        what = np.concatenate([by, by, event])
-        key, first = np.unique(tail * (n + 1) + head, return_index=True)
-        graph = csr_matrix((np.ones(first.size, dtype=np.int8), (tail[first], head[first])), shape=(n + 1, n + 1))
-        _, before = breadth_first_order(graph, n, directed=True)
+        # Of edges between the same two labels, the one that was recorded first counts.
+        _, first = np.unique(tail * (n + 1) + head, return_index=True)
+        tail, head, recorded = tail[first], head[first], np.concatenate([join, join, event])[first]
+        edge = breadth_first_edges(n + 1, tail, head, n)
 
         def cause(label: int) -> Cause:
-            kin, steps = int(family[component[label]]), []
-            while (previous := int(before[label])) != n:
-                if previous < 0:
-                    return Cause("", "", (), kin)
-                join = what[first[np.searchsorted(key, previous * (n + 1) + label)]]
-                steps.append((self._joined_at[join], previous))
+            least = int(family[label])
+            steps: list[tuple[str, int]] = []
+            while (at := int(edge[label])) >= 0:
+                previous = int(tail[at])
+                if previous == n:
+                    _, reason, node = self._stay[recorded[at]]
+                    return Cause(reason, node, tuple(steps), least)
+                steps.append((self._joined_at[recorded[at]], previous))
                 label = previous
-            _, reason, at = self._stay[what[first[np.searchsorted(key, n * (n + 1) + label)]]]
-            return Cause(reason, at, tuple(steps), kin)
+            return Cause("", "", (), least)
 
         return {label: cause(label) for label in wanted}
+
+    def _edges(self) -> tuple[Int64[np.ndarray, " joins"], Int64[np.ndarray, " joins"]]:
+        """All pairs of joined labels, in the order in which they were joined."""
+        return _concatenated(self._left), _concatenated(self._right)
+
+
+def _concatenated(arrays: Sequence[np.ndarray]) -> Int64[np.ndarray, " n"]:
+    """One array of all, also where there are none."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
 
 
 def compact(labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:

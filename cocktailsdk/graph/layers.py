@@ -1,4 +1,4 @@
-"""The small modules that stand in a slim model for those that cannot simply be narrowed."""
+"""Modules and functions that replace layers which cannot simply be narrowed in a slim model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class _SlimNorm(nn.Module):
-    """A norm over channels of which some are gone: the absent ones were zeros, and are still counted.
+    """A norm that counts removed channels as zeros.
 
     Attributes:
         channels: How many channels the original normalised over.
@@ -56,7 +56,7 @@ class _SlimNorm(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """What a printed model shows."""
+        """The text in a printed model."""
         return f"channels={self.channels}, axis={self.axis}, eps={self.eps}"
 
 
@@ -69,6 +69,7 @@ class SlimLayerNorm(_SlimNorm):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Normalises ``x`` along its channel axis; shape and dtype stay."""
         axis = self.axis % x.dim()
+        # Half precision loses the mean of squares of large activations; torch's own norms accumulate in float32, too.
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         absent = self.channels - x.shape[axis]
         mean = wide.sum(axis, keepdim=True) / self.channels
@@ -195,8 +196,8 @@ def expect_still(condition: object, was: bool) -> None:
     """Refuses sizes for which a rewritten forward was not made.
 
     Args:
-        condition: What the code branches on.
-        was: What that was on the example inputs.
+        condition: The condition that the code branches on.
+        was: Its value on the example inputs.
 
     Raises:
         SlimError: Where it has come out otherwise.

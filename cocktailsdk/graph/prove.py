@@ -16,7 +16,7 @@ from ..utils.undo import unchanged
 from .couple import Pass
 from .coupling import Coupling
 from .cut import Cutter
-from .verify import verify_slim
+from .verify_slim import verify_slim
 from .verify_training import TrainingModeError
 
 __all__ = ["couple"]
@@ -42,7 +42,7 @@ def couple(
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         exclude: For a module's path, whether its output channels must all stay (its input columns may go).
-        prove: Slim half of every group on a randomised copy in float64, and keep whole what cannot be mended, with the
+        prove: Slim half of every group on a randomised copy in float64, and keep whole what cannot be fixed, with the
             reason. Models on the meta device, which hold no values, are never run.
 
     Returns:
@@ -77,6 +77,8 @@ def _coupled(
         return coupling
     failed: set[str] = set()
     tried = False
+    # Each failure names a module, which is pinned, and the whole model is verified again: pinning one module changes
+    # the groups that the others see.
     for _ in range(MOST_PINS):
         error = _failure(model, coupling, args, kwargs, range(len(coupling.groups)))
         if error is None:
@@ -91,6 +93,7 @@ def _coupled(
         for module in _alike(model, error.module, failed):
             found.pin(module, _reason(error, module))
         coupling = found.coupling()
+        # The named module had nothing left to pin, so the groups that fail are searched by bisection.
         if coupling.n_units == before:
             culprits = _culprits(model, coupling, args, kwargs, range(len(coupling.groups)))
             for g in culprits:
@@ -110,6 +113,7 @@ def _alike(model: nn.Module, module: str | None, failed: set[str]) -> list[str |
     def role(path: str) -> tuple[str, type]:
         return re.sub(r"\d+", "#", path), type(model.get_submodule(path))
 
+    # Verifying a model of 32 equal layers once for each would take 32 runs; two failures in one role decide for all.
     second = any(role(path) == role(module) for path in failed - {module})
     alike = [path for path, _ in model.named_modules() if role(path) == role(module)] if second else [module]
     failed.update(alike)
@@ -120,12 +124,14 @@ def _reason(error: SlimError, module: str | None) -> str:
     if isinstance(error, TrainingModeError):
         return f"in training mode {module!r} reads it, and could not be shown to compute the same with fewer channels"
     where = f"in {module!r} " if module else ""
-    said = "" if module == error.module else f", as it could not in {error.module!r}"
-    return f"its code {where}could not be mended for fewer channels{said}"
+    elsewhere = "" if module == error.module else f", as it could not in {error.module!r}"
+    return f"its code {where}could not be fixed for fewer channels{elsewhere}"
 
 
 def halves(coupling: Coupling, groups: Sequence[int]) -> Bool[Tensor, " units"]:
     """Half of the units of some groups, at random positions."""
+    # A fixed seed: the same model has the same coupling in every run. Random positions, since code that cuts the wrong
+    # run of channels could pass with the first half.
     generator = torch.Generator().manual_seed(0)
     removed = torch.zeros(coupling.n_units, dtype=torch.bool)
     for i in groups:

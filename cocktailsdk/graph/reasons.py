@@ -1,4 +1,4 @@
-"""Why channels must stay: from labels that stay to the calls and tensors that tie them to the cause."""
+"""Explains why channels must stay: the cause, and the calls and tensors that lead to it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def stays(
     axes = [(name, next(iter(f.dims)), f.labels.flatten()) for name, fields in ctx.named_axes.items() for f in fields]
     staying = [(name, axis, labels, labels[of_label[labels] == STAYS]) for name, axis, labels in axes]
     staying = [entry for entry in staying if entry[3].numel()]
-    first = {int(left[0]) for *_, left in staying if int(root[left[0]]) == 0}
+    # One label is asked for each axis: the search for causes is the expensive part, and neighbours share a cause.
+    first = {int(unprunable[0]) for *_, unprunable in staying if int(root[unprunable[0]]) == 0}
     of_makers = [(name, labels[root[labels] == 0]) for name, labels in makers]
     causes = ctx.labels.causes(sorted(first | {int(m[0]) for _, m in of_makers if m.numel()}), root)
     kin: dict[int, list[str]] = {}
@@ -61,17 +62,18 @@ def stays(
     owners = _Owners([(int(labels[0]), labels.numel(), name, axis) for name, axis, labels in axes])
     where = {node.name: module_of(node) for node in ctx.exported.graph.nodes if isinstance(node, fx.Node)}
 
-    def stay(name: str, axis: int, labels: Tensor, left: Tensor) -> Stay:
-        cause = causes.get(int(left[0]), Cause("", "", (), 0))
+    def stay(name: str, axis: int, labels: Tensor, unprunable: Tensor) -> Stay:
+        cause = causes.get(int(unprunable[0]), Cause("", "", (), 0))
         links: list[Link] = []
         for call, label in cause.steps:
             link = Link(ops.get(call, ""), where.get(call, ""), *owners.of(label))
+            # Consecutive joins by one call to one axis are one step for a reader.
             if not links or links[-1] != link:
                 links.append(link)
         return Stay(
             tensor=name,
             axis=axis,
-            positions=left.numel(),
+            positions=unprunable.numel(),
             of=labels.numel(),
             reason=cause.reason or "no weight makes these channels",
             module=where.get(cause.at, ""),

@@ -20,13 +20,10 @@ from .couple import Pass
 from .coupling import STAYS, Node
 from .cut import Cutter
 from .labels import Field
-from .mend import left_along
-from .rules import RULES, movement
+from .rules.registry import MOVEMENT
+from .surviving import surviving_along
 
 __all__ = ["check_labels"]
-
-MOVEMENT = frozenset(name for name, rule in RULES.items() if rule.__module__ == movement.__name__)
-"""Ops that only move data."""
 
 UNKNOWN = -2
 """In place of a unit: this label belongs to nothing that the original cuts along one axis."""
@@ -63,9 +60,10 @@ def _origins(found: Pass, cutter: Cutter) -> Int64[Tensor, " labels"]:
     origin = torch.full((found.n_labels,), UNKNOWN)
     for name, labels_of in found.tensors().items():
         for axis, units in _along_one_axis(cutter.coupling.fields.get(name, ())).items():
-            left = units[keep[units]]
-            if axis in labels_of and labels_of[axis].numel() == left.numel():
-                origin[labels_of[axis]] = left
+            surviving = units[keep[units]]
+            # An axis of another length is found by the comparison of shapes below, with the module's name.
+            if axis in labels_of and labels_of[axis].numel() == surviving.numel():
+                origin[labels_of[axis]] = surviving
     return origin
 
 
@@ -88,7 +86,7 @@ def _calls(found: Pass, units: Int64[Tensor, " labels"], cutter: Cutter) -> int:
     compared = 0
     for module, was in theirs.items():
         now = ours.get(module, [])
-        if [op for op, *_ in now] != [n.op for n in was]:  # a mended norm, say: only what it returns must be the same
+        if [op for op, *_ in now] != [n.op for n in was]:  # a replaced norm, say: only its result must be the same
             now, was = now[-1:], was[-1:]
         last = was[-1]
         for (op, shape, fields), node in zip(now, was, strict=True) if now else ():
@@ -97,7 +95,7 @@ def _calls(found: Pass, units: Int64[Tensor, " labels"], cutter: Cutter) -> int:
             if op in MOVEMENT and node is not last:
                 continue
             if node.units and shape is not None and node.shape is not None:
-                _compare(module, node, shape, fields, units, cutter.keep, whole=cutter.trace.scopes == ("",))
+                _compare(module, node, shape, fields, units, cutter.keep, whole_model=cutter.trace.scopes == ("",))
                 compared += 1
     return compared
 
@@ -117,35 +115,37 @@ def _compare(
     units: Tensor,
     keep: Tensor,
     *,
-    whole: bool,
+    whole_model: bool,
 ) -> None:
-    left: dict[int, Tensor] = {}
-    for held in node.units:
-        for d, k in left_along(held, keep).items():
-            left[d] = k & left[d] if d in left else k
-    expected = tuple(int(left[d].sum()) if d in left else n for d, n in enumerate(node.shape or ()))
-    if not whole and len(shape) == len(expected):
+    surviving: dict[int, Tensor] = {}
+    for field_units in node.units:
+        for d, k in surviving_along(field_units, keep).items():
+            surviving[d] = k & surviving[d] if d in surviving else k
+    expected = tuple(int(surviving[d].sum()) if d in surviving else n for d, n in enumerate(node.shape or ()))
+    if not whole_model and len(shape) == len(expected):
         # how many rows a part is given may depend on values (a detector's regions): only axes of units have a size
-        expected = tuple(expected[d] if d in left else n for d, n in enumerate(shape))
+        expected = tuple(expected[d] if d in surviving else n for d, n in enumerate(shape))
     if shape != expected:
         raise _difference(f"{node.op} returns {list(shape)}, where {list(expected)} survive", module)
     for field in fields:
         now = units[field.labels]
         same = [u for u in node.units if {d for d, n in enumerate(u.shape) if n > 1} >= field.dims]
-        candidates = [_surviving(u, left) for u in same]
+        candidates = [_surviving(u, surviving) for u in same]
+        # A field may stand for one of several of the original; it is wrong only if it agrees with none of them.
         candidates = [c for c in candidates if c.shape == now.shape]
         if candidates and not any(_agree(now, c) for c in candidates):
             raise _difference(f"{node.op} returns channels that are not those which survived, in their order", module)
 
 
-def _surviving(units: Tensor, left: Mapping[int, Tensor]) -> Tensor:
-    for d, k in left.items():
+def _surviving(units: Tensor, surviving: Mapping[int, Tensor]) -> Tensor:
+    for d, k in surviving.items():
         if units.shape[d] > 1:
             units = units.index_select(d, k.nonzero().flatten())
     return units
 
 
 def _agree(now: Tensor, was: Tensor) -> bool:
+    # Positions that the original cannot cut, or that come from no tensor, are not comparable.
     both = (now >= 0) & (was > STAYS)
     return bool((now[both] == was[both]).all())
 

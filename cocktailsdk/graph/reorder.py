@@ -40,11 +40,13 @@ class Order:
 
     def __init__(self, coupling: Coupling, units: Int64[Tensor, " units"]) -> None:
         self.coupling, self.units = coupling, units
+        # Index -1 is the last entry, which maps STAYS to itself.
         places = torch.cat([units, torch.full((1,), -1)])  # ``STAYS`` indexes the last
         self._along: dict[str, dict[int, Tensor]] = {}
         known: dict[tuple[int, bytes], Tensor | None] = {}
         for name, fields in coupling.fields.items():
             for axis, labels in _axes(fields).items():
+                # Many tensors of a group share one labelling; matching it once for all is what keeps this linear.
                 key = len(labels), labels.numpy().tobytes()
                 if key not in known:
                     known[key] = _matched(labels, places[labels])
@@ -92,12 +94,13 @@ def nested_order(
     """
     stays = torch.stack([~r.cpu() for r in removed]).sum(0) if removed else torch.zeros(coupling.n_units)
     alike = _alike(coupling)
-    wanted = list(coupling.groups)
-    order, left = _possible(coupling, stays, alike, wanted)
+    all_groups = list(coupling.groups)
+    order, sortable = _possible(coupling, stays, alike, all_groups)
     check = _Check(model, coupling, args, kwargs)
+    # One run in the usual case. Only if it fails is each group tried by itself.
     if check.same(order):
         return order
-    ordered = [g for g in left if check.same(_possible(coupling, stays, alike, [g])[0])]
+    ordered = [g for g in sortable if check.same(_possible(coupling, stays, alike, [g])[0])]
     order, _ = _possible(coupling, stays, alike, ordered)
     log.warning(
         "these channel groups keep their order, since the model computes something else in another: %s",
@@ -165,6 +168,7 @@ def _matched(
 ) -> Int64[Tensor, " positions"] | None:
     """For each position the one whose labels are wanted there, the n-th time the n-th; ``None`` if they differ."""
     n = labels.shape[1]
+    # Columns of labels (one row for each field) become single numbers, which stable sorting matches n-th to n-th.
     kinds = torch.cat([labels, wanted], 1).unique(dim=1, return_inverse=True)[1]
     have, want = kinds[:n].sort(stable=True), kinds[n:].sort(stable=True)
     if not torch.equal(have.values, want.values):

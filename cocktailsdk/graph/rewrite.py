@@ -1,7 +1,7 @@
-"""The last mend: a module whose code takes channel counts from shapes gets its own forward, with the right sizes.
+"""The last fix: a module whose code takes channel counts from shapes gets its own forward, with the right sizes.
 
 ``q.reshape(b, n, self.num_heads, c // self.num_heads)``, with ``c`` read from an input that lost channels of its own,
-has no attribute to mend. Such a module is traced with its children as they are, and the numbers that must differ are
+has no attribute to fix. Such a module is traced with its children as they are, and the numbers that must differ are
 put in place.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 
 from .coupling import Node, Trace
 from .layers import expect_still, layer_norm_of_all, mean_of_all, standardised_of_all, variance_of_all
-from .mend import left_along, new_shape
-from .tracing import Runner, bound_to, traced, values_of
+from .module_tracer import Runner, bound_to, traced, values_of
+from .surviving import new_shape, surviving_along
 
 __all__ = ["rewritten"]
 
@@ -68,16 +68,16 @@ def rewritten(
     """
     try:
         graph = traced(original, *inputs)
-        wide = values_of(original, graph, *inputs)
+        original_values = values_of(original, graph, *inputs)
     except Exception as error:  # tracing runs the user's code on stand-ins, so anything may happen
         log.debug("%s cannot be traced: %s", path, error)
         return None
     own = [n for n in trace.nodes if n.module == path]
-    given = {name for n in own for name in n.inputs}
-    around = [n for n in trace.nodes if n.module == path or n.name in given]
+    input_names = {name for n in own for name in n.inputs}
+    nearby = [n for n in trace.nodes if n.module == path or n.name in input_names]
     values: dict[fx.Node, Any] = {}
-    needless: list[fx.Node] = []
-    editor = _Editor(wide, values, own, around, keep)
+    obsolete: list[fx.Node] = []
+    editor = _Editor(original_values, values, own, nearby, keep)
     runner = Runner(slim, graph)
     bound = bound_to(slim, *slim_inputs)
     try:
@@ -89,14 +89,15 @@ def rewritten(
                 break
             editor.edit(node)
             if node.target is expect_still and bool(values[node.args[0]]) is not node.args[1]:
-                needless.append(node)  # it came out otherwise by the widths alone, not by what the model was given
+                obsolete.append(node)  # it came out otherwise by the widths alone, not by what the model was given
                 continue
             try:
                 values[node] = runner.run_one(node, values)
             except ArithmeticError:  # a number made of widths, which what reads it has as a constant of the original
                 values[node] = None
-                needless.append(node)
-        for node in reversed(needless):
+                obsolete.append(node)
+        # Readers before what they read: fx refuses to erase a node that has users.
+        for node in reversed(obsolete):
             graph.erase_node(node)
     except Exception as error:
         log.debug("%s cannot be rewritten: %s", path, error)
@@ -108,6 +109,11 @@ def _name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """A call's arguments by name, whichever way they were passed."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _share(dim: int | Sequence[int] | None, before: Sequence[int], now: Sequence[int]) -> tuple[tuple[int, ...], float]:
@@ -146,12 +152,12 @@ class _Editor:
         wide: dict[fx.Node, Any],
         values: dict[fx.Node, Any],
         own: Sequence[Node],
-        around: Sequence[Node],
+        nearby: Sequence[Node],
         keep: Tensor,
     ) -> None:
-        self._wide, self._values, self._own, self._around, self._keep = wide, values, own, around, keep
-        self._sliced = {name for r in around if r.op in FAMILIES["part"] for name in r.inputs}
-        self._taken: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._wide, self._values, self._own, self._nearby, self._keep = wide, values, own, nearby, keep
+        self._sliced = {name for r in nearby if r.op in FAMILIES["part"] for name in r.inputs}
+        self._uses: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def edit(self, node: Any) -> None:
         """Edits one call, whose operands have been run."""
@@ -215,66 +221,64 @@ class _Editor:
 
     def _mean(self, node: Any) -> None:
         """A mean over channels goes on dividing by how many there were."""
-        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
-        before, now = self._wide[given["input"]].shape, self._values[given["input"]].shape
-        dims, share = _share(given.get("dim"), before, now)
+        call = _arguments(node, "input", "dim", "keepdim")
+        before, now = self._wide[call["input"]].shape, self._values[call["input"]].shape
+        dims, share = _share(call.get("dim"), before, now)
         if share == 1:
             return
-        centred = _centred(given["input"], squared=True)
-        keepdim = bool(given.get("keepdim", False))
+        centred = _centred(call["input"], squared=True)
+        keepdim = bool(call.get("keepdim", False))
         node.op, node.kwargs = "call_function", {}
         if centred is None:
-            node.target, node.args = mean_of_all, (given["input"], dims, keepdim, share)
+            node.target, node.args = mean_of_all, (call["input"], dims, keepdim, share)
         else:
             node.target, node.args = variance_of_all, (centred, dims, keepdim, share, 0, False)
 
     def _deviation(self, node: Any, name: str) -> None:
         """A variance over channels goes on counting those there were."""
-        given = dict(node.kwargs)
+        arguments = dict(node.kwargs)
         rest = list(node.args[1:])
         if rest and not isinstance(rest[0], bool):
-            given["dim"] = rest.pop(0)
-        given |= dict(zip(("unbiased", "keepdim"), rest, strict=False))
-        dims, share = _share(given.get("dim"), self._wide[node.args[0]].shape, self._values[node.args[0]].shape)
+            arguments["dim"] = rest.pop(0)
+        arguments |= dict(zip(("unbiased", "keepdim"), rest, strict=False))
+        dims, share = _share(arguments.get("dim"), self._wide[node.args[0]].shape, self._values[node.args[0]].shape)
         if share != 1:
-            correction = given.get("correction", int(given.get("unbiased", True)))
+            correction = arguments.get("correction", int(arguments.get("unbiased", True)))
             node.op, node.target, node.kwargs = "call_function", variance_of_all, {}
             source = _centred(node.args[0], squared=False) or node.args[0]
-            node.args = (source, dims, bool(given.get("keepdim", False)), share, correction, name == "std")
+            node.args = (source, dims, bool(arguments.get("keepdim", False)), share, correction, name == "std")
 
     def _narrow(self, node: Any) -> None:
         """A run of channels, told by its start and length."""
-        given = dict(zip(("input", "dim", "start", "length"), node.args, strict=False)) | dict(node.kwargs)
-        source, dim = given["input"], given["dim"]
+        call = _arguments(node, "input", "dim", "start", "length")
+        source, dim = call["input"], call["dim"]
         before, now = self._wide[source].shape, self._values[source].shape
         if before[dim] == now[dim]:
             return
-        left = self._left(tuple(before), dim % len(before))
-        if left is None:
+        surviving = self._surviving(tuple(before), dim % len(before))
+        if surviving is None:
             raise ValueError("a run of channels that cannot be followed")
-        start, length = (self._wide[v] if isinstance(v, fx.Node) else v for v in (given["start"], given["length"]))
-        first = int(left[:start].sum())
-        node.args, node.kwargs = (source, dim, first, int(left[: start + length].sum()) - first), {}
+        start, length = (self._wide[v] if isinstance(v, fx.Node) else v for v in (call["start"], call["length"]))
+        first = int(surviving[:start].sum())
+        node.args, node.kwargs = (source, dim, first, int(surviving[: start + length].sum()) - first), {}
 
     def _standardisation(self, node: Any) -> None:
         """A weight's rows go on being standardised by their original fan-in."""
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        before, now = self._wide[given["input"]], self._values[given["input"]]
-        if given.get("training") and before.dim() == 3 and before.shape[2] != now.shape[2]:
+        call = _arguments(node, *names)
+        before, now = self._wide[call["input"]], self._values[call["input"]]
+        if call.get("training") and before.dim() == 3 and before.shape[2] != now.shape[2]:
             share = now.shape[2] / before.shape[2]
             node.op, node.target, node.kwargs = "call_function", standardised_of_all, {}
-            node.args = (given["input"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5), share)
+            node.args = (call["input"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5), share)
 
     def _layer_norm(self, node: Any) -> None:
         """A LayerNorm inside other code goes on counting the channels there were."""
-        given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | dict(
-            node.kwargs
-        )
-        before, now = self._wide[given["input"]].shape, self._values[given["input"]].shape
+        call = _arguments(node, "input", "normalized_shape", "weight", "bias", "eps")
+        before, now = self._wide[call["input"]].shape, self._values[call["input"]].shape
         if before[-1] != now[-1]:
             node.op, node.target, node.kwargs = "call_function", layer_norm_of_all, {}
-            node.args = (given["input"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5), before[-1])
+            node.args = (call["input"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5), before[-1])
 
     def _slices(self, node: Any) -> None:
         """Runs of channels begin and end where those that are left do."""
@@ -295,25 +299,28 @@ class _Editor:
                 if (start, stop, step) == (0, before[dim], 1):
                     dim += 1
                     continue
-                left = self._left(tuple(before), dim)
-                if left is None or step != 1:
+                surviving = self._surviving(tuple(before), dim)
+                if surviving is None or step != 1:
                     raise ValueError("a slice of channels that cannot be followed")
-                parts[i] = slice(int(left[:start].sum()), int(left[:stop].sum()))
+                parts[i] = slice(int(surviving[:start].sum()), int(surviving[:stop].sum()))
             dim += 1
         node.args = (source, tuple(parts))
 
-    def _left(self, shape: tuple[int, ...], dim: int) -> Tensor | None:
+    def _surviving(self, shape: tuple[int, ...], dim: int) -> Tensor | None:
         """Which positions are left along a dimension of the tensor of that shape which the module slices."""
-        alike = [r for r in self._around if r.shape == shape]
-        fields = [u for r in [r for r in alike if r.name in self._sliced] or alike for u in r.units]
-        found = [left[dim] for units in fields if dim in (left := left_along(units, self._keep))]
+        same_shape = [r for r in self._nearby if r.shape == shape]
+        fields = [u for r in [r for r in same_shape if r.name in self._sliced] or same_shape for u in r.units]
+        found = [surviving[dim] for units in fields if dim in (surviving := surviving_along(units, self._keep))]
+        # Two tensors of one shape with other channels left: which of them is sliced cannot be told from the shape.
         return found[0] if found and all(torch.equal(f, found[0]) for f in found) else None
 
     def _expected(self, family: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The slim shape of the next result that has this shape in the original."""
         found = [new_shape(r, self._keep) for r in self._own if r.op in FAMILIES[family] and r.shape == shape]
-        nth = self._taken[family, shape]
-        self._taken[family, shape] += 1
+        # The traced code and the exported graph list calls of one family in the same order, but not one for one: equal
+        # shapes are matched in order of appearance, the last one for the rest.
+        nth = self._uses[family, shape]
+        self._uses[family, shape] += 1
         return found[min(nth, len(found) - 1)] if found else None
 
     def _size(self, arg: Any, expected: int) -> Any:

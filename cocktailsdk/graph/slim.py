@@ -16,7 +16,7 @@ from ..utils.undo import unchanged
 from .couple import Pass
 from .coupling import STAYS, Coupling, Trace
 from .cut import Cutter
-from .verify import verify_slim
+from .verify_slim import verify_slim
 
 __all__ = ["slim_module"]
 
@@ -60,8 +60,8 @@ def slim_module(
             raise SlimError(f"all {g.size} units of group {g.name!r} would go; at least one of each group must stay.")
     with unchanged(model):
         trace = coupling.trace or _found_again(model, coupling, args, kwargs)
-        mends = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).mends if verify else None
-        return Cutter(coupling, trace, removed).cut(model, mends)[0]
+        fixes = verify_slim(model, Cutter(coupling, trace, removed), args, kwargs).fixes if verify else None
+        return Cutter(coupling, trace, removed).cut(model, fixes)[0]
 
 
 def _found_again(model: nn.Module, coupling: Coupling, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Trace:
@@ -85,6 +85,7 @@ def _correspondence(fresh: Coupling, stored: Coupling) -> Tensor | None:
     """For each fresh unit (and ``STAYS``, last) the stored one, or ``None`` if they contradict."""
     mapping = torch.full((fresh.n_units + 1,), STAYS)
     seen = torch.zeros(fresh.n_units + 1, dtype=torch.bool)
+    # STAYS is -1, which indexes the extra last entry.
     seen[STAYS] = True
     for name, fields in stored.fields.items():
         ours = {tuple(u.shape): u for u in fresh.fields[name]}

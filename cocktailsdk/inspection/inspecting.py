@@ -1,4 +1,4 @@
-"""From a model to what is found of it."""
+"""Inspects a model: traces it, builds its coupling, and collects the findings."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CocktailError, PatternError
-from ..graph import Coupling, Kept, Stay, Weight, couple, obstacles
+from ..graph import Coupling, Kept, Stay, Weight, couple, unsupported_modules
 from ..graph.export import BuildsParameters, evaluating
+from ..masks.tiles import covered_by_runs
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
 from ..net.tracing import Example, example_of
-from ..patterns.nm import covered
 from ..utils.batchnorm import device_of
 from ..utils.nested import to_device
 from ..utils.undo import unchanged
-from .found import Eligibility, Inspection, Layer, Saving
-from .groups import channel_groups
+from .channel_groups import channel_groups
+from .findings import Eligibility, Layer, Saving
+from .inspection import Inspection
 from .measuring import measured_flops
 
 __all__ = ["inspect", "kept_whole"]
@@ -46,7 +47,7 @@ LONGEST_REASON = 400
 
 
 def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[str, Any] | None = None) -> Inspection:
-    """Find what is prunable, what is coupled, and what is kept whole and why.
+    """Find which channels are prunable, which are coupled, and which are not pruned and why.
 
     It does not fail on models that cannot be followed: all their channels are kept, with the reason.
 
@@ -68,7 +69,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
     example: Example = ((), {})
     selection = Selection.of(model)
     if isinstance(model, SubnetModel):
-        if not _given(example_inputs) and not example_kwargs and model.example is not None:
+        if not _has_inputs(example_inputs) and not example_kwargs and model.example is not None:
             example_inputs, example_kwargs = model.example
         selection = model.selection
         model = model.model
@@ -85,7 +86,7 @@ def inspect(model: nn.Module, example_inputs: Any = (), example_kwargs: Mapping[
             return _unfollowed(model, _described(*example), reason, flops)
 
 
-def _given(inputs: Any) -> bool:
+def _has_inputs(inputs: Any) -> bool:
     return isinstance(inputs, Tensor) or not isinstance(inputs, list | tuple) or bool(inputs)
 
 
@@ -105,7 +106,7 @@ def _found(model: nn.Module, example: Example, selection: Selection) -> Inspecti
 
 def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, selection: Selection) -> Inspection:
     stays = _stays(coupling)
-    kept = (*kept_whole(coupling), *obstacles(model))
+    kept = (*kept_whole(coupling), *unsupported_modules(model))
     if not kept and not coupling.weights and any(True for _ in model.parameters()):
         kept = (Kept("", NOTHING_RETURNED),)
     reasons = {k.where: k.reason for k in kept}
@@ -144,7 +145,7 @@ def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, sel
 
 
 def _stays(coupling: Coupling) -> tuple[Stay, ...]:
-    """What must stay, without the axes of weights along which there are no channels (a kernel's height)."""
+    """Positions that must stay, without axes that have no channels (the height of a kernel)."""
     if coupling.trace is None:
         return ()
     axes = {w.name: (w.out_axis, w.in_axis) for w in coupling.weights}
@@ -152,7 +153,7 @@ def _stays(coupling: Coupling) -> tuple[Stay, ...]:
 
 
 def kept_whole(coupling: Coupling) -> tuple[Kept, ...]:
-    """What is kept whole; of weights with the nearest cause."""
+    """Parts that are not pruned; weights with the nearest cause."""
     stays = _stays(coupling)
     made = {k.where for k in coupling.kept}
     axes = {w.name: w.out_axis for w in coupling.weights}
@@ -180,7 +181,7 @@ def _every(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layer(w: Weight, why_not: str, groups: tuple[str, ...], reads: tuple[str, ...], kept: str) -> Layer:
-    coverage = {m: covered(w, m) / w.numel for m in RUNS} if w.numel else dict.fromkeys(RUNS, 0.0)
+    coverage = {m: covered_by_runs(w, m) / w.numel for m in RUNS} if w.numel else dict.fromkeys(RUNS, 0.0)
     runs = why_not or ("" if coverage[RUNS[0]] else "fewer input channels than the shortest run of N:M")
     return Layer(
         name=w.name,
@@ -207,19 +208,19 @@ def _savings(coupling: Coupling, eligible: Iterable[Weight]) -> tuple[Saving, ..
         return ()
 
     def zeros(pattern: str, subnet: str, may: Mapping[str, int]) -> Saving:
-        gone = {w.name: round(HALF * may[w.name]) for w in weights}
-        idle = sum(2 * w.macs * gone[w.name] // w.numel for w in weights if w.numel)
-        return Saving(pattern, subnet, params - sum(gone.values()), flops, flops - idle, sum(may.values()) / params)
+        zeros_of = {w.name: round(HALF * may[w.name]) for w in weights}
+        idle = sum(2 * w.macs * zeros_of[w.name] // w.numel for w in weights if w.numel)
+        return Saving(pattern, subnet, params - sum(zeros_of.values()), flops, flops - idle, sum(may.values()) / params)
 
     removed = torch.zeros(coupling.n_units, dtype=torch.bool)
     for g in coupling.groups:
         removed[g.start : g.start + min(round(HALF * g.size), g.size - 1)] = True
-    left, run = coupling.params(removed), coupling.flops(removed)
+    params_left, run = coupling.params(removed), coupling.flops(removed)
     everything = torch.ones(coupling.n_units, dtype=torch.bool)
     return (
         zeros("unstructured", f"unstructured@{HALF:g}", {w.name: w.numel for w in weights}),
-        *(zeros("n:m", f"{m // 2}:{m}", {w.name: covered(w, m) for w in weights}) for m in RUNS[:3]),
-        Saving("channel", f"channel@{HALF:g}", left, run, run, 1 - coupling.params(everything) / params),
+        *(zeros("n:m", f"{m // 2}:{m}", {w.name: covered_by_runs(w, m) for w in weights}) for m in RUNS[:3]),
+        Saving("channel", f"channel@{HALF:g}", params_left, run, run, 1 - coupling.params(everything) / params),
     )
 
 
@@ -251,7 +252,7 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
         followed=False,
         layers=layers,
         groups=(),
-        kept=(Kept("", reason), *obstacles(model)),
+        kept=(Kept("", reason), *unsupported_modules(model)),
         params=sum(p.numel() for p in model.parameters() if not is_lazy(p)),
         flops=flops.get("", 0),
         savings=(),

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..graph import Stay
-from .found import ChannelGroup, Inspection, Layer
-from .names import folded, pattern_of
+from .findings import ChannelGroup, Findings, Layer
+from .layer_names import folded, pattern_of
 
 __all__ = ["Fold", "Lane", "Row", "arranged"]
 
@@ -81,7 +81,7 @@ class Lane:
     rows: set[int] = field(default_factory=set)
 
 
-def arranged(found: Inspection) -> tuple[list[Row], list[Lane], list[Fold]]:
+def arranged(found: Findings) -> tuple[list[Row], list[Lane], list[Fold]]:
     """Rows in order of execution, lanes with their columns, and which rows are repeated."""
     rows, reasons = _rows(found)
     rows, folds, same = _folded(rows)
@@ -100,7 +100,7 @@ def arranged(found: Inspection) -> tuple[list[Row], list[Lane], list[Fold]]:
     return rows, sorted(lanes.values(), key=lambda lane: (lane.first, lane.column)), folds
 
 
-def _rows(found: Inspection) -> tuple[list[Row], dict[str, str]]:
+def _rows(found: Findings) -> tuple[list[Row], dict[str, str]]:
     """Every weight and embedding, and the reasons of lanes that stay."""
     stays = {(s.tensor, s.axis): s for s in found.stays}
     layers = {la.name: la for la in found.layers}
@@ -121,12 +121,12 @@ def _rows(found: Inspection) -> tuple[list[Row], dict[str, str]]:
                 lanes.append(key)
         name = tensor.removesuffix(".weight")
         shape = found.tensors.get(tensor, layer.shape if layer is not None else ())
-        told = "" if kept is None else kept.reason
+        reason = "" if kept is None else kept.reason
         if not found.followed:
-            told = "the model's graph is not known"
+            reason = "the model's graph is not known"
         elif kept is not None and kept.positions < kept.of:
-            told = f"{kept.positions} of {kept.of} channels stay: {kept.reason}"
-        out.append(Row(name, tensor, shape, layer, tuple(makes), tuple(reads), told))
+            reason = f"{kept.positions} of {kept.of} channels stay: {kept.reason}"
+        out.append(Row(name, tensor, shape, layer, tuple(makes), tuple(reads), reason))
     return out, reasons
 
 

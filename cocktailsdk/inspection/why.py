@@ -1,4 +1,4 @@
-"""Why something can go, or is kept whole, in a few sentences."""
+"""Explains in a few sentences why channels can be removed or must stay."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import CocktailError
 from ..graph import Link, Stay
-from .found import Inspection, Layer
-from .names import folded, nearest, owner
+from .findings import Findings, Layer
+from .layer_names import folded, nearest, owner
 
 __all__ = ["Answer", "Why", "why"]
 
@@ -29,7 +29,7 @@ TIES = {
     "bmm": "contracted with",
     "scaled_dot_product_attention": "attended together with",
 }
-"""What an op does to channels that it ties to others."""
+"""How an op ties channels to others, in words."""
 
 READS = ("linear", "addmm", "matmul", "bmm", "mm", "einsum", "convolution")
 """Ops (besides all that begin with ``conv``) whose weight's input columns are tied to the channels that they read."""
@@ -37,7 +37,7 @@ READS = ("linear", "addmm", "matmul", "bmm", "mm", "einsum", "convolution")
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of one axis of a parameter.
+    """The answer for one axis of a parameter.
 
     Attributes:
         tensor: The parameter or buffer.
@@ -91,7 +91,7 @@ def _subject(names: Sequence[str]) -> str:
     return ", ".join(folded(names))
 
 
-def why(found: Inspection, name: str) -> Why:
+def why(found: Findings, name: str) -> Why:
     """See :meth:`Inspection.why`."""
     layers = [la for la in found.layers if la.name == name or la.module == name]
     own = [t for t in found.tensors if t == name or owner(t) == name]
@@ -119,12 +119,12 @@ def why(found: Inspection, name: str) -> Why:
     return Why(name, tuple(answers), tuple(n for la in layers for n in _notes(la)))
 
 
-def _known(found: Inspection, tensor: str) -> bool:
+def _known(found: Findings, tensor: str) -> bool:
     touched = {s.tensor for g in found.groups for s in g.slices}
     return tensor in touched or any(s.tensor == tensor for s in found.stays)
 
 
-def _of_layer(found: Inspection, layer: Layer) -> list[Answer]:
+def _of_layer(found: Findings, layer: Layer) -> list[Answer]:
     sides = (("output channels", "rows"), ("input channels", "columns"))
     return [
         _answer(found, layer.name, axis, side, kind, layer.module)
@@ -132,13 +132,13 @@ def _of_layer(found: Inspection, layer: Layer) -> list[Answer]:
     ]
 
 
-def _of_tensor(found: Inspection, tensor: str) -> list[Answer]:
+def _of_tensor(found: Findings, tensor: str) -> list[Answer]:
     shape = found.tensors[tensor]
     answers = [_answer(found, tensor, axis, "entries", "entries", owner(tensor)) for axis in range(len(shape))]
     return [a for a in answers if a.groups or a.stay is not None]
 
 
-def _answer(found: Inspection, tensor: str, axis: int, side: str, kind: str, module: str) -> Answer:
+def _answer(found: Findings, tensor: str, axis: int, side: str, kind: str, module: str) -> Answer:
     of = found.tensors[tensor][axis]
     stay = next((s for s in found.stays if s.tensor == tensor and s.axis == axis), None)
     slices = [(g.name, s) for g in found.groups for s in g.slices if s.tensor == tensor and s.axes == (axis,)]
@@ -156,7 +156,7 @@ def _answer(found: Inspection, tensor: str, axis: int, side: str, kind: str, mod
     return Answer(tensor, where, side, of, groups, stay, text)
 
 
-def _sentence(found: Inspection, of: int, side: str, groups: Sequence[str], stay: Stay | None) -> str:
+def _sentence(found: Findings, of: int, side: str, groups: Sequence[str], stay: Stay | None) -> str:
     goes = f"with the group{'s' if len(groups) > 1 else ''} {_some(folded(groups))}"
     if len(groups) == 1:
         group = next(g for g in found.groups if g.name == groups[0])
@@ -172,7 +172,7 @@ def _sentence(found: Inspection, of: int, side: str, groups: Sequence[str], stay
 
 def _cause(stay: Stay, side: str) -> str:
     """One or two sentences: the chain, then its end, then what else is in it."""
-    chain = _told(stay)
+    chain = _condensed(stay)
     if not chain:
         text = f"they are {stay.reason}" if stay.reason.startswith("an output") else stay.reason
     else:
@@ -193,7 +193,7 @@ def _cause(stay: Stay, side: str) -> str:
     return f"{text}.{tail}"
 
 
-def _told(stay: Stay) -> list[Link]:
+def _condensed(stay: Stay) -> list[Link]:
     """The chain without steps from a layer's own tensors to one another."""
     out: list[Link] = []
     at = owner(stay.tensor)
@@ -239,9 +239,9 @@ def _notes(layer: Layer) -> list[str]:
 
 
 def _contents(name: str, inside: Sequence[Layer]) -> str:
-    whole = [_weight(la.name) for la in inside if not la.groups]
+    unprunable = [_weight(la.name) for la in inside if not la.groups]
     groups = dict.fromkeys(g for la in inside for g in la.groups)
     text = f"{name}: the output channels of its weights ({len(inside)}) "
     text += f"go with the groups {_some(folded(groups))}" if groups else "stay"
-    kept = f"; those of {_some(folded(whole))} stay" if whole and groups else ""
-    return f"{text}{kept}."
+    rest = f"; those of {_some(folded(unprunable))} stay" if unprunable and groups else ""
+    return f"{text}{rest}."

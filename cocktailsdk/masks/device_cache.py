@@ -1,98 +1,95 @@
-"""Subnetworks' masks where the model is, kept from one use to the next."""
+"""Masks on the model's device, cached from one use to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import Mask
+from ..graph import Coupling
+from .mask import Mask
 from .nested import Level
 from .packed import PackedMasks, number_type, zero_by_numbers
 from .units import UnitMasks
 
-if TYPE_CHECKING:
-    from ..graph import Coupling
+__all__ = ["DeviceMaskCache", "DeviceMasks", "mask_bytes", "zero_masked"]
 
-__all__ = ["Placed", "PlacedMasks", "zero_masked"]
-
-Placed = PackedMasks | UnitMasks | Mapping[str, Tensor]
-"""Masks of parameters and buffers by name: packed, by what removed units mask, or as numbers for the tensors' bits."""
+DeviceMasks = PackedMasks | UnitMasks | Mapping[str, Tensor]
+"""Masks by tensor name: packed, as removed units, or (small ones) as whole numbers as wide as the tensors' elements."""
 
 _CACHE_BYTES = 1 << 30
-_PLAIN_BYTES = 1 << 22  # masks that are no larger as numbers are kept so: for small models speed is what counts
+_PLAIN_BYTES = 1 << 22  # masks that take no more as whole numbers stay unpacked: for small models speed counts
 
 
-class Tensors(Protocol):
-    """A model's parameters and buffers, as masks need them."""
+class ModelTensors(Protocol):
+    """A model's parameters and buffers by name; of a sharded one the local shard."""
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 shards any of them."""
+        """Whether any is sharded."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        """A tensor; of a sharded one, the local shard."""
+    def __getitem__(self, name: str) -> Tensor: ...
 
     def part(self, name: str, mask: Tensor) -> Tensor:
-        """A mask that broadcasts to a tensor, narrowed to the rows of the local shard."""
+        """Of a mask that broadcasts to a whole tensor, what broadcasts to the local shard."""
 
 
-class PlacedMasks:
-    """Masks that were used last, on the model's device.
+class DeviceMaskCache:
+    """The masks that were used last, on the model's device; the least recently used go once they exceed a gigabyte.
 
     Args:
         coupling: The model's.
         tensors: Its parameters and buffers.
     """
 
-    def __init__(self, coupling: Coupling, tensors: Tensors) -> None:
+    def __init__(self, coupling: Coupling, tensors: ModelTensors) -> None:
         self._coupling, self._tensors = coupling, tensors
-        self._held: dict[str, Placed] = {}
+        self._cached: dict[str, DeviceMasks] = {}
 
-    def of(self, name: str, mask: Mask) -> Placed:
+    def of(self, name: str, mask: Mask) -> DeviceMasks:
         """A subnetwork's masks: packed, or as numbers if they are small."""
-        masks = self._held.pop(name, None)
-        if masks is None or not self._at_home(masks):
+        masks = self._cached.pop(name, None)
+        if masks is None or not self._fits(masks):
             with torch.inference_mode(False):
-                masks = self._place(mask)
-        self._held[name] = masks  # at the end: the dict's order is that of use
-        sizes = {k: placed_bytes(v) for k, v in self._held.items()}
+                masks = self._on_device(mask)
+        self._cached[name] = masks  # popped and put in again: the dict's order is that of use
+        sizes = {k: mask_bytes(v) for k, v in self._cached.items()}
         for oldest in list(sizes)[:-1]:
             if sum(sizes.values()) <= _CACHE_BYTES:
                 break
-            del self._held[oldest], sizes[oldest]
+            del self._cached[oldest], sizes[oldest]
         return masks
 
     def release(self) -> None:
-        """Drop what can be had again quickly: what lies on the CPU."""
-        self._held = {name: masks for name, masks in self._held.items() if not _on_cpu(masks)}
+        """Drop masks on the CPU, which are made again quickly."""
+        self._cached = {name: masks for name, masks in self._cached.items() if not _on_cpu(masks)}
 
     def forget(self, name: str) -> None:
-        """Drop what is held of a subnetwork, whose mask has changed."""
-        self._held.pop(name, None)
+        """Drop the masks of a subnetwork whose mask has changed."""
+        self._cached.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": {}}
+        return {**self.__dict__, "_cached": {}}
 
-    def _at_home(self, masks: Placed) -> bool:
+    def _fits(self, masks: DeviceMasks) -> bool:
         """Whether the model has neither moved nor changed its dtype since."""
         tensors = self._tensors
         if isinstance(masks, PackedMasks | UnitMasks):
             return all(tensors[n].device == masks.device for n in masks)
         return all(tensors[n].device == m.device and number_type(tensors[n]) == m.dtype for n, m in masks.items())
 
-    def _place(self, mask: Mask) -> Placed:
+    def _on_device(self, mask: Mask) -> DeviceMasks:
         tensors = self._tensors
         units = None if mask.elements or mask.removed is None else self._units(mask.removed)
         if units is not None:
             return units
         if tensors.sharded:
             packed = PackedMasks((n, tensors.part(n, m)) for n, m in mask.tensors(self._coupling).items())
-        elif self._as_given(mask) and isinstance(mask.elements, Level):
+        elif self._only_elements(mask) and isinstance(mask.elements, Level):
             packed = mask.elements.packed()
-        elif self._as_given(mask) and isinstance(mask.elements, PackedMasks):
+        elif self._only_elements(mask) and isinstance(mask.elements, PackedMasks):
             packed = mask.elements
         else:
             packed = PackedMasks(mask.tensors(self._coupling).items())
@@ -101,12 +98,12 @@ class PlacedMasks:
             return {n: m.to(tensors[n].device, number_type(tensors[n])) for n, m in packed.items()}
         return packed.to(devices.pop())
 
-    def _as_given(self, mask: Mask) -> bool:
-        """Whether what is set to zero is what the mask's elements say, and nothing else."""
+    def _only_elements(self, mask: Mask) -> bool:
+        """Whether the mask's elements alone say what is set to zero."""
         return mask.removed is None and self._coupling.scales.keys().isdisjoint(mask.elements)
 
     def _units(self, removed: Tensor) -> UnitMasks | None:
-        """Removed units by the positions that go, where that is of use: for what is large and on the CPU."""
+        """Removed units by the positions that go, where that is quicker: for large models on the CPU."""
         tensors, fields = self._tensors, self._coupling.fields
         size = sum(tensors[n].nbytes for n in fields)
         if (
@@ -119,18 +116,18 @@ class PlacedMasks:
         return UnitMasks(self._coupling, removed) if UnitMasks.fits(self._coupling) else None
 
 
-def _on_cpu(masks: Placed) -> bool:
+def _on_cpu(masks: DeviceMasks) -> bool:
     if isinstance(masks, PackedMasks | UnitMasks):
         return masks.device.type == "cpu"
     return all(m.device.type == "cpu" for m in masks.values())
 
 
-def placed_bytes(masks: Placed) -> int:
-    """Bytes that they take."""
+def mask_bytes(masks: DeviceMasks) -> int:
+    """Bytes that masks take."""
     return masks.nbytes if isinstance(masks, PackedMasks | UnitMasks) else sum(m.nbytes for m in masks.values())
 
 
-def zero_masked(masks: Placed, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None) -> None:
+def zero_masked(masks: DeviceMasks, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None) -> None:
     """Set to zero what is masked in tensors: whatever was there, a NaN or infinity too.
 
     Args:
@@ -141,7 +138,7 @@ def zero_masked(masks: Placed, tensors: Mapping[str, Tensor], into: Mapping[str,
     if isinstance(masks, PackedMasks | UnitMasks):
         masks.zero_masked(tensors, into)
     elif tensors:
-        # not inference mode even where the caller is in it: tensors made there could not be changed outside later
+        # leave inference mode even where the caller is in it: tensors made there could not be changed outside later
         with torch.inference_mode(False), torch.no_grad():
             if into is not None:
                 torch._foreach_copy_([into[n] for n in tensors], list(tensors.values()))

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
+from .bits import PIECE, byte_table, pack_bits, packed_bytes, unpack_bits
+
 __all__ = ["PackedMasks", "number_type", "zero_by_numbers"]
 
-_PIECE = 1 << 18  # elements at a time on a CPU: few enough for the caches, enough that calls do not count
 _GROUP = 1 << 26  # elements unpacked at a time on an accelerator, where few large kernels are quicker than many
-_SPREAD = 0x0102040810204080  # times eight bytes of 0 and 1: their bits in the highest byte
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -22,20 +22,20 @@ def number_type(tensor: Tensor) -> torch.dtype:
 
 
 def zero_by_numbers(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Set to zero, in place, what is masked: the masks, of 1 and 0, times the tensors' bits taken as whole numbers.
+    """Set to zero, in place, what is masked: the tensors' bits, read as whole numbers, are multiplied by 1 or 0.
 
-    So a masked NaN or infinity is zero after it, as times a floating-point zero it would not be.
+    As floats NaN * 0 and infinity * 0 are NaN. The bits of NaN, as a whole number, times 0 are 0: the float 0.0.
     """
-    whole: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    by_width: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}  # one fused call for each width
     for tensor, mask in zip(tensors, masks, strict=True):
         numbers = number_type(tensor)
         if numbers == torch.bool:  # wider than any whole number (complex128)
             tensor.masked_fill_(mask == 0, 0)
             continue
-        views, factors = whole.setdefault(numbers, ([], []))
+        views, factors = by_width.setdefault(numbers, ([], []))
         views.append(tensor.view(numbers))
         factors.append(mask.to(numbers))
-    for views, factors in whole.values():
+    for views, factors in by_width.values():
         torch._foreach_mul_(views, factors)
 
 
@@ -51,12 +51,12 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
         self._begin: dict[str, int] = {}
         parts, at = [], 0
         for name, mask in masks:
-            packed = _pack(mask.detach())
+            packed = pack_bits(mask.detach())
             self._shapes[name], self._begin[name] = mask.shape, at
             parts.append(packed)
             at += packed.numel()
         self._packed = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-        self._table = _table().to(self._packed.device)
+        self._table = byte_table().to(self._packed.device)
 
     def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
         return self.unpacked(name, self._packed[self.place(name)])
@@ -78,12 +78,12 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
     def place(self, name: str) -> slice:
         """Which of the packed bytes are a mask's."""
         begin = self._begin[name]
-        return slice(begin, begin - (-self._shapes[name].numel() // 8))
+        return slice(begin, begin + packed_bytes(self._shapes[name].numel(), 1))
 
     def unpacked(self, name: str, packed: UInt8[Tensor, " bytes"]) -> Bool[Tensor, "..."]:
         """What bytes say that take the place of a mask's."""
         shape = self._shapes[name]
-        return _unpack(packed, self._table)[: shape.numel()].view(shape)
+        return unpack_bits(packed, self._table)[: shape.numel()].view(shape)
 
     def alike(self, other: PackedMasks) -> bool:
         """Whether others are of the same names and shapes, in the same order, on the same device."""
@@ -150,14 +150,14 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         group: list[str] = []
-        held = 0
+        size = 0
         for name in names:
             n = self._shapes[name].numel()
-            if group and held + n > _GROUP:
+            if group and size + n > _GROUP:
                 yield group
-                group, held = [], 0
+                group, size = [], 0
             group.append(name)
-            held += n
+            size += n
         if group:
             yield group
 
@@ -166,56 +166,26 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
         begin = self._begin[names[0]]
         last = names[-1]
         end = self.place(last).stop
-        bits = _unpack(self._packed[begin:end], self._table)
+        bits = unpack_bits(self._packed[begin:end], self._table)
         at = [8 * (self._begin[n] - begin) for n in names]
         return [bits[a : a + self._shapes[n].numel()].view(self._shapes[n]) for a, n in zip(at, names, strict=True)]
-
-
-def _pack(mask: Bool[Tensor, "..."]) -> UInt8[Tensor, " bytes"]:
-    flat = mask.reshape(-1)
-    whole = flat.numel() // 8 * 8
-    out = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
-    for begin in range(0, whole, 1 << 20):
-        eights = flat[begin : min(begin + (1 << 20), whole)].clone().view(torch.int64)
-        out[begin // 8 : begin // 8 + eights.numel()] = eights.mul_(_SPREAD).bitwise_right_shift_(56)
-    if whole < flat.numel():
-        rest = torch.zeros(8, dtype=torch.bool, device=mask.device)
-        rest[: flat.numel() - whole] = flat[whole:]
-        out[-1:] = rest.view(torch.int64).mul_(_SPREAD).bitwise_right_shift_(56)
-    return out
-
-
-def _table() -> Tensor:
-    """For every packed byte its eight bytes of 0 and 1, as one number."""
-    patterns = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).bool()
-    table = torch.empty(256, dtype=torch.int64)
-    table[_pack(patterns).long()] = patterns.view(torch.int64)[:, 0]
-    return table
-
-
-def _unpack(packed: UInt8[Tensor, " bytes"], table: Tensor) -> Bool[Tensor, " elements"]:
-    if packed.device.type != "cpu":
-        return table.index_select(0, packed.to(torch.int32)).view(torch.bool)
-    out = torch.empty(packed.numel(), dtype=torch.int64)
-    for part, into in zip(packed.split(_PIECE // 8), out.split(_PIECE // 8), strict=True):
-        torch.index_select(table, 0, part.to(torch.int32), out=into)
-    return out.view(torch.bool)
 
 
 class _Scratch:
     """Masks flat tensors piece by piece in the same memory, so that nothing large is held beside."""
 
     def __init__(self) -> None:
-        self._index = torch.empty(_PIECE // 8, dtype=torch.int32)
-        self._bytes = torch.empty(_PIECE // 8, dtype=torch.int64)
-        # every element as a byte of ones or zeros, which widened to an element's size keeps it or makes it zero
-        self._table = _table().view(torch.int8).neg().view(torch.int64)
+        self._index = torch.empty(PIECE // 8, dtype=torch.int32)
+        self._bytes = torch.empty(PIECE // 8, dtype=torch.int64)
+        # Each 1 of the table becomes the byte -1 (all bits set). Widened to an int16, int32 or int64, with its sign, it
+        # is still all bits set or none, so AND keeps a whole element or makes it zero.
+        self._table = byte_table().view(torch.int8).neg().view(torch.int64)
 
     def mask(self, tensor: Tensor, packed: UInt8[Tensor, " bytes"], out: Tensor) -> None:
         """By the bits of numbers, which leaves no NaN behind and is quicker than multiplying with a bool."""
         bits = _BITS[tensor.element_size()]
-        pieces = (t.view(bits).split(_PIECE) for t in (tensor, out))
-        for value, result, part in zip(*pieces, packed.split(_PIECE // 8), strict=True):
+        pieces = (t.view(bits).split(PIECE) for t in (tensor, out))
+        for value, result, part in zip(*pieces, packed.split(PIECE // 8), strict=True):
             index, keep = self._index[: part.numel()].copy_(part), self._bytes[: part.numel()]
             torch.index_select(self._table, 0, index, out=keep)
             torch.bitwise_and(value, keep.view(torch.int8)[: value.numel()], out=result)
@@ -224,10 +194,10 @@ class _Scratch:
 def _zero_in_pieces(tensor: Tensor, mask: Bool[Tensor, "..."]) -> None:
     """By the bits of numbers, which leaves no NaN behind and is quicker than multiplying with a bool."""
     bits, mask = tensor.view(_BITS[tensor.element_size()]), mask.expand(tensor.shape)
-    rows = max(1, _PIECE * tensor.shape[0] // max(1, tensor.numel())) if tensor.ndim else 1
+    rows = max(1, PIECE * tensor.shape[0] // max(1, tensor.numel())) if tensor.ndim else 1
     scratch = torch.empty(0, dtype=bits.dtype)
     pairs = zip(bits.split(rows), mask.split(rows), strict=True) if tensor.ndim else [(bits, mask)]
     for part, keep in pairs:
         if scratch.shape != part.shape:
             scratch = torch.empty(part.shape, dtype=bits.dtype)
-        part.bitwise_and_(scratch.copy_(keep).neg_())
+        part.bitwise_and_(scratch.copy_(keep).neg_())  # 1 becomes -1: all bits set

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import PatternError, SubnetError
 from ..graph import Coupling
 from ..masks import Mask
-from ..masks.device_cache import Placed, PlacedMasks, placed_bytes, zero_masked
+from ..masks.device_cache import DeviceMaskCache, DeviceMasks, mask_bytes, zero_masked
 from ..masks.nested import Level, nested_levels
 from ..masks.packed import PackedMasks
 from ..patterns import DENSE, Subnet
@@ -48,7 +48,7 @@ class MaskedModel(nn.Module):
         self._subnets = {DENSE: Subnet(DENSE, DENSE, 0.0)} | {s.name: s for s in subnets}
         self._masks: dict[str, Mask] = {}
         self._switcher = Switcher(model)
-        self._mask_cache = PlacedMasks(coupling, self._switcher.tensors)
+        self._mask_cache = DeviceMaskCache(coupling, self._switcher.tensors)
         # The two differ while masked training shares one network's statistics: using(name, statistics=False).
         self._active = self._statistics_active = DENSE
 
@@ -185,13 +185,13 @@ class MaskedModel(nn.Module):
             SubnetError: There is no such subnetwork, or it has no mask yet.
         """
         name = self._require_mask(name)
-        return 0 if name == DENSE else placed_bytes(self._device_masks(name))
+        return 0 if name == DENSE else mask_bytes(self._device_masks(name))
 
-    def _device_masks(self, name: str) -> Placed:
+    def _device_masks(self, name: str) -> DeviceMasks:
         """A subnetwork's masks on the model's device."""
         return self._mask_cache.of(name, self._masks[name])
 
-    def _norm_masks(self, name: str) -> Placed:
+    def _norm_masks(self, name: str) -> DeviceMasks:
         """Masks that include those of batch-norm buffers; empty where a subnetwork masks none of these."""
         mask = self._masks[name]
         if mask.removed is None and self._switcher.norm_buffers.isdisjoint(mask.elements):

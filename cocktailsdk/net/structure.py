@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import CocktailError
-from ..graph.obstacles import is_scripted
+from ..graph.unsupported import is_scripted
 from ..utils.norms import Norm
 
 __all__ = ["Structure"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PatternError
 from ..graph import Coupling, Weight
-from ..graph.carried import computed
+from ..graph.weight_graph import run_weight_graph
 from ..masks import Mask
 from ..patterns import DENSE, UMG, Pattern, Subnet
 from ..patterns.sharded import ShardedValues, sharded_mask
@@ -129,7 +129,7 @@ class SubnetModel(SwitchableModel):
         """The dense value that the model multiplies with, in the parameter's shape: a weight norm's result."""
         trace = self.coupling.trace
         graph = trace.computed.get(name) if trace is not None else None
-        return self._switcher.dense(name) if graph is None else computed(graph, self._switcher.dense)
+        return self._switcher.dense(name) if graph is None else run_weight_graph(graph, self._switcher.dense)
 
     def _sharded_values(self, names: tuple[str, ...]) -> ShardedValues:
         switcher = self._switcher

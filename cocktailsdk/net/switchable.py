@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError
 from ..graph import Coupling
-from ..graph.hooked import refresh
+from ..graph.hook_weights import refresh_hook_weights
 from ..masks import Mask
 from ..patterns import DENSE, Subnet
 from ..utils.batchnorm import statistics_of
@@ -265,7 +265,7 @@ class SwitchableModel(MaskedModel):
                 cache.clear()
             # Weights that a forward pre-hook computes (weight norm): whoever reads one before the next forward pass
             # must see this subnetwork's.
-            refresh(self._hooked)
+            refresh_hook_weights(self._hooked)
             if name != DENSE:
                 self._merges.arm(name)
             if watch:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks.device_cache import Placed, zero_masked
+from ..masks.device_cache import DeviceMasks, zero_masked
 from ..utils.fsdp import is_sharded, whole
 from ..utils.norms import norm_buffers
 from ..utils.weight_caches import forget_derived
@@ -96,7 +96,7 @@ class Switcher:
             with self._count_own_writes(list(backup.values)):
                 backup.restore(self.tensors)
 
-    def mask(self, masks: Placed) -> None:
+    def mask(self, masks: DeviceMasks) -> None:
         """Mask weights and other tensors, batch-norm buffers apart. The dense ones must be active."""
         names = [n for n in masks if n not in self.norm_buffers]
         forget_derived()
@@ -110,7 +110,7 @@ class Switcher:
                 self.weights.save(self.tensors, names)
                 zero_masked(masks, {n: self.tensors[n] for n in names})
 
-    def load_statistics(self, statistics: Mapping[str, Tensor], masks: Placed) -> None:
+    def load_statistics(self, statistics: Mapping[str, Tensor], masks: DeviceMasks) -> None:
         """Copy a subnetwork's own statistics into the batch-norm buffers, zero where its channels are removed."""
         buffers = [n for n in self.tensors.slots if n in self.norm_buffers]
         names = [n for n in statistics if n in self.norm_buffers]
@@ -146,7 +146,7 @@ class Switcher:
         preloaded = None if subnet is None else subnet.statistics
         return preloaded is not None and preloaded.computed_from(statistics) and self.norms.swap_in(preloaded.swap)
 
-    def preload(self, name: str, masks: Placed, statistics: Mapping[str, Tensor]) -> bool:
+    def preload(self, name: str, masks: DeviceMasks, statistics: Mapping[str, Tensor]) -> bool:
         """Compute a subnetwork's weights and statistics beside the dense ones, so that a switch only swaps memory.
 
         What was preloaded before and is still right is kept.
@@ -176,7 +176,7 @@ class Switcher:
         return True
 
     def _preload_tensors(
-        self, names: Sequence[str], masks: Placed, replacements: Mapping[str, Tensor]
+        self, names: Sequence[str], masks: DeviceMasks, replacements: Mapping[str, Tensor]
     ) -> MemorySwap | None:
         """Masked values of tensors in memory of their own; ``None`` where they cannot be swapped.
 

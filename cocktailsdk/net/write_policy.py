@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SubnetError
-from ..masks.device_cache import Placed, zero_masked
+from ..masks.device_cache import DeviceMasks, zero_masked
 from .switcher import Switcher
 from .target_modules import some_of
 from .write_watch import same_values
@@ -31,7 +31,7 @@ def check_changes(changes: Changes) -> Changes:
     return changes
 
 
-def changed_weights(switcher: Switcher, masks: Placed) -> list[str]:
+def changed_weights(switcher: Switcher, masks: DeviceMasks) -> list[str]:
     """Names of the masked tensors that have other values than the active subnetwork gives them.
 
     Args:
@@ -48,7 +48,7 @@ def changed_weights(switcher: Switcher, masks: Placed) -> list[str]:
     return changed
 
 
-def changed_statistics(switcher: Switcher, statistics: Mapping[str, Tensor], masks: Placed) -> list[str]:
+def changed_statistics(switcher: Switcher, statistics: Mapping[str, Tensor], masks: DeviceMasks) -> list[str]:
     """Names of the norm buffers that have other values than the active subnetwork gives them.
 
     Args:

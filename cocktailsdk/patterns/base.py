@@ -121,8 +121,8 @@ class Pattern(ABC):
         """The sparsity that the mask has, by the same definition as ``Subnet.sparsity``."""
         del subnet
         total = sum(w.numel for w in umg.eligible)
-        kept = sum(int(mask.elements[w.name].sum()) if w.name in mask.elements else w.numel for w in umg.eligible)
-        return 1.0 - kept / total if total else 0.0
+        nonzero = sum(int(mask.elements[w.name].sum()) if w.name in mask.elements else w.numel for w in umg.eligible)
+        return 1.0 - nonzero / total if total else 0.0
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
         """See that a mask is one that this pattern makes. Bundles are checked when they are saved and when they load.
@@ -258,8 +258,8 @@ def checked_sparsities(
         values = geometric_sparsities(rounds, rate)
     else:
         try:
-            given = [sparsities] if isinstance(sparsities, int | float) else list(sparsities)  # type: ignore[call-overload]
-            values = tuple(float(s) for s in given)
+            sequence = [sparsities] if isinstance(sparsities, int | float) else list(sparsities)  # type: ignore[call-overload]
+            values = tuple(float(s) for s in sequence)
         except (TypeError, ValueError):
             raise PatternError(f"{pattern}: sparsities must be numbers in [0, 1], not {sparsities!r}") from None
         if not values:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
+from ..masks.tiles import covered_by_tiles, tiles, untiles
 from .base import UMG, Pattern, Subnet, checked_sparsities, level_of
 from .checking import refuse, weight_masks
-from .layout import covered_by_tiles, tiles, untiles
 from .ranking import drop_smallest
 from .registry import register_pattern
 
@@ -61,7 +61,7 @@ class Block(Pattern):
             raise PatternError(f"{self.name}: scope must be 'global' or 'layer', not {scope!r}")
         self.rows, self.columns = sides
         self.scope = scope
-        self._given = sparsities is not None
+        self._fixed = sparsities is not None
         self._rounds, self._rate = rounds, rate
         self.sparsities, named = checked_sparsities(self._title(), sparsities, rounds, rate)
         options = {"block": [self.rows, self.columns]}
@@ -78,8 +78,8 @@ class Block(Pattern):
         """Of the blocks kept so far the least go, until the asked count is gone."""
         before = umg.previous.elements if umg.previous is not None else {}
         norms = {w.name: self._norms(w, umg.values[w.name]) for w in umg.eligible}
-        kept = {
-            w.name: self._kept(w, before[w.name]).to(norms[w.name].device)
+        remaining = {
+            w.name: self._tiles_kept(w, before[w.name]).to(norms[w.name].device)
             if w.name in before
             else torch.ones_like(norms[w.name], dtype=torch.bool)
             for w in umg.eligible
@@ -88,15 +88,15 @@ class Block(Pattern):
         keep: dict[str, Tensor] = {}
         for names in pools:
             total = sum(norms[n].numel() for n in names)
-            gone = total - sum(int(kept[n].sum()) for n in names)
+            gone = total - sum(int(remaining[n].sum()) for n in names)
             count = round(subnet.sparsity * total) - gone
-            keep |= drop_smallest({n: norms[n] for n in names}, {n: kept[n] for n in names}, count)
+            keep |= drop_smallest({n: norms[n] for n in names}, {n: remaining[n] for n in names}, count)
         return Mask({w.name: self._spread(w, keep[w.name].cpu()) for w in umg.eligible})
 
     def _norms(self, weight: Weight, value: Tensor) -> Float32[Tensor, " tiles"]:
         return tiles(weight, value.detach(), self.rows, self.columns).abs().sum((1, 2), dtype=torch.float32)
 
-    def _kept(self, weight: Weight, keep: Bool[Tensor, "..."]) -> Bool[Tensor, " tiles"]:
+    def _tiles_kept(self, weight: Weight, keep: Bool[Tensor, "..."]) -> Bool[Tensor, " tiles"]:
         return tiles(weight, keep, self.rows, self.columns).any(2).any(1)
 
     def _spread(self, weight: Weight, keep: Bool[Tensor, " tiles"]) -> Bool[Tensor, "..."]:
@@ -128,12 +128,12 @@ class Block(Pattern):
     def _gone(self, subnet: Subnet, weight: Weight, keep: Tensor, hidden: Tensor | None) -> tuple[int, int]:
         """How many blocks of a weight are gone, and of how many it cannot be told."""
         blocks = tiles(weight, keep, self.rows, self.columns).flatten(1)
-        left = keep if hidden is None else keep | hidden  # hidden elements may have been kept
-        inside = blocks if hidden is None else tiles(weight, left, self.rows, self.columns).flatten(1)
+        visible = keep if hidden is None else keep | hidden  # hidden elements may have been kept
+        inside = blocks if hidden is None else tiles(weight, visible, self.rows, self.columns).flatten(1)
         stays, goes = blocks.any(1), ~inside.all(1)
         if bool((stays & goes).any()):
             refuse(subnet, f"{int((stays & goes).sum())} blocks of {weight.name!r} are kept in part")
-        if int(left.count_nonzero()) - int(inside.count_nonzero()) != weight.numel - inside.numel():
+        if int(visible.count_nonzero()) - int(inside.count_nonzero()) != weight.numel - inside.numel():
             refuse(subnet, f"weights of {weight.name!r} are masked that lie in no block")
         return int(goes.sum()), int((~stays & ~goes).sum())
 
@@ -150,7 +150,7 @@ class Block(Pattern):
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
-        levels = {"sparsities": list(self.sparsities)} if self._given else {"rounds": self._rounds, "rate": self._rate}
+        levels = {"sparsities": list(self.sparsities)} if self._fixed else {"rounds": self._rounds, "rate": self._rate}
         return {**self._size(), **levels, "scope": self.scope}
 
     def _size(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Channel(Pattern):
         beta: float = 0.8,
         round_to: int | str | None = "auto",
     ) -> None:
-        self._given = sparsities is not None
+        self._fixed = sparsities is not None
         self._rounds, self._rate = rounds, rate
         self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
         self.beta = checked_beta(self.name, beta)
@@ -180,7 +180,7 @@ class Channel(Pattern):
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
-        levels = {"sparsities": list(self.sparsities)} if self._given else {"rounds": self._rounds, "rate": self._rate}
+        levels = {"sparsities": list(self.sparsities)} if self._fixed else {"rounds": self._rounds, "rate": self._rate}
         return {**levels, "beta": self.beta, "round_to": self.round_to}
 
 

@@ -20,12 +20,12 @@ def in_order(patterns: Sequence[Pattern]) -> tuple[Pattern, ...]:
     Raises:
         PatternError: Two patterns wait for each other.
     """
-    left, out = list(patterns), []
-    while left:
-        ready = next((p for p in left if not any({q.name, q.term} & set(p.after) for q in left if q is not p)), None)
+    rest, out = list(patterns), []
+    while rest:
+        ready = next((p for p in rest if not any({q.name, q.term} & set(p.after) for q in rest if q is not p)), None)
         if ready is None:
-            raise PatternError(f"patterns {', '.join(repr(p.name) for p in left)} wait for each other ('after')")
-        left = [p for p in left if p is not ready]
+            raise PatternError(f"patterns {', '.join(repr(p.name) for p in rest)} wait for each other ('after')")
+        rest = [p for p in rest if p is not ready]
         out.append(ready)
     return tuple(out)
 

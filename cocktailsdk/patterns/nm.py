@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
+from ..masks.tiles import covered_by_runs, runs, split_inputs
 from .base import UMG, Pattern, Subnet
 from .checking import refuse, weight_masks
 from .magnitudes import Scratch, infinity_bits, magnitude_bits, nan_error, piece_size, ranked_dtype
@@ -20,47 +21,6 @@ from .registry import register_pattern
 
 DEFAULT_PAIRS = ((1, 2), (2, 4), (4, 8))
 _LONGEST_COMPARED = 32  # beyond, sorting takes fewer comparisons
-
-
-def runs(weight: Weight, tensor: Tensor, m: int) -> Tensor:
-    """A tensor of the weight's shape as runs of M consecutive input channels, remainders left out.
-
-    Returns:
-        ``(..., n_runs, m)``; a view or a copy. The order of the runs is fixed by the weight alone.
-    """
-    t = _by_input(weight, tensor)
-    n = t.shape[-1] // m
-    return t[..., : n * m].reshape(*t.shape[:-1], n, m)
-
-
-def unruns(weight: Weight, parts: Tensor, fill: bool | float) -> Tensor:
-    """The inverse of :func:`runs`; remainders take the value ``fill``."""
-    shape = torch.empty(weight.shape, device="meta")
-    folded = _by_input(weight, shape)
-    length, n = folded.shape[-1], parts.shape[-2] * parts.shape[-1]
-    out = parts.new_full(folded.shape, fill)
-    out[..., :n] = parts.reshape(*folded.shape[:-1], n)
-    if _split(weight):
-        out = out.movedim(-1, 1).reshape(weight.groups * length, *weight.shape[1:])
-        return out.contiguous()
-    return out.movedim(-1, weight.in_axis).contiguous()
-
-
-def _split(weight: Weight) -> bool:
-    # A grouped transposed convolution holds its groups' input channels one after another; a run must not cross them.
-    return weight.op == "conv_transpose" and weight.groups > 1 and weight.in_axis == 0
-
-
-def _by_input(weight: Weight, tensor: Tensor) -> Tensor:
-    if _split(weight):
-        return tensor.reshape(weight.groups, -1, *tensor.shape[1:]).movedim(1, -1)
-    return tensor.movedim(weight.in_axis, -1)
-
-
-def covered(weight: Weight, m: int) -> int:
-    """How many of the weight's elements lie in full runs of M."""
-    length = weight.shape[weight.in_axis] // (weight.groups if _split(weight) else 1)
-    return weight.numel // length * (length // m * m) if length else 0
 
 
 def check_runs(
@@ -117,7 +77,7 @@ def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool
     """
     value, dtype = value.detach(), ranked_dtype({weight.name: value})
     keep = torch.empty(value.shape, dtype=torch.bool, device=value.device)
-    if covered(weight, m) < weight.numel:
+    if covered_by_runs(weight, m) < weight.numel:
         keep.fill_(True)
     nan = torch.zeros((), dtype=torch.int64, device=value.device)
     scratch, flags = (Scratch(), Scratch(), Scratch()), Scratch()
@@ -136,7 +96,7 @@ def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool
 def _places(weight: Weight, tensor: Tensor, m: int) -> Tensor:
     """A view with the places in a run as its first axis; remainders are left out."""
     axis = weight.in_axis
-    if _split(weight):
+    if split_inputs(weight):
         tensor, axis = tensor.unflatten(0, (weight.groups, -1)), 1
     n = tensor.shape[axis] // m
     return tensor.narrow(axis, 0, n * m).unflatten(axis, (n, m)).movedim(axis + 1, 0)
@@ -231,7 +191,7 @@ class NM(Pattern):
 
     def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """Zeros among the weights covered."""
-        total = sum(covered(w, subnet.options["m"]) for w in umg.eligible)
+        total = sum(covered_by_runs(w, subnet.options["m"]) for w in umg.eligible)
         zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
         return zeros / total if total else 0.0
 
@@ -243,7 +203,7 @@ class NM(Pattern):
         """
         n, m = subnet.options["n"], subnet.options["m"]
         for weight, keep, hidden in weight_masks(subnet, mask, umg):
-            size = covered(weight, m)
+            size = covered_by_runs(weight, m)
             if not size:
                 parts: Sequence[Tensor | None] = (None, None)
             else:
@@ -254,7 +214,7 @@ class NM(Pattern):
         """The share of eligible weights that lie in full runs of M."""
         del mask
         total = sum(w.numel for w in umg.eligible)
-        return sum(covered(w, subnet.options["m"]) for w in umg.eligible) / total if total else 0.0
+        return sum(covered_by_runs(w, subnet.options["m"]) for w in umg.eligible) / total if total else 0.0
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""

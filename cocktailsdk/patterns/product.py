@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import PatternError
 from ..graph import Weight
 from ..masks import Mask
+from ..masks.remaining import Remaining
 from .base import MOST_LEVELS, UMG, Pattern, Subnet
 from .checking import refuse
 from .registry import make_pattern, parse_pattern, register_pattern, resolve_patterns
-from .remaining import Remaining
 
 Factor = str | Pattern | Mapping[str, Any]
 """A pattern, its spec string, or its registered name and configuration (``{"name": …, "config": …}``)."""
@@ -78,15 +78,15 @@ class Product(Pattern):
             removed = first.mask(a, replace(umg, previous=known if first.nested else None)).removed
         if removed is None:
             raise PatternError(f"product {subnet.name!r}: {first!r} removes no units")
-        left = Remaining(umg.coupling, removed)
-        made = second.mask(b, _seen(left, umg))
+        remaining = Remaining(umg.coupling, removed)
+        made = second.mask(b, _seen(remaining, umg))
         if made.removed is not None:
             raise PatternError(f"product {subnet.name!r}: {second!r} removes units, which only the first may do")
         weights = {w.name: w for w in umg.eligible}
         other = next((n for n in made.elements if n not in weights), None)
         if other is not None:
             raise PatternError(f"product {subnet.name!r}: {second!r} masks {other!r}, which is no eligible weight")
-        return Mask({n: left.spread(weights[n], k) for n, k in made.elements.items()}, removed)
+        return Mask({n: remaining.spread(weights[n], k) for n, k in made.elements.items()}, removed)
 
     def _before(self, subnet: Subnet) -> Subnet | None:
         """The first factor's level in the subnet before, where that is of the same pair."""
@@ -100,11 +100,11 @@ class Product(Pattern):
         """``1 - (1 - s₁)(1 - s₂)`` of what the factors count in their parts of the mask."""
         first, a, second, b = self._parts[subnet.name]
         assert mask.removed is not None
-        left = Remaining(umg.coupling, mask.removed)
+        remaining = Remaining(umg.coupling, mask.removed)
         weights = {w.name: w for w in umg.eligible}
-        inner = Mask({n: left.slice(weights[n], k) for n, k in mask.elements.items()})
+        inner = Mask({n: remaining.slice(weights[n], k) for n, k in mask.elements.items()})
         one = first.exact_sparsity(a, Mask(removed=mask.removed), umg)
-        return 1.0 - (1.0 - one) * (1.0 - second.exact_sparsity(b, inner, _seen(left, umg)))
+        return 1.0 - (1.0 - one) * (1.0 - second.exact_sparsity(b, inner, _seen(remaining, umg)))
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
         """Each factor checks its part of the mask, the second on the weights that the first leaves.
@@ -117,16 +117,16 @@ class Product(Pattern):
         odd = set(mask.elements) - weights.keys()
         if mask.removed is None or odd:
             refuse(subnet, f"{min(odd)!r} is masked, which is no eligible weight" if odd else "it removes no units")
-        left = Remaining(umg.coupling, mask.removed)
-        inner = Mask({n: left.slice(weights[n], k) for n, k in mask.elements.items()})
-        for n, kept in inner.elements.items():
-            if not torch.equal(left.spread(weights[n], kept), mask.elements[n]):
+        remaining = Remaining(umg.coupling, mask.removed)
+        inner = Mask({n: remaining.slice(weights[n], k) for n, k in mask.elements.items()})
+        for n, element_mask in inner.elements.items():
+            if not torch.equal(remaining.spread(weights[n], element_mask), mask.elements[n]):
                 refuse(subnet, f"elements of {n!r} are kept that the removed units take")
         # Where no slice can hold what units leave, the weight is whole, and what they take is masked besides.
-        hidden = {n: h for n, w in weights.items() if n in mask.elements and (h := left.hidden(w)) is not None}
+        hidden = {n: h for n, w in weights.items() if n in mask.elements and (h := remaining.hidden(w)) is not None}
         for pattern, own, factor, seen in (
             (first, a, Mask(removed=mask.removed), umg),
-            (second, b, inner, replace(_seen(left, umg), hidden=hidden)),
+            (second, b, inner, replace(_seen(remaining, umg), hidden=hidden)),
         ):
             try:
                 pattern.check(own, factor, seen)
@@ -137,10 +137,10 @@ class Product(Pattern):
         """The share of the weights left by the first that the second can touch at all."""
         _, _, second, b = self._parts[subnet.name]
         assert mask.removed is not None
-        left = Remaining(umg.coupling, mask.removed)
+        remaining = Remaining(umg.coupling, mask.removed)
         weights = {w.name: w for w in umg.eligible}
-        inner = Mask({n: left.slice(weights[n], k) for n, k in mask.elements.items()})
-        return second.coverage(b, inner, _seen(left, umg))
+        inner = Mask({n: remaining.slice(weights[n], k) for n, k in mask.elements.items()})
+        return second.coverage(b, inner, _seen(remaining, umg))
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
@@ -178,20 +178,20 @@ class Product(Pattern):
         return type(self)(pairs)
 
 
-def _seen(left: Remaining, umg: UMG) -> UMG:
+def _seen(remaining: Remaining, umg: UMG) -> UMG:
     """What the second pattern sees: eligible weights and their values as the slim model will hold them."""
     weights = {w.name: w for w in umg.eligible}
-    return UMG(umg.coupling, tuple(left.weight(w) for w in umg.eligible), _Sliced(left, weights, umg.values))
+    return UMG(umg.coupling, tuple(remaining.weight(w) for w in umg.eligible), _Sliced(remaining, weights, umg.values))
 
 
 class _Sliced(Mapping[str, Tensor]):
     """What is left of weights' values, sliced when it is asked for: counting masks needs no values."""
 
-    def __init__(self, left: Remaining, weights: Mapping[str, Weight], values: Mapping[str, Tensor]) -> None:
-        self._left, self._weights, self._values = left, weights, values
+    def __init__(self, remaining: Remaining, weights: Mapping[str, Weight], values: Mapping[str, Tensor]) -> None:
+        self._remaining, self._weights, self._values = remaining, weights, values
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._left.slice(self._weights[name], self._values[name])
+        return self._remaining.slice(self._weights[name], self._values[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -100,13 +100,13 @@ def resolve_patterns(patterns: str | Pattern | Iterable[str | Pattern]) -> tuple
     if isinstance(patterns, str | Pattern):
         patterns = (patterns,)
     try:
-        given = list(patterns)
+        requested = list(patterns)
     except TypeError:
         raise PatternError(f"patterns must be names or Pattern objects, not {patterns!r}") from None
-    if not given:
+    if not requested:
         raise PatternError(f"no patterns given; choose from {', '.join(map(repr, _REGISTERED))}")
     out: dict[str, Pattern] = {}
-    for item in given:
+    for item in requested:
         pattern = parse_pattern(item) if isinstance(item, str) else item
         if not isinstance(pattern, Pattern):
             hint = f"; write {item.__name__}()" if isinstance(item, type) else ""

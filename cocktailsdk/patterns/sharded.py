@@ -103,10 +103,10 @@ def _unstructured(subnet: Subnet, umg: UMG, values: ShardedValues) -> Mask:
     before = umg.previous.elements if umg.previous is not None else {}
     gone = sum(before[n].numel() - int(before[n].count_nonzero()) for n in shapes if n in before)
     count = round(subnet.sparsity * sum(w.numel for w in umg.eligible)) - gone
-    mine = {n: values.own(n) for n in shapes}
+    local_values = {n: values.own(n) for n in shapes}
     keep = {n: values.mine(n, before[n]) for n in shapes if n in before}
-    kept = drop_smallest(mine, keep, count, shards=Shards(values.total, values.rank, values.ranks))
-    return Mask({n: values.gathered(n, kept[n].cpu(), shapes[n]) for n in shapes})
+    remaining = drop_smallest(local_values, keep, count, shards=Shards(values.total, values.rank, values.ranks))
+    return Mask({n: values.gathered(n, remaining[n].cpu(), shapes[n]) for n in shapes})
 
 
 def _nm(weight: Weight, values: ShardedValues, n: int, m: int) -> Bool[Tensor, "..."]:

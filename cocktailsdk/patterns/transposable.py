@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ..masks import Mask
+from ..masks.tiles import covered_by_tiles, tiles, untiles
 from .base import UMG, Subnet
 from .checking import weight_masks
-from .layout import covered_by_tiles, tiles, untiles
 from .nm import NM, check_runs
 from .registry import register_pattern
 
@@ -110,11 +110,11 @@ def best_squares(values: Float[Tensor, "tiles m m"], n: int) -> Bool[Tensor, "ti
         weights = values[begin : begin + at_once].abs().to(torch.float64)
         keep = out[begin : begin + at_once]
         _share_out(weights, keep)
-        left = torch.arange(weights.shape[0], device=values.device)
-        while left.numel():
-            improved, better = _improved(weights[left], keep[left])
-            left = left[better]
-            keep[left] = improved[better]
+        unfinished = torch.arange(weights.shape[0], device=values.device)
+        while unfinished.numel():
+            improved, better = _improved(weights[unfinished], keep[unfinished])
+            unfinished = unfinished[better]
+            keep[unfinished] = improved[better]
     return out
 
 

@@ -46,10 +46,10 @@ def get_preset(name: str, **settings: Any) -> Preset:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise TrainingError(f"no preset {name!r}{hint}: there are {', '.join(PRESETS)}")
     make = PRESETS[name]
-    given = {key: value for key, value in settings.items() if value is not None}
+    passed = {key: value for key, value in settings.items() if value is not None}
     known = make.__kwdefaults__ or {}
-    if unknown := sorted(given.keys() - known.keys()):
+    if unknown := sorted(passed.keys() - known.keys()):
         raise TrainingError(
             f"preset {name!r} has no setting {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}"
         )
-    return make(**given)
+    return make(**passed)

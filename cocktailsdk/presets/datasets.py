@@ -19,6 +19,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..utils.optional import require
 
 __all__ = ["Images", "TensorLoader", "cifar10", "digits", "fashion_mnist", "random_shift", "standard_augmentation"]
 
@@ -115,13 +116,7 @@ def digits() -> tuple[Images, Images, Images]:
     Returns:
         70 % for training, 10 % for merging and 20 % for testing, of each class. The split depends on no seed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise TrainingError(
-            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
-    raw = load_digits()
+    raw = require("sklearn.datasets", "preset 'digits'", error=TrainingError).load_digits()
     images = torch.from_numpy(raw.images.astype(np.uint8))[:, None]
     labels = torch.from_numpy(raw.target.astype(np.int64))
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
@@ -165,16 +160,12 @@ def cifar10(root: str | Path) -> tuple[Images, Images]:
 
 
 def _torchvision_cifar10(root: Path) -> tuple[Images, Images]:
+    stored = root / "cifar-10-batches-py"
+    datasets = require("torchvision.datasets", f"reading {stored}", error=TrainingError)
     try:
-        from torchvision.datasets import CIFAR10
-    except ImportError as error:
-        raise TrainingError(
-            f"{root / 'cifar-10-batches-py'} is read by torchvision, which is not installed: pip install torchvision"
-        ) from error
-    try:
-        parts = [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
+        parts = [datasets.CIFAR10(str(root), train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
-        raise TrainingError(f"torchvision does not accept {root / 'cifar-10-batches-py'}: {error}") from error
+        raise TrainingError(f"torchvision does not accept {stored}: {error}") from error
     train, test = (
         Images(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
     )
@@ -182,8 +173,7 @@ def _torchvision_cifar10(root: Path) -> tuple[Images, Images]:
 
 
 def _jpeg_archive(path: Path) -> Images:
-    from PIL import Image
-
+    pillow = require("PIL.Image", f"reading {path}", error=TrainingError)
     try:
         with np.load(path, allow_pickle=False) as archive:
             header, scans = archive["header"].tobytes(), archive["scan"].tobytes()
@@ -197,7 +187,7 @@ def _jpeg_archive(path: Path) -> Images:
     images = np.empty((len(labels), 32, 32, 3), dtype=np.uint8)
     for i, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True)):
         jpeg = header + scans[start:end] + b"\xff\xd9"
-        images[i] = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        images[i] = np.asarray(pillow.open(io.BytesIO(jpeg)).convert("RGB"))
     return Images(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
 
 

@@ -38,11 +38,11 @@ def check_record(said: Any, bounds: Bounds, *, trust: bool = False) -> None:
         )
     if type(dtype) is not str or dtype not in _DTYPES:
         raise AdapterError(f"the build record's dtype is {shown(dtype)}, not one of {', '.join(_DTYPES)}; {PASS}")
-    what, given = _PARTS[adapter]
-    _keys(record, (what, given), "the build record")
-    name, values = record[what], record[given]
+    what, payload = _PARTS[adapter]
+    _keys(record, (what, payload), "the build record")
+    name, values = record[what], record[payload]
     if type(name) is not str or type(values) is not dict:
-        raise AdapterError(f"the build record's {what!r} is {shown(name)}, and its {given!r} {shown(values)}; {PASS}")
+        raise AdapterError(f"the build record's {what!r} is {shown(name)}, and its {payload!r} {shown(values)}; {PASS}")
     entry = library(adapter).entries.get(name)
     if entry is not None:
         _fields(values, entry, bounds, name)
@@ -60,8 +60,8 @@ def _keys(value: Any, needed: tuple[str, ...], what: str) -> None:
         raise AdapterError(f"{what} is {shown(value)}, not an object of {', '.join(needed)}; {PASS}")
     missing, odd = sorted(set(needed) - value.keys()), sorted(value.keys() - set(needed))
     if missing or odd:
-        said = f"lacks {shown(missing[0])}" if missing else f"has {shown(odd[0])}"
-        raise AdapterError(f"{what} {said}, and should be an object of {', '.join(needed)}; {PASS}")
+        problem = f"lacks {shown(missing[0])}" if missing else f"has {shown(odd[0])}"
+        raise AdapterError(f"{what} {problem}, and should be an object of {', '.join(needed)}; {PASS}")
 
 
 def _fields(values: Mapping[str, Any], entry: Entry, bounds: Bounds, where: str) -> None:

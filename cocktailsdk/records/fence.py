@@ -74,11 +74,11 @@ def _watch(event: str, args: tuple[Any, ...]) -> None:
     stopped = _STATE.stopped
     if stopped is None:
         return
-    said = _refused(event, args)
-    if said is not None:
-        stopped.append(said)
+    refusal = _refused(event, args)
+    if refusal is not None:
+        stopped.append(refusal)
         # No OSError: libraries catch those, and try again after a while.
-        raise AdapterError(f"a build record may not lead to {said}")
+        raise AdapterError(f"a build record may not lead to {refusal}")
 
 
 def _refused(event: str, args: tuple[Any, ...]) -> str | None:

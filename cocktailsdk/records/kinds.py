@@ -68,7 +68,7 @@ def each_of(kind: Kind, most: Callable[[Bounds], int] = lambda bounds: min(bound
     def listed(value: Any, bounds: Bounds) -> str | None:
         if type(value) is not list or len(value) > most(bounds):
             return f"a list of at most {most(bounds)} values"
-        wrong = [said for v in value if (said := kind(v, bounds)) is not None]
+        wrong = [expected for v in value if (expected := kind(v, bounds)) is not None]
         return f"a list of which each is {wrong[0]}" if wrong else None
 
     return listed
@@ -78,8 +78,8 @@ def either(*kinds: Kind) -> Kind:
     """A value of one of several kinds."""
 
     def kind(value: Any, bounds: Bounds) -> str | None:
-        said = [k(value, bounds) for k in kinds]
-        return None if None in said else " or ".join(str(s) for s in said)
+        expected = [k(value, bounds) for k in kinds]
+        return None if None in expected else " or ".join(str(s) for s in expected)
 
     return kind
 
@@ -101,9 +101,9 @@ def _depth(value: Any, bounds: Bounds) -> str | None:
 
 def _depths(value: Any, bounds: Bounds) -> str | None:
     # Swin makes a list of all layers, of all stages together.
-    said = each_of(_depth)(value, bounds)
-    fits = said is None and sum(value) <= bounds.tensors
-    return None if fits else said or f"a list of at most {bounds.tensors} in all, the number of the bundle's tensors"
+    wrong = each_of(_depth)(value, bounds)
+    fits = wrong is None and sum(value) <= bounds.tensors
+    return None if fits else wrong or f"a list of at most {bounds.tensors} in all, the number of the bundle's tensors"
 
 
 def _count(value: Any, bounds: Bounds) -> str | None:
@@ -200,9 +200,9 @@ def _rope(value: Any, bounds: Bounds) -> str | None:
     for key, entry in value.items():
         if key not in _ROPE:
             return f"an object without {shown(key)}"
-        said = None if entry is None else _ROPE[key](entry, bounds)
-        if said is not None:
-            return f"an object whose {key!r} is {said}"
+        expected = None if entry is None else _ROPE[key](entry, bounds)
+        if expected is not None:
+            return f"an object whose {key!r} is {expected}"
     return None
 
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..errors import AdapterError
+from ..utils.optional import install_command
 from .kinds import KINDS, Kind, one_of
 
 __all__ = ["LIBRARIES", "PASS", "Entry", "Library", "check_version", "library"]
@@ -72,7 +73,7 @@ def check_version(name: str) -> None:
     try:
         found = version(name)
     except PackageNotFoundError as error:
-        raise AdapterError(f"{name} is not installed; pip install {name}, or {PASS}") from error
+        raise AdapterError(f"{name} is not installed; {install_command(name)}, or {PASS}") from error
     numbers, oldest, newest = (_numbers(v) for v in (found, table.oldest, table.newest))
     if numbers[: len(oldest)] < oldest or numbers[: len(newest)] > newest:
         raise AdapterError(
@@ -97,8 +98,8 @@ def _configurations(table: Mapping[str, Any]) -> dict[str, Entry]:
     def entry(kind: str) -> Entry:
         section = sections[kind]
         nested = {name: entry(of) for name, of in section.get("nested", {}).items()}
-        given = {k: v for k, v in section.items() if k not in ("classes", "nested")}
-        return Entry(kind, {**common, **_fields(given), "model_type": one_of({kind})}, nested)
+        fields = {k: v for k, v in section.items() if k not in ("classes", "nested")}
+        return Entry(kind, {**common, **_fields(fields), "model_type": one_of({kind})}, nested)
 
     return {name: entry(kind) for kind, section in sections.items() for name in section["classes"].split()}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
-from ..choosing.layers import LayerUse
+from ..choosing.layer_use import LayerUse
 from ..choosing.profile import DeviceProfile, pareto_front
 from .numbers import bytes_text, count_text, percent_text, shape_text
 from .tables import STYLES, plain_table

@@ -17,11 +17,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ..io.text import write_bytes
+from ..utils.optional import require
 from .chart import Chart, Series
 from .looks import GRID, INK, PAPER, Look
 from .numbers import bytes_text, count_text
 
-__all__ = ["Limits", "inline_svg", "limits_of", "write_chart", "write_matrix"]
+__all__ = ["Limits", "inline_svg", "limits_of", "new_figure", "write_chart", "write_matrix"]
 
 SIZE = (4.8, 3.5)  # inches: 346 points, about a phone's width, at which text is read as it is
 CYCLE = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "*")
@@ -44,12 +45,19 @@ _PLAIN = {
 }
 
 
+def new_figure(**options: Any) -> Any:
+    """An empty figure, made without pyplot, which would keep figures and a backend for the whole process.
+
+    Raises:
+        CocktailError: matplotlib is not installed.
+    """
+    return require("matplotlib.figure", "drawing figures").Figure(**options)
+
+
 @contextmanager
 def _settings(**more: Any) -> Iterator[None]:
     """Settings of drawing for a while; the user's come back."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({**_PLAIN, **more}):
+    with require("matplotlib", "drawing figures").rc_context({**_PLAIN, **more}):
         yield
 
 
@@ -78,9 +86,7 @@ def write_matrix(
 ) -> None:
     """Write a heat map of shares in [0, 1], each with its percentage while there is room."""
     with _settings(**{"svg.fonttype": "path", "axes.spines.left": False, "axes.spines.bottom": False}):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(1.8 + 0.42 * len(columns), 1.6 + 0.24 * len(rows)), layout="constrained")
+        figure = new_figure(figsize=(1.8 + 0.42 * len(columns), 1.6 + 0.24 * len(rows)), layout="constrained")
         axes = figure.subplots()
         table = [[float("nan") if v is None else v for v in row] for row in values]
         image = axes.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
@@ -107,10 +113,8 @@ def _save(figure: Any, path: Path) -> None:
 
 def _draw(chart: Chart, looks: Mapping[str, Look], limits: Limits | None) -> tuple[Any, dict[str, tuple[int, int]]]:
     """A figure, and of its named elements which series and mark they are; -1 for a line."""
-    from matplotlib.figure import Figure  # without pyplot, which keeps figures and a backend for the whole process
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    figure = Figure(figsize=SIZE, layout="constrained")
+    ticker = require("matplotlib.ticker", "drawing figures")
+    figure = new_figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.7, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -166,13 +170,14 @@ def _draw(chart: Chart, looks: Mapping[str, Look], limits: Limits | None) -> tup
     if chart.log_x:
         axes.set_xscale("log")
     elif chart.whole_x:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=7))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6))
         text = {"bytes": bytes_text, "FLOPs": count_text, "parameters": count_text}.get(chart.x)
         if text is not None:
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: text(v).replace(".00 ", " ").replace(".0 ", " ")))
+            short = ticker.FuncFormatter(lambda v, _: text(v).replace(".00 ", " ").replace(".0 ", " "))
+            axes.xaxis.set_major_formatter(short)
         elif chart.x == "milliseconds":
             axes.set_xlim(left=0)
     if chart.y_range is not None:
@@ -191,12 +196,11 @@ def _look(series: Series, at: int, looks: Mapping[str, Look]) -> tuple[str, str]
 
 def _legend(chart: Chart, looks: Mapping[str, Look]) -> tuple[list[Any], list[str]]:
     """A handle for each pattern, or for each series that has none."""
-    from matplotlib.lines import Line2D
-
+    line = require("matplotlib.lines", "drawing figures").Line2D
     labels: dict[str, tuple[str, str]] = {}
     for i, series in enumerate(chart.series):
         labels.setdefault(series.pattern or series.label, _look(series, i, looks))
-    return [Line2D([], [], color=c, marker=m, markersize=6, linestyle="none") for c, m in labels.values()], list(labels)
+    return [line([], [], color=c, marker=m, markersize=6, linestyle="none") for c, m in labels.values()], list(labels)
 
 
 def inline_svg(chart: Chart, looks: Mapping[str, Look], prefix: str, limits: Limits | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .drawing import new_figure
 from .run import NetworkRow, RunReport
 
 __all__ = ["write_figure"]
@@ -18,9 +19,7 @@ def write_figure(report: RunReport, path: Path) -> None:
 
     The points' places depend on the report alone; nothing of it on the clock.
     """
-    from matplotlib.figure import Figure  # without pyplot, which keeps figures and a backend for the whole process
-
-    figure = Figure(figsize=(9.0, 4.2), dpi=160, layout="constrained")
+    figure = new_figure(figsize=(9.0, 4.2), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     dense = next((r for r in report.networks if r.pattern == "dense"), None)
     patterns: dict[str, list[NetworkRow]] = {}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.optional import check_installed
 from .costs_charts import cost_charts, safe_name
 from .course_charts import course_charts, merge_charts
 from .drawing import write_chart, write_matrix
@@ -36,6 +37,7 @@ def write_figures(
     Returns:
         The files.
     """
+    check_installed("matplotlib", purpose="drawing figures")
     folder.mkdir(parents=True, exist_ok=True)
     looks, out = looks_of([report]), []
     for chart in [*cost_charts(report, run, profiles), *course_charts(report), *merge_charts(report)]:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.optional import check_installed
 from .chart import Chart
 from .costs_charts import cost_charts, metric_text
 from .course_charts import course_charts, merge_charts
@@ -68,6 +69,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
     Args:
         runs: One, or two to be laid side by side.
     """
+    check_installed("matplotlib", purpose="drawing the charts of a report")
     page = _Page(tuple(runs), looks_of(r.report for r in runs))
     title = " and ".join(dict.fromkeys(f"{run.title} ({run.folder.name})" for run in runs))
     parts = {name: text for name, text in page.sections().items() if text}

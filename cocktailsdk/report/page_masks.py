@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..inspection.names import folded, pattern_of
+from ..inspection.layer_names import folded, pattern_of
 from .course_charts import rounds_of
 from .html import attributes, details, escape, heat_table
 from .run import RunReport

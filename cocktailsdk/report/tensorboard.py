@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ..errors import TrainingError
 from ..training.events import AlphaChosen, EpochEnded, Event, Finished, NetworkFinished, RoundEnded, TrainingStarted
+from ..utils.optional import check_installed
 
 __all__ = ["TensorBoard"]
 
@@ -37,12 +38,9 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise TrainingError(
-                f"TensorBoard's scalars need the package tensorboard ({error}): pip install 'cocktailsdk[tensorboard]'"
-            ) from error
+        check_installed("tensorboard", purpose="writing TensorBoard scalars", error=TrainingError)
+        from torch.utils.tensorboard import SummaryWriter
+
         self._make: Callable[[], Any] = lambda: SummaryWriter(fspath(folder))
         self._writer: Any = None  # made where there is something to write
         self._first = self._epochs = self._rounds = 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PatternError
 from ..graph import Coupling, Group
-from ..graph.carried import computed
+from ..graph.weight_graph import run_weight_graph
 from ..patterns.base import UMG
 from ..patterns.channel import rounded_units, rounding_step, unit_scores
 from .ratios import Pool
@@ -39,17 +39,17 @@ def scores_of(model: nn.Module, coupling: Coupling, importance: Importance, scop
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     graphs = coupling.trace.computed if coupling.trace is not None else {}
     values = {name: p.detach() for name, p in model.named_parameters()}
-    values |= {name: computed(graph, tensors.__getitem__) for name, graph in graphs.items()}
+    values |= {name: run_weight_graph(graph, tensors.__getitem__) for name, graph in graphs.items()}
     umg = UMG(coupling, (), values)
     if callable(importance):
-        given = importance(umg)
-        wanted = (coupling.n_units,)
-        if not isinstance(given, Tensor) or tuple(given.shape) != wanted:
-            found = f"shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        custom = importance(umg)
+        expected_shape = (coupling.n_units,)
+        if not isinstance(custom, Tensor) or tuple(custom.shape) != expected_shape:
+            found = f"shape {list(custom.shape)}" if isinstance(custom, Tensor) else f"a {type(custom).__name__}"
             raise PatternError(
-                f"importance must return a tensor of shape {list(wanted)}, one score a unit, not {found}"
+                f"importance must return a tensor of shape {list(expected_shape)}, one score a unit, not {found}"
             )
-        scores = given.detach().cpu().to(torch.float64)
+        scores = custom.detach().cpu().to(torch.float64)
         if not bool(torch.isfinite(scores).all()):
             raise PatternError("importance returned scores that are not finite")
         return scores
@@ -92,8 +92,8 @@ class Choice:
             count = round(min(factor * pool.ratio, 1.0) * sum(g.size for g in pool.groups))
             gone = candidates[:count].bincount(minlength=len(pool.groups)).tolist()
             for g, n in zip(pool.groups, gone, strict=True):
-                kept = max(rounded_units(g, g.size - n, self.round_to), self._least(g))
-                removed[self._ascending[g.start : g.start + g.size - kept]] = True
+                width = max(rounded_units(g, g.size - n, self.round_to), self._least(g))
+                removed[self._ascending[g.start : g.start + g.size - width]] = True
         return removed
 
     @cached_property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import Branch
-from ..graph.outputs import tensors_of
+from ..graph.output_tensors import tensors_of
 from ..utils.undo import unchanged
 
 __all__ = ["Skipped", "without_branches"]
@@ -57,13 +57,13 @@ def without_branches(
         with unchanged(model):
             want, returned = _run(model, branches, args, kwargs)
         done = _replaced(model, branches, returned, want, args, kwargs)
-        left = () if done else [b for b in branches if not _replaced(model, [b], returned, want, args, kwargs)]
+        remaining = () if done else [b for b in branches if not _replaced(model, [b], returned, want, args, kwargs)]
     finally:
         for module, training in modes:
             module.training = training
-    if left:
-        log.warning("branches stay in the slim model, masked: %s", ", ".join(b.name for b in left))
-    return not left
+    if remaining:
+        log.warning("branches stay in the slim model, masked: %s", ", ".join(b.name for b in remaining))
+    return not remaining
 
 
 def _run(

@@ -114,12 +114,12 @@ def _mask(model: nn.Module, where: Where) -> None:
     gone: dict[int, tuple[Tensor, Tensor]] = {}
     for name, t in named_tensors(model).items():
         if where[name].numel() < t.numel():
-            left = torch.zeros(t.numel(), dtype=torch.bool, device=t.device)
-            left[where[name].flatten()] = True
-            _, others = gone.get(id(t), (t, left))
-            gone[id(t)] = (t, left & others)
-    for t, left in gone.values():
-        t.mul_(left.view(t.shape).to(t))
+            present = torch.zeros(t.numel(), dtype=torch.bool, device=t.device)
+            present[where[name].flatten()] = True
+            _, others = gone.get(id(t), (t, present))
+            gone[id(t)] = (t, present & others)
+    for t, present in gone.values():
+        t.mul_(present.view(t.shape).to(t))
 
 
 def _narrowed_norms(masked: nn.Module, slim: nn.Module) -> str:

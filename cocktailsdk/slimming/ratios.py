@@ -152,8 +152,8 @@ class Ratios:
         if key == REST:
             return (_REST,)
         if key in self._expressions:
-            whole = self._expressions[key].fullmatch
-            return (_EXPRESSION,) if whole(module) or whole(name) else None
+            matches = self._expressions[key].fullmatch
+            return (_EXPRESSION,) if matches(module) or matches(name) else None
         if key in (module, name):
             return (_PATH,)
         if is_called(key, module) or is_called(key, name):

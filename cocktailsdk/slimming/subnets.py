@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import SlimError
 from ..graph import Coupling, slim_module
 from ..graph.copies import duplicate
-from ..graph.hooked import refresh
+from ..graph.hook_weights import refresh_hook_weights
 from ..models import after_slim
 from ..net.subnet_model import SubnetModel
 from ..net.tracing import couple_model
@@ -32,7 +32,7 @@ def slim_subnet(net: SubnetModel, name: str) -> nn.Module:
     if removed is None or not bool(removed.any()):
         with net.using(name):
             made = duplicate(net.model)
-            refresh(made.modules())
+            refresh_hook_weights(made.modules())
         dropped = mask.dropped(net.coupling) if mask is not None else ()
         if not dropped or net.example is None:
             return made

@@ -49,21 +49,21 @@ class Target:
             PatternError: It cannot be met.
         """
         coupling = choice.coupling
-        whole_flops, whole_params = coupling.flops(), coupling.params()
+        dense_flops, dense_params = coupling.flops(), coupling.params()
 
-        def left(removed: Tensor) -> tuple[float, float]:
+        def shares(removed: Tensor) -> tuple[float, float]:
             return (
-                coupling.flops(removed) / whole_flops if self.flops is not None and whole_flops else 0.0,
-                coupling.params(removed) / whole_params if self.params is not None and whole_params else 0.0,
+                coupling.flops(removed) / dense_flops if self.flops is not None and dense_flops else 0.0,
+                coupling.params(removed) / dense_params if self.params is not None and dense_params else 0.0,
             )
 
         def meets(removed: Tensor) -> bool:
-            f, p = left(removed)
+            f, p = shares(removed)
             return (self.flops is None or f <= self.flops) and (self.params is None or p <= self.params)
 
         steps = _steps(choice)
         if not meets(most := choice.removed(steps[-1])):
-            f, p = left(most)
+            f, p = shares(most)
             asked = [
                 f"{n}={a} (at least {h:.4f} stays)"
                 for n, a, h in (("flops", self.flops, f), ("params", self.params, p))

@@ -44,7 +44,7 @@ def prune(
 
     What it removed of each parameter is read off a copy whose every element is its own position; the masked model is
     the original in which exactly these elements are zero. Both are compared in float64 on randomised weights of unit
-    scale, as every slim model is (:mod:`cocktailsdk.graph.verify`). The second proof, labels run through the slim
+    scale, as every slim model is (:mod:`cocktailsdk.graph.verify_slim`). The second proof, labels run through the slim
     model's graph, needs a coupling that Torch-Pruning does not have.
 
     Args:
@@ -95,17 +95,17 @@ def _peer() -> str:
 @contextmanager
 def _contained() -> Iterator[None]:
     """It prints, warns, needs gradients, and leaves random numbers drawn."""
-    said = io.StringIO()
+    output = io.StringIO()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
         torch.random.fork_rng(devices=devices),
         torch.enable_grad(),
         warnings.catch_warnings(record=True) as warned,
-        redirect_stdout(said),
+        redirect_stdout(output),
     ):
         warnings.simplefilter("always")
         yield
-    for line in [*said.getvalue().splitlines(), *(str(w.message) for w in warned)]:
+    for line in [*output.getvalue().splitlines(), *(str(w.message) for w in warned)]:
         log.debug("%s: %s", _peer(), line)
 
 
@@ -213,17 +213,17 @@ def _replayed(model: nn.Module, inputs: Inputs, history: History) -> tuple[nn.Mo
     for p in probe.parameters():
         p.grad = None
     graph = tp.DependencyGraph().build_dependency(probe, inputs, forward_fn=_run)
-    whole = named_tensors(probe)
-    for t in whole.values():
+    before = named_tensors(probe)
+    for t in before.values():
         if t.is_floating_point():  # float64 counts exactly to 2^53
             t.data = torch.arange(t.numel(), dtype=t.dtype, device=t.device).view(t.shape)
-    shapes = {name: t.shape for name, t in whole.items()}
+    shapes = {name: t.shape for name, t in before.items()}
     graph.load_pruning_history([list(step) for step in history])
-    left = named_tensors(probe)
-    if set(left) != set(shapes):
-        raise SlimError(f"{sorted(set(left) ^ set(shapes))[0]!r} was added or removed")
+    after = named_tensors(probe)
+    if set(after) != set(shapes):
+        raise SlimError(f"{sorted(set(after) ^ set(shapes))[0]!r} was added or removed")
     where = {}
-    for name, t in left.items():
+    for name, t in after.items():
         if t.is_floating_point():
             where[name] = t.detach().to(torch.int64)
         elif t.shape == shapes[name]:

@@ -17,7 +17,7 @@ from ..graph.copies import duplicate
 from ..graph.cut import Cutter
 from ..graph.export import evaluating
 from ..graph.reorder import nested_order
-from ..graph.verify import verify_slim
+from ..graph.verify_slim import verify_slim
 from ..models import after_slim
 from ..net.subnet_model import SubnetModel
 from ..patterns import DENSE
@@ -61,12 +61,12 @@ class Views(Mapping[str, nn.Module]):
     def __init__(self, models: Mapping[str, nn.Module], shared: Mapping[str, Tensor]) -> None:
         self._models = dict(models)
         self.shared = dict(shared)
-        held = {t.untyped_storage().data_ptr() for t in shared.values()}
+        storages = {t.untyped_storage().data_ptr() for t in shared.values()}
         self.copied: dict[str, dict[str, int]] = {
             name: {
                 n: t.untyped_storage().nbytes()
                 for n, t in _tensors(model).items()
-                if t.untyped_storage().data_ptr() not in held
+                if t.untyped_storage().data_ptr() not in storages
             }
             for name, model in self._models.items()
         }
@@ -121,10 +121,10 @@ def channel_views(net: SubnetModel, subnets: str | Iterable[str]) -> Views:
     models: dict[str, nn.Module] = {}
     for name, gone in removed.items():
         cutter = Cutter(coupling, trace, order.removed(gone))
-        mends = verify_slim(ordered, cutter, args, kwargs).mends
+        fixes = verify_slim(ordered, cutter, args, kwargs).fixes
         _put_statistics(shared, dense, {n: order.of(n, v) for n, v in net.statistics.get(name, {}).items()})
-        made = cutter.cut(ordered, mends, share=shared.keys() - own)[0]
-        _settle(made, cutter.cut(ordered, mends)[0], name, args, kwargs)
+        made = cutter.cut(ordered, fixes, share=shared.keys() - own)[0]
+        _settle(made, cutter.cut(ordered, fixes)[0], name, args, kwargs)
         models[name] = after_slim(made.requires_grad_(False), (args, kwargs))
         log.info("%s is a view", name)
     _put_statistics(shared, dense, {})

@@ -5,7 +5,22 @@ from .finetuning import finetune
 from .loop import CoLoop
 from .loop_step import LoopStep
 from .metrics import accuracy
-from .recipes import Recipe
+from .recipes import Recipe, ScheduleContext, Step, SubnetPass
+from .step.hooks import StepContext, StepHook
 from .trainer import CoTrainer
 
-__all__ = ["CoLoop", "CoTrainer", "LoopStep", "Recipe", "accuracy", "events", "finetune", "schedules"]
+__all__ = [
+    "CoLoop",
+    "CoTrainer",
+    "LoopStep",
+    "Recipe",
+    "ScheduleContext",
+    "Step",
+    "StepContext",
+    "StepHook",
+    "SubnetPass",
+    "accuracy",
+    "events",
+    "finetune",
+    "schedules",
+]

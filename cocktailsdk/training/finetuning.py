@@ -1,4 +1,4 @@
-"""Training one chosen subnetwork alone, its mask held."""
+"""Training one chosen subnetwork alone, under its mask."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _FIXED = ("recipe", "start", "rounds", "merge", "alphas", "distill_fn", "distill
 def finetune(
     net: SubnetModel, name: str, train_loader: Iterable[Any], loss_fn: LossFn | None = None, **options: Any
 ) -> SubnetModel:
-    """Train one subnetwork alone, from the weights that it has in a net; the net is left as it is.
+    """Train one subnetwork alone, from the weights that it has in a net; the net does not change.
 
-    Its mask is held: neither gradients nor momentum nor weight decay move a masked weight, and all of them are seen to
+    Its mask stays: neither gradients nor momentum nor weight decay move a masked weight, and all of them are seen to
     be exactly 0 at the end.
 
     Args:
@@ -51,8 +51,8 @@ def finetune(
     subnet = net.subnet(name)
     if subnet.name == DENSE:
         raise TrainingError("finetune() trains a subnet under its mask, and the dense network has none: train .model")
-    if given := [option for option in _FIXED if option in options]:
-        raise TrainingError(f"finetune() trains one network for one round: leave out {', '.join(given)}")
+    if fixed := [option for option in _FIXED if option in options]:
+        raise TrainingError(f"finetune() trains one network for one round: leave out {', '.join(fixed)}")
     with net.using(subnet.name):
         model = copy.deepcopy(net.model)
     mask = net.masks[subnet.name]
@@ -75,6 +75,7 @@ def finetune(
     return tuned.switch(subnet.name)
 
 
+# The name is part of the configuration of every run by finetune(), so that runs of older releases can be resumed.
 def _held(pruning: Pruning) -> dict[str, Mask]:
     return {name: pruning.net.masks[name] for name in pruning.new}
 

@@ -1,47 +1,41 @@
-"""Co-training in loops of people's own: which network a step trains, switched in place, and what it learns."""
+"""CoLoop: co-training in a loop of your own. It says which network a step trains, and masks the gradients."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..errors import CocktailError, SubnetError, TrainingError
+from ..errors import SubnetError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.batchnorm import device_of
-from ..utils.blame import MISFITS, blamed
 from ..utils.fsdp import reshard_after_forward
 from ..utils.modes import TrainingModes, modes_kept
-from ..utils.nested import form_of, tensors_in
 from ..utils.norms import running_norms
 from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
-from .budget import round_steps
-from .data.batches import HeldBatches, to_device
+from .data.batches import HeldBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums
-from .loop_step import LoopStep, beyond, needs_trainer
-from .metrics import MetricFn, accuracy_of, mean_score
+from .loop_finish import accuracy_metric, check_trained, measure_networks, restored_on_failure
+from .loop_plan import LoopPlan
+from .loop_state import check_loop_state
+from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
+from .metrics import MetricFn
 from .randomness import forked
-from .recipes import Recipe, Step, recipe_named
-from .rescue import rescued_bundle
-from .round_plan import names_until, networks_of, round_masks, step_of
-from .state.compatibility import Foreign, check_classes, check_masks
-from .state.configuration import differences
-from .state.encoding import pack_masks, unpack_masks
+from .recipes import Recipe
+from .state.encoding import encode_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
+from .step.engine import StepEngine
 from .step.execution import Execution
 from .step.forward import ForwardFn, default_forward, detached
-from .step.nan_guard import not_finite
 from .step.precision import without_autocast
+from .step.same_batch import SameBatch
 
 __all__ = ["CoLoop"]
 
@@ -53,9 +47,9 @@ class CoLoop:
     """The step schedule without the trainer: drops into a plain loop, Accelerate, Lightning or a transformers Trainer.
 
     It says which network each step trains, makes every round's masks (paper, section 3.2) from the weights that the one
-    before ended with, switches the model in place, teaches sparse networks by the dense one, and masks their gradients.
-    The model, the optimizer, the data and all else stay yours. With the same batches, and an optimizer begun anew with
-    every round, weights are those of :class:`~cocktailsdk.CoTrainer`, bit for bit.
+    before ended with, switches the model in place, distils from the dense network, and masks gradients, with the step
+    engine of :class:`~cocktailsdk.CoTrainer`. The model, the optimizer, the data, forward and backward stay yours. With
+    the same batches, and a new optimizer for every round, the weights are the trainer's, bit for bit.
 
     Args:
         net: From :func:`~cocktailsdk.sparsify`; train ``net.model``, wrapped as you like. Its masks are made anew. A
@@ -109,36 +103,24 @@ class CoLoop:
         if not isinstance(net, SubnetModel):
             raise TrainingError(f"net must be what cocktailsdk.sparsify() returned, got {type(net).__name__}")
         check_numbers(steps=steps, rounds=rounds, distill_weight=distill_weight, seed=seed)
-        recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
-        if why := needs_trainer(recipe):
-            raise TrainingError(f"recipe {recipe.name!r} {why}: CoTrainer does that, CoLoop does not")
-        if start not in ("scratch", "pretrained"):
-            raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
+        recipe = recipe_for_loops(recipe)
         if not 0 <= distill_weight <= 1:
             raise TrainingError(f"distill_weight must lie in 0 … 1, got {distill_weight!r}")
         self._net, self._recipe, self._seed = net, recipe, seed
         self._modes, self._norms = TrainingModes(net.model), list(running_norms(net.model).values())
-        self._plan = recipe.plan(net.patterns, rounds)
-        self._first = 0 if start == "scratch" and recipe.rounds == "levels" else 1
-        self._lengths = round_steps(steps, len(self._plan) + 1 - self._first, recipe.finishing)
-        share = recipe.distill
-        weight = distill_weight if share is True or not distill_weight else float(share)
-        self._weight, self._distill_fn = weight, distill_fn
-        self._classes: Classes | None = None
-        self._looks = 0
-        self._before: Tensor | None = None
+        self._plan = LoopPlan(net, recipe, steps, rounds, start, seed)
+        self._distillation = Distillation(recipe.distillation(distill_weight), distill_fn)
         self._forward = forward_fn or default_forward
         self._execution = Execution(net.model, self._forward)
         if self._execution.sharded:
-            reshard_after_forward(net.model)  # masks act on the shards
-        self._stack = ExitStack()
-        self._accumulated = False
-        self._led: tuple[Any, Any, list[int]] | None = None
-        self._entered = 0
+            reshard_after_forward(net.model)  # masks act on the shards, not on gathered weights that are kept
+        self._first_sums: Tensor | None = None
+        self._classes_looks, self._accumulated, self._stack = 0, False, ExitStack()
+        self._shared = SameBatch(recipe.same_batch)
         self._configuration = {
             "recipe": recipe.describe(),
             "steps": steps,
-            "rounds": len(self._plan),
+            "rounds": self._plan.rounds,
             "start": start,
             "distill_weight": distill_weight,
             "seed": seed,
@@ -155,7 +137,7 @@ class CoLoop:
     @property
     def network(self) -> str:
         """Name of the network that the open step trains, or else the next one."""
-        return self.current.network if self.current is not None else self._next()[1].turns[0].network
+        return self.current.network if self.current is not None else self._plan.step(self.done).passes[0].subnet
 
     @property
     def repeats(self) -> bool:
@@ -163,7 +145,7 @@ class CoLoop:
 
         On any other batch the dense network runs once more, without gradients.
         """
-        return self._led is not None and not self.finished and self._next()[1].follows
+        return self._shared.open and not self.finished and self._shared.follows(self._plan.step(self.done))
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Batches for all steps that are left: the loader's, again and again, each once more where it is wanted.
@@ -177,7 +159,7 @@ class CoLoop:
         while not self.finished:
             before = self.done
             for batch in loader:
-                for _ in itertools.count():
+                while True:
                     at = self.done
                     yield batch
                     if self.done == at or not self.repeats:
@@ -220,40 +202,50 @@ class CoLoop:
             raise TrainingError("a step is open already: call end(), or leave its `with`, before the next one")
         if net.active != DENSE:
             raise TrainingError(f"{net.active!r} is active: switch('dense') before a step")
-        round_, step, number = self._next()
-        if len(step.turns) > 1 or step.turns[0].resolution != 1:
+        step, (round_, number) = self._plan.step(self.done), self._plan.place(self.done)
+        if len(step.passes) > 1 or step.passes[0].resolution != 1:
             raise beyond(self._recipe, "trains several networks, or at several resolutions, in one step")
-        if step.prune or step.keep is not None or step.forget or step.regrow or step.correct:
-            raise beyond(self._recipe, "changes masks, gradients or the optimizer inside rounds")
-        if self._before is None and not self.done:
-            self._before = weight_sums(net.model)
-        self._enter(round_)
+        if self._first_sums is None and not self.done:
+            self._first_sums = weight_sums(net.model)
+        if self._plan.enter(round_):
+            self._shared.clear()
         forget_derived()  # the optimizer has stepped, inside the caller's autocast perhaps
         if self._modes.frozen or not all(norm.training for norm in self._norms):
             self._modes.observe()
-        opened = LoopStep(self._loss, step, round_, number == 0 and not self._accumulated, round_ > len(self._plan))
-        if opened.network != DENSE and self._weight:
-            opened.teacher = self._teacher(step, batch)
+        # anew for every step: the caller may have wrapped the model, which may replace its parameters
+        self._engine = StepEngine(net, self._execution, self._distillation)
+        subnet = step.passes[0].subnet
+        teacher = self._shared.teacher_of(step, batch)
+        if self._engine.needs_teacher(subnet) and teacher is None:
+            teacher = dense_output_of(net, self._execution, batch, self._forward is default_forward)
         self._stack = ExitStack()
-        if opened.network != DENSE:
-            self._stack.enter_context(net.using(opened.network, statistics=False))
-        if opened.network == DENSE and self._recipe.same_batch:
-            self._led = None
-        self._batch, self._last, self.current = batch, last, opened
-        return opened
+        active = self._stack.enter_context(self._engine.active(subnet, teacher=teacher))
+        first, finishing = number == 0 and not self._accumulated, round_ > self._plan.rounds
+        self.current = LoopStep(self._loss, step, active, round_, first, finishing)
+        self._batch, self._last = batch, last
+        return self.current
 
     def end(self) -> None:
-        """Close a step: mask the gradients, restore the dense weights."""
+        """Close a step: restore the dense weights, mask the gradients."""
         step = self.current
         if step is None:
             raise TrainingError("no step is open: call begin(batch) before the forward pass")
+        sparse = step.network != DENSE
         try:
-            if step.network != DENSE:
-                self._mask(step)
+            if sparse and self._distillation.weight and not step.loss_called:
+                raise TrainingError(
+                    f"the step of {step.network!r} did not call step.loss(loss, output, target), which adds what the "
+                    "dense network teaches; distill_weight=0 trains without"
+                )
         finally:
             self._close()
-        if self._recipe.same_batch and step.said is not None and self._last and not self._accumulated:
-            self._led = (self._batch, step.said, _versions(self._batch))
+        # only with the last of accumulated batches: DDP averages the gradients of all in its backward pass
+        if sparse and self._last and not self._engine.mask_gradients(step.network):
+            raise TrainingError("the step ended without gradients: call backward() inside it, before the optimizer's")
+        if self._last and not self._accumulated and step.dense_output is not None:
+            self._shared.done(step.plan, step.dense_output, batch=self._batch)
+        else:  # the dense output is of one batch, and an accumulated step has several
+            self._shared.clear()
         self._accumulated = not self._last
         self.done += self._last
 
@@ -281,67 +273,21 @@ class CoLoop:
                 a loader, the model or the metric raised. The net then keeps its weights, masks, statistics and metrics,
                 and weights and masks are saved to a temporary folder, which the error names.
         """
-        net = self._net
-        if self.current is not None or self._round()[0] < len(self._plan):
+        if self.current is not None or self._plan.place(self.done)[0] < self._plan.rounds:
             raise TrainingError(f"finish() comes after the last round; {self.done} of {self.total} steps are done")
-        self._check_trained()
+        net = self._net
+        check_trained(net, self.done, self._first_sums)
         refuse_spent(val_loader, "val_loader")
-        device = device_of(net.model)
-        statistics, metrics = dict(net.statistics), dict(net.metrics)
-        try:
-            with without_autocast(device), forked(), modes_kept(net.model):
-                self._modes.apply()
-                batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
-                held = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
-                if held is not None and metric is None:
-                    metric = self._accuracy(held)
-                net.statistics.clear()
-                net.metrics.clear()
-                for i, name in enumerate([DENSE, *names_until(net, self._plan, len(self._plan))]):
-                    net.recalibrate(name, batches, lambda model, batch: self._forward(model, batch)[0])
-                    if held is not None and metric is not None:
-                        with net.using(name):
-                            score = mean_score(net.model, held, self._forward, metric, check=not i)
-                        net.metrics[name] = score.number
+        device, forward = device_of(net.model), self._forward
+        with restored_on_failure(net), without_autocast(device), forked(), modes_kept(net.model):
+            self._modes.apply()
+            batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
+            held_out = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
+            if held_out is not None and metric is None:
+                metric = accuracy_metric(net, held_out, forward, self._distillation.classes)
+            measure_networks(net, [DENSE, *self._plan.names(self._plan.rounds)], batches, held_out, forward, metric)
             note_training(net, self._configuration, train_loader)
-        except Exception as error:
-            net.statistics.clear()
-            net.statistics.update(statistics)
-            net.metrics.clear()
-            net.metrics.update(metrics)
-            what = error if isinstance(error, CocktailError) else f"{type(error).__name__}: {error}"
-            saved = rescued_bundle(net, "call finish() again, or ")
-            where = saved or "The trained weights and masks are in the net: call finish() again"
-            raise TrainingError(f"finish() failed ({' '.join(str(what).split())}). {where}") from error
         return net
-
-    def _check_trained(self) -> None:
-        """See that the optimizer steps did something, and nothing that makes weights worthless."""
-        if self._before is not None and torch.equal(self._before, weight_sums(self._net.model)):
-            raise TrainingError(
-                f"no weight changed in {self.done} steps, so nothing was trained: was every optimizer step left out "
-                "(a GradScaler, a loss that is not finite), or is the optimizer not over net.parameters()?"
-            )
-        if wrong := not_finite(self._net.model):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise TrainingError(
-                f"{', '.join(wrong[:3])}{more} became infinite or no number in training: lower the learning rate, or "
-                "look for values in the data that are not finite"
-            )
-
-    def _accuracy(self, held: HeldBatches) -> MetricFn:
-        """Accuracy, where outputs are class logits along axis 1, as the steps or a held-out batch show."""
-        model = self._net.model
-        if self._classes is None:
-            with modes_kept(model), torch.no_grad():
-                model.eval()
-                for batch in itertools.islice(held, 1):
-                    self._classes = find_classes(*self._forward(model, batch), None)
-        if self._classes is None or self._classes.axis != 1:
-            raise TrainingError(
-                "finish() measures classifications by itself, and nothing else: give metric, or no val_loader"
-            )
-        return accuracy_of(self._classes)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, and its masks: tensors and plain values. Save the model and the optimizer beside.
@@ -351,14 +297,16 @@ class CoLoop:
         """
         if self.current is not None or self._accumulated:
             raise TrainingError("state_dict() is for between steps: call it after the optimizer's")
-        names = names_until(self._net, self._plan, self._entered)
+        entered = self._plan.entered
+        masks = {name: self._net.masks[name] for name in self._plan.names(entered)}
+        classes = self._distillation.classes
         return {
             "format": 1,
             "configuration": self._configuration,
             "done": self.done,
-            "entered": self._entered,
-            "classes": None if self._classes is None else asdict(self._classes),
-            "masks": pack_masks({name: self._net.masks[name] for name in names}),
+            "entered": entered,
+            "classes": None if classes is None else asdict(classes),
+            "masks": encode_masks(self._net, masks),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -367,104 +315,29 @@ class CoLoop:
         Raises:
             TrainingError: The state is of another loop; says what differs.
         """
-        if not isinstance(state, Mapping) or state.get("format") != 1:
-            said = state.get("format") if isinstance(state, Mapping) else type(state).__name__
-            raise TrainingError(f"this is no state of a CoLoop that this release reads: format {said!r}")
-        try:
-            self._check(state)
-        except Foreign as error:
-            raise TrainingError(f"this is no state of a CoLoop: {error}") from error
-        if lines := differences(state["configuration"], self._configuration):
-            raise TrainingError(f"the state is of another loop ({'; '.join(lines)}): build the loop as it was")
-        for name, mask in unpack_masks(state["masks"], self._net).items():
-            self._net.set_mask(name, mask)
-        self._classes = None if state["classes"] is None else Classes(**state["classes"])
-        self.done, self._entered, self._led = state["done"], state["entered"], None
-
-    def _check(self, state: Mapping[str, Any]) -> None:
-        kinds = {"configuration": Mapping, "masks": Mapping, "done": int, "entered": int}
-        if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
-            raise Foreign(f"its {wrong[0]!r} is {type(state.get(wrong[0])).__name__}")
-        if not all(isinstance(t, Tensor) for t in state["masks"].values()) or not 0 <= state["done"] <= self.total:
-            raise Foreign(f"{state['done']} of {self.total} steps are done")
-        check_masks({name: tuple(t.shape) for name, t in state["masks"].items()}, self._net)
-        check_classes(state.get("classes"))
-
-    def _round(self) -> tuple[int, int]:
-        """The round of the next step, and how many of its steps are done; after the last step, of that one."""
-        number = min(self.done, self.total - 1)
-        for k, length in enumerate(self._lengths, self._first):
-            if number < length:
-                return k, number
-            number -= length
-        raise AssertionError("lengths add up to the total")
-
-    def _next(self) -> tuple[int, Step, int]:
-        if self.finished:
-            raise TrainingError(f"all {self.total} steps are done: finish(), or build the loop with more steps")
-        k, number = self._round()
-        networks = networks_of(self._net, self._plan, k)
-        length = self._lengths[k - self._first]
-        return k, step_of(self._recipe, networks, k, number, length, self._seed, len(self._plan)), number
-
-    def _enter(self, round_: int) -> None:
-        """Make the masks of a round, its first step being about to begin."""
-        if not self._entered < round_ <= len(self._plan):
-            return
-        net = self._net
-        before = names_until(net, self._plan, round_ - 1)
-        masks = round_masks(self._recipe, net, self._plan[round_ - 1], before, round_, _no_dense_round)
+        masks = check_loop_state(state, self._net, self._configuration, self.total)
         for name, mask in masks.items():
-            net.set_mask(name, mask)
-        self._entered, self._led = round_, None
-
-    def _teacher(self, step: Step, batch: Any) -> Any:
-        if step.follows and self._led is not None:
-            led, said, versions = self._led
-            # a loader may write the next batch into the same memory
-            if _same(batch, led) and _versions(batch) == versions:
-                return said
-        if batch is None:
-            raise TrainingError(
-                "sparse steps learn from the dense network's output for the same batch: give it, `loop.step(batch)`; "
-                "distill_weight=0 trains without"
-            )
-        said = blamed(
-            "the model",
-            lambda: f"on the batch that step() was given, which is {form_of(batch)}",
-            "if the model takes such batches otherwise, give CoLoop a forward_fn(model, batch) -> (output, target)",
-            MISFITS if self._forward is default_forward else (),
-        )
-        with torch.no_grad(), said:
-            return self._execution.teacher(to_device(batch, device_of(self._net.model)))
+            self._net.set_mask(name, mask)
+        classes = None if state["classes"] is None else Classes(**state["classes"])
+        self._distillation = replace(self._distillation, classes=classes)
+        self.done, self._plan.entered = state["done"], state["entered"]
+        self._shared.clear()
 
     def _loss(self, step: LoopStep, loss: Tensor, output: Any, target: Any) -> Tensor:
-        if self._classes is None and self._looks < LOOKS:
-            self._looks += 1
-            self._classes = find_classes(output, target, loss)
+        distillation = self._distillation
+        if distillation.classes is None and self._classes_looks < LOOKS:
+            self._classes_looks += 1
+            distillation = replace(distillation, classes=find_classes(output, target, loss))
+            self._distillation = self._engine.distillation = distillation
         if step.network == DENSE:
-            if step.leads and self._recipe.same_batch and self._weight:
-                step.said = detached(output)
-            return loss
-        if target is None and self._distill_fn is None and self._weight:
+            if self._shared.leads(step.plan) and distillation.weight:
+                step.dense_output = detached(output)
+        elif target is None and distillation.fn is None and distillation.weight:
             raise TrainingError(
                 "step.loss(loss, output, target) needs the target for soft cross-entropy; or give the loop a "
                 "distill_fn(student_output, teacher_output)"
             )
-        return Distillation(self._weight, self._distill_fn, self._classes)(loss, output, step.teacher, target)
-
-    def _mask(self, step: LoopStep) -> None:
-        if self._weight and not step.asked:
-            raise TrainingError(
-                f"the step of {step.network!r} did not call step.loss(loss, output, target), which adds what the dense "
-                "network teaches; distill_weight=0 trains without"
-            )
-        if not self._last:
-            return
-        gradients = {n: p.grad for n, p in self._net.model.named_parameters() if p.grad is not None}
-        if not gradients:
-            raise TrainingError("the step ended without gradients: call backward() inside it, before the optimizer's")
-        self._net.zero_masked(step.network, gradients)
+        return step.active.loss(loss, output, target)
 
     def _close(self) -> None:
         self.current = None
@@ -474,21 +347,3 @@ class CoLoop:
             raise TrainingError(
                 f"step the optimizer after `with loop.step(batch):` (after end()), not inside: {error}"
             ) from error
-
-
-def _same(batch: Any, other: Any) -> bool:
-    """Whether two batches hold the very same objects."""
-    mine, theirs = tree_leaves(batch), tree_leaves(other)
-    return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
-
-
-def _versions(batch: Any) -> list[int]:
-    """How often each tensor of a batch was written to."""
-    try:
-        return [tensor._version for tensor in tensors_in(batch)]
-    except RuntimeError:  # inference tensors are not counted, and cannot be written to outside of inference mode
-        return []
-
-
-def _no_dense_round() -> None:
-    raise TrainingError("the mask rule wants the weights that the dense round ended with, which CoLoop does not keep")

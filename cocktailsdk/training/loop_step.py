@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TrainingError
-from .recipes import Recipe, Step
+from ..net.subnet_model import SubnetModel
+from ..utils.batchnorm import device_of
+from ..utils.blame import MISFITS, blamed
+from ..utils.nested import form_of, to_device
+from .recipes import Recipe, Step, recipe_named
+from .step.engine import ActivePass
+from .step.execution import Execution
 
-__all__ = ["LoopStep", "beyond", "needs_trainer"]
+__all__ = ["LoopStep", "beyond", "dense_output_of", "recipe_for_loops"]
 
 
 class LoopStep:
@@ -22,15 +29,24 @@ class LoopStep:
         round: The round.
         begins_round: Whether this is the round's first step: the trainer begins a new optimizer and schedule here.
         finishing: Whether the rounds are over, and all networks train together.
+        plan: The recipe's step.
+        dense_output: The dense network's output for the batch, where sparse steps learn from it.
     """
 
-    def __init__(self, learned: Callable[..., Tensor], step: Step, round_: int, first: bool, finishing: bool) -> None:
-        self.network = step.turns[0].network
+    def __init__(
+        self,
+        learned: Callable[..., Tensor],
+        plan: Step,
+        active: ActivePass,
+        round_: int,
+        first: bool,
+        finishing: bool,
+    ) -> None:
+        self.network = active.subnet
         self.round, self.begins_round, self.finishing = round_, first, finishing
-        self.teacher: Any = None
-        self.said: Any = None
-        self.asked = False
-        self.leads, self._learned = step.leads, learned
+        self.plan, self.active, self._learned = plan, active, learned
+        self.dense_output: Any = active.teacher
+        self.loss_called = False
 
     def loss(self, loss: Float[Tensor, ""], output: Any, target: Any = None) -> Float[Tensor, ""]:
         """What to call ``backward()`` on: on sparse steps the loss and that against the dense network's output.
@@ -47,12 +63,50 @@ class LoopStep:
         Raises:
             TrainingError: There is nothing to distil: the outputs are no classification and there is no ``distill_fn``.
         """
-        self.asked = True
+        self.loss_called = True
         return self._learned(self, loss, output, target)
 
 
-def needs_trainer(recipe: Recipe) -> str | None:
-    """What a recipe does that a loop cannot; ``None`` where there is nothing."""
+def dense_output_of(net: SubnetModel, execution: Execution, batch: Any, found: bool) -> Any:
+    """The dense network's output for a batch that ``CoLoop.step`` was given.
+
+    Args:
+        net: The networks; the dense one is active.
+        execution: How passes run.
+        batch: On any device.
+        found: Whether how the batch is used was found, not given as ``forward_fn``.
+
+    Raises:
+        TrainingError: There is no batch, or the model does not take it.
+    """
+    if batch is None:
+        raise TrainingError(
+            "sparse steps learn from the dense network's output for the same batch: give it, `loop.step(batch)`; "
+            "distill_weight=0 trains without"
+        )
+    blaming = blamed(
+        "the model",
+        lambda: f"on the batch that step() was given, which is {form_of(batch)}",
+        "if the model takes such batches otherwise, give CoLoop a forward_fn(model, batch) -> (output, target)",
+        MISFITS if found else (),
+    )
+    with torch.no_grad(), blaming:
+        return execution.teacher(to_device(batch, device_of(net.model)))
+
+
+def recipe_for_loops(recipe: str | Recipe) -> Recipe:
+    """A recipe that a loop can follow, also by its name.
+
+    Raises:
+        TrainingError: It does what a loop cannot; says what.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
+    if what := _needs_trainer(recipe):
+        raise beyond(recipe, what)
+    return recipe
+
+
+def _needs_trainer(recipe: Recipe) -> str | None:
     if recipe.merges:
         return "merges its rounds"
     if recipe.rewind and recipe.rounds == "levels":
@@ -62,9 +116,11 @@ def needs_trainer(recipe: Recipe) -> str | None:
     if recipe.statistics == "separate":
         return "keeps statistics of every network while it trains"
     if recipe.update == "active":
-        return "holds masked weights while the optimizer steps"
+        return "keeps masked weights unchanged while the optimizer steps"
     if recipe.finishing_rate != 1:
         return "changes learning rates"
+    if len(recipe.step_hooks()):
+        return "has hooks, which change masks, gradients or the optimizer inside rounds"
     return None
 
 

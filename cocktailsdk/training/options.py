@@ -126,11 +126,8 @@ class Options:
 
     @property
     def distillation(self) -> float:
-        """Share of the distillation loss on sparse turns."""
-        distill = self.recipe.distill
-        if self.distill_weight == 0 or distill is True:
-            return self.distill_weight
-        return float(distill)
+        """Share of the distillation loss on sparse passes."""
+        return self.recipe.distillation(self.distill_weight)
 
     def epochs_of(self, round_: int) -> range:
         """The epochs that a round trains; the last may be a part of one."""

@@ -19,14 +19,14 @@ from ..utils.fsdp import local
 from ..utils.modes import train_as_handed
 from .budget import finishing_epochs
 from .optimization import Optimization
-from .recipes import Step, Turn
+from .recipes import Step, SubnetPass
 from .session import Session, load_tensors, model_tensors
 from .step.stepper import Stepper
 
 __all__ = ["Costs", "Plan", "epochs_for", "measure", "plan"]
 
 REPEATS = 2
-LOOKS = 2520  # steps of a round that a plan looks at; whole turns of up to ten networks
+LOOKS = 2520  # steps of a round that a plan looks at; whole cycles of up to ten networks
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ def _training(session: Session, costs: Costs) -> float:
         seconds = 0.0
         for i in looked:
             step = session.step_at(k, i)
-            taught = (recipe.same_batch and step.follows) or step.turns[0].network == DENSE
-            for turn in step.turns:
-                teacher = turn.network != DENSE and not taught
+            taught = (recipe.same_batch and step.follows) or step.passes[0].subnet == DENSE
+            for one in step.passes:
+                teacher = one.subnet != DENSE and not taught
                 seconds += costs.sparse_step if teacher else costs.dense_step
                 taught = True
         total += seconds / max(len(looked), 1) * steps
@@ -164,7 +164,9 @@ def measure(session: Session) -> Costs:
     names = [names[0] for names in session.networks(options.rounds).values() if names]
 
     def step(name: str) -> Callable[[], object]:
-        return lambda: stepper.step(Step((Turn(name),)), batches, optimization.optimizer, None, optimization.scaler)
+        return lambda: stepper.step(
+            Step((SubnetPass(name),)), batches, optimization.optimizer, None, optimization.scaler
+        )
 
     try:
         train_as_handed(net.model)

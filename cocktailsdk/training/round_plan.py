@@ -1,4 +1,4 @@
-"""The course of a run: which subnets each round has, how their masks are made, and what each step trains."""
+"""The plan of a run: which subnets each round has, how their masks are made, and what each step trains."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import Subnet
-from .recipes import Moment, Pruning, Recipe, Step
+from .recipes import Pruning, Recipe, ScheduleContext, Step
 from .recipes.steps import DENSE_STEP
+from .step.hook_calls import StepHooks
+from .step.hooks import StepHook
 
-__all__ = ["Plan", "names_until", "networks_of", "round_masks", "step_of"]
+__all__ = ["Plan", "hooks_of", "names_until", "networks_of", "round_masks", "step_of"]
 
 Plan = Sequence[Mapping[str, tuple[Subnet, ...]]]
 """The subnets of every round after the dense one, by pattern."""
@@ -32,24 +34,23 @@ def names_until(net: SubnetModel, plan: Plan, last_round: int) -> list[str]:
     return [name for name in net.names if name in trained]
 
 
-def step_of(
-    recipe: Recipe, networks: Mapping[str, tuple[str, ...]], round_: int, step: int, steps: int, seed: int, last: int
-) -> Step:
-    """What a round's step does, by the recipe.
+def step_of(recipe: Recipe, context: ScheduleContext, last: int) -> Step:
+    """The step that a recipe chooses.
 
     Args:
         recipe: Of the run.
-        networks: The round's, by pattern.
-        round_: Its number.
-        step: Optimizer steps done in it.
-        steps: Of how many.
-        seed: The run's.
+        context: Where the run stands.
         last: Number of the last round before finishing.
     """
-    if not any(networks.values()):
+    if not any(context.subnets.values()):
         return DENSE_STEP
-    schedule = recipe.step_schedule if round_ <= last else recipe.finishing_step_schedule
-    return schedule(Moment(round_, step, steps, networks, seed))
+    schedule = recipe.step_schedule if context.round <= last else recipe.finishing_step_schedule
+    return schedule(context)
+
+
+def hooks_of(hooks: StepHooks, context: ScheduleContext, last: int) -> tuple[StepHook, ...]:
+    """The hooks of the step that :func:`step_of` chooses: no schedule is called for a dense round."""
+    return hooks.of(scheduled=any(context.subnets.values()), finishing=context.round > last)
 
 
 def round_masks(

@@ -10,17 +10,19 @@ import torch
 
 from ..masks import Mask
 from ..patterns.base import DENSE
-from ..utils.fsdp import local
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
 from .optimization import Optimization
-from .recipes import Step
-from .round_plan import round_masks
+from .recipes import ScheduleContext, Step
+from .round_plan import hooks_of, round_masks
 from .session import Session, load_tensors, model_tensors
-from .state.encoding import pack_masks
+from .state.encoding import encode_masks
 from .state.history import RoundHistory
-from .step.nan_guard import Before, Place
-from .step.stepper import Stepper, Trained
+from .step.hook_calls import HookCalls
+from .step.hooks import StepContext
+from .step.nan_guard import StepLocation, StepSnapshot
+from .step.same_batch import SameBatch
+from .step.stepper import Stepper, StepResult
 
 __all__ = ["train_rounds"]
 
@@ -30,8 +32,8 @@ REWIND = "rewind"
 
 
 def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
-    """Train all rounds of a phase that are left, from wherever the run stands."""
-    stepper = Stepper.of(session.net, session.options, session.classes, session.gradients, session.execution)
+    """Train the remaining rounds of a phase, from wherever the run stands."""
+    stepper = Stepper.of(session.net, session.options, session.classes, session.execution)
     stepper.allows = None if session.skips is None else session.skips.allows
     while session.position.phase == phase:
         if session.position.entered:
@@ -54,7 +56,10 @@ def _enter_round(session: Session) -> None:
             store.put(REWIND, model_tensors(session.net.model))
             if options.recipe.weights == "own" and options.recipe.rounds == "levels":
                 session.history.weights[DENSE] = REWIND  # no round trains the dense network
-        store.put(f"masks-{k:02d}", pack_masks(_make_masks(session, k)))
+        masks = _make_masks(session, k)
+        # those that stayed as the files of their rounds have them, which are read before this one
+        base = {name: session.net.masks[name] for name in session.names(k - 1) if name not in session.remade}
+        store.put(f"masks-{k:02d}", encode_masks(session.net, masks, base))
         if options.rewinds:
             load_tensors(session.net.model, store.get(REWIND))
     session.optimization = Optimization.begin(session.net.model, options, k, session.device)
@@ -65,11 +70,13 @@ def _enter_round(session: Session) -> None:
     position.entered = True
     position.epoch, position.step = options.epochs_of(k).start, 0
     session.losses = {}
-    session.gradients.clear()
     if options.recipe.statistics == "separate":
         session.net.statistics.clear()
     names = [name for names in session.networks(k).values() for name in names]
     session.history.rounds.append(RoundHistory(k, names, made={}))
+    context = session.context_at(k, 0)
+    for hook in hooks_of(session.hooks, context, options.rounds):
+        hook.on_round_start(context)
     _keep_rewind_point(session)
     session.save()
     session.emit(RoundStarted(k, tuple(names), len(options.epochs_of(k))))
@@ -117,78 +124,95 @@ def _train_round(session: Session, stepper: Stepper) -> None:
     started, ran = time.monotonic(), 0
     while position.epoch < options.epochs_of(k).stop:
         batches: list[Any] = []
-        at, led, taught = 0, False, Trained({}, None)
+        at, shared = 0, SameBatch(options.recipe.same_batch)
         steps = options.steps_in(k, position.epoch)
         for i in range(position.step, steps):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
+            context = session.context_at(k, number)
             step = session.step_at(k, number)
-            follows = led and step.follows
-            led = options.recipe.same_batch and step.leads and i + 1 < steps
-            if not follows:
+            if not shared.follows(step):
+                shared.clear()
                 batches, at = session.next_batches()
-            _prepare(session, step)
+            hooks = _hooks(session, step, context)
+            hooks.call("before_step")
+            # after the hooks, so that whatever they draw leaves the step's own random numbers as they are
             session.seed("step", k, position.epoch, i, *session.own)
-            teacher = taught.teacher if follows else None
-            place = Place(k, position.epoch, i, at, session.history.steps)
-            before = None if session.skips is None else Before(session.net, step)
-            taught = stepper.step(step, batches, optimization.optimizer, teacher, optimization.scaler)
-            if not (taught.skipped or taught.left_out):
+            location = StepLocation(k, position.epoch, i, at, session.history.steps)
+            # after before_step, whose changes stay: the next step would not make them again
+            snapshot = None if session.skips is None else StepSnapshot(session.net, step)
+            hooks.context.undo = snapshot
+            ends = i + 1 == steps
+            result = stepper.step(
+                step,
+                batches,
+                optimization.optimizer,
+                shared.teacher,
+                optimization.scaler,
+                keep_teacher=shared.leads(step, last=ends),
+                hooks=hooks,
+            )
+            shared.done(step, result.teacher, last=ends)
+            if result.made:
                 optimization.scheduler.step()
                 if session.average is not None:
                     session.average.update()
-            _count(session, step, taught, place, before)
+            _count(session, step, result, location, snapshot)
             position.step = i + 1
             ran += 1
-            if led:  # between two steps on one batch there is nothing to go on from
+            if shared.open:  # the next step may need this batch, which no state holds: no save and no event here
                 continue
             session.tell_skipped()
             if session.due():
                 done = options.steps_before(k) + number + 1
                 rate = ran / max(time.monotonic() - started, 1e-9)
-                names = "+".join(taught.losses)
+                names = "+".join(result.losses)
                 session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
             session.save_if_late()
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 
 
-def _prepare(session: Session, step: Step) -> None:
-    """What a step does before it trains: keep weights, make masks anew, clear the optimizer's memory."""
-    net = session.net
-    if step.keep is not None:
-        session.check()
-        session.history.weights[step.keep] = where = f"weights-{step.keep}".replace(":", "-")
-        session.store.put(where, model_tensors(net.model))
-    if step.prune:
-        parameters = dict(net.model.named_parameters())
-        for name in (turn.network for turn in step.turns if turn.network != DENSE):
-            net.set_mask(name, session.agreed({name: net.make_masks(name)})[name])
-            session.remade.add(name)
-            for key, mask in net.mask_tensors(name).items():
-                local(parameters[key].detach()).mul_(mask)
-    if step.forget:
-        assert session.optimization is not None
-        session.optimization.optimizer.state.clear()
+def _hooks(session: Session, step: Step, context: ScheduleContext) -> HookCalls:
+    """The hooks of a step, with what they may change."""
+    assert session.optimization is not None
+    step_context = StepContext(
+        session.net,
+        step,
+        context,
+        session.optimization.optimizer,
+        agreed=session.agreed,
+        changed=session.remade.add,
+        snapshot=lambda name: _snapshot_weights(session, name),
+    )
+    return HookCalls(hooks_of(session.hooks, context, session.options.rounds), step_context)
 
 
-def _count(session: Session, step: Step, trained: Trained, place: Place, before: Before | None) -> None:
+def _snapshot_weights(session: Session, name: str) -> None:
+    """Store the weights as a network's own."""
+    session.check()  # never weights that are not finite
+    session.history.weights[name] = where = f"weights-{name}".replace(":", "-")
+    session.store.put(where, model_tensors(session.net.model))
+
+
+def _count(
+    session: Session, step: Step, result: StepResult, location: StepLocation, snapshot: StepSnapshot | None
+) -> None:
     losses, record = session.losses, session.history.rounds[-1]
-    note_step(record, trained.losses, made=not (trained.left_out or trained.skipped))
-    if trained.left_out:
-        assert before is not None
-        before.put_back()
-        session.skipped(place, trained.losses)
+    note_step(record, result.losses, made=result.made)
+    if result.rejected:
+        assert snapshot is not None
+        snapshot.restore()
+        session.skipped(location, result.losses)
         return
     if session.skips is not None:
         session.skips.in_a_row = 0
-    elif (wrong := session.watch.add(place, trained.losses)) is not None:
+    elif (wrong := session.watch.add(location, result.losses)) is not None:
         raise session.poisoned(wrong)
-    for name, loss in trained.losses.items():
-        # summed where it is: no waiting
+    for name, loss in result.losses.items():
+        # summed on the device: no waiting for it
         entry = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
         losses[name] = losses[name] + entry if name in losses else entry
-    session.remade |= trained.remade
     session.history.steps += 1
-    session.history.passes += len(step.turns)
+    session.history.passes += len(step.passes)
 
 
 def _end_epoch(session: Session, rate: float) -> None:

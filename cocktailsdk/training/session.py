@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, TrainingError
 from ..masks import Mask
+from ..masks.packed import PackedMasks
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.fsdp import is_sharded, local, rows_of
@@ -34,14 +35,17 @@ from .metrics import MetricFn, NothingScored, Score, mean_score, readable
 from .optimization import Optimization
 from .options import Options
 from .randomness import seed_everything
-from .recipes import Step
+from .recipes import ScheduleContext, Step
 from .round_plan import Plan, names_until, networks_of, step_of
-from .state.encoding import pack_masks, plain, to_cpu, unpack_masks
+from .state.compatibility import hook_states
+from .state.encoding import decode_masks, encode_masks, plain, to_cpu, written_before
 from .state.history import History, Position
 from .state.store import Store
 from .step.distill import Classes
 from .step.execution import Execution
-from .step.nan_guard import SECONDS, LossWatch, Place, Skips, not_finite
+from .step.hook_calls import StepHooks
+from .step.nan_guard import SECONDS, LossWatch, Skips, StepLocation, not_finite
+from .step.same_batch import SameBatch
 
 __all__ = ["CallbackFailed", "LoaderFailed", "Session", "load_tensors", "model_tensors"]
 
@@ -101,7 +105,7 @@ class Session:
         held_examples: The order of examples in them.
         held_scores: Scores in them.
         remade: Subnets whose masks were made anew while the round trained.
-        gradients: Of the step before, where the recipe corrects by them.
+        hooks: This run's copies of the recipe's.
         rewound: State of optimizer and schedule at the rewind point, where they are rewound as well.
         resumed: The same of the round that is gone on with.
         ranks: The processes that share the run.
@@ -135,11 +139,11 @@ class Session:
     held_examples: Tensor | None = None
     held_scores: int = 0
     remade: set[str] = field(default_factory=set)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
     rewound: dict[str, Any] | None = None
     resumed: dict[str, Any] | None = None
     ranks: Ranks = SINGLE
     execution: Execution | None = None
+    hooks: StepHooks = field(init=False)
     watch: LossWatch = field(init=False)
     skips: Skips | None = field(init=False)
     average: Average | None = field(init=False)
@@ -153,6 +157,7 @@ class Session:
     _late: bool = False
 
     def __post_init__(self) -> None:
+        self.hooks = self.options.recipe.step_hooks()
         # several processes look at the same step
         self.watch = LossWatch(self.device, seconds=SECONDS if self.ranks.world == 1 else float("inf"))
         self.skips = Skips(self.net.model.parameters()) if self.options.on_nan == "skip" else None
@@ -303,22 +308,24 @@ class Session:
             f"the data that are not finite{other}"
         )
 
-    def skipped(self, place: Place, losses: Mapping[str, Tensor]) -> None:
+    def skipped(self, location: StepLocation, losses: Mapping[str, Tensor]) -> None:
         """Note a step that was left out."""
         assert self.skips is not None
         self.history.skipped += 1
         try:
-            name, value = self.skips.note(place, losses)
+            name, value = self.skips.note(location, losses)
         except TrainingError as error:
             raise TrainingError(f"{error}. {self.store.standing}") from None
-        log.warning("left out a step %s: the loss of %s was %g, or its gradients were not finite", place, name, value)
+        log.warning(
+            "left out a step %s: the loss of %s was %g, or its gradients were not finite", location, name, value
+        )
 
     def tell_skipped(self) -> None:
         """Emit what :meth:`skipped` noted, where the run can be resumed."""
         if self.skips is not None and self.skips.waiting:
             waiting, self.skips.waiting = self.skips.waiting, []
-            for place, name, value in waiting:
-                self.emit(StepSkipped(place.round, place.epoch, place.step, place.batch, name, value))
+            for at, name, value in waiting:
+                self.emit(StepSkipped(at.round, at.epoch, at.step, at.batch, name, value))
 
     def needs(self, file: str) -> bool:
         """Whether a file that was put into the store will be read again."""
@@ -346,8 +353,8 @@ class Session:
             ],
             "held_examples": self.held_examples,
             "held_scores": self.held_scores,
-            "masks": pack_masks({name: self.net.masks[name] for name in sorted(self.remade)}),
-            "gradients": dict(self.gradients),
+            "masks": encode_masks(self.net, {name: self.net.masks[name] for name in sorted(self.remade)}),
+            "hooks": plain(self.hooks.state_dict()),
             "rewound": self.rewound,
             "model": model_tensors(self.net.model),
             "average": None if self.average is None else self.average.state_dict(),
@@ -374,19 +381,29 @@ class Session:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         made = self.position.round + (self.position.entered or self.position.phase != "train")
-        for k in range(1, min(made, self.options.finishing_round)):
-            for name, mask in unpack_masks(self.store.get(f"masks-{k:02d}"), self.net).items():
-                self.net.set_mask(name, mask)
-        for name, mask in unpack_masks(state["masks"], self.net).items():
+        masks = self._stored_masks(min(made, self.options.finishing_round))
+        remade = decode_masks(state["masks"], self.net)
+        for name, mask in {**masks, **remade}.items():
             self.net.set_mask(name, mask)
-            self.remade.add(name)
-        self.gradients.update({k: v.to(self.device) for k, v in state["gradients"].items()})
+        self.remade |= remade.keys()
+        self.hooks.load_state_dict(to_device(hook_states(state, self.hooks), self.device))
         self.net.statistics.update(
             {n: {k: v.to(self.device) for k, v in s.items()} for n, s in state["statistics"].items()}
         )
         self.net.metrics.update(state["metrics"])
         if self.skips is not None:
             self.skips.in_a_row = state.get("skipped_in_a_row", 0)
+
+    def _stored_masks(self, end: int) -> dict[str, Mask]:
+        """The masks made in the rounds before one; files of older releases are written anew."""
+        masks: dict[str, Mask] = {}
+        for file in (f"masks-{k:02d}" for k in range(1, end)):
+            tensors = self.store.get(file)
+            made = decode_masks(tensors, self.net, masks)
+            if written_before(tensors):
+                self.store.put(file, encode_masks(self.net, made, masks))
+            masks |= made
+        return masks
 
     def _old_stream(self) -> dict[str, Any]:
         """Where the stream is in a state of release 0.1.0, in which every epoch began a pass of its own."""
@@ -395,17 +412,21 @@ class Session:
         if not (at.entered and at.step):
             return {"begun": None, "drawn": 0, "passes": passes}
         first = (at.epoch - options.epochs_of(at.round).start) * options.steps_per_epoch
-        drawn, led = 0, False
+        drawn, shared = 0, SameBatch(options.recipe.same_batch)
         for i in range(at.step):
             step = self.step_at(at.round, first + i)
-            drawn += not (led and step.follows)
-            led = options.recipe.same_batch and step.leads
+            drawn += not shared.follows(step)
+            shared.done(step, None)
         return {"begun": (at.round, at.epoch, 0), "drawn": drawn, "passes": passes + 1}
+
+    def context_at(self, round_: int, step: int) -> ScheduleContext:
+        """What the recipe's schedule knows in a round's step."""
+        options = self.options
+        return ScheduleContext(round_, step, options.steps_of(round_), self.networks(round_), options.seed)
 
     def step_at(self, round_: int, step: int) -> Step:
         """What a round's step does, by the recipe."""
-        options, networks = self.options, self.networks(round_)
-        return step_of(options.recipe, networks, round_, step, options.steps_of(round_), options.seed, options.rounds)
+        return step_of(self.options.recipe, self.context_at(round_, step), self.options.rounds)
 
     def networks(self, round_: int) -> dict[str, tuple[str, ...]]:
         """Names of a round's subnets by pattern, in the net's order; none in round 0, all in finishing."""
@@ -523,9 +544,9 @@ class Session:
         """The main process's masks, in all."""
         if self.ranks.world == 1:
             return dict(masks)
-        packed = pack_masks(masks)
-        names = self.ranks.from_main(lambda: list(packed))
-        return unpack_masks({name: self.ranks.tensor(packed.get(name)) for name in names}, self.net)
+        encoded = encode_masks(self.net, masks) if self.ranks.is_main else {}
+        keys = self.ranks.from_main(lambda: list(encoded))
+        return decode_masks({key: self.ranks.tensor(encoded.get(key)) for key in keys}, self.net)
 
     def verify(self, what: str) -> None:
         """Make sure that weights and the round's masks are the same in all processes."""
@@ -533,8 +554,10 @@ class Session:
         def value() -> str:
             names = [name for names in self.networks(self.position.round).values() for name in names]
             masks = {name: self.net.masks[name] for name in names if name in self.net.masks}
+            bits = {name: PackedMasks(mask.elements.items()).bits for name, mask in masks.items()}
+            units = {f"{name}/removed": m.removed for name, m in masks.items() if m.removed is not None}
             weights = {n: t for n, t in model_tensors(self.net.model).items() if not is_sharded(t)}
-            return digest({**weights, **pack_masks(masks)})
+            return digest({**weights, **bits, **units})
 
         self.ranks.verify(what, value)
 

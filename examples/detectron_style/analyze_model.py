@@ -9,14 +9,15 @@ Looks at the networks that OUTPUT_DIR holds, or at untrained ones where there ar
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
 
+from cocktailsdk.utils.optional import missing
+
 # before the imports below, which would end in a traceback
-if missing := [p for p in ("yaml", "pycocotools") if importlib.util.find_spec(p) is None]:
-    sys.exit(f'error: detection needs {" and ".join(missing)}: pip install "cocktailsdk[detection]"')
+if message := missing("yaml", "pycocotools", "torchvision", "matplotlib", purpose="detection", extra="detection"):
+    sys.exit(f"error: {message}")
 
 from cocktail_detection.analysis import cost_table, export_network, left_whole, prunable_table
 from cocktail_detection.catalog import DatasetError, register_builtin, register_from

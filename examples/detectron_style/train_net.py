@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cocktailsdk.utils.optional import missing
+
 # before the imports below, which would end in a traceback
-if missing := [p for p in ("yaml", "pycocotools") if importlib.util.find_spec(p) is None]:
-    sys.exit(f'error: detection needs {" and ".join(missing)}: pip install "cocktailsdk[detection]"')
+if message := missing("yaml", "pycocotools", "torchvision", "matplotlib", purpose="detection", extra="detection"):
+    sys.exit(f"error: {message}")
 
 import torch
 from cocktail_detection.catalog import DatasetError, register_builtin, register_from
@@ -38,7 +39,6 @@ from cocktail_detection.engine import (
     write_metrics,
 )
 from cocktail_detection.tables import metrics_table, summary
-from cocktailsdk.training.state.store.store import write_atomic
 from rich.console import Console
 from torch import distributed as dist
 
@@ -46,6 +46,7 @@ import cocktailsdk as cocktail
 from cocktailsdk import CocktailError
 from cocktailsdk.report.live import run_view_for
 from cocktailsdk.training.events import Event
+from cocktailsdk.training.state.store import write_atomic
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Runs the notebooks and keeps in them what they print and draw.
 
-    pip install "cocktailsdk[notebooks,onnx]"
+    pip install "cocktailsdk[notebooks]"
     python examples/notebooks/execute.py [NAME …]
 
 NAME is a notebook without `.ipynb`; all of them if none. Cells tagged `varies` show the machine's speed, so their

@@ -17,15 +17,16 @@ it once the requests that were let in are answered.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import math
 import sys
 from pathlib import Path
 
+from cocktailsdk.utils.optional import missing
+
 # before the imports below, which would end in a traceback
-if missing := [p for p in ("fastapi", "prometheus_client", "uvicorn") if importlib.util.find_spec(p) is None]:
-    sys.exit(f'error: serving needs {" and ".join(missing)}: pip install "cocktailsdk[serving]"')
+if message := missing("fastapi", "prometheus_client", "uvicorn", purpose="serving"):
+    sys.exit(f"error: {message}")
 
 import torch
 from cocktail_serving.app import create_app

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from ..export import module_of
 from ..labels import Field, Fields
-from .elementwise import all_zero, any_zero, unify
+from .elementwise import all_zero, any_zero, unified
 from .registry import Context, Product, Result, WeightUse, argument, rule
+from .weights import weight_of
 
 
 def consume(
@@ -40,10 +41,13 @@ def consume(
         partner = next(
             (g for g in along_right if {pairs.get(d, -1) for d in f.dims - {left_dim}} == g.dims - {right_dim}), None
         )
+        # A sum of products loses a term without changing if one factor is exactly zero there. If neither is (after a
+        # norm without an affine part, say), the channel must stay, which the else branch does by collapsing.
         if partner is not None and (f.zero or partner.zero):
             along_right.remove(partner)
             ctx.labels.join(*_face(f, partner, left_dim, right_dim, pairs))
             if f.dims != {left_dim}:
+                # Both also vary along paired dimensions (heads): what is left there goes on to the result.
                 rest, other = ctx.labels.collapse(f, [left_dim]), ctx.labels.collapse(partner, [right_dim])
                 if rest is not None:
                     passing_left.append(rest)
@@ -78,15 +82,18 @@ def _face(
 @rule("linear", "addmm", "_addmm_activation")
 def linear(ctx: Context, node: fx.Node) -> Result:
     """``y[..., o] = sum_i x[..., i] w[o, i] + b[o]`` (``addmm`` has the bias first and w as [i, o])."""
+    # nn.functional.linear has the weight as (out, in); addmm, which Conv1D of GPT-2 calls, as (in, out).
     if node.target._opname == "linear":  # type: ignore[union-attr]
         x, w, bias, out_axis, in_axis = node.args[0], node.args[1], argument(node, "bias"), 0, 1
     else:
         bias, x, w, out_axis, in_axis = *node.args[:3], 1, 0
     rank = len(ctx.shape(node))
     macs = prod(ctx.shape(node)) * ctx.shape(x)[-1]
+    # Labels across the contracted dimension (heads, experts) shrink the number of rows, and so the multiply-adds.
     across = [f.labels for f in ctx.fields(x) if len(ctx.shape(x)) - 1 not in f.dims]
     _remember(ctx, node, w, "linear", (out_axis, in_axis), macs, across)
     passing, made = consume(ctx, ctx.fields(x), ctx.fields(w), len(ctx.shape(x)) - 1, in_axis)
+    # A weight of one dimension makes no channels: the last dimension of the input disappears.
     if len(ctx.shape(w)) == 1:
         return tuple(f.with_labels(f.labels.squeeze(-1)) for f in passing)
     out = []
@@ -97,8 +104,7 @@ def linear(ctx: Context, node: fx.Node) -> Result:
     product = tuple(out) + tuple(f.with_labels(f.labels) for f in passing)
     if bias is None:
         return product
-    rows = unify(ctx, [(ctx.shape(node), product), (ctx.shape(bias), ctx.fields(bias))], ctx.shape(node))
-    return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+    return unified(ctx, [(ctx.shape(node), product), (ctx.shape(bias), ctx.fields(bias))], ctx.shape(node), all_zero)
 
 
 def _remember(
@@ -112,9 +118,10 @@ def _remember(
     groups: int = 1,
 ) -> bool:
     """Notes a contraction; of a weight also which it is. Returns whether it was one."""
-    module, weight = module_of(node), ctx.weight_of(w, *axes)
+    module, weight = module_of(node), weight_of(ctx, w, *axes)
     ctx.products.append(Product(node, module, None if weight is None else weight[0], macs, tuple(factors)))
     if weight is not None:
+        # The first use decides the axes of a weight that is used several times.
         ctx.uses.setdefault(weight[0], WeightUse(weight[0], module, op, weight[1], weight[2], groups))
     return weight is not None
 
@@ -127,20 +134,20 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
     bias, groups = argument(node, "bias"), int(argument(node, "groups", 1))
     transposed = "transpose" in name or bool(name == "convolution" and argument(node, "transposed"))
     rank, shape, wshape = len(ctx.shape(x)), ctx.shape(node), ctx.shape(w)
+    # Convolutions also take an input without a batch dimension, whose channels are dimension 0.
     batched = len(wshape) == rank
     channel = 1 if batched else 0
+    # Transposed convolutions store their weight as (in, out / groups, kernel).
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
 
-    def without_positions(fields: Fields, mixed: Sequence[int]) -> Fields:
-        held = [ctx.labels.collapse(f, dims) if (dims := f.dims.intersection(mixed)) else f for f in fields]
-        return tuple(f for f in held if f is not None)
-
     kind = "conv_transpose" if transposed else "conv"
+    # A convolution multiplies once for each output position, a transposed one once for each input position.
     macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
-    xs = without_positions(ctx.fields(x), _mixed(node, wshape, channel, transposed))
+    xs = ctx.collapse(ctx.fields(x), _mixed(node, wshape, channel, transposed))
     across = [f.labels for f in xs if channel not in f.dims]
     _remember(ctx, node, w, kind, (out_axis, in_axis), macs, across, groups)
-    ws = without_positions(ctx.fields(w), range(2, len(wshape)))
+    # Positions of the kernel never go, so labels along them are joined.
+    ws = ctx.collapse(ctx.fields(w), range(2, len(wshape)))
     out_channels = shape[channel]
 
     if groups == 1:
@@ -158,8 +165,7 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
         return product
     column = (out_channels,) + (1,) * (len(shape) - channel - 1)
     biases = tuple(f.with_labels(f.labels.view((-1,) + (1,) * (len(shape) - channel - 1))) for f in ctx.fields(bias))
-    rows = unify(ctx, [(shape, product), (column, biases)], shape)
-    return tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
+    return unified(ctx, [(shape, product), (column, biases)], shape, all_zero)
 
 
 def _mixed(node: fx.Node, wshape: Sequence[int], channel: int, transposed: bool) -> list[int]:
@@ -175,6 +181,7 @@ def _mixed(node: fx.Node, wshape: Sequence[int], channel: int, transposed: bool)
     return [
         channel + 1 + i
         for i, kernel in enumerate(wshape[2:])
+        # A kernel of one without stride and padding leaves positions where they are: pruned tokens would stay aligned.
         if transposed or kernel != 1 or at(stride, i, 1) != 1 or at(padding, i, 0) != 0
     ]
 
@@ -188,15 +195,11 @@ def _grouped(
     group, so that all groups stay equally wide.
     """
     x = next((f for f in xs if f.dims == {channel}), None)
-    passing = []
-    for f in xs:
-        if f is not x:
-            left = ctx.labels.collapse(f, [channel]) if channel in f.dims else f
-            if left is not None:
-                passing.append(left)
+    passing = list(ctx.collapse((f for f in xs if f is not x), {channel}))
     rows, columns = ctx.axis_field(ws, 0), ctx.axis_field(ws, 1)
     into, outof = (rows, columns) if transposed else (columns, rows)  # labels along the weight's input and output axes
     per_group = out_channels // groups
+    # The weight has size 1 along its input axis, which therefore has no labels: each group reads one channel.
     if not transposed and columns is None and outof is not None and x is not None:  # depthwise
         ctx.labels.join(x.labels.reshape(groups, 1), outof.labels.reshape(groups, per_group))
         return passing, [outof]
@@ -207,10 +210,12 @@ def _grouped(
             if side is not None:
                 ctx.labels.stay(side.labels, ctx.labels.because + " (grouped)")
         return passing, []
+    # groups stays what it is, so every group must keep the same number of channels: position i goes from all groups.
     inner = x.labels.reshape(groups, -1)
     ctx.labels.join(inner, into.labels.reshape(1, -1))
     outer = outof.labels.reshape(groups, per_group)
     ctx.labels.join(outer, outer[:1])
+    # Each group makes one channel of all its inputs: losing it would leave a group without outputs.
     if per_group == 1:
         ctx.labels.stay(outof.labels)
         return passing, []
@@ -225,6 +230,8 @@ def _grouped_transposed(
     if into.labels.numel() == groups:  # depthwise: groups go with their channels
         if outof is not None:
             ctx.labels.stay(outof.labels, ctx.labels.because + " (several outputs of each channel)")
+        # The channels go with the weight's input axis, but a group must be named after an axis that makes channels, so
+        # the outputs get labels of their own, joined to it.
         made = ctx.labels.fresh(groups)  # not the weight's own: its input axis makes no channels
         ctx.labels.join(made, into.labels.flatten())
         return [into.with_labels(made.repeat_interleave(per_group))]
@@ -237,6 +244,7 @@ def _grouped_transposed(
 def matmul(ctx: Context, node: fx.Node) -> Result:
     """Matrix products of two activations, or of activations and a parameter."""
     if node.target._opname == "baddbmm":  # type: ignore[union-attr]
+        # baddbmm adds its first operand to a product of activations; exported attention puts a mask or bias there.
         ctx.labels.stay_all(ctx.fields(node.args[0]))
         a, b = node.args[1:3]
     else:
@@ -244,12 +252,13 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
     sa, sb = ctx.shape(a), ctx.shape(b)
     if len(sa) < 2 or len(sb) < 2:
         return _of_vectors(ctx, node, a, b)
+    # The parameter may be on either side (`x @ w`, or `w @ x` in mixers). Without one, both are activations.
     axes = (len(sb) - 1, len(sb) - 2)
     macs = prod(ctx.shape(node)) * sa[-1]
     across = [f.labels for f in ctx.fields(a) if len(sa) - 1 not in f.dims]
-    if ctx.weight_of(b, *axes) is not None:
+    if weight_of(ctx, b, *axes) is not None:
         _remember(ctx, node, b, "matmul", axes, macs, across)
-    elif ctx.weight_of(a, len(sa) - 2, len(sa) - 1) is not None:
+    elif weight_of(ctx, a, len(sa) - 2, len(sa) - 1) is not None:
         across = [f.labels for f in ctx.fields(b) if len(sb) - 2 not in f.dims]
         _remember(ctx, node, a, "matmul", (len(sa) - 2, len(sa) - 1), macs, across)
     else:
@@ -266,27 +275,29 @@ def _of_vectors(ctx: Context, node: fx.Node, a: Any, b: Any) -> Fields:
     if len(sb) == 1:
         sb, fb = (*sb, 1), tuple(f.with_labels(f.labels[..., None]) for f in fb)
     shape = (*sa[:-2], *sb[:-2], sa[-2], sb[-1])
-    gone = [d for d, was in ((len(shape) - 1, len(ctx.shape(b))), (len(shape) - 2, len(ctx.shape(a)))) if was == 1]
+    squeezed = [d for d, was in ((len(shape) - 1, len(ctx.shape(b))), (len(shape) - 2, len(ctx.shape(a)))) if was == 1]
     out = product(ctx, fa, sa, fb, sb, shape)
-    for d in gone:
+    for d in squeezed:
         out = tuple(f.with_labels(f.labels.squeeze(d)) for f in out)
     return out if rank else ()
 
 
 def _factors(fa: Fields, fb: Fields, sa: tuple[int, ...], sb: tuple[int, ...]) -> tuple[Int64[Tensor, "..."], ...]:
     """Label arrays whose shares multiply to the share of multiply-adds left."""
-    taken: set[int] = set()
+    seen_dims: set[int] = set()
     out = []
     for f in fa:
-        if not f.dims & taken:
-            taken |= f.dims
+        if not f.dims & seen_dims:
+            seen_dims |= f.dims
             out.append(f.labels)
+    # Dimensions of b are renumbered to those of the product, plus one number for its columns, so that a shared batch
+    # dimension is counted once.
     shift = len(sa) - len(sb)
     rank = len(sa)
     for f in fb:
         dims = {rank - 1 if d == len(sb) - 2 else (rank if d == len(sb) - 1 else d + shift) for d in f.dims}
-        if not dims & taken:
-            taken |= dims
+        if not dims & seen_dims:
+            seen_dims |= dims
             out.append(f.labels)
     return tuple(out)
 
@@ -301,11 +312,11 @@ def product(ctx: Context, fa: Fields, sa: Sequence[int], fb: Fields, sb: Sequenc
     batch = [(d, d) for d in range(rank - 2)]
     left, right = consume(ctx, fa, fb, rank - 1, rank - 2, batch=batch)
     # What goes on: rows of a, columns of b, and whatever varies along batch dimensions, which is paired.
+    # `consume` took the contracted dimension out of the fields; what remains is constant along it.
     left = [f.with_labels(f.labels.narrow(rank - 1, 0, 1)) for f in left]
     right = [f.with_labels(f.labels.narrow(rank - 2, 0, 1)) for f in right]
     shape_a, shape_b = (*sa[:-1], 1), (*sb[:-2], 1, sb[-1])
-    rows = unify(ctx, [(shape_a, tuple(left)), (shape_b, tuple(right))], shape)
-    return tuple(next(f for f in row if f is not None).with_zero(any_zero(row)) for row in rows)
+    return unified(ctx, [(shape_a, tuple(left)), (shape_b, tuple(right))], shape, any_zero)
 
 
 @rule("scaled_dot_product_attention")
@@ -322,6 +333,8 @@ def attention(ctx: Context, node: fx.Node) -> Result:
     rank = len(sq)
     scores_shape = (*sq[:-1], sk[-2])
     per_head = prod(scores_shape)
+    # The share of heads that remains is the share of scores that is computed: of the fields that vary by head (and
+    # perhaps by channel of a head), the widest.
     heads = max(
         (f.labels for f in fq if f.dims <= set(range(rank - 2)) | {rank - 1} and min(f.dims) < rank - 1),
         key=Tensor.numel,
@@ -331,6 +344,8 @@ def attention(ctx: Context, node: fx.Node) -> Result:
         Product(node, module_of(node), None, per_head * (sq[-1] + sv[-1]), () if heads is None else (heads,))
     )
     if grouped and sk[-3] != sq[-3]:
+        # Grouped-query attention repeats each key and value head for its query heads inside the op. Doing the same to
+        # the labels ties a key head to all the query heads that read it.
         times = sq[-3] // sk[-3]
 
         def repeated(fields: Fields) -> Fields:
@@ -342,20 +357,12 @@ def attention(ctx: Context, node: fx.Node) -> Result:
         sk, sv = (*sk[:-3], sq[-3], *sk[-2:]), (*sv[:-3], sq[-3], *sv[-2:])
     if scale is None:
         # The scale is taken from the width of q as it runs, so that width stays; whole heads may go.
-        fq, fk = _whole(ctx, fq, rank - 1), _whole(ctx, fk, rank - 1)
+        fq, fk = ctx.collapse(fq, {rank - 1}), ctx.collapse(fk, {rank - 1})
+    # From here on as the op is defined, in two products, so that scores and values follow the rules for matmul.
     swapped = tuple(f.with_labels(f.labels.transpose(-2, -1)) for f in fk)
     scores = product(ctx, fq, sq, swapped, (*sk[:-2], sk[-1], sk[-2]), scores_shape)
     if isinstance(mask, fx.Node):
-        rows = unify(ctx, [(scores_shape, scores), (ctx.shape(mask), ctx.fields(mask))], scores_shape)
-        scores = tuple(next(f for f in row if f is not None) for row in rows)
-    weights = tuple(f.with_zero(False) for f in _whole(ctx, scores, rank - 1))
+        scores = unified(ctx, [(scores_shape, scores), (ctx.shape(mask), ctx.fields(mask))], scores_shape)
+    # Softmax of zeros is uniform, not zero, and mixes all keys.
+    weights = tuple(f.with_zero(False) for f in ctx.collapse(scores, {rank - 1}))
     return product(ctx, weights, scores_shape, fv, sv, ctx.shape(node))
-
-
-def _whole(ctx: Context, fields: Fields, dim: int) -> Fields:
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, [dim]) if dim in f.dims else f
-        if left is not None:
-            out.append(left)
-    return tuple(out)

@@ -13,9 +13,10 @@ from torch import Tensor, fx
 from ..export import module_of
 from ..labels import Fields
 from .contraction import consume
-from .elementwise import any_zero, unify
+from .elementwise import any_zero, unified
 from .reduction import mixed
 from .registry import Context, Product, Result, WeightUse, rule
+from .weights import weight_of
 
 
 @rule("einsum")
@@ -23,49 +24,57 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
     """Letters that do not go on are contracted where two operands share them, and summed over where one has them."""
     operands: list[Any] = list(node.args[1])  # type: ignore[arg-type]
     inputs, out = _letters(str(node.args[0]), [len(ctx.shape(o)) for o in operands])
+    # `ii->i` reads a diagonal, along which rows and columns go by one index.
     if any(len(set(own)) < len(own) for own in inputs):  # a diagonal
         ctx.labels.stay_all(f for o in operands for f in ctx.fields(o))
         return ()
     letters = list(dict.fromkeys((*out, *(c for own in inputs for c in own))))
     sizes = {c: n for own, o in zip(inputs, operands, strict=True) for c, n in zip(own, ctx.shape(o), strict=True)}
+    # All operands are brought to one dimension per letter, so a letter is paired with itself.
     every = [(d, d) for d in range(len(letters))]
     weights = [_weight(ctx, node, operands, inputs, out, i) for i in range(len(operands))]
 
-    held, present = _spelled(ctx.fields(operands[0]), inputs[0], letters), set(inputs[0])
+    current, present = _spelled(ctx.fields(operands[0]), inputs[0], letters), set(inputs[0])
     if len(operands) == 1:
-        held = mixed(ctx, held, [letters.index(c) for c in inputs[0] if c not in out], absent_zeros_count=False)[0]
+        current = mixed(ctx, current, [letters.index(c) for c in inputs[0] if c not in out], absent_zeros_count=False)[
+            0
+        ]
     for i, (operand, own) in enumerate(zip(operands[1:], inputs[1:], strict=True), start=1):
         other = _spelled(ctx.fields(operand), own, letters)
+        # Operands are multiplied from left to right, as torch.einsum does unless opt_einsum finds another order. A
+        # letter is summed as soon as nothing after it needs it.
         later = set(out).union(*inputs[i + 1 :])
         macs = prod(sizes[c] for c in present.union(own))
+        # The first product has two operands, either of which may be the weight.
         weight = weights[i] or (weights[0] if i == 1 else None)
-        _count(ctx, node, weight, macs, held, other, weights[i] is not None)
+        _count(ctx, node, weight, macs, current, other, weights[i] is not None)
         for d, c in enumerate(letters):
             if c in later or c not in present.union(own):
                 continue
             if c in present and c in own:
-                a, b = consume(ctx, held, other, d, d, batch=every)
-                held, other = tuple(a), tuple(b)
+                a, b = consume(ctx, current, other, d, d, batch=every)
+                current, other = tuple(a), tuple(b)
             else:
-                held = mixed(ctx, held, [d], absent_zeros_count=False)[0]
+                current = mixed(ctx, current, [d], absent_zeros_count=False)[0]
                 other = mixed(ctx, other, [d], absent_zeros_count=False)[0]
         shapes = [tuple(sizes[c] if c in s and c in later else 1 for c in letters) for s in (present, set(own))]
         present = present.union(own) & later
         shape = [sizes[c] if c in present else 1 for c in letters]
-        rows = unify(ctx, [(shapes[0], held), (shapes[1], other)], shape)
-        held = tuple(next(f for f in row if f is not None).with_zero(any_zero(row)) for row in rows)
-    return tuple(f.with_labels(f.labels.reshape(f.labels.shape[: len(out)])) for f in held)
+        current = unified(ctx, [(shapes[0], current), (shapes[1], other)], shape, any_zero)
+    return tuple(f.with_labels(f.labels.reshape(f.labels.shape[: len(out)])) for f in current)
 
 
 def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     """Letters of each operand and of the result, with letters of their own for the dimensions behind an ellipsis."""
     equation = equation.replace(" ", "")
-    given, arrow, out = equation.partition("->")
-    parts = given.split(",")
+    terms, arrow, out = equation.partition("->")
+    parts = terms.split(",")
     spare = [c for c in ascii_letters if c not in equation]
     hidden = [
         rank - len(part.replace("...", "")) if "..." in part else 0 for part, rank in zip(parts, ranks, strict=True)
     ]
+    # An ellipsis stands for as many dimensions as are left over; shorter ones are aligned at the end, as in
+    # broadcasting.
     batch = "".join(spare[: max(hidden)])
     inputs = [part.replace("...", batch[len(batch) - n :]) for part, n in zip(parts, hidden, strict=True)]
     if not arrow:
@@ -93,8 +102,10 @@ def _weight(
     summed = [d for d, c in enumerate(own) if c not in out and c in others]
     made = [d for d, c in enumerate(own) if c in out and c not in others]
     name = None
+    # The last letter that the weight alone brings is its output axis (`nhd` of a projection to heads: d); the others
+    # are further makers of channels.
     for out_dim in reversed(made if summed else []):
-        found = ctx.weight_of(operands[at], out_dim, summed[-1])
+        found = weight_of(ctx, operands[at], out_dim, summed[-1])
         if found is not None:
             name, out_axis, in_axis = found
             ctx.uses.setdefault(name, WeightUse(name, module_of(node), "matmul", out_axis, in_axis, 1))
@@ -103,18 +114,18 @@ def _weight(
 
 
 def _count(
-    ctx: Context, node: fx.Node, weight: str | None, macs: int, held: Fields, other: Fields, second: bool
+    ctx: Context, node: fx.Node, weight: str | None, macs: int, current: Fields, other: Fields, second: bool
 ) -> None:
     """Notes the multiply-adds, with what they shrink by besides the weight's own elements."""
     if weight is not None:
-        mine, across = (other, held) if second else (held, other)
-        taken = frozenset().union(*(f.dims for f in mine))
-        fields: Fields = tuple(f for f in across if not f.dims & taken)
+        mine, across = (other, current) if second else (current, other)
+        seen_dims = frozenset().union(*(f.dims for f in mine))
+        fields: Fields = tuple(f for f in across if not f.dims & seen_dims)
     else:
-        taken, fields = frozenset(), (*held, *other)
+        seen_dims, fields = frozenset(), (*current, *other)
     factors: list[Int64[Tensor, "..."]] = []
     for f in fields:
-        if not f.dims & taken:
-            taken |= f.dims
+        if not f.dims & seen_dims:
+            seen_dims |= f.dims
             factors.append(f.labels)
     ctx.products.append(Product(node, module_of(node), weight, macs, tuple(factors)))

@@ -7,26 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from ..carried import FAKE_QUANTIZATION, carried
 from ..coupling import Scale
 from ..export import module_of, op_name
 from ..labels import Field, Fields
+from .op_sets import ADDITIVE, FAKE_QUANTIZATION, KEEP_ZERO, LOSE_ZERO
 from .registry import Context, Result, rule
-
-# Functions with f(0) = 0, and some others.
-KEEP_ZERO = """
-    relu relu6 gelu silu mish hardswish leaky_relu elu selu celu tanh hardshrink softshrink
-    rrelu abs neg negative sqrt square sin asin sinh tan atan erf floor ceil round trunc sign expm1 log1p
-    nan_to_num sgn rrelu_with_noise absolute zeros_like
-""".split()  # noqa: SIM905
-LOSE_ZERO = """
-    sigmoid hardsigmoid exp exp2 log log2 log10 rsqrt reciprocal cos cosh acos erfc softplus log_sigmoid
-    bitwise_not logical_not __or__ __xor__ bitwise_xor isnan isinf isfinite
-    rand_like randn_like ones_like full_like empty_like
-    erfinv sigmoid_backward eq ne lt le gt ge logical_or logical_xor bitwise_and bitwise_or atan2 remainder fmod
-    floor_divide
-""".split()  # noqa: SIM905
-ADDITIVE = ["add", "sub", "rsub", "where", "maximum", "minimum", "subtract", "fmax", "fmin"]
+from .zero_sources import zero_sources
 
 
 def unify(
@@ -44,45 +30,43 @@ def unify(
     """
     rank = len(shape)
     aligned: list[tuple[tuple[int, ...], list[Field]]] = []
-    for own, given in operands:
+    for own, operand_fields in operands:
+        # Broadcasting aligns shapes at the end, so missing dimensions are added in front.
         extra = rank - len(own)
-        aligned.append(((1,) * extra + tuple(own), [f.with_labels(f.labels[(None,) * extra]) for f in given]))
+        aligned.append(((1,) * extra + tuple(own), [f.with_labels(f.labels[(None,) * extra]) for f in operand_fields]))
 
     # An operand that varies along a dimension without labels there asks for all of it.
     for d in range(rank):
+        # A dimension of size 1, or without labels on any operand, ties nothing.
         if shape[d] <= 1 or not any(d in f.dims for _, fields in aligned for f in fields):
             continue
         if any(own[d] > 1 and not any(d in f.dims for f in fields) for own, fields in aligned):
             for _, own_fields in aligned:
-                own_fields[:] = _collapsed(ctx, own_fields, {d})
+                own_fields[:] = ctx.collapse(own_fields, {d})
 
+    # Each operand may have several fields (heads and channels, say). A row collects those that vary along the same
+    # dimensions, at most one of each operand, so that labels are joined only where they mean the same.
     rows: list[Row] = []
     for operand, (_, fields) in enumerate(aligned):
         for f in fields:
             _place(ctx, rows, operand, f)
     out = []
     for row in rows:
+        # Only the dimensions that all fields of a row share survive; along the others the labels are joined first,
+        # since one label of the narrower field meets every one of the wider field.
         dims = frozenset.intersection(*(f.dims for f in row.values()))
-        reduced = {i: left for i, f in row.items() if (left := _reduced(ctx, f, dims)) is not None}
-        held = list(reduced.values())
-        for f in held[1:]:
-            ctx.labels.join(held[0].labels, f.labels)
-        if held:
+        reduced = {i: remaining for i, f in row.items() if (remaining := _reduced(ctx, f, dims)) is not None}
+        present = list(reduced.values())
+        # Position by position, under broadcasting: where one of these channels goes, the others must go with it.
+        for f in present[1:]:
+            ctx.labels.join(present[0].labels, f.labels)
+        if present:
             out.append([reduced.get(i) for i in range(len(operands))])
     return out
 
 
 Row = dict[int, Field]
 """Fields that meet, by operand."""
-
-
-def _collapsed(ctx: Context, fields: Sequence[Field], dims: set[int]) -> list[Field]:
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, dims & f.dims) if dims & f.dims else f
-        if left is not None:
-            out.append(left)
-    return out
 
 
 def _reduced(ctx: Context, f: Field, dims: frozenset[int]) -> Field | None:
@@ -104,23 +88,28 @@ def _place(ctx: Context, rows: list[Row], operand: int, f: Field) -> None:
         shared = _dims(row) & f.dims
         if not shared:
             continue
+        # `min` finds the outer dimension of the wider field. Where it is shared, the narrower field varies by row (one
+        # value a head), and both can meet along it.
         wider = max(_dims(row), f.dims, key=len)
         if min(wider) in shared:
             row[operand] = f
             return
+        # The wider field is in the row already: it gives up the shared dimension, and the new field stays whole.
         if len(_dims(row)) >= len(f.dims):
             ctx.labels.stay(f.labels)
-            kept = {i: left for i, g in row.items() if (left := ctx.labels.collapse(g, shared)) is not None}
+            remaining = {i: rest for i, g in row.items() if (rest := ctx.labels.collapse(g, shared)) is not None}
             row.clear()
-            row.update(kept)
+            row.update(remaining)
             if not row:
                 rows.remove(row)
             return
+        # The new field is the wider one: what the row has stays whole, and the rest of the new field is placed
+        # again, as it may meet another row.
         rows.remove(row)
         ctx.labels.stay_all(row.values())
-        left = ctx.labels.collapse(f, shared)
-        if left is not None:
-            _place(ctx, rows, operand, left)
+        rest = ctx.labels.collapse(f, shared)
+        if rest is not None:
+            _place(ctx, rows, operand, rest)
         return
     rows.append({operand: f})
 
@@ -139,9 +128,27 @@ def combine(
         shape: The result's shape.
         zero: From an operand's contributions to a field, the result's zero bit.
     """
-    pairs = [(ctx.shape(a), ctx.fields(a)) for a in operands]
-    rows = unify(ctx, pairs, shape)
-    return tuple(next(f for f in row if f is not None).with_zero(zero(row)) for row in rows)
+    return unified(ctx, [(ctx.shape(a), ctx.fields(a)) for a in operands], shape, zero)
+
+
+def unified(
+    ctx: Context,
+    operands: Sequence[tuple[tuple[int, ...], Fields]],
+    shape: Sequence[int],
+    zero: Callable[[list[Field | None]], bool] | None = None,
+) -> Fields:
+    """The fields of operands that meet elementwise, joined to one for each row of :func:`unify`.
+
+    Args:
+        operands: Shape and fields of each operand.
+        shape: The result's shape.
+        zero: From an operand's contributions to a field, the result's zero bit; without it that of the first.
+    """
+    fields = []
+    for row in unify(ctx, operands, shape):
+        first = next(f for f in row if f is not None)
+        fields.append(first if zero is None else first.with_zero(zero(row)))
+    return tuple(fields)
 
 
 def all_zero(row: list[Field | None]) -> bool:
@@ -171,6 +178,7 @@ def additive(ctx: Context, node: fx.Node) -> Result:
     """Sums, and choices between operands: zero where all are."""
     name = node.target._opname  # type: ignore[union-attr]
     if name == "where":
+        # A condition chooses a value and adds none, so it ties channels but does not decide whether they are zero.
         condition, *values = node.args
         return combine(ctx, [*values, condition], ctx.shape(node), lambda row: all_zero(row[:2]))
     return combine(ctx, node.args, ctx.shape(node), all_zero)
@@ -189,12 +197,15 @@ def division(ctx: Context, node: fx.Node) -> Result:
         ctx,
         node.args[:2],
         ctx.shape(node),
+        # 0 / 0 is NaN: the quotient is zero only if the denominator stays away from zero.
         lambda row: row[0] is not None and row[0].zero and not any(f is not None and f.zero for f in row[1:]),
     )
     for f in ctx.fields(node.args[1]):
         if f.zero:
             ctx.labels.stay(f.labels, "divided by channels that masking would make zero")
-    for name in carried(ctx, node.args[0]):
+    # `w / |w|` with a norm that vanishes with `w` (weight norm, spectral norm): masking all of `w` would give 0 / 0, so
+    # the scale that multiplies it later is masked in its place.
+    for name in zero_sources(ctx, node.args[0]):
         if vanishes_with(ctx, node.args[1], name):
             varying = [d for d, n in enumerate(ctx.shape(node.args[1])) if n > 1]
             ctx.scales.setdefault(name, Scale("", varying[0] if len(varying) == 1 else None))
@@ -217,6 +228,7 @@ def vanishes_with(ctx: Context, divisor: Any, name: str) -> bool:
 @rule("pow", "float_power")
 def power(ctx: Context, node: fx.Node) -> Result:
     """A power keeps zeros if its exponent is a positive number."""
+    # 0 ** 0 is 1 and 0 ** -1 is infinite; an exponent that is a tensor may be either.
     exponent = node.args[1]
     positive = bool(isinstance(exponent, (int, float)) and exponent > 0)
     return combine(ctx, node.args[:2], ctx.shape(node), lambda row: positive and all_zero(row[:1]))
@@ -227,9 +239,11 @@ def clamp(ctx: Context, node: fx.Node) -> Result:
     """Bounds keep zeros if zero lies between them."""
     low, high = (*node.args[1:3], None, None)[:2]
     name = node.target._opname.rstrip("_")  # type: ignore[union-attr]
+    # clamp_max(x, high) has its only bound where clamp(x, low, high) has the lower one.
     if name == "clamp_max":
         low, high = None, low
     numbers = all(b is None or isinstance(b, (int, float)) for b in (low, high))
+    # `threshold(x, t, value)` has a replacement value, not an upper bound, in the same place.
     keeps = numbers and bool(low is None or low <= 0) and bool(high is None or high >= 0) and name != "threshold"  # type: ignore[operator]
     return combine(ctx, _operands(node), ctx.shape(node), lambda row: bool(keeps) and all_zero(row[:1]))
 
@@ -256,10 +270,11 @@ def prelu(ctx: Context, node: fx.Node) -> Result:
     x, slope = node.args[:2]
     rank = len(ctx.shape(x))
     n = ctx.shape(slope)[0] if ctx.shape(slope) else 1
+    # The slope is a vector that PReLU applies along dimension 1, not along the last as broadcasting would.
     view = (1, n) + (1,) * (rank - 2)
     slopes = tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(slope))
-    rows = unify(ctx, [(ctx.shape(x), ctx.fields(x)), (view, slopes)], ctx.shape(node))
-    return tuple(next(f for f in row if f is not None).with_zero(row[0] is not None and row[0].zero) for row in rows)
+    operands = [(ctx.shape(x), ctx.fields(x)), (view, slopes)]
+    return unified(ctx, operands, ctx.shape(node), lambda row: row[0] is not None and row[0].zero)
 
 
 @rule(*sorted(FAKE_QUANTIZATION))
@@ -270,6 +285,7 @@ def fake_quantization(ctx: Context, node: fx.Node) -> Result:
             ctx.fields(source),
             f"fake quantization in {module_of(node) or 'the model'} takes its range from all channels",
         )
+    # The `_cachemask` variants also return a mask.
     return () if hasattr(node.meta["val"], "shape") else ((), ())
 
 

@@ -9,6 +9,7 @@ from torch import fx
 from ..export import module_of
 from .contraction import consume
 from .registry import Context, Product, Result, WeightUse, rule
+from .weights import weight_of
 
 
 @rule("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
@@ -20,11 +21,10 @@ def grouped_mm(ctx: Context, node: fx.Node) -> Result:
         ctx.labels.stay_all((*ctx.fields(x), *ctx.fields(w)))
         ctx.products.append(Product(node, module_of(node), None, macs, ()))
         return ()
-    weight = ctx.weight_of(w, 2, 1)
+    weight = weight_of(ctx, w, 2, 1)
     ctx.products.append(Product(node, module_of(node), None if weight is None else weight[0], macs, ()))
     if weight is not None:
         ctx.uses.setdefault(weight[0], WeightUse(weight[0], module_of(node), "matmul", weight[1], weight[2], 1))
-    held = [[left for f in ctx.fields(v) if (left := ctx.labels.collapse(f, f.dims & {0})) is not None] for v in (x, w)]
-    passing, made = consume(ctx, tuple(held[0]), tuple(held[1]), 1, 1)
+    passing, made = consume(ctx, ctx.collapse(ctx.fields(x), {0}), ctx.collapse(ctx.fields(w), {0}), 1, 1)
     out = [f.with_labels(f.labels.reshape(1, -1)) for f in made if f.dims == {2}]
     return (*out, *passing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Int64
@@ -11,9 +12,13 @@ from torch import Tensor, fx
 from ..export import module_of
 from ..labels import MUST_STAY, Field, Fields, compact, spread
 from .elementwise import unify
+from .op_sets import PASSED_ON, RESHAPES
 from .registry import Context, Result, argument, rule
+from .reshape_blocks import blocks
 
 LabelTensor = Int64[Tensor, "..."]
+
+movement_rule = partial(rule, moves=True)
 
 
 def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
@@ -21,13 +26,7 @@ def moved(fields: Fields, fn: Callable[[LabelTensor], LabelTensor]) -> Fields:
     return tuple(f.with_labels(fn(f.labels)) for f in fields)
 
 
-PASSED_ON = """
-    alias clone contiguous detach detach_copy dropout feature_dropout lift_fresh_copy to _to_copy type_as positive
-    bernoulli requires_grad feature_alpha_dropout alpha_dropout resolve_conj resolve_neg native_dropout
-""".split()  # noqa: SIM905
-
-
-@rule(*PASSED_ON)
+@movement_rule(*PASSED_ON)
 def same(ctx: Context, node: fx.Node) -> Result:
     """Values, or a cast of them, passed on as they are."""
     return ctx.fields(node.args[0])
@@ -41,6 +40,8 @@ def reshaped(labels: LabelTensor, old: Sequence[int], new: Sequence[int]) -> Lab
         old: The tensor's shape.
         new: The shape it gets.
     """
+    # Reshaping labels of full size would be right too, but a field of one dimension on a large tensor would take as
+    # much memory as the tensor. Blocks in which nothing varies keep size 1.
     before, after = list(labels.shape), [1] * len(new)
     for block_in, block_out in blocks(old, new):
         if any(labels.shape[d] > 1 for d in block_in):
@@ -51,83 +52,47 @@ def reshaped(labels: LabelTensor, old: Sequence[int], new: Sequence[int]) -> Lab
     return compact(labels.expand(before).reshape(after))
 
 
-def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dimensions of both shapes that hold the same number of elements."""
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = (
-            ([i], [j]) if i < len(old) and j < len(new) else (list(range(i, len(old))), list(range(j, len(new))))
-        )
-        a = b = 1
-        for d in left:
-            a *= old[d]
-        for d in right:
-            b *= new[d]
-        i, j = i + len(left), j + len(right)
-        while a != b:
-            if a < b:
-                a *= old[i]
-                left.append(i)
-                i += 1
-            else:
-                b *= new[j]
-                right.append(j)
-                j += 1
-        blocks.append((left, right))
-    return blocks
-
-
-@rule(
-    "reshape",
-    "view",
-    "_unsafe_view",
-    "flatten",
-    "unflatten",
-    "view_copy",
-    "squeeze",
-    "unsqueeze",
-    "reshape_as",
-    "view_as",
-    "ravel",
-)
+@movement_rule(*RESHAPES)
 def reshape(ctx: Context, node: fx.Node) -> Result:
     """Any change of shape that keeps the order of elements."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
     out = moved(ctx.fields(node.args[0]), lambda labels: reshaped(labels, old, new))
     for f in out:
+        # A flat axis is seen as rows and columns from here on (heads and channels of a head). Code can only express
+        # that whole rows or whole columns go, which is settled at the end.
         if len(f.dims) > 1:
             ctx.rectangles.append(f.labels)
     return out
 
 
-@rule("permute", "permute_copy")
+@movement_rule("permute", "permute_copy")
 def permute(ctx: Context, node: fx.Node) -> Result:
     """Dimensions in another order."""
     dims = argument(node, "dims")
     return moved(ctx.fields(node.args[0]), lambda labels: labels.permute(dims))
 
 
-@rule("transpose", "transpose_copy", "swapaxes", "swapdims")
+@movement_rule("transpose", "transpose_copy", "swapaxes", "swapdims")
 def transpose(ctx: Context, node: fx.Node) -> Result:
     """Two dimensions change places."""
     a, b = node.args[1], node.args[2]
     return moved(ctx.fields(node.args[0]), lambda labels: labels.transpose(a, b))  # type: ignore[arg-type]
 
 
-@rule("t", "numpy_T", "mT", "adjoint", "matrix_H")
+@movement_rule("t", "numpy_T", "mT", "adjoint", "matrix_H")
 def matrix_transpose(ctx: Context, node: fx.Node) -> Result:
     """A matrix transposed."""
     return moved(ctx.fields(node.args[0]), lambda labels: labels.transpose(-2, -1) if labels.dim() > 1 else labels)
 
 
-@rule("movedim", "moveaxis")
+@movement_rule("movedim", "moveaxis")
 def movedim(ctx: Context, node: fx.Node) -> Result:
     """Dimensions moved to other places."""
     source, target = node.args[1], node.args[2]
     return moved(ctx.fields(node.args[0]), lambda labels: labels.movedim(source, target))  # type: ignore[arg-type]
 
 
-@rule("expand", "expand_as", "broadcast_to", "expand_copy")
+@movement_rule("expand", "expand_as", "broadcast_to", "expand_copy")
 def expand(ctx: Context, node: fx.Node) -> Result:
     """New dimensions in front; along a repeated one nothing varies, unless it is as long as another tensor's."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
@@ -139,33 +104,24 @@ def expand(ctx: Context, node: fx.Node) -> Result:
     return own + tuple(f.with_zero(False) for f in ctx.fields(node.args[1]) if f.dims <= repeated)
 
 
-def whole_along(ctx: Context, fields: Fields, dim: int) -> Fields:
-    """Positions along a dimension are named by number, so nothing may be removed along it."""
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, [dim]) if dim in f.dims else f
-        if left is not None:
-            out.append(left)
-    return tuple(out)
-
-
-@rule("select", "select_copy")
+@movement_rule("select", "select_copy")
 def select(ctx: Context, node: fx.Node) -> Result:
     """One position of a dimension."""
     dim = int(node.args[1]) % len(ctx.shape(node.args[0]))  # type: ignore[arg-type]
-    return moved(whole_along(ctx, ctx.fields(node.args[0]), dim), lambda labels: labels.select(dim, 0))
+    # Positions are named by number, so nothing may be removed along the dimension.
+    return moved(ctx.collapse(ctx.fields(node.args[0]), {dim}), lambda labels: labels.select(dim, 0))
 
 
-@rule("unbind", "unbind_copy")
+@movement_rule("unbind", "unbind_copy")
 def unbind(ctx: Context, node: fx.Node) -> Result:
     """Every position of a dimension, apart."""
     shape = ctx.shape(node.args[0])
     dim = int(argument(node, "dim", 0)) % len(shape)
-    part = moved(whole_along(ctx, ctx.fields(node.args[0]), dim), lambda labels: labels.select(dim, 0))
+    part = moved(ctx.collapse(ctx.fields(node.args[0]), {dim}), lambda labels: labels.select(dim, 0))
     return (part,) * shape[dim]
 
 
-@rule("slice", "narrow", "slice_copy")
+@movement_rule("slice", "narrow", "slice_copy")
 def slice_(ctx: Context, node: fx.Node) -> Result:
     """A run of positions; the module that takes it is given the bounds of what is left."""
     old, new = ctx.shape(node.args[0]), ctx.shape(node)
@@ -177,7 +133,9 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
         if dim not in f.dims:
             out.append(f)
             continue
+        # The op itself runs on the labels: its arguments mean positions, whatever the values are.
         labels = node.target(f.labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        # A part of one channel cannot become narrower, and one that is gone would be an empty tensor.
         if labels.numel() == 1:
             ctx.labels.stay(labels)
         else:
@@ -186,7 +144,7 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@rule(
+@movement_rule(
     "chunk",
     "split",
     "split_with_sizes",
@@ -202,6 +160,8 @@ def split(ctx: Context, node: fx.Node) -> Result:
     dim = int(argument(node, "dim", 0)) % len(shape)
     sizes = [int(v.shape[dim]) for v in node.meta["val"]]
     fields = ctx.fields(node.args[0])
+    # `split` with one size, and `chunk`, can only make equal parts, so equal parts must stay equal. Unequal sizes are
+    # in the code as a list, which the slim module gets with other numbers.
     if len(set(sizes)) > 1:
         return tuple(_run(ctx, fields, dim, sum(sizes[:i]), n) for i, n in enumerate(sizes))
     out = []
@@ -231,20 +191,22 @@ def _run(ctx: Context, fields: Fields, dim: int, start: int, length: int) -> Fie
     return tuple(out)
 
 
-@rule("new_empty", "new_empty_strided")
+@movement_rule("new_empty", "new_empty_strided")
 def unset(ctx: Context, node: fx.Node) -> Result:
     """A tensor of a shape that is a number, whose values are not known: it has no labels."""
     return ()
 
 
-@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+@movement_rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 def uniform(ctx: Context, node: fx.Node) -> Result:
     """A tensor of one value everywhere, which can be of any size: what it meets decides."""
     name, shape = str(node.target._opname), ctx.shape(node)  # type: ignore[union-attr]
     value = argument(node, "fill_value") if name.endswith("full") else float(name.endswith("ones"))
     zero = isinstance(value, (int, float)) and value == 0
     out = []
+    # Dimension 0 is left out: it is the batch, which has no channels.
     for d, n in enumerate(shape):
+        # Fresh labels follow whatever channels the tensor meets first.
         if d > 0 and n > 1:
             view = [1] * len(shape)
             view[d] = n
@@ -252,7 +214,7 @@ def uniform(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@rule(
+@movement_rule(
     "_assert_tensor_metadata",
     "_assert_async",
     "_assert_scalar",
@@ -265,7 +227,7 @@ def checks(ctx: Context, node: fx.Node) -> Result:
     return ()
 
 
-@rule("getitem")
+@movement_rule("getitem")
 def getitem(ctx: Context, node: fx.Node) -> Result:
     """One of several results."""
     several = ctx.env.get(node.args[0], ())  # type: ignore[arg-type]
@@ -274,15 +236,16 @@ def getitem(ctx: Context, node: fx.Node) -> Result:
     return several if node.args[1] == 0 else ()
 
 
-@rule("cat", "concat", "concatenate")
+@movement_rule("cat", "concat", "concatenate")
 def cat(ctx: Context, node: fx.Node) -> Result:
     """Tensors one after the other."""
+    # torch.cat accepts empty tensors of shape (0,) among others of any rank, and ignores them.
     parts = [p for p in node.args[0] if ctx.shape(p) != (0,)]  # type: ignore[union-attr]
     dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
     return concatenated(ctx, [ctx.fields(p) for p in parts], [ctx.shape(p) for p in parts], dim)
 
 
-@rule("stack")
+@movement_rule("stack")
 def stack(ctx: Context, node: fx.Node) -> Result:
     """Tensors along a new dimension."""
     dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
@@ -306,6 +269,8 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
             ctx.labels.stay(extra.labels)
         along.append(varying[0] if varying else None)
         across.append([f for f in fields if dim not in f.dims])
+    # A part that has one field more across than any part with a field along `dim` varies along it after all (whole
+    # heads before a part whose channels have labels of their own): that field is taken as the one along `dim`.
     most = max((len(a) for a, f in zip(across, along, strict=True) if f is not None), default=0)
     for i, held in enumerate(across):  # whole heads, say, before a part of which each channel has its own label
         if along[i] is None and len(held) == most + 1 and any(f is not None for f in along):
@@ -322,6 +287,7 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
         dims = {d for a in along if a is not None for d in a.dims} | {dim}
         labels = []
         for a, shape in zip(along, shapes, strict=True):
+            # A part without labels (a class token, a constant) keeps all of its positions.
             own = a.labels if a is not None else torch.full([1] * len(shape), MUST_STAY)
             labels.append(spread(own, shape, dims))
         joined = torch.cat(labels, dim)
@@ -331,25 +297,29 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
     return tuple(out)
 
 
-@rule("pad", "constant_pad_nd")
+@movement_rule("pad", "constant_pad_nd")
 def pad(ctx: Context, node: fx.Node) -> Result:
     """Padding. Zeros along channels get free labels where the module that pads can be rewritten."""
     amounts = list(argument(node, "pad"))
     mode = argument(node, "mode", "constant")
     value = argument(node, "value", 0) or 0
     shape = ctx.shape(node.args[0])
+    # Padded channels can go only where they are zeros and the module is nothing but slices and pads, so that its graph
+    # can be replaced by one with other amounts.
     free = mode == "constant" and value == 0 and rewritable(ctx, module_of(node))
     out = []
     for f in ctx.fields(node.args[0]):
         labels: LabelTensor | None = f.labels
         for i in range(0, len(amounts), 2):
+            # `pad` lists amounts in pairs from the last dimension to the first.
             dim = len(shape) - 1 - i // 2
             before, after = amounts[i], amounts[i + 1]
             if labels is None or dim not in f.dims or (before, after) == (0, 0):
                 continue
             if mode != "constant" or before < 0 or after < 0:
-                left = ctx.labels.collapse(f.with_labels(labels), [dim])
-                labels = None if left is None else left.labels
+                collapsed = ctx.labels.collapse(f.with_labels(labels), [dim])
+                # Reflected and cropped positions depend on the width as a whole.
+                labels = None if collapsed is None else collapsed.labels
                 continue
             parts = [labels]
             for count, first in ((before, True), (after, False)):
@@ -374,8 +344,10 @@ REWRITABLE = {"pad", "constant_pad_nd", "slice", "alias", "clone", "contiguous"}
 def rewritable(ctx: Context, module: str) -> bool:
     """Whether a module does nothing but slice and pad one tensor, so that its graph can stand for it."""
     nodes = ctx.nodes_of(module)
+    # The model itself ("") is never replaced by a graph.
     if not module or any(n.target._opname not in REWRITABLE for n in nodes):  # type: ignore[union-attr]
         return False
     owned = any(name.rpartition(".")[0] == module for name in ctx.exported.shapes)
     inputs = {a for n in nodes for a in n.all_input_nodes if a not in set(nodes)}
+    # A module that owns tensors, calls children or takes several inputs does more than the graph would.
     return not owned and not ctx.runs_children(module) and len(inputs) == 1

@@ -39,7 +39,10 @@ def mutated(ctx: Context, node: fx.Node) -> None:
         ctx: The state, in which the node's own result is known.
         node: An op in place.
     """
+    # Later nodes read the tensor that was written to, not the node of the write, so its fields are replaced. Views made
+    # before share its memory, and their zero bits may no longer hold.
     target, result = node.args[0], ctx.env[node]
+    # Parameters and buffers keep the fields of their axes; writes into them (batch counters, caches) tie nothing.
     if not isinstance(target, fx.Node) or target.op != "call_function":
         return
     before: Fields = ctx.fields(target)
@@ -55,14 +58,15 @@ def mutated(ctx: Context, node: fx.Node) -> None:
     )
     if any(f.zero for f in before) and not all(f.zero for f in now):
         for other in shared:
-            held = ctx.env.get(other, ())
+            previous = ctx.env.get(other, ())
             ctx.env[other] = tuple(
-                f.with_zero(False) if isinstance(f, Field) else tuple(g.with_zero(False) for g in f) for f in held
+                f.with_zero(False) if isinstance(f, Field) else tuple(g.with_zero(False) for g in f) for f in previous
             )  # type: ignore[assignment]
 
 
 def _sharing(node: fx.Node) -> list[fx.Node]:
     """All other values so far that may share a value's storage: what it is a part of, and parts of that."""
+    # Up to the tensor that owns the memory, then down to all views of it.
     root = node
     while _name(root) in VIEWS and isinstance(root.args[0], fx.Node) and root.args[0].op == "call_function":
         root = root.args[0]

@@ -9,12 +9,12 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor, fx
 
-from ..carried import carried
 from ..coupling import Norm, Scale
 from ..export import module_of, op_name
 from ..labels import Field, Fields
-from .elementwise import unify
+from .elementwise import unified
 from .registry import Context, Result, argument, rule
+from .zero_sources import zero_sources
 
 
 def _affine(
@@ -25,11 +25,11 @@ def _affine(
     Returns:
         The fields, and whether weight and bias make a masked channel zero.
     """
-    given = [p for p in parameters if isinstance(p, fx.Node)]
-    views = [(tuple(view), tuple(f.with_labels(_viewed(f, view)) for f in ctx.fields(p))) for p in given]
-    rows = unify(ctx, [(tuple(shape), fields), *views], shape)
+    nodes = [p for p in parameters if isinstance(p, fx.Node)]
+    views = [(tuple(view), tuple(f.with_labels(_viewed(f, view)) for f in ctx.fields(p))) for p in nodes]
+    # Norms without parameters, or with a constant one, turn a masked channel into -mean / std.
     affine = isinstance(parameters[0], fx.Node) and (parameters[1] is None or isinstance(parameters[1], fx.Node))
-    return tuple(next(f for f in row if f is not None) for row in rows), affine
+    return unified(ctx, [(tuple(shape), fields), *views], shape), affine
 
 
 def _viewed(f: Field, view: Sequence[int]) -> Int64[Tensor, "..."]:
@@ -56,13 +56,12 @@ def batch_norm(ctx: Context, node: fx.Node) -> Result:
     if name == "batch_norm" and bool(argument(node, "training", False)):
         return _of_a_batch(ctx, node, fields, shape, view)
     if name == "instance_norm":
-        held = [
-            ctx.labels.collapse(f, [d for d in f.dims if d > 1]) if any(d > 1 for d in f.dims) else f for f in fields
-        ]
-        fields = tuple(f for f in held if f is not None)
+        # Instance norm takes its statistics over positions, which are therefore mixed.
+        fields = ctx.collapse(fields, range(2, len(shape)))
     out, affine = _affine(ctx, fields, shape, node.args[1:5], view)
     # Masked weight and bias make the channel zero, whatever came in; without them it is -mean/std.
     out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
+    # The native variants return saved statistics, too, which nothing of a model reads in eval mode.
     several = not hasattr(node.meta["val"], "shape")
     return (out, (), ()) if several else out
 
@@ -74,6 +73,8 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     The slim model then needs a norm that remembers how many channels there were, which takes the place of the module
     that ran this op. Where that module does more than normalise, the channels stay.
     """
+    # The statistics are a mean over channels. Absent channels change it only by their number if they were zero, so the
+    # slim norm divides by the original number (see layers.py).
     x, normalized = node.args[:2]
     weight = node.args[2] if len(node.args) > 2 else None
     name = node.target._opname  # type: ignore[union-attr]
@@ -86,6 +87,7 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     for f in ctx.fields(x):
         if not f.dims & inside:
             out.append(f)
+        # Called as a function inside other code: the module's forward is rewritten to count absent channels.
         elif f.dims == {rank - 1} and n == 1 and f.zero and axis is None and name == "layer_norm" and module_of(node):
             ctx.counted.add(module_of(node))
             out.append(f)
@@ -95,12 +97,13 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
             )
             out.append(f)
         else:
-            left = ctx.labels.collapse(f, f.dims & inside)
-            if left is not None:
-                out.append(left)
+            collapsed = ctx.labels.collapse(f, f.dims & inside)
+            if collapsed is not None:
+                out.append(collapsed)
     view = (1,) * (rank - n) + tuple(shape[rank - n :])
     fields, _ = _affine(ctx, tuple(out), shape, [weight, bias], view)
     masked = isinstance(weight, fx.Node) and (name == "rms_norm" or bias is None or isinstance(bias, fx.Node))
+    # RMSNorm subtracts no mean, so a zero stays zero even without a masked weight.
     zero_without_bias = name == "rms_norm"
     fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
     several = not hasattr(node.meta["val"], "shape")
@@ -112,23 +115,24 @@ def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int
 
     Fan-in positions may go where they are zero and the module that runs this can count the absent ones.
     """
-    held: list[Field] = []
+    per_row: list[Field] = []
     across: list[Field] = []
     for f in fields:
         if not f.dims - {1}:
-            held.append(f)
+            per_row.append(f)
+        # Standardised convolutions normalise each row of the weight over its fan-in, as (1, out, fan_in).
         elif f.zero and 1 not in f.dims and module_of(node):
             ctx.counted.add(module_of(node))
             across.append(f.with_zero(False))
         else:
-            left = ctx.labels.collapse(f, f.dims - {1})
-            if left is not None:
-                held.append(left)
-    rows, _ = _affine(ctx, tuple(held), shape, node.args[1:3], view)
+            collapsed = ctx.labels.collapse(f, f.dims - {1})
+            if collapsed is not None:
+                per_row.append(collapsed)
+    rows, _ = _affine(ctx, tuple(per_row), shape, node.args[1:3], view)
     bias = len(node.args) > 2 and isinstance(node.args[2], fx.Node)
-    zero = {f.dims: f.zero for f in held}
-    kept = tuple(f.with_zero(zero.get(f.dims, False) or (bias and isinstance(node.args[1], fx.Node))) for f in rows)
-    return (*kept, *across)
+    zero = {f.dims: f.zero for f in per_row}
+    scaled = tuple(f.with_zero(zero.get(f.dims, False) or (bias and isinstance(node.args[1], fx.Node))) for f in rows)
+    return (*scaled, *across)
 
 
 @rule("_weight_norm", "_weight_norm_interface")
@@ -178,7 +182,8 @@ def scaled_by(ctx: Context, v: Any, g: Any, axis: int | None) -> str | None:
         if fits and alone and pairs == {(direction, scale)}:
             ctx.scales[direction] = Scale(scale, axis)
             return scale
-    for name in carried(ctx, v):
+    # The norm is of a computed weight: there is no parameter to mask in its place.
+    for name in zero_sources(ctx, v):
         ctx.scales.setdefault(name, Scale("", axis))
     return None
 
@@ -212,6 +217,7 @@ def replaceable(ctx: Context, node: fx.Node) -> int | None:
     owned = {name.rpartition(".")[2] for name in ctx.exported.shapes if name.rpartition(".")[0] == module}
     if not owned <= {"weight", "bias"}:
         return None
+    # ConvNeXt-style norms permute to channels-last, normalise, and permute back.
     # Follow the channel axis from the norm's input back to the module's input, and forward to its output.
     axis = len(ctx.shape(node.args[0])) - 1
     current: Any = node.args[0]
@@ -223,6 +229,7 @@ def replaceable(ctx: Context, node: fx.Node) -> int | None:
     for n in nodes[nodes.index(node) + 1 :]:
         end = _axis_after(ctx, n, end)
         last = n
+    # A result in the middle that other code reads would be lost with the module.
     outside = [u for n in nodes if n is not last for u in n.users if u not in nodes]
     return axis if axis == end and not outside else None
 
@@ -253,28 +260,31 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
     """GroupNorm: whole groups may go, since each group's statistics are its own; of one group any channels."""
     x = node.args[0]
     shape = ctx.shape(x)
+    # native_group_norm has the arguments (x, weight, bias, N, C, HxW, groups, eps).
     native = node.target._opname != "group_norm"  # type: ignore[union-attr]
     groups = int(node.args[6] if native else node.args[1])  # type: ignore[arg-type]
     weight, bias = (node.args[1], node.args[2]) if native else (argument(node, "weight"), argument(node, "bias"))
     eps: Any = node.args[-1] if native else argument(node, "eps")
     view = (1, shape[1]) + (1,) * (len(shape) - 2)
-    held: list[Field] = []
+    joined: list[Field] = []
     for f in ctx.fields(x):
         positions = [d for d in f.dims if d != 1]
-        left = ctx.labels.collapse(f, positions) if positions else f
-        if left is not None and 1 in left.dims:
+        collapsed = ctx.labels.collapse(f, positions) if positions else f
+        if collapsed is not None and 1 in collapsed.dims:
+            # One group has statistics over all channels, as LayerNorm has.
             if groups == 1:
                 module = module_of(node)
                 others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
-                if not module or not left.zero or others or ctx.runs_children(module):
-                    ctx.labels.stay(left.labels)
+                if not module or not collapsed.zero or others or ctx.runs_children(module):
+                    ctx.labels.stay(collapsed.labels)
                     continue
                 ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
             else:
-                rows = left.labels.reshape(groups, -1)
+                # Statistics of a group over fewer of its channels would differ, so the channels of a group go together.
+                rows = collapsed.labels.reshape(groups, -1)
                 ctx.labels.join(rows, rows[:, :1])
-        if left is not None:
-            held.append(left)
-    out, affine = _affine(ctx, tuple(held), shape, [weight, bias], view)
+        if collapsed is not None:
+            joined.append(collapsed)
+    out, affine = _affine(ctx, tuple(joined), shape, [weight, bias], view)
     out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
     return (out, (), ()) if native else out

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..labels import Field, Fields, compact
-from .movement import moved, whole_along
+from .movement import moved
 from .registry import Context, Result, argument, rule
 
 
@@ -17,8 +18,7 @@ def triangle(ctx: Context, node: fx.Node) -> Result:
     """Zeros on one side of the diagonal: rows and columns are told apart by where they are."""
     source = node.args[0]
     rank = len(ctx.shape(source))
-    held = (ctx.labels.collapse(f, f.dims & {rank - 2, rank - 1}) for f in ctx.fields(source))
-    return tuple(f for f in held if f is not None)
+    return ctx.collapse(ctx.fields(source), {rank - 2, rank - 1})
 
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter")
@@ -40,6 +40,8 @@ def index(ctx: Context, node: fx.Node) -> Result:
         chosen = [d for d, i in enumerate(indices) if i is not None]
         ranks = {len(ctx.shape(indices[d])) for d in chosen}
         booleans = any(indices[d].meta["val"].dtype in (torch.bool, torch.uint8) for d in chosen)
+        # Indices with a slice between them move the indexed dimensions to the front, and a mask makes a size that
+        # depends on values. Neither is followed.
         together = chosen == list(range(chosen[0], chosen[-1] + 1))
         if booleans or not together:
             ctx.labels.stay_all(ctx.fields(source))
@@ -54,12 +56,13 @@ def index(ctx: Context, node: fx.Node) -> Result:
                 labels = f.labels
                 for _ in chosen:
                     labels = labels.squeeze(chosen[0])
+                # The indexed dimensions become those of the index, wherever the first of them was.
                 for _ in range(rank):
                     labels = labels.unsqueeze(chosen[0])
                 out.append(f.with_labels(labels))
         return tuple(out)
     if name == "index_select":
-        return whole_along(ctx, ctx.fields(source), int(node.args[1]) % len(shape))  # type: ignore[arg-type]
+        return ctx.collapse(ctx.fields(source), {int(node.args[1]) % len(shape)})  # type: ignore[arg-type]
     for operand in node.all_input_nodes:
         ctx.labels.stay_all(ctx.fields(operand))
     return ()
@@ -69,6 +72,7 @@ def index(ctx: Context, node: fx.Node) -> Result:
 def embedding(ctx: Context, node: fx.Node) -> Result:
     """Rows of a table chosen by index: its columns are the channels."""
     table = ctx.fields(node.args[0])
+    # One row for each index: the result has the index's dimensions and then the columns.
     rank = len(ctx.shape(node)) - 1
     out = []
     for f in table:
@@ -87,6 +91,7 @@ def repeat(ctx: Context, node: fx.Node) -> Result:
     """Copies one after the other along dimensions: a channel goes with its copies."""
     times = list(node.args[1])  # type: ignore[arg-type]
     rank = len(ctx.shape(node))
+    # As torch.Tensor.repeat: more factors than dimensions add dimensions in front.
     times = [1] * (rank - len(times)) + times
     out = []
     for f in ctx.fields(node.args[0]):
@@ -109,6 +114,7 @@ def executed(ctx: Context, node: fx.Node) -> Result:
     shape = ctx.shape(node.args[0])
     out = []
     for f in ctx.fields(node.args[0]):
+        # Windows and shuffles mix dimensions, so compact labels would be moved wrongly.
         full = f.labels.expand(shape).contiguous()
         if _shifts_channels(node, f):
             ctx.labels.stay(f.labels)
@@ -140,7 +146,8 @@ def im2col(ctx: Context, node: fx.Node) -> Result:
     """Windows as columns: each channel once for every position of the kernel."""
     kernel = prod(argument(node, "kernel_size"))
     out = []
-    for f in whole_beyond(ctx, ctx.fields(node.args[0]), 1):
+    for f in _along_channels(ctx, node.args[0]):
+        # im2col lists channel by channel, each with all positions of its kernel, along dimension 1.
         labels = f.labels.flatten().repeat_interleave(kernel).view(1, -1, 1)
         out.append(f.with_labels(labels))
     return tuple(out)
@@ -151,21 +158,16 @@ def col2im(ctx: Context, node: fx.Node) -> Result:
     """Columns summed back into an image: the positions of a kernel go together."""
     kernel = prod(argument(node, "kernel_size"))
     out = []
-    for f in whole_beyond(ctx, ctx.fields(node.args[0]), 1):
+    for f in _along_channels(ctx, node.args[0]):
         rows = f.labels.reshape(-1, kernel)
         ctx.labels.join(rows, rows[:, :1])
         out.append(f.with_labels(rows[:, :1].reshape(1, -1, 1, 1)))
     return tuple(out)
 
 
-def whole_beyond(ctx: Context, fields: Fields, dim: int) -> Fields:
-    """Fields that vary along one dimension only; what varies along others is joined there."""
-    out = []
-    for f in fields:
-        left = ctx.labels.collapse(f, f.dims - {dim}) if f.dims - {dim} else f
-        if left is not None:
-            out.append(left)
-    return tuple(out)
+def _along_channels(ctx: Context, value: Any) -> Fields:
+    """A value's fields without all that varies along other dimensions than the channels'."""
+    return ctx.collapse(ctx.fields(value), [d for d in range(len(ctx.shape(value))) if d != 1])
 
 
 def _shifts_channels(node: fx.Node, f: Field) -> bool:

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..export import module_of
 from ..labels import Field, Fields
-from .elementwise import all_zero, combine, unify
+from .elementwise import all_zero, combine
 from .registry import Context, Result, argument, rule
 
 
@@ -27,18 +27,18 @@ def mixed(
     Returns:
         What is left of the fields, with the operand's dimensions, and the dimensions mixed.
     """
-    gone = frozenset(dims)
+    mixed_dims = frozenset(dims)
     out: list[Field] = []
     for f in fields:
-        if not f.dims & gone:
+        if not f.dims & mixed_dims:
             out.append(f)
-        elif f.dims <= gone and f.zero and not absent_zeros_count:
+        elif f.dims <= mixed_dims and f.zero and not absent_zeros_count:
             continue  # a sum over channels that are truly zero: nothing to join, nothing goes on
         else:
-            left = ctx.labels.collapse(f, f.dims & gone)
-            if left is not None:
-                out.append(left)
-    return tuple(out), gone
+            collapsed = ctx.labels.collapse(f, f.dims & mixed_dims)
+            if collapsed is not None:
+                out.append(collapsed)
+    return tuple(out), mixed_dims
 
 
 def _reduced_dims(ctx: Context, node: fx.Node) -> list[int]:
@@ -66,6 +66,8 @@ def _centred(ctx: Context, value: Any, dims: list[int], *, squared: bool) -> fx.
         if name != "square" and difference is not None:
             again = 2 if name == "pow" else difference
             difference = difference if value.args[1:] == (again,) else None
+    # A variance written by hand. Its centred values are not zero for absent channels, so the mean of their squares
+    # alone could not be corrected by the number of channels.
     if called(difference) != "sub":
         return None
     x, mean = difference.args[:2]
@@ -97,6 +99,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     """Values combined along dimensions, which then go."""
     name = node.target._opname  # type: ignore[union-attr]
     dims = _reduced_dims(ctx, node)
+    # Sums and norms do not change with absent zeros; means, extremes and products do.
     counts = name not in ("sum", "norm", "linalg_norm", "linalg_vector_norm", "nansum")
     source = ctx.fields(node.args[0])
     if name in ("mean", "var", "std") and module_of(node):
@@ -107,7 +110,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
             ctx.counted.add(module_of(node))
             counts = False
             source = tuple(f.with_zero(f.zero or f.dims in zero) for f in source)
-    fields, gone = mixed(ctx, source, dims, absent_zeros_count=counts)
+    fields, mixed_dims = mixed(ctx, source, dims, absent_zeros_count=counts)
     keep = bool(argument(node, "keepdim", False))
     keeps_zero = name in (
         "sum",
@@ -127,7 +130,7 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
     for f in fields:
         labels = f.labels
         if not keep:
-            for d in sorted(gone, reverse=True):
+            for d in sorted(mixed_dims, reverse=True):
                 labels = labels.squeeze(d)
         out.append(Field(labels, f.zero and keeps_zero))
     return tuple(out)
@@ -139,10 +142,9 @@ def cosine(ctx: Context, node: fx.Node) -> Result:
     dim = int(argument(node, "dim", 1))
     a, b = node.args[:2]
     shape = torch.broadcast_shapes(ctx.shape(a), ctx.shape(b))
-    rows = unify(ctx, [(ctx.shape(a), ctx.fields(a)), (ctx.shape(b), ctx.fields(b))], shape)
-    fields = tuple(next(f for f in row if f is not None).with_zero(all_zero(row)) for row in rows)
-    left, _ = mixed(ctx, fields, [dim % len(shape)], absent_zeros_count=False)
-    return tuple(Field(f.labels.squeeze(dim), False) for f in left)
+    fields = combine(ctx, (a, b), shape, all_zero)
+    remaining, _ = mixed(ctx, fields, [dim % len(shape)], absent_zeros_count=False)
+    return tuple(Field(f.labels.squeeze(dim), False) for f in remaining)
 
 
 @rule("max", "min", "median", "mode", "kthvalue", "topk", "sort", "var_mean", "std_mean", "aminmax", "cummax", "cummin")
@@ -155,15 +157,16 @@ def selection(ctx: Context, node: fx.Node) -> Result:
     first = node.meta["val"][0] if several else node.meta["val"]
     rank = len(ctx.shape(source))
     name = node.target._opname  # type: ignore[union-attr]
+    # Without `dim` these work along the last dimension, and max, min, var_mean and the like over all.
     last = -1 if name in ("topk", "sort", "kthvalue", "mode", "median") else None
     dims = argument(node, "dim", last)
     dims = list(range(rank)) if dims is None else [int(d) % rank for d in ([dims] if isinstance(dims, int) else dims)]
-    fields, gone = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
+    fields, mixed_dims = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
     out = []
     for f in fields:
         labels = f.labels
         if first.dim() < rank:
-            for d in sorted(gone, reverse=True):
+            for d in sorted(mixed_dims, reverse=True):
                 labels = labels.squeeze(d)
         out.append(Field(labels, f.zero and name in ("max", "min")))
     values = tuple(out)
@@ -208,6 +211,8 @@ def spatial(ctx: Context, node: fx.Node) -> Result:
     """Pooling and resizing: positions are mixed, channels are not."""
     name = node.target._opname  # type: ignore[union-attr]
     rank = len(ctx.shape(node.args[0]))
+    # Resizing always has (batch, channels, positions ...). Pooling also takes input without a batch, so its spatial
+    # dimensions are counted from the end, as many as the digit in its name.
     first = 2 if name.startswith(("upsample", "_upsample", "grid")) else rank - int(next(c for c in name if c in "123"))
     fields, _ = mixed(ctx, ctx.fields(node.args[0]), range(first, rank), absent_zeros_count=True)
     several = not hasattr(node.meta["val"], "shape")

@@ -1,22 +1,19 @@
-"""Where op rules are found, and what a rule sees.
+"""The registry of op rules, and the context that a rule reads.
 
 A rule is a function ``(ctx, node) -> Result`` registered under an ATen op's name: it reads the fields of the node's
-operands, joins what must go together, and returns the fields of the result. An op without a rule keeps everything
-that touches it whole and is named in the report.
+operands, joins the labels of channels that must go together, and returns the fields of the result. Channels that meet
+an op without a rule are not pruned, and the report names the op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor, fx
 
-from ..carried import Axes, carried, reason_lost
 from ..coupling import Norm, Scale
 from ..export import Exported, module_of, shape_of, within
 from ..labels import Field, Fields, Labels
@@ -24,15 +21,27 @@ from ..labels import Field, Fields, Labels
 Result = Fields | tuple[Fields, ...]
 Rule = Callable[["Context", fx.Node], Result]
 
+Axes = tuple[int | None, ...]
+"""For each dimension of a value the axis of the parameter that it is; ``None`` where it is no axis alone."""
+
 RULES: dict[str, Rule] = {}
 
+MOVEMENT: set[str] = set()
+"""Ops that move values and compute none: every element of the result is an element of an operand, or constant."""
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for ATen ops, by base name (``"add"`` also covers ``add_``)."""
+
+def rule(*names: str, moves: bool = False) -> Callable[[Rule], Rule]:
+    """Registers a rule for ATen ops, by base name (``"add"`` also covers ``add_``).
+
+    Args:
+        names: Base names of the ops; a later registration replaces an earlier one.
+        moves: Whether the ops belong to :data:`MOVEMENT`.
+    """
 
     def register(fn: Rule) -> Rule:
         for name in names:
             RULES[name] = fn
+            (MOVEMENT.add if moves else MOVEMENT.discard)(name)
         return fn
 
     return register
@@ -80,10 +89,10 @@ class Context:
         makers: Further axes of weights that make channels, by name and axis.
         tables: Embeddings, whose columns are channels.
         unknown: Ops without a rule, with the number of their uses.
-        unmaskable: Of weights whose elements cannot be masked, why not.
-        operands: Of weights that are computed from a parameter, what is multiplied.
-        scales: Of weights that are divided by a norm of their own, what scales them afterwards.
-        carried: Per node, the parameters whose zeros are its zeros.
+        unmaskable: By name, why elements of a weight cannot be masked.
+        operands: Nodes of weights that are computed from a parameter, by the parameter's name.
+        scales: Factors that follow the division of a weight by its own norm, by the weight's name.
+        zero_sources: Per node, the parameters whose zeros are its zeros (see :mod:`.zero_sources`).
         training: Whether the call that is being read is one of training mode alone.
         training_uses: Parameters contracted with activations in training mode alone, by name.
     """
@@ -105,7 +114,7 @@ class Context:
     unmaskable: dict[str, str] = field(default_factory=dict)
     operands: dict[str, fx.Node] = field(default_factory=dict)
     scales: dict[str, Scale] = field(default_factory=dict)
-    carried: dict[fx.Node, Mapping[str, Axes]] = field(default_factory=dict)
+    zero_sources: dict[fx.Node, Mapping[str, Axes]] = field(default_factory=dict)
     training: bool = False
     training_uses: dict[str, WeightUse] = field(default_factory=dict)
     _axes: dict[str, Fields] = field(default_factory=dict)
@@ -157,58 +166,15 @@ class Context:
         """The field that varies along one axis and nothing else."""
         return next((f for f in fields if f.dims == {axis}), None)
 
-    def weight_of(self, value: Any, out_dim: int, in_dim: int) -> tuple[str, int, int] | None:
-        """The parameter that a contraction's operand is, or is made from, with its output and input axes.
-
-        Args:
-            value: The operand: a parameter, or what was computed from parameters alone (standardised, transposed, a
-                part, an expert chosen by index).
-            out_dim: The operand's dimension that makes channels.
-            in_dim: The operand's dimension that is summed over.
-        """
-        if not isinstance(value, fx.Node) or self.depends_on_inputs(value):
-            return None
-        name = self.tensor_name(value)
-        if name is not None:
-            return (name, out_dim, in_dim) if name in self.exported.trainable else None
-        whole = carried(self, value)
-        found = self._carried_weight(whole, out_dim, in_dim) or self._made_weight(value, out_dim, in_dim)
-        if found is not None:
-            if found[0] in whole:
-                self.operands.setdefault(found[0], value)
-            else:
-                self.unmaskable.setdefault(found[0], reason_lost(self, value, found[0]))
-        return found
-
-    def _carried_weight(self, whole: Mapping[str, Axes], out_dim: int, in_dim: int) -> tuple[str, int, int] | None:
-        """The largest parameter whose zeros are those of an operand."""
-        for name in sorted(whole, key=lambda n: -prod(self.exported.shapes[n])):
-            out_axis, in_axis = whole[name][out_dim], whole[name][in_dim]
-            if out_axis is not None and in_axis is not None and out_axis != in_axis:
-                return name, out_axis, in_axis
-        return None
-
-    def _made_weight(self, value: fx.Node, out_dim: int, in_dim: int) -> tuple[str, int, int] | None:
-        """The largest parameter that an operand is made from, by labels that it has of its axes, else by its shape."""
-        shapes = self.exported.shapes
-        names = [n for n in self._made_from(value) if n in self.exported.trainable and len(shapes[n]) > 1]
-        names = sorted(names, key=lambda n: (-prod(shapes[n]), n))
-        for name in names:
-            axes = [self._axis_like(name, value, d) for d in (out_dim, in_dim)]
-            if axes[0] is not None and axes[1] is not None and axes[0] != axes[1]:
-                return name, axes[0], axes[1]
-        rank = len(self.shape(value))
-        alike = (n for n in names if shapes[n] == self.shape(value))
-        return next(((n, out_dim % rank, in_dim % rank) for n in alike), None)
-
-    def _axis_like(self, name: str, value: fx.Node, dim: int) -> int | None:
-        """The axis of a parameter whose labels an operand has along a dimension."""
-        here = next((f for f in self.fields(value) if f.dims == {dim}), None)
-        for axis in range(len(self.exported.shapes[name])) if here is not None else ():
-            field = self.axis_field(self.axis_fields(name), axis)
-            if field is not None and here is not None and bool(torch.isin(here.labels.flatten()[:1], field.labels)):
-                return axis
-        return None
+    def collapse(self, fields: Iterable[Field], dims: Collection[int]) -> Fields:
+        """The fields with their labels joined along dimensions; without those that varied along nothing else."""
+        out = []
+        for f in fields:
+            along = f.dims.intersection(dims)
+            remaining = self.labels.collapse(f, along) if along else f
+            if remaining is not None:
+                out.append(remaining)
+        return tuple(out)
 
     def depends_on_inputs(self, node: fx.Node) -> bool:
         """Whether a value depends on the user's inputs, other than by being chosen by index."""
@@ -218,19 +184,12 @@ class Context:
                 known = node.name not in self.exported.tensors
             else:
                 sources = node.all_input_nodes
+                # An expert chosen by a router is still a weight: which one depends on the input, its values do not.
                 if getattr(node.target, "_opname", "") in ("index", "index_select", "gather"):
                     sources = sources[:1]
                 known = any(self.depends_on_inputs(s) for s in sources)
             self._depends[node] = known
         return known
-
-    def _made_from(self, node: fx.Node) -> set[str]:
-        name = self.tensor_name(node)
-        if name is not None:
-            return {name}
-        return {
-            n for source in node.all_input_nodes if not self.depends_on_inputs(source) for n in self._made_from(source)
-        }
 
     @property
     def named_axes(self) -> Mapping[str, Fields]:
@@ -241,7 +200,7 @@ class Context:
         """Nodes whose innermost module is this one, in the mode that is being read; else in the other."""
         return self._calls.get((module, self.training)) or self._calls.get((module, not self.training), [])
 
-    def is_told(self, node: fx.Node) -> bool:
+    def in_trace(self, node: fx.Node) -> bool:
         """Whether a call is of eval mode, or of a module that runs in training mode alone."""
         return not node.meta.get("training") or (module_of(node), False) not in self._calls
 

@@ -6,7 +6,7 @@ from torch import fx
 
 from ..labels import Fields
 from .elementwise import all_zero, combine
-from .movement import moved, whole_along
+from .movement import moved
 from .reduction import mixed
 from .registry import Context, Result, argument, rule
 
@@ -15,7 +15,7 @@ from .registry import Context, Result, argument, rule
 def to_complex(ctx: Context, node: fx.Node) -> Result:
     """Pairs along the last dimension become one number."""
     last = len(ctx.shape(node.args[0])) - 1
-    return moved(whole_along(ctx, ctx.fields(node.args[0]), last), lambda labels: labels.squeeze(last))
+    return moved(ctx.collapse(ctx.fields(node.args[0]), {last}), lambda labels: labels.squeeze(last))
 
 
 @rule("view_as_real")

@@ -16,6 +16,7 @@ from torch import nn
 from ...errors import TrainingError
 from ...utils.devices import available_device
 from ...utils.fsdp import reshard_after_forward, sharded
+from ...utils.optional import require
 from ..step.precision import MixedPrecision, Precision
 from .ranks import SINGLE, ProcessRanks, Ranks
 
@@ -63,14 +64,12 @@ def launched(accelerator: Any = None, device: str | torch.device | None = None) 
     if accelerator is None:
         if not several_processes():
             return Launch(device=wanted)
-        from accelerate import Accelerator
-
+        accelerate = require("accelerate", "training on several processes", error=TrainingError)
         gpu = torch.accelerator.is_available() if wanted is None else wanted.type != "cpu"
-        accelerator = Accelerator(cpu=not gpu)
+        accelerator = accelerate.Accelerator(cpu=not gpu)
     else:
-        from accelerate import Accelerator
-
-        if not isinstance(accelerator, Accelerator):
+        accelerate = require("accelerate", "CoTrainer(accelerator=…)", error=TrainingError)
+        if not isinstance(accelerator, accelerate.Accelerator):
             raise TrainingError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}")
     _check(accelerator, wanted)
     alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
@@ -103,9 +102,7 @@ def shard(model: nn.Module, launch: Launch) -> None:
     """Shard a model as an Accelerator for FSDP2 says, in place, unless it is sharded already."""
     accelerator: Any = launch.accelerator
     if accelerator is not None and accelerator.is_fsdp2 and not sharded(model):
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-        fsdp2_prepare_model(accelerator, model)
+        require("accelerate.utils.fsdp_utils", "FSDP2").fsdp2_prepare_model(accelerator, model)
     if sharded(model):
         reshard_after_forward(model)  # before the first pass: masks act on what is used next
 

@@ -1,20 +1,23 @@
 """What a run does, by name: step schedules, mask rules and options, put together as recipes (see docs/recipes.md)."""
 
+from ...moved import moved_names
 from .masks import MASK_RULES, MaskRule, Pruning
 from .named import recipe_named, recipes
 from .recipe import Recipe
-from .steps import SCHEDULES, Moment, Step, StepSchedule, Turn
+from .steps import SCHEDULES, ScheduleContext, Step, StepSchedule, SubnetPass
 
 __all__ = [
     "MASK_RULES",
     "SCHEDULES",
     "MaskRule",
-    "Moment",
     "Pruning",
     "Recipe",
+    "ScheduleContext",
     "Step",
     "StepSchedule",
-    "Turn",
+    "SubnetPass",
     "recipe_named",
     "recipes",
 ]
+
+__getattr__ = moved_names(__name__, {"Moment": f"{__name__}.ScheduleContext", "Turn": f"{__name__}.SubnetPass"})

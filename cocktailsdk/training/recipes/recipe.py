@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
+from ..step.hook_calls import StepHooks
+from ..step.hooks import StepHook
 from .masks import MASK_RULES, MaskRule
 from .steps import SCHEDULES, StepSchedule
 
@@ -23,14 +25,14 @@ class Recipe:
     Attributes:
         name: What it is called in reports.
         schedule: Which networks each mini-batch trains: a name (``"pivot"``, ``"rotation"``, ``"sandwich"``,
-            ``"single"``) or a function from a :class:`~.steps.Moment` to a :class:`~.steps.Step`.
+            ``"single"``) or a function from a :class:`~.steps.ScheduleContext` to a :class:`~.steps.Step`.
         masks: How a round's masks are made: ``"umg"`` (paper, section 3.2), ``"own"`` (each pattern for itself),
             ``"tickets"`` (likewise; what does not nest is cut from the dense round's weights), ``"refilling"``, or a
             function from a :class:`~.masks.Pruning` to masks by subnet name.
         rounds: ``"levels"``: a dense round, then one for every level (paper, section 3); ``"one"``: all networks
             together in a single round, their masks made from the weights that it begins with.
         rewind: Whether rounds begin from the rewind point (paper, section 3.1) or from where the one before ended.
-        distill: Share of the distillation loss on sparse turns: a number in [0, 1]; ``True`` for the trainer's
+        distill: Share of the distillation loss on sparse passes: a number in [0, 1]; ``True`` for the trainer's
             ``distill_weight``, ``False`` for none.
         update: On sparse steps momentum and weight decay go on moving masked weights (``"all"``, as the paper's code
             does) or leave them (``"active"``).
@@ -52,6 +54,8 @@ class Recipe:
         takes: What nets it is for: ``"any"``, those of one ``"pattern"``, or of one ``"subnet"``.
         needs: Patterns that the net must have, by name.
         only: The only patterns that it may have; empty for any.
+        hooks: What happens between steps besides training: see :mod:`~cocktailsdk.training.step.hooks`. A schedule
+            that is a hook itself is not named again. Every run works on copies.
 
     Raises:
         TrainingError: A field makes no sense; it is named.
@@ -74,6 +78,7 @@ class Recipe:
     takes: Literal["any", "pattern", "subnet"] = "any"
     needs: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    hooks: tuple[StepHook, ...] = ()
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[str]] = {
@@ -96,6 +101,8 @@ class Recipe:
             if not isinstance(value, str) or value not in allowed:
                 function = ", or a function" if name in known else ""
                 raise self._error(name, f"must be one of {', '.join(map(repr, allowed))}{function}")
+        if not isinstance(self.hooks, tuple) or not all(isinstance(hook, StepHook) for hook in self.hooks):
+            raise self._error("hooks", "must be a tuple of StepHook instances")
         if not 0 <= self.distill <= 1:
             raise self._error("distill", "must be True, False or a share in 0 … 1")
         if not 0 <= self.finishing < 1:
@@ -123,6 +130,18 @@ class Recipe:
     def finishing_step_schedule(self) -> StepSchedule:
         """The same of finishing."""
         return SCHEDULES[s] if isinstance(s := self.finishing_schedule, str) else s
+
+    def distillation(self, weight: float) -> float:
+        """Share of the distillation loss on sparse passes.
+
+        Args:
+            weight: The trainer's ``distill_weight``; at 0 there is no distillation in any recipe.
+        """
+        return weight if weight == 0 or self.distill is True else float(self.distill)
+
+    def step_hooks(self) -> StepHooks:
+        """Copies of the hooks for one run; empty for most recipes."""
+        return StepHooks(self.schedule, self.finishing_schedule, self.hooks)
 
     @property
     def mask_rule(self) -> MaskRule:
@@ -153,12 +172,12 @@ class Recipe:
         return ({name: levels[name] for name in rounds_of(patterns)[0]},)
 
     def _check(self, patterns: Sequence[Pattern]) -> None:
-        given = [p.name for p in patterns]
+        present = [p.name for p in patterns]
         names = [s.name for p in patterns for s in p.subnets()]
         if self.takes == "pattern" and len(patterns) > 1:
             raise TrainingError(
                 f"recipe {self.name!r} trains one pattern a run, and this net has "
-                f"{', '.join(given)}: sparsify() the model with one of them, and train each in a "
+                f"{', '.join(present)}: sparsify() the model with one of them, and train each in a "
                 "run of its own"
             )
         if self.takes == "subnet" and len(names) > 1:
@@ -167,20 +186,24 @@ class Recipe:
                 f"({', '.join(names[:3])}, …): sparsify() the model with a single level, as in "
                 "Unstructured(sparsities=[0.9]), and train each in a run of its own"
             )
-        if missing := [name for name in self.needs if name not in given]:
+        if missing := [name for name in self.needs if name not in present]:
             raise TrainingError(
-                f"recipe {self.name!r} needs the pattern {missing[0]!r}, and this net has {', '.join(given)}: give it "
-                "to sparsify() too"
+                f"recipe {self.name!r} needs the pattern {missing[0]!r}, and this net has {', '.join(present)}: give "
+                "it to sparsify() too"
             )
-        if self.only and (other := [name for name in given if name not in self.only]):
+        if self.only and (other := [name for name in present if name not in self.only]):
             raise TrainingError(
                 f"recipe {self.name!r} is for {' and '.join(self.only)}, and this net has {other[0]}: sparsify() the "
                 "model without, or choose another recipe"
             )
 
     def describe(self) -> dict[str, Any]:
-        """All fields as JSON values; of functions the name, of dataclass instances also their fields."""
-        return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+        """All fields as JSON values; of functions the name, of dataclass instances also their fields.
+
+        ``hooks`` are described where the recipe names some: runs of releases that had none can then be resumed.
+        """
+        described = {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+        return described if self.hooks else {name: value for name, value in described.items() if name != "hooks"}
 
 
 def _described(value: Any) -> Any:
@@ -190,6 +213,8 @@ def _described(value: Any) -> Any:
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_described(v) for v in value]
+    if isinstance(value, StepHook):
+        return type(value).__qualname__
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return value

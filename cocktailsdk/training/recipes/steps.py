@@ -1,7 +1,8 @@
-"""Step schedules: which networks a mini-batch trains, and how.
+"""Step schedules: which subnetworks a mini-batch trains, and how.
 
-A schedule is any function (or object with ``__call__``) from a :class:`Moment` to a :class:`Step`. It keeps no state:
-what it draws comes from the moment's own generator, so that a run that was stopped goes on identically.
+A schedule is any function (or object with ``__call__``) from a :class:`ScheduleContext` to a :class:`Step`. A schedule
+has no state, and draws from ``context.random``, so that a resumed run takes the same steps. A method that changes
+masks, gradients or the optimizer between steps does so by hooks: see :mod:`cocktailsdk.training.step.hooks`.
 """
 
 from __future__ import annotations
@@ -10,44 +11,48 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ...moved import moved_names, renamed_fields
 from ...patterns.base import DENSE
 
 __all__ = [
     "DENSE_STEP",
     "SCHEDULES",
-    "Moment",
     "Pivot",
     "Sandwich",
+    "ScheduleContext",
     "Single",
     "Step",
     "StepSchedule",
-    "Turn",
+    "SubnetPass",
     "rotation",
 ]
 
+__getattr__ = moved_names(__name__, {"Moment": f"{__name__}.ScheduleContext", "Turn": f"{__name__}.SubnetPass"})
 
+
+@renamed_fields(networks="subnets")
 @dataclass(frozen=True)
-class Moment:
-    """Where a run stands when a step is to be chosen.
+class ScheduleContext:
+    """What a schedule knows when it chooses a step.
 
     Attributes:
-        round: Number of the round; 0 is the dense one, which asks no schedule.
+        round: Number of the round; 0 is the dense round, for which no schedule is called.
         step: Optimizer steps done in the round.
-        steps: Of how many.
-        networks: The round's subnets by pattern, from the least sparse; patterns in the net's order.
+        steps: Optimizer steps of the round in all.
+        subnets: The round's subnets by pattern, from the least sparse; patterns in the net's order.
         seed: The run's.
     """
 
     round: int
     step: int
     steps: int
-    networks: Mapping[str, tuple[str, ...]]
+    subnets: Mapping[str, tuple[str, ...]]
     seed: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
         """The round's subnets, pattern after pattern."""
-        return tuple(name for names in self.networks.values() for name in names)
+        return tuple(name for names in self.subnets.values() for name in names)
 
     @property
     def random(self) -> random.Random:
@@ -55,58 +60,54 @@ class Moment:
         return random.Random(f"{self.seed} {self.round} {self.step}")
 
 
+@renamed_fields(network="subnet")
 @dataclass(frozen=True)
-class Turn:
-    """One network's forward and backward pass on the step's batch.
+class SubnetPass:
+    """One subnetwork's forward and backward pass on the step's batch.
 
     Attributes:
-        network: ``"dense"`` or a subnet's name. The dense network learns from the labels, a subnet also from the dense
-            network, as the recipe's ``distill`` says.
-        resolution: Side of the images as a share of the batch's own; the teacher sees them whole.
+        subnet: ``"dense"`` or a subnet's name. The dense network learns from the labels, a subnet also from the dense
+            network's output, as the recipe's ``distill`` says.
+        resolution: Side of the images as a share of the batch's own; the teacher sees them at full size.
     """
 
-    network: str
+    subnet: str
     resolution: float = 1.0
 
 
+@renamed_fields(turns="passes")
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step; gradients of its turns are added.
+    """One optimizer step; the gradients of its passes are added.
 
-    What the dense network says in its turn teaches the turns after it, so that distilling costs no pass of its own.
+    The output of the dense network's pass teaches the passes after it, so that distilling costs no pass of its own.
 
     Attributes:
-        turns: In order; at least one.
+        passes: In order; at least one.
         leads: Whether, in a recipe with ``same_batch``, the step that follows may use this one's batch and outputs.
         follows: Whether this step may use those of the step before.
-        prune: Whether first the masks of its networks are made anew from the weights as they are, each for itself, and
-            the weights outside become 0.
-        keep: A network that first gets the weights as they are for its own.
-        forget: Whether first all that the optimizer keeps (momentum, say) is dropped.
-        regrow: Share of each layer's kept weights that its networks drop and regrow by gradient.
-        correct: Whether the part of each layer's gradient that opposes the step before's is taken out.
     """
 
-    turns: tuple[Turn, ...]
+    passes: tuple[SubnetPass, ...]
     leads: bool = False
     follows: bool = False
-    prune: bool = False
-    keep: str | None = None
-    forget: bool = False
-    regrow: float = 0.0
-    correct: bool = False
+
+    @property
+    def subnets(self) -> tuple[str, ...]:
+        """The subnets that it trains, without the dense network."""
+        return tuple(dict.fromkeys(one.subnet for one in self.passes if one.subnet != DENSE))
 
 
-StepSchedule = Callable[[Moment], Step]
+StepSchedule = Callable[[ScheduleContext], Step]
 
-DENSE_STEP = Step((Turn(DENSE),))
+DENSE_STEP = Step((SubnetPass(DENSE),))
 
 
 @dataclass(frozen=True)
 class Pivot:
-    """Dense pivot co-training (paper, section 3.2): dense, a subnet, dense, the next subnet, in turn.
+    """Dense pivot co-training (paper, section 3.2): dense, a subnet, dense, the next subnet, round robin.
 
-    Patterns take turns; one with several subnets takes them in turn, one each time that the pattern has its own.
+    Patterns alternate; a pattern with several subnets goes through them round robin, one whenever it is its turn.
 
     Attributes:
         sparse: Sparse steps after every dense one; the paper's is 1. In a recipe with ``same_batch`` all of them are
@@ -115,23 +116,24 @@ class Pivot:
 
     sparse: int = 1
 
-    def __call__(self, moment: Moment) -> Step:
-        """The step at a moment; dense where the round has no subnet to train."""
-        patterns = [names for names in moment.networks.values() if names]
+    def __call__(self, context: ScheduleContext) -> Step:
+        """The step; dense where the round has no subnet to train."""
+        patterns = [names for names in context.subnets.values() if names]
         if not patterns:
             return DENSE_STEP
-        cycle, place = divmod(moment.step, self.sparse + 1)
+        cycle, place = divmod(context.step, self.sparse + 1)
         if place == 0:
-            return Step((Turn(DENSE),), leads=True)
-        turn = cycle * self.sparse + place - 1
-        names = patterns[turn % len(patterns)]
-        return Step((Turn(names[turn // len(patterns) % len(names)]),), leads=place < self.sparse, follows=True)
+            return Step((SubnetPass(DENSE),), leads=True)
+        number = cycle * self.sparse + place - 1  # of the sparse step, from 0
+        names = patterns[number % len(patterns)]
+        name = names[number // len(patterns) % len(names)]
+        return Step((SubnetPass(name),), leads=place < self.sparse, follows=True)
 
 
-def rotation(moment: Moment) -> Step:
-    """One network a mini-batch, the dense one among them, round robin (AST's turns)."""
-    names = (DENSE, *moment.names)
-    return Step((Turn(names[moment.step % len(names)]),))
+def rotation(context: ScheduleContext) -> Step:
+    """One network a mini-batch, the dense one among them, round robin (AST's order)."""
+    names = (DENSE, *context.names)
+    return Step((SubnetPass(names[context.step % len(names)]),))
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,10 @@ class Single:
 
     pattern: str | None = None
 
-    def __call__(self, moment: Moment) -> Step:
-        """The step at a moment; dense where the round has no subnet to train."""
-        names = moment.names if self.pattern is None else moment.networks.get(self.pattern, ())
-        return Step((Turn(names[moment.step % len(names)]),)) if names else DENSE_STEP
+    def __call__(self, context: ScheduleContext) -> Step:
+        """The step; dense where the round has no subnet to train."""
+        names = context.names if self.pattern is None else context.subnets.get(self.pattern, ())
+        return Step((SubnetPass(names[context.step % len(names)]),)) if names else DENSE_STEP
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,13 @@ class Sandwich:
     between: int = 2
     resolutions: tuple[float, ...] = (1.0,)
 
-    def __call__(self, moment: Moment) -> Step:
-        """The step at a moment."""
-        draw = moment.random
-        narrowest = [names[-1] for names in moment.networks.values() if names]
-        rest = [name for name in moment.names if name not in narrowest]
+    def __call__(self, context: ScheduleContext) -> Step:
+        """The step."""
+        draw = context.random
+        narrowest = [names[-1] for names in context.subnets.values() if names]
+        rest = [name for name in context.names if name not in narrowest]
         chosen = [*narrowest, *draw.sample(rest, min(self.between, len(rest)))]
-        return Step((Turn(DENSE), *(Turn(name, draw.choice(self.resolutions)) for name in chosen)))
+        return Step((SubnetPass(DENSE), *(SubnetPass(name, draw.choice(self.resolutions)) for name in chosen)))
 
 
 SCHEDULES: Mapping[str, StepSchedule] = {

@@ -1,4 +1,4 @@
-"""AC/DC's phases: the whole network trains by turns dense and under one mask (Peste et al., NeurIPS 2021)."""
+"""AC/DC's phases: all weights train alternately dense and under one mask (Peste et al., NeurIPS 2021)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from bisect import bisect
 from dataclasses import dataclass
 
 from ...patterns.base import DENSE
-from ..recipes.steps import Moment, Step, Turn
+from ..recipes.steps import DENSE_STEP, ScheduleContext, Step, SubnetPass
+from ..step.hooks import StepContext, StepHook
 
 __all__ = ["Phases"]
 
@@ -14,11 +15,11 @@ CHANGES = (*(i / 100 for i in range(10, 80, 5)), 0.85)
 
 
 @dataclass(frozen=True)
-class Phases:
-    """Dense and sparse phases in turn, a dense one first.
+class Phases(StepHook):
+    """Dense and sparse phases alternate, a dense one first.
 
     A sparse phase begins with masks made from the weights as they are, outside which the weights become 0; a dense
-    phase begins without what the optimizer kept. The dense network's weights are those that the last sparse phase began
+    phase begins without the optimizer's state. The dense network's weights are those that the last sparse phase began
     with.
 
     Attributes:
@@ -29,14 +30,26 @@ class Phases:
 
     changes: tuple[float, ...] = CHANGES
 
-    def __call__(self, moment: Moment) -> Step:
-        """The step at a moment."""
-        changes = [min(round(share * moment.steps), moment.steps - 1) for share in self.changes]
-        done = bisect(changes, moment.step)
-        before = bisect(changes, moment.step - 1) if moment.step else 0
-        sparse, begins = done % 2 == 1, done % 2 != before % 2
-        if not sparse:
-            return Step((Turn(DENSE),), forget=begins)
-        turns = tuple(map(Turn, moment.names))
-        last = done == len(changes) and before < done
-        return Step(turns, prune=begins, keep=DENSE if last else None)
+    def phases(self, context: ScheduleContext) -> tuple[int, int]:
+        """The phases of the step before and of a step, from 0; odd ones are sparse."""
+        ends = [min(round(share * context.steps), context.steps - 1) for share in self.changes]
+        return bisect(ends, context.step - 1) if context.step else 0, bisect(ends, context.step)
+
+    def __call__(self, context: ScheduleContext) -> Step:
+        """The step: the dense network in even phases, the round's subnet in odd ones."""
+        _, now = self.phases(context)
+        return Step(tuple(map(SubnetPass, context.names))) if now % 2 else DENSE_STEP
+
+    def before_step(self, context: StepContext) -> None:
+        """At the beginning of a phase: prune, or drop the optimizer's state."""
+        before, now = self.phases(context.schedule)
+        # in a short round phases may be empty, so that a sparse phase follows a sparse one: only the kind counts
+        changes = now % 2 != before % 2
+        if changes and not now % 2:
+            context.drop_optimizer_state()
+        if before < now == len(self.changes):
+            context.snapshot_weights(DENSE)
+        if changes and now % 2:
+            for name in context.subnets:
+                context.remake_masks([name])
+                context.zero_masked_weights(name)

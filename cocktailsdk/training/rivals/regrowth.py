@@ -1,18 +1,18 @@
-"""Dynamic masks and gradients of networks that train in turn (AST, method: the rivals)."""
+"""AST's two operations: masks that drop and regrow weights, and gradients corrected by the step before's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import TrainingError
 from ...graph import Weight
 from ...masks import Mask
+from ...masks.tiles import runs, unruns
 from ...net.subnet_model import SubnetModel
-from ...patterns.nm import runs, unruns
 
 __all__ = ["correct_gradients", "regrown"]
 
@@ -40,33 +40,33 @@ def regrown(net: SubnetModel, name: str, share: float) -> Mask:
         gradient = parameters[weight.name].grad
         if weight.name not in out or gradient is None:
             continue
-        kept = out[weight.name].to(gradient.device)
+        now = out[weight.name].to(gradient.device)
         value = net.dense_tensor(weight.name)
         if subnet.pattern == "n:m":
-            new = _exchanged_in_runs(weight, kept, value, gradient, share, subnet.options["m"])
+            new = _exchanged_in_runs(weight, now, value, gradient, share, subnet.options["m"])
         else:
-            new = _exchanged(kept, value, gradient, share)
+            new = _exchanged(now, value, gradient, share)
         out[weight.name] = new.cpu()
     return Mask(out, mask.removed)
 
 
 def _exchanged(
-    kept: Bool[Tensor, "..."], value: Float[Tensor, "..."], gradient: Float[Tensor, "..."], share: float
+    mask: Bool[Tensor, "..."], value: Float[Tensor, "..."], gradient: Float[Tensor, "..."], share: float
 ) -> Bool[Tensor, "..."]:
-    flat = kept.flatten().clone()
+    flat = mask.flatten().clone()
     inside, outside = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
     count = min(round(share * len(inside)), len(outside))
     drop = value.flatten()[inside].abs().argsort(stable=True)[:count]
     grow = gradient.flatten()[outside].abs().argsort(descending=True, stable=True)[:count]
     flat[inside[drop]], flat[outside[grow]] = False, True
-    return flat.reshape(kept.shape)
+    return flat.reshape(mask.shape)
 
 
 def _exchanged_in_runs(
-    weight: Weight, kept: Tensor, value: Tensor, gradient: Tensor, share: float, m: int
+    weight: Weight, mask: Tensor, value: Tensor, gradient: Tensor, share: float, m: int
 ) -> Bool[Tensor, "..."]:
     """In the runs whose smallest kept weight is smallest, it makes room for the masked one of largest gradient."""
-    keep = runs(weight, kept, m)
+    keep = runs(weight, mask, m)
     shape = keep.shape
     keep = keep.reshape(-1, m).clone()
     smallest = runs(weight, value, m).reshape(-1, m).abs().masked_fill(~keep, torch.inf).min(1)
@@ -78,18 +78,19 @@ def _exchanged_in_runs(
 
 
 @torch.no_grad()
-def correct_gradients(parameters: Mapping[str, nn.Parameter], previous: MutableMapping[str, Tensor]) -> None:
-    """Where a layer's gradient g opposes the step before's, take its part along that out: g - (g·p / p·p) p.
+def correct_gradients(gradients: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where a layer's gradient g opposes the step before's, p, take its part along that out: g - (g·p / p·p) p.
 
     Args:
-        parameters: Their gradients are changed in place.
-        previous: By name the gradients of the step before; they become those of this one.
+        gradients: By parameter; changed in place.
+        previous: The gradients of the step before, as this function returned them.
+
+    Returns:
+        Copies of the corrected gradients.
     """
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     for name, g in gradients.items():
         if (p := previous.get(name)) is not None:
             along, square = (g * p).sum(), p.square().sum()
-            # without waiting for the device: 0 where the two agree
+            # torch.where instead of an if: no waiting for the device. 0 where the two agree, and where p is 0
             g.sub_(p * torch.where(along < 0, along / square, torch.zeros_like(along)))
-    previous.clear()
-    previous.update({name: g.clone() for name, g in gradients.items()})
+    return {name: g.clone() for name, g in gradients.items()}

@@ -6,19 +6,22 @@ Everything is looked at before the run takes any of it over, so that the state b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from fractions import Fraction
 from typing import Any, Never
 
 import torch
 from torch import Tensor
 
+from ...errors import BundleError
+from ...masks import Mask
 from ...net.subnet_model import SubnetModel
 from ..optimization import Optimization
 from ..options import Options
+from .encoding import decode_masks, written_before
 from .history import History, Position, RoundHistory
 
-__all__ = ["Foreign", "check_classes", "check_masks", "check_state"]
+__all__ = ["Foreign", "check_classes", "check_masks", "check_state", "hook_states"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,7 +51,6 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "held_examples": (Tensor, type(None)),
     "held_scores": (int,),
     "masks": (dict,),
-    "gradients": (dict,),
     "rewound": (dict, type(None)),
     "model": (dict,),
     "optimization": (dict, type(None)),
@@ -67,7 +69,7 @@ def check_state(
     options: Options,
     generators: Mapping[str, Any],
     files: Mapping[str, bool],
-    shapes: Callable[[str], Shapes],
+    tensors: Callable[[str], Mapping[str, Tensor]],
 ) -> None:
     """See that a state, and the files that it names, fit the run.
 
@@ -77,7 +79,7 @@ def check_state(
         options: What is asked for.
         generators: States of the training loader's own generators now.
         files: The files that the state names, and whether it still needs them.
-        shapes: Of the tensors in one of these files.
+        tensors: Reads the tensors in one of these files.
 
     Raises:
         Foreign: Something does not fit; says what.
@@ -87,37 +89,69 @@ def check_state(
     for key, kinds in _KINDS.items():
         if not isinstance(state.get(key), kinds) or (key not in state) or isinstance(state[key], bool):
             _refuse(f"{key!r} is", state.get(key))
-    tensors = {n: tuple(t.shape) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
+    shapes = {n: tuple(t.shape) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
     parameters = {n: tuple(p.shape) for n, p in net.model.named_parameters()}
     _check_position(state["position"], options)
     _check_history(state, files)
     for key in ("first_generators", "generators"):
         _check_generators(key, state[key], generators)
     _check_stream(state.get("stream"))
-    _check_tensors("model", state["model"], tensors, whole=True)
-    _check_tensors("gradients", state["gradients"], parameters)
+    _check_tensors("model", state["model"], shapes, whole=True)
+    _check_hooks(state, parameters, options)
     for name, own in _of_networks("statistics", state["statistics"], net):
         if not isinstance(own, dict):
             _refuse(f"the statistics of {name!r} are", own)
-        _check_tensors("statistics", own, tensors)
+        _check_tensors("statistics", own, shapes)
     _check_numbers(state, net)
     _check_average(state.get("average"), parameters, options)
-    check_masks({n: _shape_of_mask(n, t) for n, t in state["masks"].items()}, net)
+    check_masks(state["masks"], net)
     _check_optimization(state, net, options)
-    _check_files(state["position"], files, shapes, net, options, tensors)
+    _check_files(state["position"], files, tensors, net, options, shapes)
 
 
-def check_masks(shapes: Shapes, net: SubnetModel) -> None:
-    """See that packed masks are of a net's subnetworks and weights.
+def hook_states(state: Mapping[str, Any], hooks: Sized) -> list[dict[str, Any]]:
+    """The states of a run's hooks.
+
+    Before there were hooks, a state had the gradients of the step before, which the one schedule that used them (that
+    of ``"ast"``) still names in the same way.
+    """
+    if "hooks" in state:
+        states: list[dict[str, Any]] = state["hooks"]
+        return states
+    return [dict(state["gradients"]), *({} for _ in range(len(hooks) - 1))] if len(hooks) else []
+
+
+def check_masks(
+    tensors: Mapping[Any, Any], net: SubnetModel, base: Mapping[str, Mask] | None = None
+) -> dict[str, Mask]:
+    """See that stored masks are of a net's subnetworks and weights.
 
     Args:
-        shapes: Of the masks' parts, by ``NAME/elements/PARAMETER``, ``NAME/removed`` or ``NAME/nothing``.
+        tensors: The masks, as :func:`~cocktailsdk.training.state.encoding.encode_masks` writes them or as older
+            releases did.
         net: The networks.
+        base: Masks that these may build on.
+
+    Returns:
+        The masks.
 
     Raises:
         Foreign: They are not.
     """
-    for key, shape in shapes.items():
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            _refuse(f"its mask {key!r:.40} is", value)
+    if written_before(tensors):
+        _check_plain_masks(tensors, net)
+    try:
+        return decode_masks(tensors, net, base)
+    except BundleError as error:
+        raise Foreign(f"its masks cannot be decoded ({error})") from error
+
+
+def _check_plain_masks(tensors: Mapping[Any, Tensor], net: SubnetModel) -> None:
+    """See that masks of older releases, one bool tensor each, fit a net."""
+    for key, value in tensors.items():
         name, _, rest = str(key).partition("/")
         kind, _, parameter = rest.partition("/")
         wanted = {
@@ -125,8 +159,10 @@ def check_masks(shapes: Shapes, net: SubnetModel) -> None:
             "removed": (net.coupling.n_units,),
             "nothing": (0,),
         }.get(kind)
-        if name not in net.names[1:] or wanted is None or tuple(wanted) != tuple(shape):
+        if name not in net.names[1:] or wanted is None or tuple(wanted) != tuple(value.shape):
             _refuse("it has a mask that fits nothing,", key)
+        if value.dtype != torch.bool:
+            _refuse(f"its mask {key!r:.40} is", value)
 
 
 def check_classes(said: Any) -> None:
@@ -231,6 +267,20 @@ def _check_tensors(what: str, said: Mapping[Any, Any], shapes: Shapes, *, whole:
         _refuse(f"its {what} lacks", min(missing))
 
 
+def _check_hooks(state: Mapping[str, Any], parameters: Shapes, options: Options) -> None:
+    """What a hook keeps under a parameter's name, say its gradient, must be like the parameter."""
+    if "hooks" not in state:
+        if not isinstance(state.get("gradients"), dict):
+            _refuse("'gradients' is", state.get("gradients"))
+        _check_tensors("gradients", state["gradients"], parameters)
+        return
+    states, hooks = state["hooks"], options.recipe.step_hooks()
+    if not isinstance(states, list) or len(states) != len(hooks) or not all(isinstance(s, dict) for s in states):
+        _refuse(f"it has the states of other hooks than this recipe's {len(hooks)},", states)
+    for own in states:
+        _check_tensors("hooks", {n: v for n, v in own.items() if n in parameters}, parameters)
+
+
 def _of_networks(what: str, said: dict[Any, Any], net: SubnetModel) -> list[tuple[str, Any]]:
     if odd := [name for name in said if name not in net.names]:
         _refuse(f"its {what} are of", odd[0])
@@ -263,12 +313,6 @@ def _check_average(said: Any, parameters: Shapes, options: Options) -> None:
     if not isinstance(said, dict) or type(said.get("steps")) is not int or not isinstance(said.get("values"), dict):
         _refuse("its average is", said)
     _check_tensors("average", said["values"], parameters)
-
-
-def _shape_of_mask(name: Any, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        _refuse(f"its mask {name!r:.40} is", value)
-    return tuple(value.shape)
 
 
 def _check_optimization(state: dict[str, Any], net: SubnetModel, options: Options) -> None:
@@ -313,19 +357,20 @@ def _check_optimizer(said: dict[str, Any], like: dict[str, Any], shapes: list[tu
 def _check_files(
     position: dict[str, Any],
     files: Mapping[str, bool],
-    shapes: Callable[[str], Shapes],
+    tensors: Callable[[str], Mapping[str, Tensor]],
     net: SubnetModel,
     options: Options,
-    tensors: Shapes,
+    shapes: Shapes,
 ) -> None:
     made = position["round"] + (position["entered"] or position["phase"] != "train")
-    wanted = {f"masks-{k:02d}" for k in range(1, min(made, options.finishing_round))}
-    if wanted - files.keys():
-        _refuse("it names no file for", min(wanted - files.keys()))
-    for name in {*wanted, *(name for name, needed in files.items() if needed)}:
-        found = shapes(name)
-        if name.startswith("masks-"):
-            check_masks(found, net)
-        elif any(found.get(n) != shape for n, shape in tensors.items()):
-            odd = min(n for n, shape in tensors.items() if found.get(n) != shape)
+    rounds = [f"masks-{k:02d}" for k in range(1, min(made, options.finishing_round))]
+    if missing := set(rounds) - files.keys():
+        _refuse("it names no file for", min(missing))
+    masks: dict[str, Mask] = {}
+    for name in rounds:  # in order, since each builds on the masks of the rounds before
+        masks |= check_masks(tensors(name), net, masks)
+    for name in (name for name, needed in files.items() if needed and not name.startswith("masks-")):
+        found = {n: tuple(t.shape) for n, t in tensors(name).items()}
+        if any(found.get(n) != shape for n, shape in shapes.items()):
+            odd = min(n for n, shape in shapes.items() if found.get(n) != shape)
             _refuse(f"{name} has {odd!r} of another shape than the model, or lacks it:", found.get(odd))

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,7 +47,7 @@ MAGIC = b"cocktail-state-2 "
 OLD_MAGIC = b"cocktail-state-1 "
 """Of release 0.1.0, whose files had no checksum in their names."""
 KEEP = 2
-Check = Callable[[dict[str, Any], Mapping[str, bool], Callable[[str], Mapping[str, tuple[int, ...]]]], None]
+Check = Callable[[dict[str, Any], Mapping[str, bool], Callable[[str], Mapping[str, Tensor]]], None]
 """Sees that a state is one of the run: see :meth:`FolderStore.load`."""
 _OURS = re.compile(r"(rewind|round-\d+|masks-\d+|weights-.+?)(-[0-9a-f]{12})?\.safetensors")
 
@@ -204,7 +204,7 @@ class FolderStore:
         Args:
             check: Raises :class:`~cocktailsdk.training.state.compatibility.Foreign` for a state that is not of this
                 run. It is called with the state, the files that it names (and whether it needs them) and a function
-                that gives the shapes of the tensors in one of them.
+                that reads the tensors in one of them.
 
         Raises:
             TrainingError: Where all that was saved is damaged, or of something else.
@@ -246,7 +246,7 @@ class FolderStore:
                 raise _Damaged(why)
         if check is not None:
             needed = {name: bool(entry["needed"]) for name, entry in files.items()}
-            check(state, needed, lambda name: _shapes(self.folder / files[name]["file"]))
+            check(state, needed, lambda name: _tensors(self.folder / files[name]["file"]))
         return state, files
 
     def _state(self, number: int) -> Path:
@@ -315,15 +315,14 @@ def _is_ours(name: str) -> bool:
     return _OURS.fullmatch(name) is not None and not {"/", "\\", "\0"} & set(name)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a file, from its header.
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file. It is mapped into memory: of those that nobody looks at no byte is read.
 
     Raises:
         Foreign: It is no safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise Foreign(f"{path} is no safetensors file ({error})") from error
 

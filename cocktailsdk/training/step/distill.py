@@ -182,7 +182,7 @@ class Distillation:
     def __call__(
         self, loss: Float[Tensor, ""], output: Any, teacher: Any, target: Any, loss_fn: LossFn | None = None
     ) -> Float[Tensor, ""]:
-        """The loss of a sparse turn.
+        """The loss of a sparse pass.
 
         Args:
             loss: From the labels.
@@ -220,17 +220,17 @@ def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
 @contextmanager
 def untouched_buffers(model: nn.Module) -> Iterator[None]:
     """Let a forward pass in train mode leave no trace in the model's buffers (batch-norm statistics above all)."""
-    held = [
+    buffers = [
         (module, name, buffer)
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    before = [buffer.clone() for _, _, buffer in held]
+    before = [buffer.clone() for _, _, buffer in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for (module, name, buffer), value in zip(held, before, strict=True):
-                buffer.copy_(value)
-                module._buffers[name] = buffer
+            for (module, name, buffer), value in zip(buffers, before, strict=True):
+                buffer.copy_(value)  # in place: others hold this tensor
+                module._buffers[name] = buffer  # a forward pass may have put another tensor there

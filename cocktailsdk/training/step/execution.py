@@ -15,6 +15,7 @@ from ...errors import TrainingError
 from ...utils.fsdp import sharded, shards
 from ...utils.modes import modes_kept, train_as_handed
 from ...utils.nested import default_forward, split
+from ...utils.optional import require
 from ..distributed.ranks import SINGLE, Ranks
 from ..distributed.sharing import examples, inputs_of
 from .distill import Classes, untouched_buffers
@@ -100,12 +101,14 @@ class Execution:
         assert self._accelerator is not None
         passing = _Pass(self._model, self._forward)
         if self._accelerator.ddp_handler is None and self.ranks.any(self._unused(batch, loss_fn)):
-            from accelerate import DistributedDataParallelKwargs
-
-            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            accelerate = require("accelerate", "training on several processes", error=TrainingError)
+            # DDP otherwise waits for ever for gradients of parameters that a pass does not use
+            self._accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
         self._wrapped = self._accelerator.prepare_model(passing)
-        kept = self._accelerator._models  # for as long as the program runs
-        kept[:] = [model for model in kept if model not in (passing, self._wrapped)]
+        # Accelerate (1.10 to 1.15) keeps every prepared model in ``_models`` for as long as the program runs. Ours is
+        # to be freed with the run, and ``free_memory()`` would drop the user's models too.
+        models = self._accelerator._models
+        models[:] = [model for model in models if model not in (passing, self._wrapped)]
 
     def _unused(self, batch: Any, loss_fn: LossFn | None) -> bool:
         model = self._model
@@ -134,7 +137,12 @@ class Execution:
 
     @contextmanager
     def _synchronised(self) -> Iterator[None]:
-        """Batch norms as synchronised ones; by class, so that the modules and their tensors stay what they are."""
+        """Batch norms as synchronised ones, while it is open.
+
+        By class, since ``nn.SyncBatchNorm.convert_sync_batchnorm`` (torch 2.11 to 2.14) makes new modules: names, hooks
+        and the masks' parameters would be of modules that are not in the model any more. Both classes have the same
+        attributes, but for ``process_group``.
+        """
         before = [(norm, norm.__class__) for norm in self._norms]
         for norm, _ in before:
             norm.__class__ = nn.SyncBatchNorm
@@ -146,7 +154,12 @@ class Execution:
                 norm.__class__ = kind
 
     def collecting(self, last: bool) -> AbstractContextManager[Any]:
-        """While it is open, gradients are only added up here, unless this is the last batch of a step's turn."""
+        """While it is open, gradients are only added up in this process, unless this is the last batch of a pass.
+
+        DDP averages whatever is in ``grad`` in the first backward pass outside of ``no_sync()``, so that all batches
+        cost one reduction. Its forward pass must run inside, too: there DDP decides (torch 2.11 to 2.14). FSDP2 has a
+        flag in each module instead.
+        """
         for module in self._shards:
             module.set_requires_gradient_sync(last, recurse=False)
         wrapped: Any = self._wrapped
@@ -164,6 +177,7 @@ class Execution:
         if self.ranks.world == 1 and len(batches) == 1:
             return [None]
         counts = torch.stack([self._count(batch, classes) for batch in batches])
+        # a mean of means weighs examples of small batches too much: each weighs as many labels as it has
         return list(counts / self.ranks.sum(counts.sum()))
 
     def _count(self, batch: Any, classes: Classes | None) -> Tensor:
@@ -185,9 +199,10 @@ class Execution:
         """
         mine = loss
         if share is not None:
-            # a batch without labels has a mean that is no number
+            # a batch without labels has a mean that is no number, and 0 times that is no number either
             mine = torch.where(share > 0, loss * share, torch.zeros_like(loss))
-        through = mine * self.ranks.world if self.ranks.world > 1 else mine  # gradients are averaged over processes
+        # DDP and FSDP2 average gradients over processes, and the shares already add up to 1 over all of them
+        through = mine * self.ranks.world if self.ranks.world > 1 else mine
         if scaler is not None:
             through = scaler.scale(through)
         through.backward()

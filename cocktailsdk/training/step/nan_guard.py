@@ -13,19 +13,18 @@ from torch import Tensor, nn
 from ...errors import TrainingError
 from ...masks import Mask
 from ...net.subnet_model import SubnetModel
-from ...patterns.base import DENSE
 from ...utils.fsdp import local
 from ...utils.norms import running_norms
-from ..recipes import Step
+from ..recipes.steps import Step
 
-__all__ = ["Before", "LossWatch", "Place", "all_finite", "not_finite"]
+__all__ = ["LossWatch", "Skips", "StepLocation", "StepSnapshot", "all_finite", "not_finite"]
 
 LIMIT = 256
 SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Place:
+class StepLocation:
     """Where in a run a step is.
 
     Attributes:
@@ -64,25 +63,25 @@ class LossWatch:
     def __init__(self, device: torch.device, limit: int | None = None, seconds: float = SECONDS) -> None:
         self._limit = limit or (1 if device.type == "cpu" else LIMIT)
         self._seconds = seconds
-        self._kept: list[tuple[Place, str, Float[Tensor, ""]]] = []
+        self._losses: list[tuple[StepLocation, str, Float[Tensor, ""]]] = []
         self._looked = time.monotonic()
 
-    def add(self, place: Place, losses: Mapping[str, Float[Tensor, ""]]) -> str | None:
+    def add(self, location: StepLocation, losses: Mapping[str, Float[Tensor, ""]]) -> str | None:
         """Take a step's losses, by network; says what is wrong where it looked, as :meth:`look` does."""
-        self._kept += [(place, name, loss) for name, loss in losses.items()]
-        if len(self._kept) < self._limit and time.monotonic() - self._looked < self._seconds:
+        self._losses += [(location, name, loss) for name, loss in losses.items()]
+        if len(self._losses) < self._limit and time.monotonic() - self._looked < self._seconds:
             return None
         return self.look()
 
     def look(self) -> str | None:
         """Say which of the losses taken since the last look was the first that is not finite; ``None`` if all are."""
-        kept, self._kept, self._looked = self._kept, [], time.monotonic()
-        if not kept:
+        losses, self._losses, self._looked = self._losses, [], time.monotonic()
+        if not losses:
             return None
-        values = torch.stack([loss.float() for _, _, loss in kept]).tolist()
-        for (place, name, _), value in zip(kept, values, strict=True):
-            if value - value != 0:
-                return f"the training loss of {name} became {value} {place}"
+        values = torch.stack([loss.float() for _, _, loss in losses]).tolist()
+        for (location, name, _), value in zip(losses, values, strict=True):
+            if value - value != 0:  # inf - inf and nan - nan are nan
+                return f"the training loss of {name} became {value} {location}"
         return None
 
 
@@ -111,10 +110,10 @@ def not_finite(model: nn.Module) -> list[str]:
     return [name for name, tensor in trained.items() if not all_finite([tensor])]
 
 
-class Before:
-    """What a step changes before its optimizer steps, kept to be put back if that is not to happen.
+class StepSnapshot:
+    """What a step changes before the optimizer steps, to be restored if the step is skipped.
 
-    That is all buffers (batch-norm statistics), the statistics of the step's networks, and masks that it regrows.
+    These are all buffers (batch-norm statistics), the statistics of the step's subnets, and masks that hooks set.
 
     Args:
         net: The networks; the dense one is active.
@@ -124,19 +123,24 @@ class Before:
     def __init__(self, net: SubnetModel, step: Step) -> None:
         self._net = net
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in net.model.buffers()]
-        names = [turn.network for turn in step.turns if turn.network != DENSE]
-        self._statistics = {name: net.statistics.get(name) for name in names}
-        self._masks: dict[str, Mask] = {name: net.masks[name] for name in names} if step.regrow else {}
+        self._statistics = {name: net.statistics.get(name) for name in step.subnets}
+        self._masks: dict[str, Mask] = {}
+
+    def add_mask(self, name: str) -> None:
+        """Take in a subnet's mask, which is about to change."""
+        if name not in self._masks:
+            self._masks[name] = self._net.masks[name]
+            self._statistics.setdefault(name, self._net.statistics.get(name))
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Put all back, and drop the gradients."""
+    def restore(self) -> None:
+        """Restore all, and drop the gradients."""
         net = self._net
         for buffer, value in self._buffers:
             buffer.copy_(value)
         for name, mask in self._masks.items():
             net.set_mask(name, mask)
-        for name, own in self._statistics.items():
+        for name, own in self._statistics.items():  # after the masks: set_mask drops statistics
             net.statistics.pop(name, None)
             if own is not None:
                 net.statistics[name] = own
@@ -145,11 +149,11 @@ class Before:
 
 
 class Skips:
-    """Leaves out optimizer steps whose losses or gradients are not finite, and notes them.
+    """Skips optimizer steps whose losses or gradients are not finite, and counts them.
 
     Attributes:
-        in_a_row: How many were left out since the last that was made.
-        waiting: Those not told of yet: where, which network, and its loss.
+        in_a_row: How many were skipped since the last that was made.
+        waiting: Those that no event has reported yet: where, which network, and its loss.
     """
 
     MOST = 25
@@ -158,31 +162,31 @@ class Skips:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
         self.in_a_row = 0
-        self.waiting: list[tuple[Place, str, float]] = []
+        self.waiting: list[tuple[StepLocation, str, float]] = []
 
     def allows(self, losses: Mapping[str, Float[Tensor, ""]], scaled: bool = False) -> bool:
         """Whether a step may be made. Waits for the device.
 
         Args:
             losses: By network.
-            scaled: Whether gradients are those of scaled losses, which another looks after.
+            scaled: Whether gradients are those of scaled losses: they may overflow, and the scaler checks them.
         """
         gradients = [] if scaled else [p.grad for p in self._parameters if p.grad is not None]
         return all_finite([*losses.values(), *gradients])
 
-    def note(self, place: Place, losses: Mapping[str, Float[Tensor, ""]]) -> tuple[str, float]:
-        """Count a step that was left out; gives the network to blame and its loss.
+    def note(self, location: StepLocation, losses: Mapping[str, Float[Tensor, ""]]) -> tuple[str, float]:
+        """Count a skipped step; gives the network to blame and its loss.
 
         Raises:
-            TrainingError: Where too many were left out in a row.
+            TrainingError: Too many were skipped in a row.
         """
         self.in_a_row += 1
         values = {name: float(loss) for name, loss in losses.items()}
         name, value = next(((n, v) for n, v in values.items() if v - v != 0), next(iter(values.items())))
-        self.waiting.append((place, name, value))
+        self.waiting.append((location, name, value))
         if self.in_a_row >= self.MOST:
             raise TrainingError(
-                f'{self.in_a_row} steps in a row were left out (on_nan="skip"), the last {place}, since the loss of '
+                f'{self.in_a_row} steps in a row were left out (on_nan="skip"), the last {location}, since the loss of '
                 f"{name} was {value} or its gradients were not finite: lower the learning rate, or look for values in "
                 "the data that are not finite"
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,54 +16,55 @@ from torch.optim import Optimizer
 from ...errors import TrainingError
 from ...net.subnet_model import SubnetModel
 from ...patterns.base import DENSE
-from ...utils.batchnorm import statistics_of
 from ...utils.blame import one_line
-from ...utils.fsdp import local
 from ..distributed.sharing import inputs_of
 from ..options import Options
-from ..recipes import Step, Turn
-from ..rivals.regrowth import correct_gradients, regrown
+from ..recipes.steps import Step, SubnetPass
 from .distill import Classes, Distillation, DistillFn
+from .engine import StepEngine
 from .execution import Execution
 from .forward import ForwardFn, LossFn, detached, loss_of
+from .hook_calls import HookCalls
+from .masked_updates import masked_weights_unchanged
 from .resolution import resized
 
-__all__ = ["Stepper", "Trained"]
+__all__ = ["StepResult", "Stepper"]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What came of a step.
+class StepResult:
+    """The outcome of a step.
 
     Attributes:
         losses: By network, detached.
-        teacher: What the dense network said in its turn to each batch, where the step leads another or has turns
-            after it.
-        remade: Subnets whose masks it changed.
-        skipped: Whether gradients were too large for half precision, so that the weights stayed as they were.
-        left_out: Whether the optimizer did not step, as ``Stepper.allows`` said.
+        teacher: The dense network's output for each batch, where it was to be kept.
+        overflowed: Whether gradients overflowed in half precision, so that the weights stayed as they were.
+        rejected: Whether ``Stepper.allows`` refused the step, so that the optimizer did not step.
     """
 
     losses: Mapping[str, Float[Tensor, ""]]
-    teacher: Any
-    remade: frozenset[str] = frozenset()
-    skipped: bool = False
-    left_out: bool = False
+    teacher: Sequence[Any] | None = None
+    overflowed: bool = False
+    rejected: bool = False
+
+    @property
+    def made(self) -> bool:
+        """Whether the optimizer stepped."""
+        return not (self.overflowed or self.rejected)
 
 
 class Stepper:
-    """Trains the networks that share the weights, a step at a time.
+    """Trains the networks that share the weights, a step at a time: passes, backward and the optimizer.
 
     Args:
         net: The networks.
         forward: How a batch is used.
         loss_fn: The user's loss, or ``None`` for the model's own.
         distill_fn: ``distill_fn(student_output, teacher_output)``, or ``None`` for soft cross-entropy.
-        distill_weight: Its share in the loss of a sparse turn; at 0 there is no teacher.
+        distill_weight: Its share in the loss of a sparse pass; at 0 there is no teacher.
         classes: Where the output holds class logits, if it does.
         active: Whether masked weights are left alone by momentum and weight decay too.
         separate: Whether every network keeps running statistics of its own.
-        previous: Gradients of the step before, by name, for steps that correct theirs; kept up to date.
         execution: How passes run; by default in this process alone.
 
     Attributes:
@@ -81,28 +83,19 @@ class Stepper:
         *,
         active: bool = False,
         separate: bool = False,
-        previous: MutableMapping[str, Tensor] | None = None,
         execution: Execution | None = None,
     ) -> None:
         self._net = net
         self._execution = execution or Execution(net.model, forward)
-        self._loss_fn = loss_fn
-        self._distilled = Distillation(distill_weight, distill_fn, classes)
-        self._weight = distill_weight
-        self._classes = classes
-        self._active, self._separate = active, separate
-        self._previous = {} if previous is None else previous
-        self._parameters = dict(net.model.named_parameters())
+        # "discard": weights are the engine's while a subnet is active, so that nobody's changes are looked for
+        distillation = Distillation(distill_weight, distill_fn, classes)
+        self._engine = StepEngine(net, self._execution, distillation, separate=separate, changes="discard")
+        self._loss_fn, self._classes, self._active = loss_fn, classes, active
         self.allows: Callable[[Mapping[str, Tensor], bool], bool] | None = None
 
     @classmethod
     def of(
-        cls,
-        net: SubnetModel,
-        options: Options,
-        classes: Classes | None,
-        previous: MutableMapping[str, Tensor] | None = None,
-        execution: Execution | None = None,
+        cls, net: SubnetModel, options: Options, classes: Classes | None, execution: Execution | None = None
     ) -> Stepper:
         """The stepper that a run asks for."""
         return cls(
@@ -114,7 +107,6 @@ class Stepper:
             classes,
             active=options.recipe.update == "active",
             separate=options.recipe.statistics == "separate",
-            previous=previous,
             execution=execution,
         )
 
@@ -125,120 +117,87 @@ class Stepper:
         optimizer: Optimizer,
         teacher: Sequence[Any] | None = None,
         scaler: torch.amp.GradScaler | None = None,
-    ) -> Trained:
-        """Train one network on a batch or some, or several networks whose gradients are added.
+        *,
+        keep_teacher: bool = False,
+        hooks: HookCalls | None = None,
+    ) -> StepResult:
+        """Train one network on a batch or several, or several networks whose gradients are added.
 
-        A sparse network's gradients reach only the weights it keeps. Momentum and weight decay go on moving the
-        others, as published, unless the stepper is ``active``.
+        A sparse network's gradients reach only the weights that its mask keeps. Momentum and weight decay go on moving
+        the others, as published, unless the stepper is ``active``.
 
         Args:
             step: What to do. The dense network must be active, and is so again afterwards.
             batches: On the model's device; gradients are those of the mean loss over all their examples.
             optimizer: Steps once.
-            teacher: What the dense network said to each batch, where it is known already.
+            teacher: The dense network's output for each batch, where it is known.
             scaler: Scales losses, for half precision.
+            keep_teacher: Whether the result has the dense network's output for each batch.
+            hooks: The step's.
         """
         execution = self._execution
-        if execution.sharded and (step.regrow or step.correct):
-            raise TrainingError("sharded weights (FSDP2) cannot regrow masks or correct gradients: train with DDP")
+        # First: whatever ran between two steps (callbacks, hooks) leaves no gradients in this one. As None, gradients
+        # take no memory during the first forward pass.
         optimizer.zero_grad(set_to_none=True)
         shares = execution.shares(batches, self._classes)
-        batches = [inputs_of(batch) for batch in batches]
+        parts = [(inputs_of(batch), share) for batch, share in zip(batches, shares, strict=True)]
         losses: dict[str, Tensor] = {}
-        for i, turn in enumerate(step.turns):
-            said: list[Any] = []
-            sparse = turn.network != DENSE
-            with self._added(turn.network, step.regrow) if sparse else nullcontext():
-                for j, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-                    known = None if teacher is None else teacher[j]
-                    if sparse and self._weight and known is None:
-                        known = execution.teacher(batch)
-                    with execution.collecting(j + 1 == len(batches)), self._switched(turn.network):
-                        loss, output = self._loss(turn, batch, known)
-                        loss = execution.backward(loss, share, scaler)
-                    losses[turn.network] = losses[turn.network] + loss if j else loss
-                    if step.leads or i + 1 < len(step.turns):
-                        said.append(known if sparse else detached(output))
-            teacher = said if self._weight and said else teacher if sparse else None
+        for i, one in enumerate(step.passes):
+            keep = keep_teacher or i + 1 < len(step.passes)
+            losses[one.subnet], teacher = self._pass(one, parts, teacher, scaler, hooks, keep)
+        teacher = teacher if keep_teacher else None
         losses = execution.combined(losses)
+        # all processes decide alike, or the next collective operation would wait for ever
         if self.allows is not None and execution.ranks.any(not self.allows(losses, scaler is not None)):
-            return Trained(losses, teacher, left_out=True)
+            return StepResult(losses, teacher, rejected=True)
         if scaler is not None:
-            scaler.unscale_(optimizer)
-        if step.correct:
-            correct_gradients(self._parameters, self._previous)
+            scaler.unscale_(optimizer)  # before all that looks at the size of gradients
+        if hooks is not None:
+            hooks.call("before_update")
         execution.clip()
-        with self._held(step.turns, optimizer):
-            skipped = _stepped(optimizer, scaler)
-        remade = frozenset(losses) - {DENSE} if step.regrow else frozenset()
-        return Trained(losses, teacher, remade, skipped)
+        with self._masked_unchanged(step, optimizer):
+            overflowed = _update(optimizer, scaler)
+        if hooks is not None and not overflowed:
+            hooks.call("after_update")
+        return StepResult(losses, teacher, overflowed)
 
-    @contextmanager
-    def _switched(self, name: str) -> Iterator[None]:
-        if name == DENSE:
-            yield
-            return
-        with self._net.using(name, statistics=self._separate, changes="discard"):
-            yield
-            if self._separate:
-                self._net.statistics[name] = statistics_of(self._net.model)
+    def _pass(
+        self,
+        one: SubnetPass,
+        parts: Sequence[tuple[Any, Tensor | None]],
+        teacher: Sequence[Any] | None,
+        scaler: torch.amp.GradScaler | None,
+        hooks: HookCalls | None,
+        keep_teacher: bool,
+    ) -> tuple[Tensor, Sequence[Any] | None]:
+        """One network's pass over all batches of the step: its loss, and the dense outputs for the passes after it."""
+        execution, engine = self._execution, self._engine
+        losses: list[Tensor] = []
+        outputs: list[Any] = []
+        after_backward = None if hooks is None else partial(hooks.call, "after_backward", one.subnet)
+        with engine.masked_gradients(one.subnet, after_backward):
+            for i, (batch, share) in enumerate(parts):
+                known = None if teacher is None else teacher[i]
+                last = i + 1 == len(parts)
+                with execution.collecting(last), engine.active(one.subnet, batch, known) as active:
+                    resolution = 1.0 if one.subnet == DENSE else one.resolution
+                    output, target = execution.student(resized(batch, resolution))
+                    loss = active.loss(loss_of(output, target, self._loss_fn), output, target, self._loss_fn)
+                    losses.append(execution.backward(loss, share, scaler))
+                if keep_teacher and engine.distillation.weight:
+                    outputs.append(detached(output) if one.subnet == DENSE else active.teacher)
+        # an output of the dense network is of this step's batches: whatever taught before the dense pass is not needed
+        known_after = outputs or (None if one.subnet == DENSE else teacher)
+        return sum(losses[1:], losses[0]), known_after
 
-    def _loss(self, turn: Turn, batch: Any, teacher: Any) -> tuple[Float[Tensor, ""], Any]:
-        if turn.network != DENSE:
-            batch = resized(batch, turn.resolution)
-        output, target = self._execution.student(batch)
-        loss = loss_of(output, target, self._loss_fn)
-        if turn.network != DENSE:
-            loss = self._distilled(loss, output, teacher, target, self._loss_fn)
-        return loss, output
-
-    @contextmanager
-    def _added(self, name: str, regrow: float) -> Iterator[None]:
-        """Mask the gradients that come up inside, after regrowing by them, and add those that were there before."""
-        masked = [key for key in self._net.masked_parameters(name) if key in self._parameters]
-        before = {key: grad for key in masked if (grad := self._parameters[key].grad) is not None}
-        for key in before:
-            self._parameters[key].grad = None
-        yield
-        if regrow:
-            own = self._net.statistics.get(name)
-            self._net.set_mask(name, regrown(self._net, name, regrow))
-            if own is not None:
-                self._net.statistics[name] = own
-        # unpacked only now, not beside the activations
-        self._net.zero_masked(name, {key: p.grad for key, p in self._parameters.items() if p.grad is not None})
-        for key, old in before.items():
-            grad = self._parameters[key].grad
-            self._parameters[key].grad = old if grad is None else grad.add_(old)
-
-    @contextmanager
-    def _held(self, turns: Sequence[Turn], optimizer: Optimizer) -> Iterator[None]:
-        """Leave weights that every turn masks, and what the optimizer keeps of them, as they are."""
-        masks = self._masked_by_all(turns) if self._active else {}
-        before: list[tuple[Tensor, Tensor, Tensor]] = []
-        for name, mask in masks.items():
-            parameter = self._parameters[name]
-            mine = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
-            alike = [local(parameter.detach()), *(local(v) for v in mine if v.shape == parameter.shape)]
-            before += [(tensor, tensor.clone(), mask) for tensor in alike]
-        yield
-        for tensor, old, mask in before:
-            tensor.copy_(torch.where(mask.bool(), tensor, old))
-
-    def _masked_by_all(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
-        all_masks = [{} if t.network == DENSE else self._net.mask_tensors(t.network) for t in turns]
-        shared = [n for n in all_masks[0] if n in self._parameters and all(n in masks for masks in all_masks)]
-        out = {}
-        for name in shared:
-            mask = all_masks[0][name]
-            for other in all_masks[1:]:
-                mask = torch.maximum(mask, other[name])
-            out[name] = mask
-        return out
+    def _masked_unchanged(self, step: Step, optimizer: Optimizer) -> AbstractContextManager[None]:
+        if not self._active or any(one.subnet == DENSE for one in step.passes):
+            return nullcontext()
+        return masked_weights_unchanged(self._net, step.subnets, self._engine.parameters, optimizer)
 
 
-def _stepped(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
-    """Step; whether the scaler left the step out."""
+def _update(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+    """Step; whether the scaler skipped the step for gradients that overflowed."""
     if scaler is None:
         try:
             optimizer.step()
@@ -255,4 +214,5 @@ def _stepped(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
     scaler.step(optimizer)
     before = scaler.get_scale()
     scaler.update()
+    # GradScaler (torch 2.11 to 2.14) does not say whether it skipped; only then does update() lower the scale
     return scaler.get_scale() < before

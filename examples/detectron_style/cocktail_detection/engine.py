@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cocktailsdk.training.state.store.store import write_atomic
 from torch import distributed as dist
 from torch.utils.data import Subset
 
@@ -20,6 +19,7 @@ from cocktailsdk.training.distributed.ranks import SINGLE, Ranks
 from cocktailsdk.training.events import Callback
 from cocktailsdk.training.recipes import recipe_named
 from cocktailsdk.training.schedules import cosine
+from cocktailsdk.training.state.store import write_atomic
 from cocktailsdk.utils.devices import available_device
 
 from .catalog import CATALOG, DatasetError, RegisteredDataset
