@@ -23,7 +23,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cocktailsdk.__file__).parent.
 def _not_imported_yet(monkeypatch):
     for old in MODULES:
         monkeypatch.delitem(sys.modules, old, raising=False)
-        monkeypatch.delattr(cocktailsdk, old.rpartition(".")[2], raising=False)
+        parent, _, last = old.rpartition(".")
+        monkeypatch.delattr(importlib.import_module(parent), last, raising=False)
 
 
 @pytest.mark.parametrize(("old", "new"), MODULES.items())
@@ -32,7 +33,8 @@ def test_an_old_module_is_the_new_one_and_warns_where_it_is_imported(old, new):
         exec(compile(f"import {old}", "user.py", "exec"), {})
     assert [w.filename for w in warned] == ["user.py"]
     assert sys.modules[old] is importlib.import_module(new)
-    assert getattr(cocktailsdk, old.rpartition(".")[2]) is sys.modules[old]
+    parent, _, last = old.rpartition(".")
+    assert getattr(sys.modules[parent], last) is sys.modules[old]
     with warnings.catch_warnings():  # once is enough
         warnings.simplefilter("error")
         importlib.import_module(old)
@@ -41,7 +43,7 @@ def test_an_old_module_is_the_new_one_and_warns_where_it_is_imported(old, new):
 @pytest.mark.parametrize("old", MODULES)
 def test_an_old_module_can_be_imported_from_the_package(old):
     with pytest.warns(DeprecationWarning, match=f"^{old} is "):
-        exec(f"from cocktailsdk import {old.rpartition('.')[2]}", {})
+        exec("from {} import {}".format(*old.rsplit(".", 1)), {})
 
 
 def test_names_of_an_old_module_are_the_same_objects():
