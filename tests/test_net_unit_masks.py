@@ -17,7 +17,7 @@ LEVELS = ("channel@0.1", "channel@0.469", "channel@0.651")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_rows_and_columns_become_zero_whatever_was_there(small, dtype, layout, monkeypatch):
     monkeypatch.setattr(unit_masks, "_SMALL", small)
-    monkeypatch.setattr(unit_masks, "_PIECE", 100)  # a few rows at a time
+    monkeypatch.setattr(unit_masks, "PIECE", 100)  # a few rows at a time
     net = tiny_net()
     assert UnitMasks.fits(net.coupling)
     for level in LEVELS:

@@ -103,15 +103,16 @@ class _Encoder:
                 levels.setdefault(cells.subnet if cells.sliced else (cells.layout, cells.names), []).append(cells)
             else:
                 self._put_ranks(cells, cells.layout.nm)
-        for i, group in enumerate(levels.values()):
-            before = self._before(subnets, group[0].subnet)
-            base = None if before is None else self._base_cells(before, group[0])
-            keeps = {c.subnet: c.values for c in group}
-            self._put_nested(f"{pattern.name}.elements{i or ''}", keeps, self._described(group[0]), before, base)
+        for i, (first, *others) in enumerate(levels.values()):
+            keeps = {c.subnet: c.values for c in (first, *others)}
+            before = None if first.sliced else self._before(subnets, first.subnet)
+            weights = _weights(first.names, self.coupling)
+            base = None if before is None else _base_cells(self.base[before], first.layout, weights)
+            self._put_nested(f"{pattern.name}.elements{i or ''}", keeps, self._described(first), before, base)
         units = {s.name: ~r.cpu() for s in subnets if s.name in masks and (r := masks[s.name].removed) is not None}
         if units:
             before = self._before(subnets, next(iter(units)))
-            base = None if before is None or (r := before[1].removed) is None else ~r
+            base = None if before is None else _base_units(self.base[before])
             self._put_nested(f"{pattern.name}.units", units, {"units": True}, before, base)
 
     def _put_ranks(self, cells: _Cells, nm: tuple[int, int]) -> None:
@@ -122,16 +123,11 @@ class _Encoder:
         self.entries.append({"tensor": name, "runs": cells.subnet, **self._described(cells)})
 
     def _put_nested(
-        self,
-        name: str,
-        keeps: Mapping[str, Tensor],
-        entry: Entry,
-        before: tuple[str, Mask] | None,
-        base: Tensor | None,
+        self, name: str, keeps: Mapping[str, Tensor], entry: Entry, before: str | None, base: Tensor | None
     ) -> None:
         """Masks as levels, where they are nested, or else each by itself; within the base, where it holds them all."""
-        if before is not None and base is not None and not any(bool((k & ~base).any()) for k in keeps.values()):
-            keeps, entry = {s: k[base] for s, k in keeps.items()}, {**entry, "within": before[0]}
+        if base is not None and not any(bool((k & ~base).any()) for k in keeps.values()):
+            keeps, entry = {s: k[base] for s, k in keeps.items()}, {**entry, "within": before}
         bits = level_bits(len(keeps))
         levels = to_levels(list(keeps.values())) if bits else None
         if bits and levels is not None:
@@ -142,17 +138,10 @@ class _Encoder:
             self.tensors[f"{name}.{s}"] = pack(~keep, 1)
             self.entries.append({"tensor": f"{name}.{s}", "levels": [s], **entry})
 
-    def _before(self, subnets: Sequence[_Subnet], name: str) -> tuple[str, Mask] | None:
-        """The last of a pattern's subnetworks before one, and its mask, where the base has it."""
+    def _before(self, subnets: Sequence[_Subnet], name: str) -> str | None:
+        """The last of a pattern's subnetworks before one whose mask is in the base."""
         names = [s.name for s in subnets]
-        known = [n for n in names[: names.index(name)] if n in self.base]
-        return (known[-1], self.base[known[-1]]) if known else None
-
-    def _base_cells(self, before: tuple[str, Mask], like: _Cells) -> Tensor | None:
-        """The cells of the mask before, where it has the layout and the weights of another."""
-        if like.sliced or set(before[1].elements) != set(like.names):
-            return None
-        return _base_cells(like.layout, _weights(like.names, self.coupling), before[1])
+        return next((n for n in reversed(names[: names.index(name)]) if n in self.base), None)
 
     def _described(self, cells: _Cells) -> Entry:
         out = {**cells.layout.entry(), **({"left": True} if cells.sliced else {})}
@@ -192,9 +181,16 @@ def _laid_out(subnet: _Subnet, weights: Sequence[Weight], keeps: Sequence[Tensor
     return MaskLayout(), torch.cat([k.reshape(-1) for k in keeps])
 
 
-def _base_cells(layout: MaskLayout, weights: Sequence[Weight], mask: Mask) -> Bool[Tensor, " cells"]:
-    """The mask before in the layout of the masks that are nested in it; encoding and decoding must do the same."""
-    return torch.cat([layout.encode(w, mask.elements[w.name]) for w in weights])
+def _base_cells(mask: Mask, layout: MaskLayout, weights: Sequence[Weight]) -> Bool[Tensor, " cells"] | None:
+    """The cells that a mask keeps in the layout of those building on it; ``None`` if it lacks some of their weights."""
+    if any(w.name not in mask.elements for w in weights):
+        return None
+    return torch.cat([layout.encode(w, mask.elements[w.name].cpu()) for w in weights])
+
+
+def _base_units(mask: Mask) -> Bool[Tensor, " units"] | None:
+    """The units that a mask keeps; ``None`` if it removes none."""
+    return None if mask.removed is None else ~mask.removed.cpu()
 
 
 def _weights(names: Sequence[str], coupling: Coupling) -> list[Weight]:
@@ -296,7 +292,7 @@ class _Decoder:
         if self.wanted.isdisjoint(self.subnets(e)):
             return
         if "units" in e:
-            self.removed |= {s: ~k for s, k in self.levels(e, self.coupling.n_units, self.base_units(e)).items()}
+            self.removed |= {s: ~k for s, k in self.levels(e, self.coupling.n_units, _base_units).items()}
         elif "zeroed" in e:
             shapes = self.coupling.shapes
             none = torch.zeros((), dtype=torch.bool)  # expanded: a few names must not take a model's memory
@@ -321,21 +317,24 @@ class _Decoder:
             ranks = unpack(self.tensor(e), rank_bits(*layout.nm), sum(sizes))
             cells = {e["runs"]: from_ranks(ranks, *layout.nm)}
         else:
-            cells = self.levels(e, sum(sizes), self.base_cells(e, layout, weights))
+            cells = self.levels(e, sum(sizes), lambda mask: _base_cells(mask, layout, weights))
         for s, k in cells.items():
             parts = [layout.decode(w, part) for w, part in zip(shapes, k.split(sizes), strict=True)]
             if remaining is not None:
                 parts = [remaining.spread(w, part) for w, part in zip(weights, parts, strict=True)]
             self.elements[s] = {w.name: part for w, part in zip(weights, parts, strict=True)}
 
-    def levels(self, e: Mapping[str, Any], count: int, base: Bool[Tensor, " cells"] | None) -> dict[str, Tensor]:
+    def levels(self, e: Mapping[str, Any], count: int, base_of: Callable[[Mask], Tensor | None]) -> dict[str, Tensor]:
         """Which cells are kept, by subnetwork, of those wanted.
 
         Args:
             e: The entry.
             count: How many cells there are.
-            base: Those that the mask before keeps, where only they have a level.
+            base_of: The cells that the mask which an entry builds on keeps: only they have a level then.
         """
+        base = base_of(self.base[e["within"]]) if "within" in e else None
+        if "within" in e and base is None:
+            raise BundleError(f"masks build on that of {e['within']!r}, which masks other things")
         subnets = self.subnets(e)
         bits = level_bits(len(subnets))
         if bits is None or not subnets:
@@ -346,24 +345,6 @@ class _Decoder:
         if base is not None:
             keeps = [torch.zeros_like(base).masked_scatter_(base, k) for k in keeps]
         return {subnets[k - 1]: keep for k, keep in zip(which, keeps, strict=True)}
-
-    def base_units(self, e: Mapping[str, Any]) -> Tensor | None:
-        """The units that the mask which an entry builds on keeps, if it builds on any."""
-        if "within" not in e:
-            return None
-        removed = self.base[e["within"]].removed
-        if removed is None:
-            raise BundleError(f"units are nested in the mask of {e['within']!r}, which removes none")
-        return ~removed
-
-    def base_cells(self, e: Mapping[str, Any], layout: MaskLayout, weights: Sequence[Weight]) -> Tensor | None:
-        """The cells that the mask which an entry builds on keeps, if it builds on any."""
-        if "within" not in e:
-            return None
-        mask = self.base[e["within"]]
-        if not all(w.name in mask.elements for w in weights):
-            raise BundleError(f"weights are nested in the mask of {e['within']!r}, which has others")
-        return _base_cells(layout, weights, mask)
 
     def tensor(self, e: Mapping[str, Any]) -> Tensor:
         """The packed tensor of an entry."""

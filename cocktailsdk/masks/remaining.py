@@ -1,4 +1,4 @@
-"""What is left of weights once channel units are sliced away: what the slim model will hold."""
+"""Weights without the rows and columns of removed units: what the slim model will hold."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ class Remaining:
         self._keep = coupling.left(removed)
 
     def positions(self, weight: Weight) -> tuple[Int64[Tensor, " left"], ...] | None:
-        """Along each axis the positions that stay; ``None`` where no slice can hold what stays, so that all does."""
+        """Along each axis the positions that stay; ``None`` where no slice holds exactly the elements that stay."""
         keep = self._keep.get(weight.name)
         if keep is None:
             return tuple(torch.arange(n) for n in weight.shape)
         keep = keep.reshape((1,) * (len(weight.shape) - keep.ndim) + keep.shape)
         along = []
-        for d in range(keep.ndim):
+        for d in range(keep.ndim):  # a position stays if anything at it does
             others = [k for k in range(keep.ndim) if k != d]
-            left = keep.amax(others) if others else keep
-            along.append(left.expand(weight.shape[d]) if left.numel() == 1 else left)
-        whole = torch.ones_like(keep)
-        for d, left in enumerate(along):
+            stays = keep.amax(others) if others else keep
+            along.append(stays.expand(weight.shape[d]) if stays.numel() == 1 else stays)
+        # The slice of these positions has every combination of them, so it must be their outer product: of rows
+        # [1, 0] and columns [1, 1] it is [[1, 1], [0, 0]]. Units that touch single elements give other masks.
+        product = torch.ones_like(keep)
+        for d, stays in enumerate(along):
             shape = [1] * keep.ndim
             shape[d] = keep.shape[d]
-            whole &= (left if keep.shape[d] > 1 else left[:1]).reshape(shape)
-        return tuple(left.nonzero().flatten() for left in along) if torch.equal(whole, keep) else None
+            product &= (stays if keep.shape[d] > 1 else stays[:1]).reshape(shape)
+        return tuple(stays.nonzero().flatten() for stays in along) if torch.equal(product, keep) else None
 
     def hidden(self, weight: Weight) -> Bool[Tensor, "..."] | None:
-        """What units take of a weight that :meth:`slice` leaves whole; ``None`` where it slices all of that away."""
+        """The elements that units remove where no slice does; ``None`` where :meth:`slice` removes them all."""
         if self.positions(weight) is not None:
             return None
         return ~self._keep[weight.name].expand(weight.shape)
@@ -66,9 +68,9 @@ class Remaining:
     def slice(self, weight: Weight, tensor: Tensor) -> Tensor:
         """What is left of a tensor of the weight's shape."""
         positions = self.positions(weight)
-        for d, left in enumerate(positions or ()):
-            if left.numel() < tensor.shape[d]:
-                tensor = tensor.index_select(d, left.to(tensor.device))
+        for d, stays in enumerate(positions or ()):
+            if stays.numel() < tensor.shape[d]:
+                tensor = tensor.index_select(d, stays.to(tensor.device))
         return tensor
 
     def spread(self, weight: Weight, part: Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
@@ -76,8 +78,8 @@ class Remaining:
         positions = self.positions(weight)
         if positions is None:
             return part & self._keep[weight.name]
-        for d, left in enumerate(positions):
-            if left.numel() < weight.shape[d]:
+        for d, stays in enumerate(positions):
+            if stays.numel() < weight.shape[d]:
                 wide = part.new_zeros((*part.shape[:d], weight.shape[d], *part.shape[d + 1 :]))
-                part = wide.index_copy_(d, left.to(part.device), part)
+                part = wide.index_copy_(d, stays.to(part.device), part)
         return part

@@ -1,4 +1,4 @@
-"""Masks of channel units by the rows and columns that go, for large models on the CPU."""
+"""Masks of channel units as rows and columns that are set to zero, for large models on the CPU."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..graph import Coupling
+from .bits import PIECE
 from .packed import number_type
 
 __all__ = ["UnitMasks"]
 
-_PIECE = 1 << 18  # elements at a time: few enough for the caches, enough that calls do not count
-_SMALL = 1 << 12  # elements of what is masked at once
+_SMALL = 1 << 12  # elements up to which one fill is quicker than the work on pieces
 
 
 class UnitMasks(Mapping[str, Bool[Tensor, "..."]]):
-    """What removed units mask: rows and columns of each tensor, which are few, where its elements are many.
+    """What removed units mask, as rows and columns of each tensor: a few thousand flags instead of millions.
 
     Args:
         coupling: The model's; along every axis of a tensor its units lie apart (:meth:`fits`).
@@ -28,7 +28,8 @@ class UnitMasks(Mapping[str, Bool[Tensor, "..."]]):
     device = torch.device("cpu")
 
     def __init__(self, coupling: Coupling, removed: Bool[Tensor, " units"]) -> None:
-        gone = torch.cat([removed, torch.zeros(1, dtype=torch.bool)])  # the last: of no unit
+        # A field has the unit number -1 where no unit is; as an index that is the last flag, which is False.
+        gone = torch.cat([removed, torch.zeros(1, dtype=torch.bool)])
         fields = [(name, units) for name, of in coupling.fields.items() for units in of]
         flat = [units.flatten() for _, units in fields]
         parts = gone[torch.cat(flat)].split([len(units) for units in flat]) if flat else ()
@@ -78,7 +79,7 @@ class UnitMasks(Mapping[str, Bool[Tensor, "..."]]):
 
 
 def _zero(tensor: Tensor, gone: list[Bool[Tensor, "..."]], out: Tensor) -> None:
-    if any(part.numel() == 1 for part in gone):  # whatever the axis: all of it goes
+    if any(part.numel() == 1 for part in gone):  # one unit for the whole tensor: all of it goes
         out.zero_()
         return
     bits = number_type(tensor)
@@ -88,15 +89,16 @@ def _zero(tensor: Tensor, gone: list[Bool[Tensor, "..."]], out: Tensor) -> None:
         for part in gone:
             out.masked_fill_(part, 0)
         return
+    # An element stays where AND with its row's and its column's number leaves its bits: -1 has all bits set, 0 none.
     n = len(tensor)
     rows, columns = torch.full((n, 1), -1, dtype=bits), torch.full((1, tensor.numel() // n), -1, dtype=bits)
     for part in gone:
-        keep = part.to(bits).sub_(1)  # all bits, or none
+        keep = part.to(bits).sub_(1)  # removed is 1 - 1 = 0, kept 0 - 1 = -1
         if len(part) > 1:
             rows &= keep.view(n, 1)
         else:
             columns &= keep.expand(1, *tensor.shape[1:]).reshape(1, -1)
-    at_once = max(1, _PIECE // columns.numel())
+    at_once = max(1, PIECE // columns.numel())
     pieces = (t.view(bits).view(n, -1).split(at_once) for t in (tensor, out))
     for value, result, row in zip(*pieces, rows.split(at_once), strict=True):
         torch.bitwise_and(value, columns, out=result)

@@ -1,7 +1,12 @@
-"""Selection in one pass: a sample says between which magnitudes the threshold lies, and few elements lie between.
+"""Selection in one pass: a sample brackets the threshold, and only the few elements inside the bracket are ranked.
 
-Where the guess is wrong, or so many are equal that too much lies between, :mod:`~cocktailsdk.patterns.ranking` counts
-histograms instead. The result is the same.
+The threshold is the magnitude up to which elements go. If 20 % go, the 20 % quantile of a sample is close to it, and
+the quantiles a little below and above (three standard errors) bracket it. One pass keeps what lies above the bracket,
+drops what lies below and collects what lies inside, fewer than one element in a hundred. Of these exactly as many are
+dropped as are still missing.
+
+Where the bracket misses the threshold, or so many magnitudes are equal that too many elements lie inside,
+:mod:`~cocktailsdk.patterns.ranking` counts histograms instead. The result is the same.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ __all__ = ["WORTH_A_SAMPLE", "drop_between", "few_positions"]
 WORTH_A_SAMPLE = 1 << 20
 """Elements from which on a sample is small beside the whole."""
 
-_SIGMAS = 3.0
-_SAMPLE = 18  # bits of the number of elements looked at beforehand
-_MOST_BETWEEN = 32  # a guess is given up where more than one in so many elements lies between
+_SIGMAS = 3.0  # standard errors on each side of the quantile: the bracket misses the threshold once in 370 times
+_SAMPLE = 18  # about 2^18 elements are sampled, whatever the model's size
+_MOST_BETWEEN = 32  # the bracket is given up where more than one in so many elements lies inside
 
 
 def drop_between(
@@ -56,29 +61,32 @@ def drop_between(
         out[name] = torch.empty(value.shape, dtype=torch.bool, device=value.device)
         flat, at = out[name].view(-1), 0
         for part, k in pieces(value, keep.get(name), dtype):
-            left = flat[at : at + part.numel()]
+            stays = flat[at : at + part.numel()]
             at += part.numel()
             keys = magnitude_bits(part, scratch)
             if not keys.numel():
                 continue
             if int(keys.amax()) > infinity:
                 return None
+            # compared into integers, which is vectorised where comparing into bools is not
             more = torch.gt(keys, high, out=above.of(tuple(keys.shape), keys.dtype, keys.device))
-            left.copy_(more)
+            stays.copy_(more)
+            # at least low (1 or 0) minus above high (1 or 0): 1 inside the bracket; keys are not needed any more
             inside = flags.of(tuple(keys.shape), torch.bool, keys.device).copy_(keys.ge_(low).sub_(more))
             if k is not None:
-                left &= k
+                stays &= k
                 inside &= k
             positions = few_positions(inside)
-            larger += int(left.count_nonzero())
+            larger += int(stays.count_nonzero())
             between += positions.numel()
             if between > limit:
                 return None
-            found.append((left, positions.to(torch.int32), magnitude_bits(part[positions], Scratch())))
+            found.append((stays, positions.to(torch.int32), magnitude_bits(part[positions], Scratch())))
+    # All below the bracket go, and from inside as many as are missing. Is that impossible, the bracket was off.
     goes = count - (kept - larger - between)
     if not 0 <= goes <= between:
         return None
-    _share_out(found, goes)
+    _drop_smallest_between(found, goes)
     return out
 
 
@@ -98,6 +106,7 @@ def _bounds(
     n = sample.numel()
     if n < 1 << 12:
         return None
+    # the standard error of a share p among n independent draws is sqrt(p (1 - p) / n); 4 / n is for p near 0 and 1
     margin = _SIGMAS * sqrt(share * (1 - share) / n) + 4 / n
     ends = round((share - margin) * n), round((share + margin) * n)
     inner = [end - 1 for end in ends if 1 <= end <= n]
@@ -107,22 +116,29 @@ def _bounds(
     return low, high
 
 
-def _share_out(found: list[tuple[Bool[Tensor, " n"], Int[Tensor, " k"], Int[Tensor, " k"]]], goes: int) -> None:
+def _drop_smallest_between(
+    found: list[tuple[Bool[Tensor, " n"], Int[Tensor, " k"], Int[Tensor, " k"]]], goes: int
+) -> None:
     """Keep all but the smallest ``goes`` of those between, ties by position."""
     keys = torch.cat([k.cpu() for _, _, k in found])
     if goes:
-        threshold = int(np.partition(keys.numpy(), goes - 1)[goes - 1])
+        threshold = int(np.partition(keys.numpy(), goes - 1)[goes - 1])  # selects in linear time, without sorting
         stays = keys > threshold
         ties = goes - int((keys < threshold).count_nonzero())
         stays[(keys == threshold).nonzero()[ties:, 0]] = True
     else:
         stays = torch.ones_like(keys, dtype=torch.bool)
-    for (left, positions, _), stay in zip(found, stays.split([k.numel() for _, _, k in found]), strict=True):
-        left[positions[stay.to(positions.device)]] = True
+    for (out, positions, _), stay in zip(found, stays.split([k.numel() for _, _, k in found]), strict=True):
+        out[positions[stay.to(positions.device)]] = True
 
 
 def few_positions(chosen: Bool[Tensor, " n"]) -> Int64[Tensor, " found"]:
-    """Where few elements are true; eight at a time are looked at first."""
+    """Where few elements are true.
+
+    Eight bools are one int64, which is 0 where none of them is true. ``nonzero`` of an eighth of the elements is eight
+    times as quick, and the eights that it finds are looked at one by one. Where more than a quarter of them hold one,
+    that would take longer than looking at all.
+    """
     n = chosen.numel()
     if n % 8 or chosen.device.type != "cpu":
         return chosen.nonzero()[:, 0]

@@ -1,7 +1,9 @@
 """Magnitudes as integers of the same order, a piece at a time.
 
-The bits of ``|value|``, read as an integer, order non-negative floats: comparing them is exact, ties included, and -0.0
-is 0. NaN comes after infinity.
+A float is a sign bit, then the exponent, then the mantissa. Without the sign, a larger exponent is a larger integer,
+and of equal exponents so is a larger mantissa: the bits of ``|value|``, read as an integer, order non-negative floats.
+As float32, 1.0 is 0x3F800000, 1.5 is 0x3FC00000 and 2.0 is 0x40000000. Comparing the integers is exact, ties included;
+-0.0 is 0; infinity is 0x7F800000, and NaN, which has the same exponent and a mantissa, comes after it.
 """
 
 from __future__ import annotations
@@ -64,17 +66,20 @@ def nan_error(name: str, count: int) -> PatternError:
 
 
 class Scratch:
-    """Memory that is used again for every piece; no two tensors of one scratch live at a time."""
+    """Memory that is used again for every piece; no two tensors of one scratch live at a time.
+
+    New memory for each piece would be mapped and zeroed by the system again and again.
+    """
 
     def __init__(self) -> None:
-        self._held = torch.empty(0)
+        self._memory = torch.empty(0)
 
     def of(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor that holds anything."""
+        """A tensor of any values."""
         n = torch.Size(shape).numel()
-        if self._held.numel() < n or self._held.dtype != dtype or self._held.device != device:
-            self._held = torch.empty(n, dtype=dtype, device=device)
-        return self._held[:n].view(shape)
+        if self._memory.numel() < n or self._memory.dtype != dtype or self._memory.device != device:
+            self._memory = torch.empty(n, dtype=dtype, device=device)
+        return self._memory[:n].view(shape)
 
 
 def magnitude_bits(part: Float[Tensor, "..."], scratch: Scratch) -> Int[Tensor, "..."]:
@@ -85,6 +90,7 @@ def magnitude_bits(part: Float[Tensor, "..."], scratch: Scratch) -> Int[Tensor, 
         scratch: Where it goes.
     """
     bits = part.view(_NATIVE[part.dtype])
+    # the largest signed integer is 0x7F…F: all bits but the first, the sign
     return torch.bitwise_and(
         bits, torch.iinfo(bits.dtype).max, out=scratch.of(tuple(bits.shape), bits.dtype, bits.device)
     )
@@ -147,11 +153,13 @@ def row_sums(
     for where in _row_blocks(value):
         keys = magnitude_bits(value[where].to(dtype), scratch)
         for share, mask in masks:
-            left = keys
+            masked = keys
             if mask is not None:
-                left = other.of(tuple(keys.shape), keys.dtype, keys.device)
-                left.copy_(mask[where]).mul_(keys)
-            out[where[0]] += share * _sums(left.view(dtype).flatten(1) if left.ndim > 1 else left.view(dtype)[:, None])
+                masked = other.of(tuple(keys.shape), keys.dtype, keys.device)
+                # the bits times 1 or 0: a masked infinity or NaN is 0, as the float product would not be
+                masked.copy_(mask[where]).mul_(keys)
+            values = masked.view(dtype)  # bits without their sign are the float's magnitude
+            out[where[0]] += share * _sums(values.flatten(1) if values.ndim > 1 else values[:, None])
     if bool(out.isnan().any()):
         raise nan_error(name, int(value.isnan().sum()))
     return out

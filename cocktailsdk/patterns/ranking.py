@@ -1,10 +1,13 @@
 """Exact selection of the smallest magnitudes over many tensors, without sorting or copying them together.
 
-The bits of ``|value|`` order non-negative floats as integers. So the threshold is found as in a radix sort, 16 bits at
-a time: a histogram of the first 16 bits of everything says in which bucket it lies, a histogram of the next 16 bits of
-that bucket alone says where inside, and so on. Half precisions need one pass, single precision two, the second over
-a few elements. Large tensors in one process mostly take a single pass (see :mod:`~cocktailsdk.patterns.bracketing`),
-with the same result. Everything goes through memory in pieces, so that temporaries are small whatever the model's size.
+The bits of ``|value|`` order non-negative floats as integers (see :mod:`~cocktailsdk.patterns.magnitudes`). So the
+threshold is found as in a radix sort, 16 bits at a time: a histogram of the first 16 bits of everything says in which
+bucket it lies, a histogram of the next 16 bits of that bucket alone says where inside, and so on. If the third smallest
+of 0x3F80_0000, 0x3F80_4000, 0x3FC0_0000 and 0x4000_0000 is wanted, the first histogram counts two in 0x3F80, so the
+threshold is the smallest in the next bucket, 0x3FC0. Half precisions need one pass, single precision two, the second
+over a few elements. Large tensors in one process mostly take a single pass, with the same result (see
+:mod:`~cocktailsdk.patterns.bracketing`). Everything goes through memory in pieces, so that temporaries are small
+whatever the model's size.
 
 Where tensors are sharded over ranks, only histograms and counts are exchanged: see :class:`Shards`.
 """
@@ -117,7 +120,7 @@ def histogram(
     Returns:
         On the CPU; 2^15 numbers for digit 0, 2^16 otherwise.
     """
-    counter = _Counter(1 << (_DIGIT if digit else _DIGIT - 1))
+    counter = _Counter(1 << (_DIGIT if digit else _DIGIT - 1))  # the sign of magnitudes is 0: half as many first digits
     for name, value in values.items():
         kept = keep.get(name)
         if digit == 0:
@@ -139,7 +142,7 @@ class _Counter:
         """Where the next ``n`` digits are to be written, and as much scratch."""
         if device not in self._buffers:
             size = piece_size(device)
-            dtype = torch.int16 if self._bins <= 1 << 15 else torch.int32
+            dtype = torch.int16 if self._bins <= 1 << 15 else torch.int32  # 2^16 - 1 is too large for an int16
             digits = torch.empty(size, dtype=dtype, device=device)
             self._buffers[device] = [digits, torch.empty_like(digits), torch.zeros(self._bins, dtype=torch.int64)]
             self._filled[device] = 0
@@ -176,7 +179,7 @@ def _count_first(counter: _Counter, value: Tensor, kept: Tensor | None, dtype: t
             continue
         digits, flags = counter.room(part.numel(), part.device)
         digits.copy_(magnitude_bits(part, scratch).bitwise_right_shift_(shift))
-        if k is not None:  # what is gone is counted as zero, and then not at all
+        if k is not None:  # masked elements become 0 and are taken off its count: quicker than selecting the others
             digits.mul_(flags.copy_(k))
             counter.take_away(k.numel() - int(k.count_nonzero()), part.device)
 
@@ -184,7 +187,7 @@ def _count_first(counter: _Counter, value: Tensor, kept: Tensor | None, dtype: t
 def _count_next(
     counter: _Counter, value: Tensor, kept: Tensor | None, dtype: torch.dtype, digit: int, prefix: int
 ) -> None:
-    shift = dtype.itemsize * 8 - _DIGIT * (digit + 1)
+    shift = dtype.itemsize * 8 - _DIGIT * (digit + 1)  # after which the wanted digit is the lowest
     scratch, flags = Scratch(), Scratch()
     for part, k in pieces(value, kept, dtype):
         begin = magnitude_bits(part, scratch).bitwise_right_shift_(shift + _DIGIT)
@@ -194,7 +197,7 @@ def _count_next(
         keys = magnitude_bits(part[few_positions(chosen)], scratch)
         if keys.numel():
             digits, _ = counter.room(keys.numel(), part.device)
-            digits.copy_(keys.bitwise_right_shift_(shift).bitwise_and_(0xFFFF))
+            digits.copy_(keys.bitwise_right_shift_(shift).bitwise_and_(0xFFFF))  # without the prefix above
 
 
 def _threshold(
@@ -208,7 +211,7 @@ def _threshold(
             counts = shards.total(counts)
         if digit == 0:
             _refuse_nan(values, keep, dtype, counts, shards)
-        upto = counts.cumsum(0)
+        upto = counts.cumsum(0)  # of each bucket, how many elements lie in it or below
         if rank > int(upto[-1]):
             raise PatternError(f"cannot drop {asked} of {int(upto[-1])} elements that are kept")
         found = int(torch.searchsorted(upto, torch.tensor(rank)))
@@ -226,6 +229,7 @@ def _refuse_nan(
     counts: Int64[Tensor, " digits"],
     shards: Shards | None,
 ) -> None:
+    # NaN shares its first digit with infinity (float32) or lies above: if no element does, there is none to look for
     infinity = infinity_bits(dtype) >> (dtype.itemsize * 8 - _DIGIT)
     if not int(counts[infinity:].sum()):
         return
