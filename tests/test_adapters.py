@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cocktailsdk import adapters as registry
+from cocktailsdk import models as registry
 from cocktailsdk.errors import AdapterError
 from cocktailsdk.models import Adapter, adapters, build_model, example_inputs_for
 

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import ExportFailed
 from ..net.subnet_model import SubnetModel
+from .deviation import deviation, limit_for
+from .example_inputs import Inputs
+from .plain_outputs import named_outputs
 
 __all__ = ["Eligibility", "SemiStructuredReport", "eligible_linears", "to_semi_structured"]
 
@@ -183,10 +186,6 @@ def to_semi_structured(
     if not any(layer.eligible for layer in layers):
         reasons = dict.fromkeys(layer.reason for layer in layers) or {"it has no linear layer": None}
         raise ExportFailed(f"no layer of {name!r} can run on a 2:4 kernel: {'; '.join(reasons)}")
-    from ..exporting.deviation import deviation, limit_for
-    from ..exporting.example_inputs import Inputs
-    from ..exporting.plain_outputs import named_outputs
-
     inputs = Inputs.of(net.model, *net.example)
     args, kwargs = torch.utils._pytree.tree_map(
         lambda v: _moved(v, device, dtype) if isinstance(v, Tensor) else v, (inputs.args, inputs.kwargs)

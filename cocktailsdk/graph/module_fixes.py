@@ -215,9 +215,9 @@ def _layer_indices(modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]:
         alike.setdefault(key, []).append((path, [int(part) for part in parts if part.isdecimal()]))
     out: set[tuple[str, str]] = set()
     for key, members in alike.items():
-        held = [(path, at, vars(modules[path])) for path, at in members]
-        for name in {n for _, _, attributes in held for n, v in attributes.items() if type(v) is int}:
-            having = [(path, at, v[name]) for path, at, v in held if type(v.get(name)) is int]
+        layers = [(path, at, vars(modules[path])) for path, at in members]
+        for name in {n for _, _, attributes in layers for n, v in attributes.items() if type(v) is int}:
+            having = [(path, at, v[name]) for path, at, v in layers if type(v.get(name)) is int]
             varies = len({value for _, _, value in having}) > 1
             if varies and any(len({value - at[i] for _, at, value in having}) == 1 for i in range(key.count("*"))):
                 out.update((path, name) for path, _, _ in having)
@@ -265,10 +265,10 @@ def _fix_padding(
         for units in record.units:
             along = surviving_along(units, keep)
             for i in range(0, len(amounts), 2):
-                left = along.get(rank - 1 - i // 2)
-                if left is not None:
+                survives = along.get(rank - 1 - i // 2)
+                if survives is not None:
                     before, after = node.args[1][i : i + 2]
-                    amounts[i] = int(left[:before].sum())
-                    amounts[i + 1] = int(left[left.numel() - after :].sum()) if after else 0
+                    amounts[i] = int(survives[:before].sum())
+                    amounts[i + 1] = int(survives[survives.numel() - after :].sum()) if after else 0
         node.args = (node.args[0], amounts, *node.args[2:])
     _replace_module(slim, path, with_forward(slim.get_submodule(path), graph).train(training))

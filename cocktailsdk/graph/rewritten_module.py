@@ -61,8 +61,14 @@ def _empty(
     file = f"<rewritten {original.__name__} {abs(hash(source)):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     exec(compile(source, file, "exec"), scope)
-    held = {"original": original, "forward": scope["forward"], "source": source, "names": dict(names), "shares": shares}
-    cls = type(original.__name__, (RewrittenModule, original), {**held, "__module__": __name__})
+    attributes = {
+        "original": original,
+        "forward": scope["forward"],
+        "source": source,
+        "names": dict(names),
+        "shares": shares,
+    }
+    cls = type(original.__name__, (RewrittenModule, original), {**attributes, "__module__": __name__})
     made: RewrittenModule = cls.__new__(cls)  # type: ignore[call-overload]
     nn.Module.__init__(made)
     return made

@@ -38,17 +38,17 @@ def new_shape(node: Node, keep: Bool[Tensor, " units_and_stays"]) -> tuple[int, 
     """A node's shape in the slim model."""
     shape = list(node.shape or ())
     for units in node.units:
-        for d, left in surviving_along(units, keep).items():
-            shape[d] = min(shape[d], int(left.sum()))
+        for d, survives in surviving_along(units, keep).items():
+            shape[d] = min(shape[d], int(survives.sum()))
     return tuple(shape)
 
 
 def surviving(value: Tensor, node: Node, keep: Bool[Tensor, " units_and_stays"]) -> Tensor:
     """What is left of a node's value in the slim model."""
     for units in node.units:
-        for d, left in surviving_along(units, keep).items():
-            if left.numel() == value.shape[d]:
-                value = value.index_select(d, left.nonzero().flatten().to(value.device))
+        for d, survives in surviving_along(units, keep).items():
+            if survives.numel() == value.shape[d]:
+                value = value.index_select(d, survives.nonzero().flatten().to(value.device))
     return value
 
 
@@ -58,9 +58,9 @@ def sizes_of(trace: Trace, keep: Bool[Tensor, " units_and_stays"]) -> dict[str, 
     by_name = {n.name: n for n in trace.nodes}
     became = {n.name: new_shape(n, keep) for n in trace.nodes if n.units and n.shape is not None}
     # Results first: a size that a module makes itself is likelier to be in its attributes than one that it receives.
-    for given in (False, True):
+    for of_inputs in (False, True):
         for node in trace.nodes:
-            for name in node.inputs if given else (node.name,):
+            for name in node.inputs if of_inputs else (node.name,):
                 if name in became:
                     seen = out.setdefault(node.module, Sizes())
                     for old, new in zip(by_name[name].shape or (), became[name], strict=True):

@@ -272,17 +272,17 @@ def concatenated(ctx: Context, parts: Sequence[Fields], shapes: Sequence[tuple[i
     # A part that has one field more across than any part with a field along `dim` varies along it after all (whole
     # heads before a part whose channels have labels of their own): that field is taken as the one along `dim`.
     most = max((len(a) for a, f in zip(across, along, strict=True) if f is not None), default=0)
-    for i, held in enumerate(across):  # whole heads, say, before a part of which each channel has its own label
-        if along[i] is None and len(held) == most + 1 and any(f is not None for f in along):
-            along[i] = held.pop()
+    for i, present in enumerate(across):  # whole heads, say, before a part of which each channel has its own label
+        if along[i] is None and len(present) == most + 1 and any(f is not None for f in along):
+            along[i] = present.pop()
     # Across, the parts meet as the operands of a sum do.
     flat = [tuple(1 if d == dim else n for d, n in enumerate(shape)) for shape in shapes]
     for row in unify(ctx, list(zip(flat, map(tuple, across), strict=True)), flat[0]):
-        held = [f for f in row if f is not None]
-        if len(held) == len(row):
-            out.append(held[0].with_zero(all(f.zero for f in held)))
+        present = [f for f in row if f is not None]
+        if len(present) == len(row):
+            out.append(present[0].with_zero(all(f.zero for f in present)))
         else:
-            ctx.labels.stay_all(held, ctx.labels.because + " (joined with channels that stay)")
+            ctx.labels.stay_all(present, ctx.labels.because + " (joined with channels that stay)")
     if any(a is not None for a in along):
         dims = {d for a in along if a is not None for d in a.dims} | {dim}
         labels = []
