@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cocktailsdk.training.state.store.store import write_atomic
 from rich.console import Console
 from rich.table import Table
 
 import cocktailsdk as cocktail
 from cocktailsdk.choosing.memory import peak_bytes
 from cocktailsdk.models import build_model
+from cocktailsdk.training.state.store import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "costs.json"
 MODEL, IMAGE = "resnet50", (1, 3, 224, 224)

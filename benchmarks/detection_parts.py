@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from cocktailsdk.training.state.store.store import write_atomic
+from cocktailsdk.training.state.store import write_atomic
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style"
 RESULTS = Path(__file__).resolve().parent / "results" / "detection_parts.json"

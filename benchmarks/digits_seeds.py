@@ -15,9 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cocktailsdk.training.state.store.store import write_atomic
-
 from cocktailsdk.presets import get_preset
+from cocktailsdk.training.state.store import write_atomic
 
 DENSE = 0.97
 """The least test accuracy of the dense network."""

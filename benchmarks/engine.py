@@ -24,11 +24,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from cocktailsdk.training.state.store.store import write_atomic
 from rich.console import Console
 from rich.table import Table
 
 import cocktailsdk
+from cocktailsdk.training.state.store import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "engine.json"
 

@@ -27,7 +27,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cocktailsdk.training.state.store.store import write_atomic
 from quality import trainer_of
 from quality_rows import Run
 from quality_tasks import TASKS
@@ -39,6 +38,7 @@ from cocktailsdk.training.events import AlphaChosen, Event, MergeStarted
 from cocktailsdk.training.merge import merging
 from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha
 from cocktailsdk.training.metrics import Score
+from cocktailsdk.training.state.store import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merging.json"
 

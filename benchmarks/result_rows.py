@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cocktailsdk.training.state.store.store import write_atomic
+from cocktailsdk.training.state.store import write_atomic
 
 Row = dict[str, Any]
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from cocktailsdk.training.state.store.history import RoundHistory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from cocktailsdk.training.left_out import check_trained, weight_sums
 from cocktailsdk.training.merge.alpha_search import choose_alpha
 from cocktailsdk.training.metrics import HeldOutLoss, Score, mean_score, readable
 from cocktailsdk.training.score_sizes import check_size
+from cocktailsdk.training.state.history import RoundHistory
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -85,7 +85,7 @@ def test_a_finetuning_of_which_every_step_is_skipped_is_no_success() -> None:
             tiny_loaders()[0],
             lambda o, t: F.cross_entropy(o, t) * math.nan,
             epochs=1,
-            on_nan="skip",
+            execution=cocktail.ExecutionSettings(on_nan="skip"),
         )
 
 
@@ -485,5 +485,7 @@ def test_what_a_run_writes_down_about_its_data_cannot_fail() -> None:
     class Loader(list[Any]):
         dataset = Sizeless()
 
-    cocktail.CoTrainer(net, Loader(loader), F.cross_entropy, merge=False, epochs=1, rounds=1).fit()
+    cocktail.CoTrainer(
+        net, Loader(loader), F.cross_entropy, rounds=cocktail.RoundSettings(merge=False, count=1), epochs=1
+    ).fit()
     assert net.provenance["data"] == {"class": "Sizeless"}

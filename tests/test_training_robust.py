@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from cocktailsdk.training.state.store.encoding import pack_masks, unpack_masks
-from cocktailsdk.training.state.store.store import MAGIC, OLD_MAGIC, FolderStore
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +23,8 @@ from cocktailsdk import CoTrainer, TrainingError
 from cocktailsdk.io.atomic import Sink, write_tensors, write_whole
 from cocktailsdk.masks import Mask
 from cocktailsdk.training import events as ev
+from cocktailsdk.training.state.encoding import pack_masks, unpack_masks
+from cocktailsdk.training.state.store import MAGIC, OLD_MAGIC, FolderStore
 from cocktailsdk.training.step.nan_guard import LossWatch, Place
 
 FEW: dict[str, Any] = {"rounds": 2, "alphas": (1.0, 0.5)}
@@ -275,7 +275,7 @@ def test_other_processes_are_kept_out_and_forked_ones_end_as_they_should(tmp_pat
         "        os._exit(4)\n"
         "    return os.waitpid(pid, 0)[1]\n"
         "def again():\n"
-        "    from cocktailsdk.training import locking\n"
+        "    from cocktailsdk.training.state import locking\n"
         "    locking._MINE.clear()\n"
         "    with locked(path):\n"
         "        pass\n"

@@ -6,6 +6,29 @@ from .loop import CoLoop
 from .loop_step import LoopStep
 from .metrics import accuracy
 from .recipes import Recipe
+from .settings import (
+    BatchSettings,
+    DistillationSettings,
+    EvaluationSettings,
+    ExecutionSettings,
+    OutputSettings,
+    RoundSettings,
+)
 from .trainer import CoTrainer
 
-__all__ = ["CoLoop", "CoTrainer", "LoopStep", "Recipe", "accuracy", "events", "finetune", "schedules"]
+__all__ = [
+    "BatchSettings",
+    "CoLoop",
+    "CoTrainer",
+    "DistillationSettings",
+    "EvaluationSettings",
+    "ExecutionSettings",
+    "LoopStep",
+    "OutputSettings",
+    "Recipe",
+    "RoundSettings",
+    "accuracy",
+    "events",
+    "finetune",
+    "schedules",
+]

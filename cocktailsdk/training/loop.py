@@ -19,12 +19,12 @@ from ..utils.batchnorm import device_of
 from ..utils.blame import MISFITS, blamed
 from ..utils.fsdp import reshard_after_forward
 from ..utils.modes import TrainingModes, modes_kept
-from ..utils.nested import form_of, tensors_in
+from ..utils.nested import form_of, tensors_in, to_device
 from ..utils.norms import running_norms
 from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
 from .budget import round_steps
-from .data.batches import HeldBatches, to_device
+from .data.batches import CachedBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums
 from .loop_step import LoopStep, beyond, needs_trainer
@@ -291,8 +291,8 @@ class CoLoop:
         try:
             with without_autocast(device), forked(), modes_kept(net.model):
                 self._modes.apply()
-                batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
-                held = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
+                batches = CachedBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
+                held = None if val_loader is None else CachedBatches(val_loader, (self._seed, "held out"), device)
                 if held is not None and metric is None:
                     metric = self._accuracy(held)
                 net.statistics.clear()
@@ -329,7 +329,7 @@ class CoLoop:
                 "look for values in the data that are not finite"
             )
 
-    def _accuracy(self, held: HeldBatches) -> MetricFn:
+    def _accuracy(self, held: CachedBatches) -> MetricFn:
         """Accuracy, where outputs are class logits along axis 1, as the steps or a held-out batch show."""
         model = self._net.model
         if self._classes is None:

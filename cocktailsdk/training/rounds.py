@@ -11,6 +11,8 @@ import torch
 from ..masks import Mask
 from ..patterns.base import DENSE
 from ..utils.fsdp import local
+from .checkpoints import check_finite, emit_skipped, nonfinite_error, note_skipped, save, save_if_due, save_if_late
+from .evaluation import displayed, score
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
 from .optimization import Optimization
@@ -21,6 +23,7 @@ from .state.encoding import pack_masks
 from .state.history import RoundHistory
 from .step.nan_guard import Before, Place
 from .step.stepper import Stepper, Trained
+from .user_code import emit, next_batches
 
 __all__ = ["train_rounds"]
 
@@ -41,7 +44,7 @@ def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None
         try:
             _train_round(session, stepper)
         finally:
-            session.stream.close()  # what comes next may iterate over the same loader
+            session.data.stream.close()  # what comes next may iterate over the same loader
         _end_round(session)
 
 
@@ -71,8 +74,8 @@ def _enter_round(session: Session) -> None:
     names = [name for names in session.networks(k).values() for name in names]
     session.history.rounds.append(RoundHistory(k, names, made={}))
     _keep_rewind_point(session)
-    session.save()
-    session.emit(RoundStarted(k, tuple(names), len(options.epochs_of(k))))
+    save(session)
+    emit(session, RoundStarted(k, tuple(names), len(options.epochs_of(k))))
 
 
 def _resume_round(session: Session) -> None:
@@ -82,7 +85,7 @@ def _resume_round(session: Session) -> None:
     session.optimization.load_state_dict(session.resumed)
     session.resumed = None
     names = session.history.rounds[-1].networks
-    session.emit(RoundStarted(k, tuple(names), len(session.options.epochs_of(k))))
+    emit(session, RoundStarted(k, tuple(names), len(session.options.epochs_of(k))))
 
 
 def _make_masks(session: Session, k: int) -> dict[str, Mask]:
@@ -93,7 +96,7 @@ def _make_masks(session: Session, k: int) -> dict[str, Mask]:
         load_tensors(net.model, session.store.get(REWIND if options.first_round else "round-00"))
 
     masks = round_masks(options.recipe, net, session.plan[k - 1], session.names(k - 1), k, load_dense)
-    masks = session.agreed(masks)
+    masks = session.broadcast_masks(masks)
     for name, mask in masks.items():
         net.set_mask(name, mask)
     return masks
@@ -125,9 +128,9 @@ def _train_round(session: Session, stepper: Stepper) -> None:
             follows = led and step.follows
             led = options.recipe.same_batch and step.leads and i + 1 < steps
             if not follows:
-                batches, at = session.next_batches()
+                batches, at = next_batches(session)
             _prepare(session, step)
-            session.seed("step", k, position.epoch, i, *session.own)
+            session.seed("step", k, position.epoch, i, *session.rank_key)
             teacher = taught.teacher if follows else None
             place = Place(k, position.epoch, i, at, session.history.steps)
             before = None if session.skips is None else Before(session.net, step)
@@ -141,13 +144,13 @@ def _train_round(session: Session, stepper: Stepper) -> None:
             ran += 1
             if led:  # between two steps on one batch there is nothing to go on from
                 continue
-            session.tell_skipped()
-            if session.due():
+            emit_skipped(session)
+            if session.timing.event_due():
                 done = options.steps_before(k) + number + 1
                 rate = ran / max(time.monotonic() - started, 1e-9)
                 names = "+".join(taught.losses)
-                session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
-            session.save_if_late()
+                emit(session, StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
+            save_if_late(session)
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 
 
@@ -155,13 +158,13 @@ def _prepare(session: Session, step: Step) -> None:
     """What a step does before it trains: keep weights, make masks anew, clear the optimizer's memory."""
     net = session.net
     if step.keep is not None:
-        session.check()
+        check_finite(session)
         session.history.weights[step.keep] = where = f"weights-{step.keep}".replace(":", "-")
         session.store.put(where, model_tensors(net.model))
     if step.prune:
         parameters = dict(net.model.named_parameters())
         for name in (turn.network for turn in step.turns if turn.network != DENSE):
-            net.set_mask(name, session.agreed({name: net.make_masks(name)})[name])
+            net.set_mask(name, session.broadcast_masks({name: net.make_masks(name)})[name])
             session.remade.add(name)
             for key, mask in net.mask_tensors(name).items():
                 local(parameters[key].detach()).mul_(mask)
@@ -176,12 +179,12 @@ def _count(session: Session, step: Step, trained: Trained, place: Place, before:
     if trained.left_out:
         assert before is not None
         before.put_back()
-        session.skipped(place, trained.losses)
+        note_skipped(session, place, trained.losses)
         return
     if session.skips is not None:
         session.skips.in_a_row = 0
     elif (wrong := session.watch.add(place, trained.losses)) is not None:
-        raise session.poisoned(wrong)
+        raise nonfinite_error(session, wrong)
     for name, loss in trained.losses.items():
         # summed where it is: no waiting
         entry = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
@@ -194,28 +197,28 @@ def _count(session: Session, step: Step, trained: Trained, place: Place, before:
 def _end_epoch(session: Session, rate: float) -> None:
     position, optimization = session.position, session.optimization
     assert optimization is not None
-    session.check()
+    check_finite(session)
     losses = {name: float(total / count) for name, (total, count) in session.losses.items()}
     record = session.history.rounds[-1]
     record.losses.append(losses)
     record.learning_rates.append(optimization.rate)
     epoch = position.epoch
     position.epoch, position.step, session.losses = epoch + 1, 0, {}
-    session.align_buffers()
+    session.broadcast_buffers()
     _keep_rewind_point(session)
-    session.save_if_due()
-    session.emit(EpochEnded(position.round, epoch, losses, record.learning_rates[-1], rate))
+    save_if_due(session)
+    emit(session, EpochEnded(position.round, epoch, losses, record.learning_rates[-1], rate))
 
 
 def _end_round(session: Session) -> None:
     """Keep the round's weights, and measure its networks."""
-    session.check()
+    check_finite(session)
     position, options, net = session.position, session.options, session.net
     k, recipe = position.round, options.recipe
     own = recipe.weights == "own"
     finished = k > options.rounds or recipe.rounds == "one"  # all networks are measured right after
-    if not finished and session.held_out is not None:
-        session.save()  # measuring runs the user's code, which may fail or never return
+    if not finished and session.data.held_out is not None:
+        save(session)  # measuring runs the user's code, which may fail or never return
     if session.average is not None:
         session.average.load()
     if 0 < k <= options.rounds or own:
@@ -234,20 +237,20 @@ def _end_round(session: Session) -> None:
     session.optimization = None
     if session.average is not None:
         session.average.end()
-    session.save()
-    session.emit(RoundEnded(k, metrics))
+    save(session)
+    emit(session, RoundEnded(k, metrics))
 
 
 def _measure(session: Session, k: int) -> dict[str, float]:
     """Held-out metric of a round's networks, statistics recalibrated."""
     net = session.net
-    if session.held_out is None:
+    if session.data.held_out is None:
         return {}
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     names = dict.fromkeys([DENSE, *(n for names in session.networks(k).values() for n in names)])
     tracked = dict(net.statistics)
     try:
-        metrics = {name: session.readable(session.score(name).value) for name in names}
+        metrics = {name: displayed(session, score(session, name).value) for name in names}
     except BaseException:  # the run is stopped, and saves what it had before
         net.statistics.clear()
         net.statistics.update(tracked)

@@ -38,7 +38,6 @@ from cocktail_detection.engine import (
     write_metrics,
 )
 from cocktail_detection.tables import metrics_table, summary
-from cocktailsdk.training.state.store.store import write_atomic
 from rich.console import Console
 from torch import distributed as dist
 
@@ -46,6 +45,7 @@ import cocktailsdk as cocktail
 from cocktailsdk import CocktailError
 from cocktailsdk.report.live import run_view_for
 from cocktailsdk.training.events import Event
+from cocktailsdk.training.state.store import write_atomic
 
 
 def main(arguments: list[str] | None = None) -> int:
