@@ -375,7 +375,7 @@ def test_a_failure_after_training_loses_no_step(what: str, recipe: str, folder: 
     at, first, steps[0] = steps[0], steps[0], 0
     if what == "val_loader":  # its batches are kept from round 0 on
         at = 6
-    with pytest.raises(TrainingError, match="was saved in .* goes on from there") as caught:
+    with pytest.raises(TrainingError, match="was saved in .* resumes from there") as caught:
         trainer(tmp_path if folder else None).fit()
     assert "\n" not in str(caught.value)
     fails.active, at = False, 10**9
@@ -433,7 +433,7 @@ def test_a_metric_that_stops_giving_scores_loses_no_step() -> None:
         given[0] += 1
         return (output.argmax(1) == target)[: 0 if given[0] > 4 else None]
 
-    with pytest.raises(TrainingError, match=r"nothing to evaluate on: .* The run was saved in .* goes on from there"):
+    with pytest.raises(TrainingError, match=r"nothing to evaluate on: .* The run was saved in .* resumes from there"):
         run(None, metric=metric).fit()
 
 
