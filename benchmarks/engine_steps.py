@@ -118,10 +118,13 @@ def trainer_of(
     if compiled:
         net.model.compile()
     return cocktail.CoTrainer(
-        net, (batches * steps)[:steps], F.cross_entropy, forward_fn=forward,
+        net, (batches * steps)[:steps], F.cross_entropy,
         recipe=replace(recipe_named(recipe), finishing=0.0),
-        optimizer=sgd, start="pretrained", rounds=1, epochs=1, steps_per_epoch=steps, merge=False,
-        recalibration_batches=1, event_seconds=0.0, out_dir=out_dir, callbacks=[callback],
+        optimizer=sgd, start="pretrained", epochs=1, out_dir=out_dir, callbacks=[callback],
+        rounds=cocktail.RoundSettings(count=1, merge=False),
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=1),
+        batches=cocktail.BatchSettings(forward_fn=forward, steps_per_epoch=steps),
+        output=cocktail.OutputSettings(event_seconds=0.0),
     )  # fmt: skip
 
 
@@ -266,8 +269,9 @@ def round_costs(counts: list[int]) -> dict[str, Any]:
             )
             batches = batches_of(4, 16, "cpu")
             trainer = cocktail.CoTrainer(
-                net, batches, F.cross_entropy, val_loader=batches[:1], optimizer=sgd, start="pretrained", rounds=rounds,
-                epochs=2, recipe="paper", merge=merge, recalibration_batches=1,
+                net, batches, F.cross_entropy, val_loader=batches[:1], optimizer=sgd, start="pretrained",
+                epochs=2, recipe="paper", rounds=cocktail.RoundSettings(count=rounds, merge=merge),
+                evaluation=cocktail.EvaluationSettings(recalibration_batches=1),
             )  # fmt: skip
             wall, processor, _ = timed(trainer.fit)
             row["merged" if merge else "trained"] = processor

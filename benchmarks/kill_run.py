@@ -33,7 +33,7 @@ from cocktailsdk.cli import runs
 from cocktailsdk.cli.main import app
 from cocktailsdk.patterns import NM, Channel, Unstructured
 from cocktailsdk.presets import Preset, digits
-from cocktailsdk.training import rounds
+from cocktailsdk.training import BatchSettings, EvaluationSettings, OutputSettings, RoundSettings, rounds
 from cocktailsdk.training.merge import merging
 from cocktailsdk.training.state.store import FolderStore
 
@@ -114,9 +114,15 @@ def small(recipe: str) -> Preset:
     """The digits with 6 networks, 2 short epochs a round, and states saved all the time."""
     preset = digits.preset()
     patterns = (Unstructured(sparsities=[0.5, 0.8]), NM(2, 4), Channel(sparsities=[0.25, 0.5], round_to=1))
-    changed = {"recipe": recipe, "epochs": 2, "rewind_epoch": 1, "recalibration_batches": 2, "alphas": (1.0, 0.7, 0.4)}
-    saved = {"steps_per_epoch": 10, "save_seconds": 0.3, "save_minutes": 0.6 / 60}
-    return dataclasses.replace(preset, patterns=patterns, training={**preset.training, **changed, **saved})
+    changed = {
+        "recipe": recipe,
+        "epochs": 2,
+        "rounds": RoundSettings(rewind_epoch=1, alphas=(1.0, 0.7, 0.4)),
+        "evaluation": EvaluationSettings(recalibration_batches=2),
+        "batches": BatchSettings(steps_per_epoch=10),
+        "output": OutputSettings(save_seconds=0.3, save_minutes=0.6 / 60),
+    }
+    return dataclasses.replace(preset, patterns=patterns, training={**preset.training, **changed})
 
 
 def warm() -> None:

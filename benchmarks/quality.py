@@ -53,11 +53,11 @@ def trainer_of(
         optimizer=task.optimizer,
         schedule=task.schedule,
         total_steps=round(steps * method.runs[run.pattern]),
-        recalibration_batches=RECALIBRATION,
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=RECALIBRATION),
         seed=run.seed,
         out_dir=out,
         callbacks=callbacks,
-        config={"run": run.key, "steps": steps},
+        output=cocktail.OutputSettings(config={"run": run.key, "steps": steps}),
     )
     return trainer, loaders.test
 

@@ -122,16 +122,17 @@ def trainer_of(asked: argparse.Namespace) -> tuple[cocktail.CoTrainer, TensorLoa
         OnDevice(train[: len(train) - held_out], device, batch, train=True),
         F.cross_entropy,
         val_loader=OnDevice(train[len(train) - held_out :], device, 500, train=False),
-        forward_fn=forward,
+        batches=cocktail.BatchSettings(forward_fn=forward),
         recipe=asked.recipe,
         optimizer=sgd,
         epochs=epochs,
-        rewind_epoch=min(max(1, round(REWIND * asked.epochs_scale)), epochs),
-        rounds=2 if asked.trying else None,
+        rounds=cocktail.RoundSettings(
+            rewind_epoch=min(max(1, round(REWIND * asked.epochs_scale)), epochs), count=2 if asked.trying else None
+        ),
         device=device,
         seed=asked.seed,
         out_dir=asked.out / f"{asked.recipe}-{asked.epochs_scale:g}-{asked.seed}".replace("/", ""),
-        config={"benchmark": "quality_gpu", "trying": asked.trying},
+        output=cocktail.OutputSettings(config={"benchmark": "quality_gpu", "trying": asked.trying}),
     )
     return trainer, OnDevice(test, device, 1000, train=False)
 

@@ -44,8 +44,14 @@ if TYPE_CHECKING:
     from .patterns import Vector as Vector
     from .patterns import register_pattern as register_pattern
     from .slimming import slim as slim
+    from .training import BatchSettings as BatchSettings
     from .training import CoLoop as CoLoop
     from .training import CoTrainer as CoTrainer
+    from .training import DistillationSettings as DistillationSettings
+    from .training import EvaluationSettings as EvaluationSettings
+    from .training import ExecutionSettings as ExecutionSettings
+    from .training import OutputSettings as OutputSettings
+    from .training import RoundSettings as RoundSettings
     from .training import finetune as finetune
     from .verify import Failure as Failure
     from .verify import NMCheck as NMCheck
@@ -54,20 +60,26 @@ if TYPE_CHECKING:
 _moved.install()
 
 _WHERE = {
+    "BatchSettings": ".training",
     "Block": ".patterns",
     "Channel": ".patterns",
     "CoLoop": ".training",
     "CoTrainer": ".training",
     "CocktailNet": ".api",
     "Depth": ".patterns",
+    "DistillationSettings": ".training",
+    "EvaluationSettings": ".training",
+    "ExecutionSettings": ".training",
     "Failure": ".verify",
     "Heads": ".patterns",
     "Inspection": ".inspection",
     "Mask": ".masks",
     "NM": ".patterns",
     "NMCheck": ".verify",
+    "OutputSettings": ".training",
     "Pattern": ".patterns",
     "Product": ".patterns",
+    "RoundSettings": ".training",
     "Subnet": ".patterns",
     "SubnetReport": ".net.costs",
     "Transposable": ".patterns",
@@ -87,6 +99,7 @@ __all__ = [
     "NM",
     "UMG",
     "AdapterError",
+    "BatchSettings",
     "Block",
     "BundleError",
     "Channel",
@@ -95,15 +108,20 @@ __all__ = [
     "CocktailError",
     "CocktailNet",
     "Depth",
+    "DistillationSettings",
+    "EvaluationSettings",
+    "ExecutionSettings",
     "ExportFailed",
     "Failure",
     "Heads",
     "Inspection",
     "Mask",
     "NMCheck",
+    "OutputSettings",
     "Pattern",
     "PatternError",
     "Product",
+    "RoundSettings",
     "SlimError",
     "Subnet",
     "SubnetError",

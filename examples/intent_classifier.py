@@ -96,15 +96,14 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.01),
         schedule=cosine(warmup=0.05, minimum=0.05),
         start="pretrained",
-        steps_per_epoch=max(1, options.steps // 100),
+        batches=cocktail.BatchSettings(steps_per_epoch=max(1, options.steps // 100)),
         total_steps=options.steps,
-        alphas=(1.0, 0.5),
-        recalibration_batches=1,  # there is no batch norm
-        save_seconds=60.0,
+        rounds=cocktail.RoundSettings(alphas=(1.0, 0.5)),
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=1),  # there is no batch norm
         out_dir=options.out,
         seed=options.seed,
         callbacks=[lambda event: [view(event) for view in views]],
-        config={"dense": dense},
+        output=cocktail.OutputSettings(save_seconds=60.0, config={"dense": dense}),
     )
     name = "a tiny random BERT" if options.tiny else options.name
     with run_view_for(console, f"{name} · {len(net.names)} networks", [net.subnet(n) for n in net.names]) as view:

@@ -69,18 +69,18 @@ def main(arguments: list[str] | None = None) -> None:
         loaders[0],  # batches have labels, so the model computes its own loss
         val_loader=loaders[1],
         metric=token_loss,
-        metric_mode="min",
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0),
         schedule=cosine(warmup=0.05, minimum=0.05),
         start="pretrained",
-        steps_per_epoch=max(1, options.steps // 100),
+        batches=cocktail.BatchSettings(steps_per_epoch=max(1, options.steps // 100)),
         total_steps=options.steps,
-        alphas=(1.0, 0.7, 0.4),
-        recalibration_batches=1,  # there is no batch norm
+        rounds=cocktail.RoundSettings(alphas=(1.0, 0.7, 0.4)),
+        # there is no batch norm
+        evaluation=cocktail.EvaluationSettings(metric_mode="min", recalibration_batches=1),
         out_dir=options.out,
         seed=options.seed,
         callbacks=[lambda event: [view(event) for view in views]],
-        config={"stories": fingerprint(split)},
+        output=cocktail.OutputSettings(config={"stories": fingerprint(split)}),
     )
     given = math.exp(trainer.evaluate(loaders[2], ["dense"])["dense"])
     with run_view_for(

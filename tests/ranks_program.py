@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
-from training_tiny import augment, result, tiny_images, tiny_net, tiny_trainer, to_float
+from training_tiny import augment, grouped, result, tiny_images, tiny_net, tiny_trainer, to_float
 
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError, presets
@@ -238,7 +238,8 @@ def cli(folder: Path) -> Any:
 
     def small() -> presets.Preset:
         preset = digits.preset()
-        training = {**preset.training, "epochs": 1, "rewind_epoch": 0, "recalibration_batches": 1, "alphas": (1.0, 0.5)}
+        few = {"epochs": 1, "rewind_epoch": 0, "recalibration_batches": 1, "alphas": (1.0, 0.5)}
+        training = {**preset.training, **grouped(few)}
         patterns = (cocktail.Unstructured(sparsities=[0.5, 0.8]), cocktail.NM(2, 4))
         return dataclasses.replace(preset, patterns=patterns, training=training)
 

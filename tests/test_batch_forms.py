@@ -96,7 +96,9 @@ def test_a_batch_of_any_usual_form_means_the_same_everywhere(form: str) -> None:
     results = []
     for data in (plain, formed):
         net = small_net()
-        trainer = cocktail.CoTrainer(net, data, F.cross_entropy, val_loader=data, epochs=1, rounds=1)
+        trainer = cocktail.CoTrainer(
+            net, data, F.cross_entropy, val_loader=data, epochs=1, rounds=cocktail.RoundSettings(count=1)
+        )
         trainer.fit()
         net.recalibrate("2:4", data)
         tuned = cocktail.training.finetune(net, "2:4", data, F.cross_entropy, epochs=1, val_loader=data)
@@ -125,7 +127,9 @@ def test_other_batches_are_refused_in_one_line_before_anything_is_trained(batch:
     net = small_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(TrainingError, match=named) as caught:
-        cocktail.CoTrainer(net, [batch] * 2, F.cross_entropy, merge=False, epochs=1, rounds=1).fit()
+        cocktail.CoTrainer(
+            net, [batch] * 2, F.cross_entropy, rounds=cocktail.RoundSettings(merge=False, count=1), epochs=1
+        ).fit()
     assert "\n" not in str(caught.value)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
@@ -134,7 +138,9 @@ def test_a_loss_that_does_not_fit_is_named_with_what_it_was_given() -> None:
     with pytest.raises(
         TrainingError, match=r"loss_fn\(output, target\) raised .* a tensor \(6, 3\) of float32"
     ) as caught:
-        cocktail.CoTrainer(small_net(), [(pairs()[0][0], None)], F.cross_entropy, merge=False, epochs=1).fit()
+        cocktail.CoTrainer(
+            small_net(), [(pairs()[0][0], None)], F.cross_entropy, rounds=cocktail.RoundSettings(merge=False), epochs=1
+        ).fit()
     assert "\n" not in str(caught.value)
 
 
@@ -161,7 +167,9 @@ class Two(nn.Module):
 def test_models_of_two_inputs_train_and_recalibrate_alike(form: Any) -> None:
     data = [form(x, y) for x, y in pairs()]
     net = small_net(Two(), 2)
-    cocktail.CoTrainer(net, data, F.cross_entropy, val_loader=data, epochs=1, rounds=1).fit()
+    cocktail.CoTrainer(
+        net, data, F.cross_entropy, val_loader=data, epochs=1, rounds=cocktail.RoundSettings(count=1)
+    ).fit()
     own = {name: value.clone() for name, value in net.statistics["2:4"].items()}
     net.recalibrate("2:4", [(x, x) for x, _ in pairs()], lambda model, batch: model(*batch))
     expected = {name: value.clone() for name, value in net.statistics["2:4"].items()}
@@ -194,7 +202,7 @@ class Own(nn.Module):
 def test_a_model_that_names_labels_is_given_them(key: str) -> None:
     data = [{"pixel_values": x, key: y} for x, y in pairs()]
     net = small_net(Own())
-    cocktail.CoTrainer(net, data, val_loader=data, epochs=1, rounds=1).fit()
+    cocktail.CoTrainer(net, data, val_loader=data, epochs=1, rounds=cocktail.RoundSettings(count=1)).fit()
     assert 0 <= net.metrics["2:4"] <= 1
 
 

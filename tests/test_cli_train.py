@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from cocktailsdk import presets
+from cocktailsdk import EvaluationSettings, RoundSettings, presets
 from cocktailsdk.cli.main import app
 from cocktailsdk.cli.runs import _threads
 from cocktailsdk.patterns import NM, Channel, Unstructured
@@ -34,7 +34,8 @@ NAMES = ["dense", "unstructured@0.5", "unstructured@0.8", "2:4", "channel@0.25",
 def small() -> Preset:
     preset = digits.preset()
     patterns = (Unstructured(sparsities=[0.5, 0.8]), NM(2, 4), Channel(sparsities=[0.25, 0.5], round_to=1))
-    training = {**preset.training, "epochs": 2, "rewind_epoch": 1, "recalibration_batches": 2}
+    training = {**preset.training, "epochs": 2, "rounds": RoundSettings(rewind_epoch=1)}
+    training["evaluation"] = EvaluationSettings(recalibration_batches=2)
     return dataclasses.replace(preset, patterns=patterns, training=training)
 
 

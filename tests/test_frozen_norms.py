@@ -66,7 +66,15 @@ def ready(kind, how, which):
 
 
 def co_train(net):
-    cocktail.CoTrainer(net, BATCHES, F.cross_entropy, val_loader=BATCHES, epochs=1, rounds=1, start="pretrained").fit()
+    cocktail.CoTrainer(
+        net,
+        BATCHES,
+        F.cross_entropy,
+        val_loader=BATCHES,
+        epochs=1,
+        rounds=cocktail.RoundSettings(count=1),
+        start="pretrained",
+    ).fit()
 
 
 def loop(net):
@@ -114,7 +122,15 @@ def test_frozen_norms_keep_their_statistics_in_every_network_and_others_are_meas
 def test_the_papers_recipe_and_finetune_leave_frozen_norms_alone():
     net = ready("batch", "train()", {0, 2})
     mean = net.model.norms[0].running_mean.clone()
-    cocktail.CoTrainer(net, BATCHES, F.cross_entropy, val_loader=BATCHES, recipe="paper", epochs=1, rounds=1).fit()
+    cocktail.CoTrainer(
+        net,
+        BATCHES,
+        F.cross_entropy,
+        val_loader=BATCHES,
+        recipe="paper",
+        epochs=1,
+        rounds=cocktail.RoundSettings(count=1),
+    ).fit()
     assert torch.equal(net.model.norms[0].running_mean, mean)
     tuned = cocktail.finetune(net, "2:4", BATCHES, F.cross_entropy, epochs=1)
     assert torch.equal(tuned.model.norms[0].running_mean, mean)
@@ -160,7 +176,9 @@ def test_with_frozen_norms_a_run_of_one_example_a_batch_reaches_its_end(how):
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(torch.randn(5, 12, generator=generator), torch.arange(5) % 3), 1)
     net = cocktail.sparsify(model, ["2:4", "unstructured"], (torch.randn(4, 12),))
-    trainer = cocktail.CoTrainer(net, loader, F.cross_entropy, val_loader=loader, epochs=1, rounds=2)
+    trainer = cocktail.CoTrainer(
+        net, loader, F.cross_entropy, val_loader=loader, epochs=1, rounds=cocktail.RoundSettings(count=2)
+    )
     trainer.plan()
     trainer.fit()
     assert set(net.metrics) == set(net.names)

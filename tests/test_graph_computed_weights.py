@@ -297,7 +297,7 @@ def test_training_keeps_masks_exact_and_weights_finite() -> None:
     x, y = torch.randn(16, 8), torch.arange(16) % 3
     net = cocktail.sparsify(model, ["unstructured@0.9", "2:4", "channel@0.5"], (x,))
     loader = [(x, y)] * 2
-    cocktail.CoTrainer(net, loader, F.cross_entropy, total_steps=44, rounds=2).fit()
+    cocktail.CoTrainer(net, loader, F.cross_entropy, total_steps=44, rounds=cocktail.RoundSettings(count=2)).fit()
     model.eval()
     for name in net.names[1:]:
         with net.using(name):

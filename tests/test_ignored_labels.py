@@ -206,7 +206,13 @@ def pixels_net(last: bool = False) -> cocktail.CocktailNet:
 def test_a_net_that_is_right_wherever_it_counts_has_accuracy_one(loss_fn: Any, ignored: int, recipe: str) -> None:
     net, held = pixels_net(), pixels(ignored, whole=1)  # one batch is ignored whole
     cocktail.CoTrainer(
-        net, pixels(ignored), loss_fn, val_loader=held, epochs=1, rounds=2, recipe=recipe, alphas=(1, 0.5)
+        net,
+        pixels(ignored),
+        loss_fn,
+        val_loader=held,
+        epochs=1,
+        rounds=cocktail.RoundSettings(count=2, alphas=(1, 0.5)),
+        recipe=recipe,
     ).fit()
     assert net.metrics == dict.fromkeys(net.names, 1.0)
 
@@ -217,7 +223,9 @@ def test_where_the_loss_is_the_metric_each_label_weighs_the_same() -> None:
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.movedim(-1, 1), target)
 
-    trainer = cocktail.CoTrainer(net, pixels(-100), loss_fn, val_loader=held, epochs=1, rounds=1)
+    trainer = cocktail.CoTrainer(
+        net, pixels(-100), loss_fn, val_loader=held, epochs=1, rounds=cocktail.RoundSettings(count=1)
+    )
     trainer.fit()
     with torch.no_grad():
         rows = torch.cat([net.model(x).flatten(0, 1) for x, _ in held])
@@ -242,7 +250,9 @@ def test_held_out_data_of_which_every_label_is_ignored_is_refused_at_the_start()
     net, data = pixels_net(), pixels(-100)
     nothing = [(x, torch.full_like(y, -100)) for x, y in data]
     with pytest.raises(TrainingError, match=r"no label of the 3 batches of val_loader counts"):
-        cocktail.CoTrainer(net, data, nn.CrossEntropyLoss(), val_loader=nothing, epochs=1, rounds=1).fit()
+        cocktail.CoTrainer(
+            net, data, nn.CrossEntropyLoss(), val_loader=nothing, epochs=1, rounds=cocktail.RoundSettings(count=1)
+        ).fit()
 
 
 def test_a_first_batch_without_labels_does_not_hide_a_classification() -> None:
@@ -250,7 +260,12 @@ def test_a_first_batch_without_labels_does_not_hide_a_classification() -> None:
     first = [(data[0][0], torch.full_like(data[0][1], -100)), *data]
     net = pixels_net(last=True)
     trainer = cocktail.CoTrainer(
-        net, first, lambda o, t: F.cross_entropy(o.movedim(-1, 1), t), epochs=1, rounds=1, merge=False, on_nan="skip"
+        net,
+        first,
+        lambda o, t: F.cross_entropy(o.movedim(-1, 1), t),
+        epochs=1,
+        rounds=cocktail.RoundSettings(count=1, merge=False),
+        execution=cocktail.ExecutionSettings(on_nan="skip"),
     )
     trainer.fit()
     assert trainer.history.skipped

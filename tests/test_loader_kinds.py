@@ -23,7 +23,7 @@ from training_tiny import assert_identical, result, tiny_net, tiny_trainer
 import cocktailsdk as cocktail
 from cocktailsdk.errors import TrainingError
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.data.batches import HeldBatches, draw, draw_groups
+from cocktailsdk.training.data.batches import CachedBatches, draw, draw_groups
 from cocktailsdk.training.data.loader_state import epoch_length, generator_states, set_epoch, set_generator_states
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=40)
@@ -315,11 +315,11 @@ wrappers = st.recursive(
 def test_passes_with_one_key_are_equal_and_leave_the_loader_where_it_was(make: Any, size: int) -> None:
     loader = make()
     assert epoch_length(loader, None) == N
-    held = HeldBatches(loader, (0, "held out"), CPU, limit=3, keep_bytes=0)
+    held = CachedBatches(loader, (0, "held out"), CPU, limit=3, cache_bytes=0)
     before = repr(generator_states(loader))
     first = list(held)
     assert before == "{}" or repr(generator_states(loader)) == before  # what is hidden cannot be put back
-    kept = HeldBatches(loader, (0, "kept"), CPU, limit=3)
+    kept = CachedBatches(loader, (0, "kept"), CPU, limit=3)
     assert_equal(list(kept), list(kept))
     if not reuses(loader):
         assert_equal(first, list(held))

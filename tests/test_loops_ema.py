@@ -93,8 +93,8 @@ def test_frozen_weights_are_not_averaged_and_half_precision_is_in_single() -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ema": 0.0}, "ema must lie between 0 and 1"),
-        ({"ema": 1.0}, "ema must lie between 0 and 1"),
+        ({"ema": 0.0}, "ExecutionSettings.ema_decay must be between 0 and 1"),
+        ({"ema": 1.0}, "ExecutionSettings.ema_decay must be between 0 and 1"),
         ({"ema": 0.9, "recipe": "imp", "patterns": ["1:2"]}, "'imp' keeps several sets of weights"),
     ],
 )

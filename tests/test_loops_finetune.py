@@ -15,7 +15,12 @@ import cocktailsdk as cocktail
 from cocktailsdk import SubnetError, TrainingError
 from cocktailsdk.training import events as ev
 
-OPTIONS: dict[str, Any] = {"epochs": 4, "optimizer": sgd, "recalibration_batches": 2, "event_seconds": 0}
+OPTIONS: dict[str, Any] = {
+    "epochs": 4,
+    "optimizer": sgd,
+    "evaluation": cocktail.EvaluationSettings(recalibration_batches=2),
+    "output": cocktail.OutputSettings(event_seconds=0),
+}
 
 
 def whole(net: cocktail.CocktailNet) -> dict[str, Tensor]:

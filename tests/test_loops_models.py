@@ -96,7 +96,7 @@ def train(net: Any, loss_fn: Any = F.cross_entropy, **options: Any) -> cocktail.
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         "epochs": 2,
         "val_loader": data()[:2],
-        "recalibration_batches": 2,
+        "evaluation": cocktail.EvaluationSettings(recalibration_batches=2),
     }
     trainer = cocktail.CoTrainer(net, data(), loss_fn, **{**settings, **options})
     trainer.fit()

@@ -128,7 +128,13 @@ def loss_after(net, outer):
                 step.loss(F.cross_entropy(out, y), out, y).backward()
             optimizer.step()
         cocktail.CoTrainer(
-            net, [batch], F.cross_entropy, epochs=1, rounds=1, start="pretrained", merge=False, mixed_precision="bf16"
+            net,
+            [batch],
+            F.cross_entropy,
+            epochs=1,
+            rounds=cocktail.RoundSettings(count=1, merge=False),
+            start="pretrained",
+            execution=cocktail.ExecutionSettings(mixed_precision="bf16"),
         ).fit()
     return net.state_dict()
 

@@ -85,7 +85,7 @@ def test_a_finetuning_of_which_every_step_is_skipped_is_no_success() -> None:
             tiny_loaders()[0],
             lambda o, t: F.cross_entropy(o, t) * math.nan,
             epochs=1,
-            on_nan="skip",
+            execution=cocktail.ExecutionSettings(on_nan="skip"),
         )
 
 
@@ -375,7 +375,7 @@ def test_a_failure_after_training_loses_no_step(what: str, recipe: str, folder: 
     at, first, steps[0] = steps[0], steps[0], 0
     if what == "val_loader":  # its batches are kept from round 0 on
         at = 6
-    with pytest.raises(TrainingError, match="was saved in .* goes on from there") as caught:
+    with pytest.raises(TrainingError, match="was saved in .* resumes from there") as caught:
         trainer(tmp_path if folder else None).fit()
     assert "\n" not in str(caught.value)
     fails.active, at = False, 10**9
@@ -433,7 +433,7 @@ def test_a_metric_that_stops_giving_scores_loses_no_step() -> None:
         given[0] += 1
         return (output.argmax(1) == target)[: 0 if given[0] > 4 else None]
 
-    with pytest.raises(TrainingError, match=r"nothing to evaluate on: .* The run was saved in .* goes on from there"):
+    with pytest.raises(TrainingError, match=r"nothing to evaluate on: .* The run was saved in .* resumes from there"):
         run(None, metric=metric).fit()
 
 
@@ -485,5 +485,7 @@ def test_what_a_run_writes_down_about_its_data_cannot_fail() -> None:
     class Loader(list[Any]):
         dataset = Sizeless()
 
-    cocktail.CoTrainer(net, Loader(loader), F.cross_entropy, merge=False, epochs=1, rounds=1).fit()
+    cocktail.CoTrainer(
+        net, Loader(loader), F.cross_entropy, rounds=cocktail.RoundSettings(merge=False, count=1), epochs=1
+    ).fit()
     assert net.provenance["data"] == {"class": "Sizeless"}

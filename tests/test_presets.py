@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from test_datasets import write_idx, write_jpeg_archive
 
+import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
 from cocktailsdk.presets import PRESETS, get_preset
 from cocktailsdk.presets.models import CifarResNet, DigitsNet, PadShortcut, ResNet18
@@ -62,7 +63,10 @@ def test_building_a_model_is_repeatable_and_draws_from_no_global_generator() -> 
 
 def test_the_digits_preset_trains() -> None:
     net, trainer, loaders = get_preset("digits").prepare(
-        epochs=1, rewind_epoch=0, rounds=10, steps_per_epoch=4, alphas=(1.0, 0.5), recalibration_batches=1
+        epochs=1,
+        rounds=cocktail.RoundSettings(count=10, rewind_epoch=0, alphas=(1.0, 0.5)),
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=1),
+        batches=cocktail.BatchSettings(steps_per_epoch=4),
     )
     assert len(net.names) == 24
     trainer.fit()
@@ -79,7 +83,10 @@ def test_the_image_presets_train_a_few_steps(name: str, tmp_path: Path) -> None:
     else:
         write_idx(tmp_path, compressed=True, n=60)
     net, trainer, loaders = get_preset(name, epochs_scale=0.001).prepare(
-        tmp_path, rounds=3, steps_per_epoch=1, merge=False, recalibration_batches=1
+        tmp_path,
+        rounds=cocktail.RoundSettings(count=3, merge=False),
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=1),
+        batches=cocktail.BatchSettings(steps_per_epoch=1),
     )
     trainer.fit()
     assert len(net.names) == 24
@@ -94,9 +101,9 @@ def test_the_image_presets_carry_the_papers_settings() -> None:
     assert optimizer.defaults["lr"] == 0.1
     assert optimizer.defaults["momentum"] == 0.9
     assert optimizer.defaults["weight_decay"] == 1e-4
-    assert (training["epochs"], training["rewind_epoch"]) == (150, 7)
+    assert (training["epochs"], training["rounds"].rewind_epoch) == (150, 7)
     short = get_preset("cifar10", epochs_scale=0.1).training
-    assert (short["epochs"], short["rewind_epoch"]) == (15, 1)
+    assert (short["epochs"], short["rounds"].rewind_epoch) == (15, 1)
 
 
 def test_pretrained_weights_skip_round_zero(tmp_path: Path) -> None:

@@ -200,9 +200,9 @@ def test_an_accelerator_says_precision_and_accumulation() -> None:
     ("options", "message"),
     [
         ({"mixed_precision": "half"}, 'None, "bf16" or "fp16", got \'half\''),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
-        ({"clip_norm": 0.0}, "clip_norm must be above 0"),
-        ({"clip_norm": -1.0}, "clip_norm must be above 0"),
+        ({"accumulate": 0}, "ExecutionSettings.gradient_accumulation_steps must be at least 1, got 0"),
+        ({"clip_norm": 0.0}, "max_grad_norm must be above 0"),
+        ({"clip_norm": -1.0}, "max_grad_norm must be above 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

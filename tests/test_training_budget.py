@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from training_tiny import assert_identical, result
+from training_tiny import assert_identical, grouped, result
 
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
@@ -75,7 +75,7 @@ def net() -> cocktail.CocktailNet:
 
 def trainer(loader: Any, **options: Any) -> cocktail.CoTrainer:
     defaults = {"merge": False, "recalibration_batches": 1, "event_seconds": 0, "save_seconds": 0, "alphas": (1.0,)}
-    return cocktail.CoTrainer(net(), loader, F.cross_entropy, **{**defaults, **options})
+    return cocktail.CoTrainer(net(), loader, F.cross_entropy, **grouped({**defaults, **options}))
 
 
 @FAST
@@ -217,7 +217,12 @@ def test_a_loader_without_an_end_is_read_on_from_epoch_to_epoch() -> None:
 
 def test_one_subnet_is_fine_tuned_for_a_single_step() -> None:
     tuned = cocktail.finetune(
-        net(), "1:2", Counting(4).batches, F.cross_entropy, total_steps=1, forward_fn=lambda m, b: (m(b[0]), b[1])
+        net(),
+        "1:2",
+        Counting(4).batches,
+        F.cross_entropy,
+        total_steps=1,
+        batches=cocktail.BatchSettings(forward_fn=lambda m, b: (m(b[0]), b[1])),
     )
     assert tuned.active == "1:2"
 
@@ -231,10 +236,10 @@ def test_one_subnet_is_fine_tuned_for_a_single_step() -> None:
         ({"total_steps": True}, "total_steps must be a whole number"),
         ({"epochs": -3}, "epochs must be at least 1, got -3"),
         ({"epochs": "20"}, "epochs must be a whole number, got '20' (str)"),
-        ({"epochs": 1, "rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"epochs": 1, "rounds": 0}, "RoundSettings.count must be at least 1, got 0"),
         ({"epochs": 1, "steps_per_epoch": -1}, "steps_per_epoch must be at least 1"),
         ({"epochs": 1, "seed": 1.5}, "seed must be a whole number, got 1.5"),
-        ({"epochs": 1, "alphas": 0.5}, "alphas must be numbers"),
+        ({"epochs": 1, "alphas": 0.5}, "RoundSettings.alphas must be numbers"),
         ({"epochs": 1, "callbacks": print}, "callbacks must be"),
         ({"epochs": 1, "out_dir": 3}, "out_dir must be"),
         ({"total_hours": float("nan")}, "total_hours must be a number, got nan"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from training_tiny import grouped
 
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
@@ -37,7 +38,7 @@ def run(out, stop=False, **options):
         return F.cross_entropy(output, target)
 
     options = {"epochs": 2, "save_seconds": 0, "save_minutes": 1e-6, "val_loader": data} | options
-    cocktail.CoTrainer(net, data, cross_entropy, out_dir=out, **options).fit()
+    cocktail.CoTrainer(net, data, cross_entropy, out_dir=out, **grouped(options)).fit()
     return net
 
 

@@ -48,7 +48,7 @@ def test_the_memory_holds_weights_gradients_momentum_and_activations() -> None:
     weights = sum(t.nbytes for t in net.model.state_dict().values())
     small, large = tiny_trainer(net).plan().memory, None
     trainer = tiny_trainer(tiny_net())
-    trainer._train_loader.batch_size = 16  # type: ignore[attr-defined]
+    trainer._loaders.train.batch_size = 16  # type: ignore[attr-defined]
     large = trainer.plan().memory
     assert small > 3 * weights
     activations = 8 * 4 * (8 * 64 + 8 * 64)  # eight more images' two first feature maps, at the very least

@@ -104,7 +104,9 @@ def test_the_default_finishes_on_all_networks_within_the_budget() -> None:
     assert set(rounds[-1].networks) == set(net.names) - {"dense"}
     assert trainer.history.steps == 100
     assert set(trainer.history.rounds[-1].losses[-1]) <= set(net.names)
-    with pytest.raises(TrainingError, match=r"total_steps=4 .*give total_steps=5 or more, or rounds=2 or fewer"):
+    with pytest.raises(
+        TrainingError, match=r"total_steps=4 .*give total_steps=5 or more, or rounds=RoundSettings\(count=2\) or fewer"
+    ):
         tiny_trainer(recipe="cocktail", epochs=None, total_steps=4)
 
 

@@ -275,7 +275,7 @@ def test_other_processes_are_kept_out_and_forked_ones_end_as_they_should(tmp_pat
         "        os._exit(4)\n"
         "    return os.waitpid(pid, 0)[1]\n"
         "def again():\n"
-        "    from cocktailsdk.training import locking\n"
+        "    from cocktailsdk.training.state import locking\n"
         "    locking._MINE.clear()\n"
         "    with locked(path):\n"
         "        pass\n"

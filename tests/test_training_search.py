@@ -16,12 +16,13 @@ import cocktailsdk as cocktail
 from cocktailsdk.presets.datasets import TensorLoader
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.merge import merging
-from cocktailsdk.training.merge.alpha_search import ALPHAS, Choice, choose_alpha, interpolate
+from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha, interpolate
 from cocktailsdk.training.merge.candidates import Candidates, doubling, regrouped
 from cocktailsdk.training.merge.layerwise import descended
 from cocktailsdk.training.metrics import Score
 from cocktailsdk.training.recipes import recipe_named
 from cocktailsdk.training.session import model_tensors
+from cocktailsdk.training.settings import ALPHAS
 
 NAMES = ["a", "b", "c", "d"]
 

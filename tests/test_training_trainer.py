@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_tiny import (
     assert_identical,
+    grouped,
     result,
     tiny_images,
     tiny_loaders,
@@ -280,7 +281,7 @@ def test_models_that_return_their_loss_train_from_dicts() -> None:
         val_loader=Sequences(),
         epochs=10,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
-        alphas=(1.0, 0.5),
+        rounds=cocktail.RoundSettings(alphas=(1.0, 0.5)),
     )
     trainer.fit()
     assert trainer.history.rounds[0].losses[-1]["dense"] < 0.5 * trainer.history.rounds[0].losses[0]["dense"]
@@ -312,15 +313,23 @@ def test_a_loss_without_soft_targets_asks_for_distill_fn() -> None:
     net, data = regression()
     trainer = cocktail.CoTrainer(net, data, F.mse_loss, val_loader=data, epochs=1)
     with pytest.raises(
-        TrainingError, match=r"distill_fn\(student_output, teacher_output\).*mse_loss.*distill_weight=0"
+        TrainingError, match=r"mse_loss.*DistillationSettings\(loss_fn=.*DistillationSettings\(weight=0\)"
     ):
         trainer.fit()
 
 
-@pytest.mark.parametrize("options", [{"distill_fn": F.mse_loss}, {"distill_weight": 0}])
-def test_any_loss_trains_with_distill_fn_or_without_distillation(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{"loss_fn": F.mse_loss}, {"weight": 0}])
+def test_any_loss_trains_with_a_distillation_loss_or_without_distillation(settings: dict[str, Any]) -> None:
     net, data = regression()
-    trainer = cocktail.CoTrainer(net, data, F.mse_loss, val_loader=data, epochs=20, alphas=(1.0, 0.5), **options)
+    trainer = cocktail.CoTrainer(
+        net,
+        data,
+        F.mse_loss,
+        val_loader=data,
+        epochs=20,
+        rounds=cocktail.RoundSettings(alphas=(1.0, 0.5)),
+        distillation=cocktail.DistillationSettings(**settings),
+    )
     trainer.fit()
     assert -net.metrics["dense"] < 0.5
 
@@ -330,8 +339,16 @@ def test_metrics_where_less_is_better_choose_the_lesser() -> None:
         return (output - target).square().mean(1)
 
     net, data = regression()
-    options: dict[str, Any] = {"distill_weight": 0, "epochs": 5, "alphas": (1.0, 0.6, 0.3)}
-    trainer = cocktail.CoTrainer(net, data, F.mse_loss, val_loader=data, metric=error, metric_mode="min", **options)
+    options: dict[str, Any] = grouped({"distill_weight": 0, "epochs": 5, "alphas": (1.0, 0.6, 0.3)})
+    trainer = cocktail.CoTrainer(
+        net,
+        data,
+        F.mse_loss,
+        val_loader=data,
+        metric=error,
+        evaluation=cocktail.EvaluationSettings(metric_mode="min"),
+        **options,
+    )
     trainer.fit()
     other, _ = regression()
     same = cocktail.CoTrainer(other, data, F.mse_loss, val_loader=data, **options)  # by default the negative loss
@@ -366,13 +383,13 @@ def test_losses_that_are_no_scalars_and_losses_that_explode_are_errors() -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_loader": None}, "give val_loader, or merge=False"),
+        ({"val_loader": None}, r"give val_loader, or rounds=RoundSettings\(merge=False\)"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"rewind_epoch": 3}, "rewind_epoch must lie in 0 … 2"),
         ({"rewind_epoch": 2, "rewind_schedule": True}, "rewind_epoch must lie in 0 … 1"),
         ({"start": "middle"}, 'start must be "scratch" or "pretrained"'),
-        ({"distill_weight": 2}, "distill_weight must lie in 0 … 1"),
-        ({"alphas": ()}, "alphas must be shares"),
+        ({"distill_weight": 2}, "DistillationSettings.weight must be in 0 … 1"),
+        ({"alphas": ()}, "alphas must be numbers"),
         ({"metric_mode": "best"}, "metric_mode must be"),
         ({"recalibration_batches": 0}, "recalibration_batches must be at least 1"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, "optimizer must be callable, got SGD: give a"),

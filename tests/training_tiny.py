@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 import cocktailsdk as cocktail
 from cocktailsdk.presets.datasets import Images, TensorLoader
+from cocktailsdk.training.keywords import MOVED
 from cocktailsdk.training.schedules import cosine
+from cocktailsdk.training.settings import GROUPS
 
 
 class TinyNet(nn.Module):
@@ -73,6 +75,22 @@ def tiny_loaders() -> tuple[TensorLoader, TensorLoader]:
     return train, held_out
 
 
+def grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of the trainer, its settings under the flat names that ``configuration.json`` has for them.
+
+    With flat names a test's options are merged with others by ``{**defaults, **options}``.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    keywords = {}
+    for name, value in flat.items():
+        if name in MOVED and not isinstance(value, GROUPS.get(name, ())):
+            group, setting = MOVED[name]
+            groups.setdefault(group, {})[setting] = value
+        else:
+            keywords[name] = value
+    return {**keywords, **{group: GROUPS[group](**settings) for group, settings in groups.items()}}
+
+
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
 
@@ -80,7 +98,10 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 def tiny_trainer(
     net: cocktail.CocktailNet | None = None, out_dir: Path | None = None, **options: Any
 ) -> cocktail.CoTrainer:
-    """The paper's run of 4 rounds with 2 epochs of 6 steps each, and 3 shares to merge with."""
+    """The paper's run of 4 rounds with 2 epochs of 6 steps each, and 3 coefficients to merge with.
+
+    Settings are given by their flat names, see :func:`grouped`.
+    """
     train, held_out = tiny_loaders()
     settings: dict[str, Any] = {
         "recipe": "paper",
@@ -96,7 +117,7 @@ def tiny_trainer(
     }
     loader = options.pop("train_loader", train)
     loss_fn: Callable[..., Tensor] | None = options.pop("loss_fn", F.cross_entropy)
-    return cocktail.CoTrainer(net or tiny_net(), loader, loss_fn, **{**settings, **options})
+    return cocktail.CoTrainer(net or tiny_net(), loader, loss_fn, **grouped({**settings, **options}))
 
 
 def result(trainer: cocktail.CoTrainer) -> dict[str, Any]:

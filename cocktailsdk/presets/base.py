@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from ..api import CocktailNet, sparsify
 from ..errors import TrainingError
 from ..patterns import Pattern
+from ..training.keywords import current_keywords
+from ..training.settings import OutputSettings
 from ..training.trainer import CoTrainer
 
 __all__ = ["Loaders", "Prepared", "Preset"]
@@ -39,7 +41,7 @@ class Prepared(NamedTuple):
     """A preset, ready to train: ``prepared.trainer.fit()``."""
 
     net: CocktailNet
-    trainer: CoTrainer
+    trainer: CoTrainer[CocktailNet]
     loaders: Loaders
 
 
@@ -113,16 +115,22 @@ class Preset:
         Args:
             data: The folder that holds the data.
             seed: Of the model's weights and of training; by default the preset's.
-            **overrides: Arguments of :class:`~cocktailsdk.CoTrainer`: ``out_dir``, ``callbacks``, ``device``, …
+            **overrides: Arguments of :class:`~cocktailsdk.CoTrainer`: ``out_dir``, ``callbacks``, ``device``, … A group
+                of settings replaces the preset's; ``dataclasses.replace(preset.training["rounds"], merge=False)``
+                changes one of them.
         """
         seed = self.seed if seed is None else seed
         net = sparsify(self.build_model(seed), self.patterns, example_inputs=(self.example_input(),))
         loaders = self.loaders(data)
-        options: dict[str, Any] = {**self.training, "seed": seed, **overrides}
-        config = {"preset": self.name, "model": self.model, **options.pop("config", {})}
+        training = current_keywords(self.training, caller="Preset.training: CoTrainer")
+        overrides = current_keywords(overrides, training, caller="prepare")
+        options: dict[str, Any] = {**training, "seed": seed, **overrides}
+        output = options.pop("output", None) or OutputSettings()
+        config = {"preset": self.name, "model": self.model, **(output.config or {})}
         if self.weights is not None:
             config["weights"] = hashlib.sha256(self.weights.read_bytes()).hexdigest()
-        trainer = CoTrainer(net, loaders.train, F.cross_entropy, val_loader=loaders.merge, config=config, **options)
+        options["output"] = replace(output, config=config)
+        trainer = CoTrainer(net, loaders.train, F.cross_entropy, val_loader=loaders.merge, **options)
         return Prepared(net, trainer, loaders)
 
 

@@ -14,6 +14,7 @@ from torch.optim import SGD
 from ..errors import TrainingError
 from ..patterns import Channel
 from ..training.schedules import cosine
+from ..training.settings import RoundSettings
 from .base import Loaders, Preset
 from .datasets import TensorLoader, digits, normalise, random_shift
 from .models import DigitsNet
@@ -58,7 +59,6 @@ def preset() -> Preset:
             "optimizer": _optimizer,
             "schedule": cosine(warmup=0.05),
             "epochs": 20,
-            "rewind_epoch": 3,
-            "recalibration_batches": 8,
+            "rounds": RoundSettings(rewind_epoch=3),
         },
     )

@@ -16,6 +16,7 @@ from torch.optim import SGD
 from ..errors import TrainingError
 from ..patterns import Channel
 from ..training.schedules import cosine, cosine_restarts
+from ..training.settings import RoundSettings
 from .base import Loaders, Preset
 from .datasets import Images, TensorLoader, normalise, standard_augmentation
 from .models import CifarResNet, ResNet18
@@ -71,12 +72,12 @@ def image_preset(
     if not epochs_scale > 0:
         raise TrainingError(f"epochs_scale must be greater than 0, got {epochs_scale}")
     epochs = max(1, round(EPOCHS * epochs_scale))
-    training: dict[str, Any] = {"recipe": "paper", "epochs": epochs, "recalibration_batches": 8}
+    training: dict[str, Any] = {"recipe": "paper", "epochs": epochs}
     if weights is None:
         training |= {
             "optimizer": partial(_sgd, lr=0.1),
             "schedule": cosine_restarts(),
-            "rewind_epoch": min(max(1, round(REWIND_EPOCH * epochs_scale)), epochs),
+            "rounds": RoundSettings(rewind_epoch=min(max(1, round(REWIND_EPOCH * epochs_scale)), epochs)),
         }
     else:
         training |= {"start": "pretrained", "optimizer": partial(_sgd, lr=0.01), "schedule": cosine(minimum=0.01)}

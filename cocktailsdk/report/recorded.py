@@ -25,7 +25,7 @@ PIECE = 1 << 18  # elements compared at a time; counts of so many are exact in f
 DIGITS = 6
 
 
-def recorded(net: SubnetModel, trainer: CoTrainer) -> dict[str, Any]:
+def recorded(net: SubnetModel, trainer: CoTrainer[Any]) -> dict[str, Any]:
     """What a :class:`~cocktailsdk.report.run.RunReport` takes besides its table, as keyword arguments.
 
     Args:

@@ -6,14 +6,28 @@ from .loop import CoLoop
 from .loop_step import LoopStep
 from .metrics import accuracy
 from .recipes import Recipe, ScheduleContext, Step, SubnetPass
+from .settings import (
+    BatchSettings,
+    DistillationSettings,
+    EvaluationSettings,
+    ExecutionSettings,
+    OutputSettings,
+    RoundSettings,
+)
 from .step.hooks import StepContext, StepHook
 from .trainer import CoTrainer
 
 __all__ = [
+    "BatchSettings",
     "CoLoop",
     "CoTrainer",
+    "DistillationSettings",
+    "EvaluationSettings",
+    "ExecutionSettings",
     "LoopStep",
+    "OutputSettings",
     "Recipe",
+    "RoundSettings",
     "ScheduleContext",
     "Step",
     "StepContext",

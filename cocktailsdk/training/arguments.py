@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from os import PathLike
 from typing import Any
 
 from ..errors import TrainingError
 
-__all__ = ["check_kinds", "check_numbers", "one_budget"]
+__all__ = ["check_numbers", "one_budget", "shortened"]
 
-WHOLE: Mapping[str, int | None] = {
+INTEGERS: Mapping[str, int | None] = {
+    "count": 1,
     "epochs": 1,
     "total_steps": 1,
     "steps": 1,
@@ -20,72 +20,61 @@ WHOLE: Mapping[str, int | None] = {
     "rounds": 1,
     "rewind_epoch": 0,
     "recalibration_batches": 1,
-    "accumulate": 1,
+    "gradient_accumulation_steps": 1,
     "seed": None,
 }
 """Whole numbers, and the least that each may be."""
-NOT_NEGATIVE = ("save_seconds", "save_minutes", "event_seconds")
-"""Numbers of at least 0."""
-POSITIVE = ("total_hours", "clip_norm")
-"""Numbers above 0."""
+RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("save_seconds", "save_minutes", "event_seconds"), ("at least 0", lambda x: x >= 0)),
+    **dict.fromkeys(("total_hours", "max_grad_norm"), ("above 0, and finite", lambda x: 0 < x < math.inf)),
+    "weight": ("in 0 … 1", lambda x: 0 <= x <= 1),
+    "ema_decay": ("between 0 and 1", lambda x: 0 < x < 1),
+}
+"""What other numbers must be, and whether they are."""
 
 
-def check_numbers(**given: Any) -> None:
-    """See that arguments are numbers that make sense; ``None`` stands for a default.
+def check_numbers(owner: str = "", /, **values: Any) -> None:
+    """Check that arguments are numbers in their range; ``None`` stands for a default.
 
-    Raises:
-        TrainingError: One is none; names it, and what it must be.
-    """
-    for name, value in given.items():
-        if value is None:
-            continue
-        if (rule := _broken(name, value)) is not None:
-            raise TrainingError(f"{name} must be {rule}, got {_short(value)}")
-
-
-def check_kinds(*, alphas: Any, callbacks: Any, out_dir: Any) -> None:
-    """See that what is not one number is what it must be.
+    Args:
+        owner: What the names are of, for errors; a class of settings, say.
+        **values: By name.
 
     Raises:
-        TrainingError: One is not; names it.
+        TrainingError: One is not; names it, and what it must be.
     """
-    numbers = isinstance(alphas, Iterable) and not isinstance(alphas, str)
-    if not numbers or not all(isinstance(a, Real) and not isinstance(a, bool) for a in alphas):
-        raise TrainingError(f"alphas must be numbers in (0, 1], like (1.0, 0.5), got {_short(alphas)}")
-    if not isinstance(callbacks, Iterable):
-        raise TrainingError(f"callbacks must be a list of functions, got {_short(callbacks)}")
-    if out_dir is not None and (not isinstance(out_dir, str | PathLike) or not str(out_dir)):
-        raise TrainingError(f"out_dir must be a folder's path, got {_short(out_dir)}")
+    for name, value in values.items():
+        if value is not None and (rule := _broken_rule(name, value)) is not None:
+            raise TrainingError(f"{owner}{name} must be {rule}, got {shortened(value)}")
 
 
-def one_budget(**given: Any) -> None:
-    """See that at most one of several budgets is given.
+def one_budget(**budgets: Any) -> None:
+    """Check that at most one of several budgets is set.
 
     Raises:
         TrainingError: Several are.
     """
-    several = [f"{name}={value}" for name, value in given.items() if value is not None]
+    several = [f"{name}={value}" for name, value in budgets.items() if value is not None]
     if len(several) > 1:
-        *names, last = given
+        *names, last = budgets
         raise TrainingError(f"give one of {', '.join(names)} and {last}; got {', '.join(several)}")
 
 
-def _broken(name: str, value: Any) -> str | None:
-    """What a number must be and is not; ``None`` where it is."""
-    if name in WHOLE:
-        least = WHOLE[name]
+def _broken_rule(name: str, value: Any) -> str | None:
+    """What a number must be and is not; ``None`` if it is."""
+    if name in INTEGERS:
+        least = INTEGERS[name]
         if not isinstance(value, Integral) or isinstance(value, bool):
             return "a whole number"
         return None if least is None or int(value) >= least else f"at least {least}"
     if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
         return "a number"
-    number = float(value)
-    if name in NOT_NEGATIVE:
-        return None if number >= 0 else "at least 0"
-    return "above 0, and finite" if name in POSITIVE and not 0 < number < math.inf else None
+    rule, holds = RANGES.get(name, ("", lambda x: True))
+    return None if holds(float(value)) else rule
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as text for an error, with its type unless it is a number."""
     text = repr(value).replace("\n", " ")
     kind = "" if isinstance(value, int | float) and not isinstance(value, bool) else f" ({type(value).__name__})"
     return f"{text[:60]}{'…' if len(text) > 60 else ''}{kind}"

@@ -27,7 +27,8 @@ def round_steps(steps: int, rounds: int, finishing: float, *, rewound: int = 0, 
         fewer = steps - (finishing > 0) - 1
         also = f"{rounds} rounds{' and finishing' * bool(finishing)} need at least one step each"
         after = f", and the first {rewound} more, to the rewind point" if rewound else ""
-        other = f", or rounds={fewer} or fewer" if fewer >= 1 and not rewound else ""
+        rounds_of = "rounds=RoundSettings(count={})" if of == "total_steps" else "rounds={}"  # CoTrainer's, or CoLoop's
+        other = f", or {rounds_of.format(fewer)} or fewer" if fewer >= 1 and not rewound else ""
         raise TrainingError(f"{of}={steps} is too small: {also}{after}; give {of}={need} or more{other}")
     last = [max(1, min(round(finishing * steps), steps - need + 1))] if finishing else []
     each, more = divmod(steps - sum(last) + rewound * (rounds - 1), rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import PatternError, TrainingError
 from ..masks import Mask
@@ -13,18 +13,20 @@ from ..patterns import Pattern
 from ..patterns.base import DENSE
 from ..patterns.registry import parse_pattern
 from ..utils.fsdp import local
+from .keywords import MOVED, current_keywords
 from .recipes import Pruning, Recipe
+from .settings import RoundSettings
 from .step.forward import LossFn
 from .trainer import CoTrainer
 
 __all__ = ["finetune"]
 
-_FIXED = ("recipe", "start", "rounds", "merge", "alphas", "distill_fn", "distill_weight", "rewind_epoch")
+FIXED = ("recipe", "start", "rounds", "distillation")
+"""Arguments of the trainer that fine-tuning sets itself."""
+NetT = TypeVar("NetT", bound=SubnetModel)
 
 
-def finetune(
-    net: SubnetModel, name: str, train_loader: Iterable[Any], loss_fn: LossFn | None = None, **options: Any
-) -> SubnetModel:
+def finetune(net: NetT, name: str, train_loader: Iterable[Any], loss_fn: LossFn | None = None, **options: Any) -> NetT:
     """Train one subnetwork alone, from the weights that it has in a net; the net does not change.
 
     Its mask stays: neither gradients nor momentum nor weight decay move a masked weight, and all of them are seen to
@@ -36,7 +38,8 @@ def finetune(
         train_loader: As of :class:`~cocktailsdk.CoTrainer`.
         loss_fn: As there. To distil, let it compare with a teacher of yours.
         **options: All others of :class:`~cocktailsdk.CoTrainer` that make sense for one network: ``epochs``,
-            ``optimizer``, ``schedule``, ``val_loader``, ``out_dir`` and so on. ``total_steps`` is a budget.
+            ``optimizer``, ``schedule``, ``val_loader``, ``out_dir``, ``execution`` and so on. ``total_steps`` is a
+            budget.
 
     Returns:
         A net of this network alone, which is active: ``.model`` is a copy of the model whose masked weights are 0. It
@@ -51,8 +54,9 @@ def finetune(
     subnet = net.subnet(name)
     if subnet.name == DENSE:
         raise TrainingError("finetune() trains a subnet under its mask, and the dense network has none: train .model")
-    if fixed := [option for option in _FIXED if option in options]:
+    if fixed := [option for option in options if option in FIXED or MOVED.get(option, ("",))[0] in FIXED]:
         raise TrainingError(f"finetune() trains one network for one round: leave out {', '.join(fixed)}")
+    options = current_keywords(options, caller="finetune")
     with net.using(subnet.name):
         model = copy.deepcopy(net.model)
     mask = net.masks[subnet.name]
@@ -70,7 +74,8 @@ def finetune(
         update="active",
         merging="none",
     )
-    CoTrainer(tuned, train_loader, loss_fn, recipe=recipe, start="pretrained", merge=False, **options).fit()
+    rounds = RoundSettings(merge=False)
+    CoTrainer(tuned, train_loader, loss_fn, recipe=recipe, start="pretrained", rounds=rounds, **options).fit()
     _check(tuned, subnet.name)
     return tuned.switch(subnet.name)
 

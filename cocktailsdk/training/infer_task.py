@@ -1,4 +1,4 @@
-"""What can be seen on first batches: whether this is a classification, and whether all that is given fits together.
+"""The task, inferred from the first batches, and whether model, loss and metric fit them.
 
 Whatever does not fit is refused here, before anything is trained.
 """
@@ -25,14 +25,17 @@ from .randomness import seed_everything
 from .step.distill import Classes, find_classes, no_soft_loss, untouched_buffers
 from .step.forward import loss_of, output_tensor
 
-__all__ = ["choose_metric", "look", "try_metric"]
+__all__ = ["choose_metric", "infer_task", "try_metric"]
 
-HINT = "if the model takes such batches otherwise, give forward_fn(model, batch) -> (output, target)"
-LOOKS = 8
-"""So many batches are looked at where the first ones say nothing: all their labels are ignored, say."""
+HINT = (
+    "if the model takes such batches otherwise, give batches=BatchSettings(forward_fn=...), a function "
+    "forward_fn(model, batch) -> (output, target)"
+)
+MOST_BATCHES = 8
+"""So many batches are tried where the first ones say nothing: all their labels are ignored, say."""
 
 
-def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes | None:
+def infer_task(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes | None:
     """Run the model once, in train mode and without a trace, and see where its output holds class logits.
 
     Args:
@@ -46,7 +49,7 @@ def look(model: nn.Module, batches: Iterable[Any], options: Options) -> Classes 
     """
     output = classes = None
     with _first(batches, "the loader") as found:
-        for batch in itertools.islice(found, LOOKS):
+        for batch in itertools.islice(found, MOST_BATCHES):
             output, target, loss = _pass(model, inputs_of(batch), options)
             classes = find_classes(output, target, loss, options.loss_fn)
             if bool(loss.isfinite()) or not isinstance(target, Tensor):
@@ -99,7 +102,8 @@ def _pass(model: nn.Module, batch: Any, options: Options) -> tuple[Any, Any, Ten
             lambda: (
                 f"on the first batch, for an output that is {form_of(output)} and a target that is {form_of(target)}"
             ),
-            "give forward_fn(model, batch) -> (output, target) if that is not what it compares",
+            "give batches=BatchSettings(forward_fn=...), a function forward_fn(model, batch) -> (output, target), if "
+            "that is not what it compares",
         ):
             loss = loss_of(output, target, options.loss_fn)
     return output, target, loss
@@ -148,7 +152,7 @@ def try_metric(
         with blamed("the model", lambda: f"on the first batch of {names}, which is {form_of(batch)}", HINT):
             return options.forward_fn(model, batch)
 
-    own = isinstance(metric, HeldOutLoss) or options.metric is None  # fits what the first look found
+    own = isinstance(metric, HeldOutLoss) or options.metric is None  # was chosen for the task that was inferred
     empty, bad = 0, 0
     with _first(batches, names) as found:
         for batch in found:
@@ -160,7 +164,7 @@ def try_metric(
             if score.number == score.number or not finite:
                 return
             bad += 1
-            if bad >= LOOKS:
+            if bad >= MOST_BATCHES:
                 break
     if not bad:
         raise NothingScored(

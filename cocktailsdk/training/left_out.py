@@ -70,8 +70,8 @@ def _counts(left_out: Mapping[str, int]) -> str:
 def _reason(scaled: bool) -> str:
     if scaled:
         return (
-            'gradients overflowed in half precision or losses were not finite: give mixed_precision="bf16", or more '
-            "steps, in which the scale is found"
+            "gradients overflowed in half precision or losses were not finite: give "
+            'execution=ExecutionSettings(mixed_precision="bf16"), or more steps, in which the scale is found'
         )
     return (
         "their losses or gradients were not finite: lower the learning rate (optimizer=lambda parameters: "

@@ -18,7 +18,7 @@ from ..utils.modes import TrainingModes, modes_kept
 from ..utils.norms import running_norms
 from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
-from .data.batches import HeldBatches
+from .data.batches import CachedBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums
 from .loop_finish import accuracy_metric, check_trained, measure_networks, restored_on_failure
@@ -281,8 +281,8 @@ class CoLoop:
         device, forward = device_of(net.model), self._forward
         with restored_on_failure(net), without_autocast(device), forked(), modes_kept(net.model):
             self._modes.apply()
-            batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
-            held_out = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
+            batches = CachedBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
+            held_out = None if val_loader is None else CachedBatches(val_loader, (self._seed, "held out"), device)
             if held_out is not None and metric is None:
                 metric = accuracy_metric(net, held_out, forward, self._distillation.classes)
             measure_networks(net, [DENSE, *self._plan.names(self._plan.rounds)], batches, held_out, forward, metric)

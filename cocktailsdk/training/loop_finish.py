@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CocktailError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..utils.modes import modes_kept
-from .data.batches import HeldBatches
+from .data.batches import CachedBatches
 from .left_out import weight_sums
 from .metrics import MetricFn, accuracy_of, mean_score
 from .rescue import rescued_bundle
@@ -26,8 +26,8 @@ __all__ = ["accuracy_metric", "check_trained", "measure_networks", "restored_on_
 def measure_networks(
     net: SubnetModel,
     names: Sequence[str],
-    batches: HeldBatches,
-    held_out: HeldBatches | None,
+    batches: CachedBatches,
+    held_out: CachedBatches | None,
     forward: ForwardFn,
     metric: MetricFn | None,
 ) -> None:
@@ -83,7 +83,7 @@ def check_trained(net: SubnetModel, steps: int, first_sums: Tensor | None) -> No
         )
 
 
-def accuracy_metric(net: SubnetModel, held_out: HeldBatches, forward: ForwardFn, classes: Classes | None) -> MetricFn:
+def accuracy_metric(net: SubnetModel, held_out: CachedBatches, forward: ForwardFn, classes: Classes | None) -> MetricFn:
     """Accuracy, where outputs are class logits along axis 1, as the steps or a held-out batch show.
 
     Raises:

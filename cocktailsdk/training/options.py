@@ -1,4 +1,4 @@
-"""What a run is asked to do, checked."""
+"""What a run does: the trainer's arguments, and what follows from them for the net and the loaders."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from .events import Callback
 from .metrics import MetricFn
 from .recipes import Recipe
 from .schedules import ScheduleFactory
+from .settings import ExecutionSettings, OutputSettings
 from .step.distill import DistillFn
 from .step.forward import ForwardFn, LossFn
-from .step.precision import FULL, Precision
+from .step.precision import Precision
 
 __all__ = ["OptimizerFactory", "Options", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Start = Literal["scratch", "pretrained"]
-OnNan = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The arguments of :class:`~cocktailsdk.CoTrainer`, which documents them, and what follows from them.
 
+    Made by :func:`~.build_options.build_options`.
+
     Attributes:
         epochs: Epochs of the longest round; the last may be a part of one, where there is a budget of steps.
         finishing_epochs: The same of finishing; 0 for none.
         steps_per_epoch: Optimizer steps of an epoch.
+        gradient_accumulation_steps: Batches of an optimizer step.
         budget: Optimizer steps of every round and of finishing; empty where all have whole epochs.
         pass_length: Batches of a pass over the training loader; ``None`` where it cannot say.
     """
@@ -48,60 +51,32 @@ class Options:
     schedule: ScheduleFactory
     epochs: int
     finishing_epochs: int
+    budget: tuple[int, ...] = ()
     total_hours: float | None
     rewind_epoch: int
     rewind_schedule: bool
     rounds: int
     steps_per_epoch: int
+    gradient_accumulation_steps: int
+    pass_length: int | None
     start: Start
     merge: bool
     alphas: Sequence[float]
     recalibration_batches: int
     seed: int
-    save_seconds: float
-    save_minutes: float
-    on_nan: OnNan
-    event_seconds: float
     callbacks: Sequence[Callback]
-    precision: Precision = FULL
-    accumulate: int = 1
-    budget: tuple[int, ...] = ()
-    pass_length: int | None = None
-    clip_norm: float | None = None
-    ema: float | None = None
-    sync_batch_norm: bool = False
+    precision: Precision
+    execution: ExecutionSettings
+    output: OutputSettings
 
     def __post_init__(self) -> None:
-        checks = {
-            "start": (self.start in ("scratch", "pretrained"), 'must be "scratch" or "pretrained"'),
-            "metric_mode": (self.metric_mode in ("max", "min"), 'must be "max" or "min"'),
-            "on_nan": (self.on_nan in ("raise", "skip"), 'must be "raise" or "skip"'),
-            "save_seconds": (self.save_seconds >= 0, "must not be negative"),
-            "save_minutes": (self.save_minutes >= 0, "must not be negative"),
-            "epochs": (self.epochs >= 1, "must be at least 1"),
-            "rounds": (self.rounds >= 1, "must be at least 1"),
-            "rewind_epoch": (
-                0 <= self.rewind_epoch <= self.epochs - self.rewind_schedule,
-                f"must lie in 0 … {self.epochs - self.rewind_schedule} (epochs"
-                f"{' - 1, with rewind_schedule' if self.rewind_schedule else ''})",
-            ),
-            "distill_weight": (0 <= self.distill_weight <= 1, "must lie in 0 … 1"),
-            "recalibration_batches": (self.recalibration_batches >= 1, "must be at least 1"),
-            "alphas": (
-                len(self.alphas) > 0 and all(0 < a <= 1 for a in self.alphas),
-                "must be shares in (0, 1], at least one",
-            ),
-            "accumulate": (self.accumulate >= 1, "must be at least 1"),
-            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "must be above 0, or None"),
-            "ema": (self.ema is None or 0 < self.ema < 1, "must lie between 0 and 1, or be None"),
-            "callbacks": (all(map(callable, self.callbacks)), "must all be callable"),
-        }
-        for name, (holds, rule) in checks.items():
-            if not holds:
-                raise TrainingError(f"{name} {rule}, got {getattr(self, name)!r}")
-        if self.ema is not None and self.recipe.weights == "own":
+        last = self.epochs - self.rewind_schedule
+        if not 0 <= self.rewind_epoch <= last:
+            rule = f"0 … {last} (epochs{' - 1, with rewind_schedule' if self.rewind_schedule else ''})"
+            raise TrainingError(f"rewind_epoch must lie in {rule}, got {self.rewind_epoch!r}")
+        if self.execution.ema_decay is not None and self.recipe.weights == "own":
             raise TrainingError(
-                f"recipe {self.recipe.name!r} keeps several sets of weights, and ema averages one: leave it out"
+                f"recipe {self.recipe.name!r} keeps several sets of weights, and ema_decay averages one: leave it out"
             )
 
     @property

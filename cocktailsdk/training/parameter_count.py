@@ -11,10 +11,10 @@ from ..net.costs import remaining_params
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 
-__all__ = ["parameters_stored"]
+__all__ = ["parameter_count"]
 
 
-def parameters_stored(net: SubnetModel, own: Mapping[str, str]) -> int:
+def parameter_count(net: SubnetModel, own: Mapping[str, str]) -> int:
     """Parameters of all sets of weights: those of the model where all networks share one.
 
     A set that only sparse networks use counts what any of them keeps.

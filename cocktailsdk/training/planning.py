@@ -18,6 +18,7 @@ from ..patterns.base import DENSE
 from ..utils.fsdp import local
 from ..utils.modes import train_as_handed
 from .budget import finishing_epochs
+from .evaluation import score
 from .optimization import Optimization
 from .recipes import Step, SubnetPass
 from .session import Session, load_tensors, model_tensors
@@ -160,7 +161,7 @@ def measure(session: Session) -> Costs:
     modes = [(module, module.training) for module in net.modules()]
     optimization = Optimization.begin(net.model, options, options.first_round, session.device)
     stepper = Stepper.of(net, options, session.classes, execution=session.execution)
-    batches = list(itertools.islice(session.recalibration, options.accumulate))
+    batches = list(itertools.islice(session.data.recalibration, options.gradient_accumulation_steps))
     names = [names[0] for names in session.networks(options.rounds).values() if names]
 
     def step(name: str) -> Callable[[], object]:
@@ -176,8 +177,8 @@ def measure(session: Session) -> Costs:
         sparse = mean(_seconds(step(name), session.device) for name in names)
         memory = _memory(session, optimization, activations)
         candidate = 0.0
-        if session.held_out is not None:
-            candidate = _seconds(lambda: session.score(names[-1]), session.device)
+        if session.data.held_out is not None:
+            candidate = _seconds(lambda: score(session, names[-1]), session.device)
     finally:
         load_tensors(net.model, kept)
         net.model.zero_grad(set_to_none=True)

@@ -10,6 +10,8 @@ import torch
 
 from ..masks import Mask
 from ..patterns.base import DENSE
+from .checkpoints import check_finite, emit_skipped, nonfinite_error, note_skipped, save, save_if_due, save_if_late
+from .evaluation import displayed, score
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
 from .optimization import Optimization
@@ -23,6 +25,7 @@ from .step.hooks import StepContext
 from .step.nan_guard import StepLocation, StepSnapshot
 from .step.same_batch import SameBatch
 from .step.stepper import Stepper, StepResult
+from .user_code import emit, next_batches
 
 __all__ = ["train_rounds"]
 
@@ -43,7 +46,7 @@ def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None
         try:
             _train_round(session, stepper)
         finally:
-            session.stream.close()  # what comes next may iterate over the same loader
+            session.data.stream.close()  # what comes next may iterate over the same loader
         _end_round(session)
 
 
@@ -78,8 +81,8 @@ def _enter_round(session: Session) -> None:
     for hook in hooks_of(session.hooks, context, options.rounds):
         hook.on_round_start(context)
     _keep_rewind_point(session)
-    session.save()
-    session.emit(RoundStarted(k, tuple(names), len(options.epochs_of(k))))
+    save(session)
+    emit(session, RoundStarted(k, tuple(names), len(options.epochs_of(k))))
 
 
 def _resume_round(session: Session) -> None:
@@ -89,7 +92,7 @@ def _resume_round(session: Session) -> None:
     session.optimization.load_state_dict(session.resumed)
     session.resumed = None
     names = session.history.rounds[-1].networks
-    session.emit(RoundStarted(k, tuple(names), len(session.options.epochs_of(k))))
+    emit(session, RoundStarted(k, tuple(names), len(session.options.epochs_of(k))))
 
 
 def _make_masks(session: Session, k: int) -> dict[str, Mask]:
@@ -100,7 +103,7 @@ def _make_masks(session: Session, k: int) -> dict[str, Mask]:
         load_tensors(net.model, session.store.get(REWIND if options.first_round else "round-00"))
 
     masks = round_masks(options.recipe, net, session.plan[k - 1], session.names(k - 1), k, load_dense)
-    masks = session.agreed(masks)
+    masks = session.broadcast_masks(masks)
     for name, mask in masks.items():
         net.set_mask(name, mask)
     return masks
@@ -132,11 +135,11 @@ def _train_round(session: Session, stepper: Stepper) -> None:
             step = session.step_at(k, number)
             if not shared.follows(step):
                 shared.clear()
-                batches, at = session.next_batches()
+                batches, at = next_batches(session)
             hooks = _hooks(session, step, context)
             hooks.call("before_step")
             # after the hooks, so that whatever they draw leaves the step's own random numbers as they are
-            session.seed("step", k, position.epoch, i, *session.own)
+            session.seed("step", k, position.epoch, i, *session.rank_key)
             location = StepLocation(k, position.epoch, i, at, session.history.steps)
             # after before_step, whose changes stay: the next step would not make them again
             snapshot = None if session.skips is None else StepSnapshot(session.net, step)
@@ -161,13 +164,13 @@ def _train_round(session: Session, stepper: Stepper) -> None:
             ran += 1
             if shared.open:  # the next step may need this batch, which no state holds: no save and no event here
                 continue
-            session.tell_skipped()
-            if session.due():
+            emit_skipped(session)
+            if session.timing.event_due():
                 done = options.steps_before(k) + number + 1
                 rate = ran / max(time.monotonic() - started, 1e-9)
                 names = "+".join(result.losses)
-                session.emit(StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
-            session.save_if_late()
+                emit(session, StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
+            save_if_late(session)
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 
 
@@ -179,7 +182,7 @@ def _hooks(session: Session, step: Step, context: ScheduleContext) -> HookCalls:
         step,
         context,
         session.optimization.optimizer,
-        agreed=session.agreed,
+        agreed=session.broadcast_masks,
         changed=session.remade.add,
         snapshot=lambda name: _snapshot_weights(session, name),
     )
@@ -188,7 +191,7 @@ def _hooks(session: Session, step: Step, context: ScheduleContext) -> HookCalls:
 
 def _snapshot_weights(session: Session, name: str) -> None:
     """Store the weights as a network's own."""
-    session.check()  # never weights that are not finite
+    check_finite(session)  # never weights that are not finite
     session.history.weights[name] = where = f"weights-{name}".replace(":", "-")
     session.store.put(where, model_tensors(session.net.model))
 
@@ -201,12 +204,12 @@ def _count(
     if result.rejected:
         assert snapshot is not None
         snapshot.restore()
-        session.skipped(location, result.losses)
+        note_skipped(session, location, result.losses)
         return
     if session.skips is not None:
         session.skips.in_a_row = 0
     elif (wrong := session.watch.add(location, result.losses)) is not None:
-        raise session.poisoned(wrong)
+        raise nonfinite_error(session, wrong)
     for name, loss in result.losses.items():
         # summed on the device: no waiting for it
         entry = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
@@ -218,28 +221,28 @@ def _count(
 def _end_epoch(session: Session, rate: float) -> None:
     position, optimization = session.position, session.optimization
     assert optimization is not None
-    session.check()
+    check_finite(session)
     losses = {name: float(total / count) for name, (total, count) in session.losses.items()}
     record = session.history.rounds[-1]
     record.losses.append(losses)
     record.learning_rates.append(optimization.rate)
     epoch = position.epoch
     position.epoch, position.step, session.losses = epoch + 1, 0, {}
-    session.align_buffers()
+    session.broadcast_buffers()
     _keep_rewind_point(session)
-    session.save_if_due()
-    session.emit(EpochEnded(position.round, epoch, losses, record.learning_rates[-1], rate))
+    save_if_due(session)
+    emit(session, EpochEnded(position.round, epoch, losses, record.learning_rates[-1], rate))
 
 
 def _end_round(session: Session) -> None:
     """Keep the round's weights, and measure its networks."""
-    session.check()
+    check_finite(session)
     position, options, net = session.position, session.options, session.net
     k, recipe = position.round, options.recipe
     own = recipe.weights == "own"
     finished = k > options.rounds or recipe.rounds == "one"  # all networks are measured right after
-    if not finished and session.held_out is not None:
-        session.save()  # measuring runs the user's code, which may fail or never return
+    if not finished and session.data.held_out is not None:
+        save(session)  # measuring runs the user's code, which may fail or never return
     if session.average is not None:
         session.average.load()
     if 0 < k <= options.rounds or own:
@@ -258,20 +261,20 @@ def _end_round(session: Session) -> None:
     session.optimization = None
     if session.average is not None:
         session.average.end()
-    session.save()
-    session.emit(RoundEnded(k, metrics))
+    save(session)
+    emit(session, RoundEnded(k, metrics))
 
 
 def _measure(session: Session, k: int) -> dict[str, float]:
     """Held-out metric of a round's networks, statistics recalibrated."""
     net = session.net
-    if session.held_out is None:
+    if session.data.held_out is None:
         return {}
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     names = dict.fromkeys([DENSE, *(n for names in session.networks(k).values() for n in names)])
     tracked = dict(net.statistics)
     try:
-        metrics = {name: session.readable(session.score(name).value) for name in names}
+        metrics = {name: displayed(session, score(session, name).value) for name in names}
     except BaseException:  # the run is stopped, and saves what it had before
         net.statistics.clear()
         net.statistics.update(tracked)

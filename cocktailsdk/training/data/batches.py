@@ -1,4 +1,4 @@
-"""Mini-batches of any loader: moved to a device, drawn repeatably, kept where they are few."""
+"""Mini-batches of any loader: drawn repeatably, moved to a device, cached in memory where they fit."""
 
 from __future__ import annotations
 
@@ -13,23 +13,14 @@ from torch.utils.data import DataLoader
 from ...utils.nested import nbytes, to_device
 from ..randomness import seed_everything
 from ..step.forward import mapped
-from .loader_state import epoch_length, generator_states, loader_length, set_epoch, set_generator_states
+from .loader_state import generator_states, set_epoch, set_generator_states
 
-__all__ = [
-    "HeldBatches",
-    "draw",
-    "draw_groups",
-    "epoch_length",
-    "generator_states",
-    "loader_length",
-    "set_generator_states",
-    "to_device",
-]
+__all__ = ["CachedBatches", "draw", "draw_groups"]
 
 log = logging.getLogger(__name__)
 
-KEEP_BYTES = 1 << 30
-"""Held-out batches up to this size are kept in memory instead of being loaded again for every candidate."""
+CACHE_BYTES = 1 << 30
+"""Held-out batches up to this size are cached in memory instead of being loaded again for every candidate."""
 
 
 def draw(loader: Iterable[Any], key: tuple[int | str, ...], steps: int | None = None) -> Iterator[Any]:
@@ -92,19 +83,19 @@ def _own(batch: Any) -> Any:
     return mapped(batch, torch.Tensor.clone)
 
 
-class HeldBatches:
+class CachedBatches:
     """Batches to go through many times, equal every time.
 
-    They are kept in memory up to ``keep_bytes``; beyond that every pass loads them again, from the same seed, the same
-    epoch (``set_epoch``) and the same state of the loader's own generators.
+    They are cached in memory up to ``cache_bytes``; beyond that every pass loads them again, from the same seed, the
+    same epoch (``set_epoch``) and the same state of the loader's own generators.
 
     Args:
         loader: Any iterable of batches.
         key: Seed of each pass.
         device: Where batches are put.
         limit: Use only the first so many batches.
-        keep_bytes: What may be kept in memory.
-        again: What to go through instead where batches are too large to be kept; the first pass shows whether.
+        cache_bytes: How much memory the cache may take.
+        again: What to go through instead where batches are too large to be cached; the first pass shows whether.
     """
 
     def __init__(
@@ -113,43 +104,43 @@ class HeldBatches:
         key: tuple[int | str, ...],
         device: torch.device,
         limit: int | None = None,
-        keep_bytes: int = KEEP_BYTES,
+        cache_bytes: int = CACHE_BYTES,
         again: Iterable[Any] | None = None,
     ) -> None:
         self._loader, self._key, self._device, self._limit = loader, key, device, limit
         self._again = loader if again is None else again
-        self._keep_bytes = keep_bytes
-        self._kept: list[Any] | None = None
+        self._cache_bytes = cache_bytes
+        self._cached: list[Any] | None = None
         self._states = generator_states(loader)
 
     @property
-    def kept(self) -> list[Any] | None:
-        """All batches, once gone through, where they are kept."""
-        return self._kept
+    def cached(self) -> list[Any] | None:
+        """All batches, after the first pass; ``None`` before it and where they are too large."""
+        return self._cached
 
     def __iter__(self) -> Iterator[Any]:
-        if self._kept is not None:
-            yield from self._kept
+        if self._cached is not None:
+            yield from self._cached
             return
         now = generator_states(self._loader)
         set_generator_states(self._loader, self._states)
         set_epoch(self._loader, 0)
         reused = _may_reuse(self._loader)
-        kept: list[Any] | None = []
-        room = self._keep_bytes
+        cache: list[Any] | None = []
+        bytes_left = self._cache_bytes
         try:
             for batch in draw(self._loader, self._key, self._limit):
                 batch = to_device(batch, self._device)
-                if kept is not None and reused:
+                if cache is not None and reused:
                     batch = _own(batch)
-                if kept is not None:
-                    room -= nbytes(batch)
-                    kept.append(batch)
-                    if room < 0:
-                        kept = None
+                if cache is not None:
+                    bytes_left -= nbytes(batch)
+                    cache.append(batch)
+                    if bytes_left < 0:
+                        cache = None
                 yield batch
         finally:
             set_generator_states(self._loader, now)
-        self._kept = kept
-        if kept is None:
+        self._cached = cache
+        if cache is None:
             self._loader = self._again

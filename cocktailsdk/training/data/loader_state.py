@@ -198,7 +198,7 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
     except Exception as error:
         raise TrainingError(
             f"train_loader raised {type(error).__name__} ({' '.join(str(error).split())}) when its batches were "
-            "counted: give steps_per_epoch if it has no length"
+            "counted: give batches=BatchSettings(steps_per_epoch=...) if it has no length"
         ) from error
     set_generator_states(loader, states)
     if steps < 1 or length == 0:
@@ -246,8 +246,8 @@ def _count(loader: Iterable[Any], most: int | None) -> int:
         if not told and time.monotonic() - began > 30:
             told = True
             log.warning(
-                "train_loader has no length, so its batches are counted: %d so far; give steps_per_epoch if it is long "
-                "or never ends",
+                "train_loader has no length, so its batches are counted: %d so far; give "
+                "batches=BatchSettings(steps_per_epoch=...) if it is long or never ends",
                 count,
             )
     return count

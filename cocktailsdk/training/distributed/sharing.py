@@ -86,7 +86,7 @@ def part_of(batch: Any, ranks: Ranks) -> Part:
         raise TrainingError(
             f"a batch with {found} cannot be shared out among {ranks.world} processes by its examples: give a torch "
             "DataLoader with a map-style dataset, whose examples are shared out before they are loaded, or loaders "
-            "that give each process a part of its own, and shard_loader=False"
+            "that give each process a part of its own, and batches=BatchSettings(shard_loader=False)"
         )
     total = sizes.pop()
     rows = ranks.rows(total)

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from ..metrics import Score
 
-__all__ = ["ALPHAS", "Choice", "Tried", "choose_alpha", "interpolate", "lacking", "layer_of"]
-
-ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-"""Shares of the merged weights that are tried, from the largest down; 1 rejects a round's weights."""
-
+__all__ = ["Choice", "Tried", "choose_alpha", "interpolate", "lacking", "layer_of"]
 
 Cell = TypeVar("Cell", bound=Hashable)
 

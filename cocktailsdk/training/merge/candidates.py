@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...utils.nested import nbytes
 from ..distributed.sharing import part_of
+from ..evaluation import measure, recalibrate
 from ..metrics import NothingScored, Score, counts_hits, hits_of, mean_score
 from ..session import Session, load_tensors
+from ..user_code import guarded_batches
 from .alpha_search import interpolate, lacking, layer_of
 
 __all__ = ["Candidates", "Cell", "doubling", "hardest_first", "regrouped"]
@@ -49,10 +51,10 @@ class Candidates:
         self._proposed: dict[float, Mapping[str, float]] = {}
         self._loaded: float | None = None
         self._recalibrated: set[str] = set()
-        self._batches = list(session.held_order or [])
+        self._batches = list(session.merging.batches or [])
         self._parts = doubling(len(self._batches)) if self._batches else [range(0)]
         self._bytes = [nbytes(batch) for batch in self._batches]
-        guarded = session.guarded(session.recalibration, "train_loader, recalibrating,")
+        guarded = guarded_batches(session, session.data.recalibration, "train_loader, recalibrating,")
         self._recalibration_bytes = session.ranks.from_main(lambda: sum(map(nbytes, guarded)))
 
     def propose(self, key: float, shares: Mapping[str, float]) -> None:
@@ -102,20 +104,20 @@ class Candidates:
             load_tensors(session.net.model, interpolate(self.merged, self.other, alpha, shares))
             self._loaded, self._recalibrated = alpha, set()
         if name not in self._recalibrated:
-            session.recalibrate(name)
+            recalibrate(session, name)
             self._recalibrated.add(name)
         batches = [self._batches[i] for i in self._parts[part]]
         try:
-            score = session.measure(name, batches or None)
+            score = measure(session, name, batches or None)
         except NothingScored:  # every label of this part is ignored
             score = Score(Fraction(0), Fraction(0))
         # counted once there is a result: the run may be stopped before
-        if not any((alpha, (name, p)) in session.judged for p in range(len(self._parts))):
+        if not any((alpha, (name, p)) in session.merging.scores for p in range(len(self._parts))):
             session.history.judged += 1
         session.history.judged_batches += len(batches)
         if not batches:
             return score
-        share = Fraction(score.count, session.held_scores)
+        share = Fraction(score.count, session.merging.score_count)
         return Score(score.value * share, None if score.maximum is None else score.maximum * share, score.count)
 
 
@@ -164,15 +166,15 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
         The order, and the number of scores of a pass; ``None`` and 0 where the metric does not count hits of examples,
         or the data are too large to be kept.
     """
-    assert session.held_out is not None
+    assert session.data.held_out is not None
     ranks = session.ranks
-    session.measure(names[0])
-    if (batches := session.held_out.kept) is None:
+    measure(session, names[0])
+    if (batches := session.data.held_out.cached) is None:
         return None, 0
     misses: list[Tensor] = [torch.zeros(0)] * len(batches)
     total = 0
     for name in names:
-        session.recalibrate(name)
+        recalibrate(session, name)
         for i, batch in enumerate(batches):
             part = None if ranks.world == 1 else part_of(batch, ranks)
             scores, counts = _scores(session, name, part.batch if part else batch)

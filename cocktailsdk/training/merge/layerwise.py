@@ -11,6 +11,7 @@ from torch import Tensor
 from ..session import Session, load_tensors
 from ..step.distill import untouched_buffers
 from ..step.forward import loss_of
+from ..user_code import guarded_batches
 from .alpha_search import Choice, choose_alpha, interpolate, layer_of
 from .candidates import Candidates
 
@@ -77,7 +78,7 @@ def _best(
 ) -> tuple[float, Choice]:
     """The best of what is best so far and some candidates; of equals the former."""
     now = max(tried) + 0.5
-    known = session.judged
+    known = session.merging.scores
     known.update({(now, cell): score for cell, score in best.scores.items()})
     for key, shares in tried.items():
         candidates.propose(key, shares)
@@ -95,7 +96,7 @@ def descended(session: Session, candidates: Candidates, alpha: float, names: Seq
 
     With weights w = a D + (1 - a) T in a layer, the loss moves with its share a by the gradient's product with D - T.
     """
-    assert session.held_out is not None
+    assert session.data.held_out is not None
     net, options = session.net, session.options
     merged, other = candidates.merged, candidates.other
     parameters = dict(net.model.named_parameters())
@@ -105,7 +106,8 @@ def descended(session: Session, candidates: Candidates, alpha: float, names: Seq
     shares = torch.full((len(ways),), alpha, dtype=torch.float64)
     shares.requires_grad_(True)
     optimizer = torch.optim.Adam([shares], lr=RATE)
-    batches = session.guarded(itertools.chain.from_iterable(itertools.repeat(session.held_out)), "val_loader")
+    endless = itertools.chain.from_iterable(itertools.repeat(session.data.held_out))
+    batches = guarded_batches(session, endless, "val_loader")
     session.seed("shares", len(session.history.alphas))
     session.modes.apply()
     with untouched_buffers(net.model):

@@ -10,9 +10,12 @@ from torch import Tensor
 from ...patterns.base import DENSE
 from ...utils.batchnorm import statistics_of
 from ...utils.fsdp import like, local
+from ..checkpoints import save, save_if_due, save_if_late
+from ..evaluation import displayed, measure, recalibrate
 from ..events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from ..left_out import check_trained
 from ..session import Session, load_tensors
+from ..user_code import emit, guarded_batches
 from .alpha_search import Choice, choose_alpha, interpolate
 from .candidates import Candidates, hardest_first, regrouped
 from .layerwise import refine
@@ -35,7 +38,7 @@ def merge_rounds(session: Session) -> None:
     if options.merges:
         shares = len(set(options.alphas))
         total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
-        session.emit(MergeStarted(options.rounds, total))
+        emit(session, MergeStarted(options.rounds, total))
         merged = _round(session, 1)
         _arrange(session, merged)
         done = 0
@@ -45,24 +48,24 @@ def merge_rounds(session: Session) -> None:
                 choice, layers = _search(session, merged, other, k, done, total)
                 history.alphas.append(choice.alpha)
                 history.shares.append(layers)
-                history.merged.append(session.readable(choice.value))
+                history.merged.append(displayed(session, choice.value))
                 # at share 1 the next round's candidate is this one: its networks are judged already
-                session.judged = {(1.0, cell): score for cell, score in choice.scores.items()}
+                session.merging.scores = {(1.0, cell): score for cell, score in choice.scores.items()}
             alpha = history.alphas[k - 2]
             merged = interpolate(merged, other, alpha, history.shares[k - 2])
             done += shares * len(session.names(k))
             log.info("merged round %d with share %g: mean metric %.4f", k, alpha, history.merged[k - 2])
-            session.save_if_due()
-            session.emit(AlphaChosen(k, alpha, history.merged[k - 2]))
+            save_if_due(session)
+            emit(session, AlphaChosen(k, alpha, history.merged[k - 2]))
     else:
         merged = _round(session, options.rounds)
     load_tensors(session.net.model, merged)
-    session.judged = {}
+    session.merging.scores = {}
     if options.finishing_epochs:
         session.position.phase, session.position.round = "finishing", options.finishing_round
     else:
         session.position.phase = "finish"
-    session.save()
+    save(session)
 
 
 def _round(session: Session, k: int) -> dict[str, Tensor]:
@@ -72,18 +75,18 @@ def _round(session: Session, k: int) -> dict[str, Tensor]:
 
 
 def _arrange(session: Session, merged: Mapping[str, Tensor]) -> None:
-    """Choose in which order held-out examples are judged, or take the order of the run that is gone on with."""
+    """Choose in which order held-out examples are judged, or take the order of the run that is resumed."""
     if session.options.rounds < 2 or not session.names(1):
         return
-    if not session.held_scores:
+    held_out, merging = session.data.held_out, session.merging
+    if not merging.score_count:
         load_tensors(session.net.model, merged)
-        session.held_examples, session.held_scores = hardest_first(session, session.names(1))
-    elif session.held_out is not None and session.held_out.kept is None:
-        for _ in session.guarded(session.held_out, "val_loader"):  # kept once gone through
+        merging.order, merging.score_count = hardest_first(session, session.names(1))
+    elif held_out is not None and held_out.cached is None:
+        for _ in guarded_batches(session, held_out, "val_loader"):  # the first pass fills the cache
             pass
-    if session.held_examples is not None and session.held_out is not None and session.held_out.kept is not None:
-        batches = session.held_out.kept
-        session.held_order = regrouped(batches, session.held_examples) or batches
+    if merging.order is not None and held_out is not None and held_out.cached is not None:
+        merging.batches = regrouped(held_out.cached, merging.order) or held_out.cached
 
 
 def _search(
@@ -95,15 +98,15 @@ def _search(
     shares = len(set(session.options.alphas))
 
     def judged(alpha: float, settled: int) -> None:
-        if session.due():
-            session.emit(MergeProgress(k, alpha, done + settled * len(names) // len(cells), total))
-        session.save_if_late()
+        if session.timing.event_due():
+            emit(session, MergeProgress(k, alpha, done + settled * len(names) // len(cells), total))
+        save_if_late(session)
 
     choice = choose_alpha(
         session.options.alphas,
         cells,
         candidates.judge,
-        session.judged,
+        session.merging.scores,
         judged,
         order=candidates.order,
         networks=len(names),
@@ -111,17 +114,17 @@ def _search(
 
     def refining(alpha: float, settled: int) -> None:
         del settled
-        if session.due():
-            session.emit(MergeProgress(k, alpha, done + shares * len(names), total))
-        session.save_if_late()
+        if session.timing.event_due():
+            emit(session, MergeProgress(k, alpha, done + shares * len(names), total))
+        save_if_late(session)
 
-    points = [{"alpha": t.alpha, "metric" if t.whole else "bound": session.readable(t.value)} for t in choice.tried]
+    points = [{"alpha": t.alpha, "metric" if t.whole else "bound": displayed(session, t.value)} for t in choice.tried]
     layers, choice = refine(session, candidates, choice, names, refining)
     history.curves.append({"round": k, "points": points})
     in_all = (shares + candidates.proposed) * len(names)
     history.reused += len(session.names(k - 1)) if k > 2 and 1.0 in session.options.alphas else 0
     history.to_judge += in_all
-    history.to_judge_batches += in_all * len(session.held_order or ())
+    history.to_judge_batches += in_all * len(session.merging.batches or ())
     return choice, layers
 
 
@@ -139,12 +142,12 @@ def finish(session: Session) -> None:
     for i, name in enumerate(names[position.step :], position.step):
         with session.weights_of(name):
             if name not in tracked:
-                session.recalibrate(name)
-            if session.held_out is not None:
-                net.metrics[name] = session.readable(session.measure(name).value)
+                recalibrate(session, name)
+            if session.data.held_out is not None:
+                net.metrics[name] = displayed(session, measure(session, name).value)
         position.step = i + 1
-        session.emit(NetworkFinished(name, net.metrics.get(name), i + 1, len(names)))
-        session.save_if_late()
+        emit(session, NetworkFinished(name, net.metrics.get(name), i + 1, len(names)))
+        save_if_late(session)
     if own:
         load_tensors(net.model, {**session.store.get(own[DENSE]), **net.statistics[DENSE]})
         log.warning(
@@ -154,7 +157,7 @@ def finish(session: Session) -> None:
             len(own) - 1,
         )
     position.phase, position.step = "done", 0
-    session.save()
+    save(session)
 
 
 def _tracked(session: Session) -> dict[str, dict[str, Tensor]]:

@@ -43,6 +43,8 @@ _FUNCTIONS = ("loss_fn", "forward_fn", "distill_fn", "metric")
 def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """A run's configuration.
 
+    The names in it are a file format: those that the trainer's settings had in release 0.1, so that its runs resume.
+
     Of functions only the name is known; of the optimizer its class and settings; of the schedule its class and, for
     ``LambdaLR``, the rate at some steps. Weights and data are not part of it: what matters of them belongs in
     ``config``.
@@ -58,10 +60,7 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
     training |= {name: _name(getattr(options, name)) for name in _FUNCTIONS}
     training["alphas"] = sorted(options.alphas)
     training["recipe"] = options.recipe.describe()
-    # how passes run is told where it is not the plain way, how many processes there are never: it may change
-    plain = {"mixed_precision": None, "accumulate": 1, "clip_norm": None, "sync_batch_norm": False, "ema": None}
-    chosen = {**{name: getattr(options, name, None) for name in plain}, "mixed_precision": options.precision.name}
-    training |= {name: value for name, value in chosen.items() if value != plain[name]}
+    training |= _execution(options)
     if options.budget:
         training["steps"] = list(options.budget)
     return {
@@ -73,6 +72,19 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
         **_optimization(net, options),
         "config": user,
     }
+
+
+def _execution(options: Options) -> dict[str, Any]:
+    """How passes run, where not in the plain way. The number of processes is no part of it: a run may change it."""
+    execution = options.execution
+    plain_and_chosen = {
+        "mixed_precision": (None, options.precision.name),
+        "accumulate": (1, options.gradient_accumulation_steps),
+        "clip_norm": (None, execution.max_grad_norm),
+        "sync_batch_norm": (False, execution.sync_batch_norm),
+        "ema": (None, execution.ema_decay),
+    }
+    return {name: chosen for name, (plain, chosen) in plain_and_chosen.items() if chosen != plain}
 
 
 def _optimization(net: SubnetModel, options: Options) -> dict[str, Any]:

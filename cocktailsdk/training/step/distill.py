@@ -211,9 +211,9 @@ def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
     """The error for a loss that cannot take a teacher's output as its target."""
     loss = "the model's own loss" if loss_fn is None else getattr(loss_fn, "__name__", type(loss_fn).__name__)
     return TrainingError(
-        f"distillation needs distill_fn(student_output, teacher_output) -> scalar loss: {loss} on an output of type "
-        f"{type(output).__name__} is no classification of integer labels, so there is no soft target to be found by "
-        "itself; distill_weight=0 trains without distillation"
+        f"{loss} on an output of type {type(output).__name__} is no classification of integer labels, so the teacher's "
+        "output cannot be its target: give distillation=DistillationSettings(loss_fn=...), a function "
+        "loss_fn(student_output, teacher_output) -> scalar, or DistillationSettings(weight=0) for no distillation"
     )
 
 

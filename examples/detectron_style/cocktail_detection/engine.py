@@ -128,22 +128,23 @@ def trainer_of(setup: Setup, net: cocktail.CocktailNet, callbacks: Sequence[Call
         recipe=recipe,
         val_loader=loaders.held_out,
         metric=image_precisions,
-        forward_fn=architecture.forward,
-        distill_fn=DenseTeacher(chosen.DISTILL_FEATURES, chosen.DISTILL_LOGITS, architecture.softmax),
-        distill_weight=weight,
+        distillation=cocktail.DistillationSettings(
+            loss_fn=DenseTeacher(chosen.DISTILL_FEATURES, chosen.DISTILL_LOGITS, architecture.softmax), weight=weight
+        ),
         optimizer=optimizers[solver.OPTIMIZER],
         schedule=cosine(warmup=solver.WARMUP, minimum=0.01),
         total_steps=solver.MAX_ITER,
-        steps_per_epoch=steps,
+        batches=cocktail.BatchSettings(forward_fn=architecture.forward, steps_per_epoch=steps),
         start=chosen.START,
-        recalibration_batches=chosen.RECALIBRATION_BATCHES,
-        mixed_precision=solver.PRECISION or None,
-        clip_norm=solver.CLIP_NORM or None,
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=chosen.RECALIBRATION_BATCHES),
+        execution=cocktail.ExecutionSettings(
+            mixed_precision=solver.PRECISION or None, max_grad_norm=solver.CLIP_NORM or None
+        ),
         seed=cfg.SEED,
         out_dir=setup.out,
         device=cfg.MODEL.DEVICE or None,
         callbacks=callbacks,
-        config={k: v for k, v in cfg.items() if k not in ("OUTPUT_DIR", "TEST", "VIS")},
+        output=cocktail.OutputSettings(config={k: v for k, v in cfg.items() if k not in ("OUTPUT_DIR", "TEST", "VIS")}),
     )
 
 

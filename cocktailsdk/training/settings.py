@@ -1,0 +1,240 @@
+"""Settings of :class:`~cocktailsdk.CoTrainer` beyond its everyday arguments, in six groups by what they are about.
+
+The arguments that most runs need are keywords of the trainer. The rest comes in groups, so that each is found by its
+subject, as in Lightning's plugins: where the teacher comes in, ``distillation=``; how rounds are made and merged,
+``rounds=``; how networks are measured, ``evaluation=``; how batches are used, ``batches=``; how an optimizer step is
+computed, ``execution=``; what the run writes and reports, ``output=``. Names are those of transformers, accelerate and
+timm where these have one (``max_grad_norm``, ``gradient_accumulation_steps``, ``ema_decay``).
+
+All groups are frozen: ``dataclasses.replace(settings, ...)`` makes a variant.
+
+Example:
+    ```python
+    trainer = cocktail.CoTrainer(
+        net,
+        train_loader,
+        loss_fn,
+        val_loader=val_loader,
+        rounds=cocktail.RoundSettings(count=3),
+        execution=cocktail.ExecutionSettings(mixed_precision="bf16", max_grad_norm=1.0),
+    )
+    ```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import TrainingError
+from .arguments import check_numbers, shortened
+from .step.distill import DistillFn
+from .step.forward import ForwardFn
+from .step.precision import MixedPrecision
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = [
+    "ALPHAS",
+    "BatchSettings",
+    "DistillationSettings",
+    "EvaluationSettings",
+    "ExecutionSettings",
+    "OutputSettings",
+    "RoundSettings",
+    "Settings",
+]
+
+ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+"""Interpolation coefficients that merging tries, from the largest down; 1 rejects a round's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings:
+    """How the dense network teaches the subnetworks.
+
+    Attributes:
+        weight: Weight of the distillation loss on sparse steps, in [0, 1], where the recipe sets none; the loss of the
+            labels gets the rest. 0 turns distillation off in every recipe.
+        loss_fn: ``loss_fn(student_output, teacher_output) -> scalar``. Default: soft cross-entropy, for classification
+            and language models with integer labels; other tasks need one, or ``weight=0``.
+    """
+
+    weight: float = 0.5
+    loss_fn: DistillFn | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "weight")
+        _check_callable(self, "loss_fn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSettings:
+    """How many rounds there are, where they begin, and how their weights are merged.
+
+    Attributes:
+        count: Rounds after round 0. Default: the largest number of levels of a pattern.
+        rewind_epoch: Where the recipe rewinds, rounds begin with the weights after so many epochs of round 0.
+            Default: 7 of 150 epochs, in proportion.
+        rewind_schedule: Whether optimizer and schedule are rewound too, which leaves a round ``epochs - rewind_epoch``
+            epochs. By default they begin anew with every round.
+        merge: Whether rounds are merged, where the recipe does. Otherwise the last round's weights are the result.
+        alphas: Interpolation coefficients that merging tries, each in (0, 1].
+    """
+
+    count: int | None = None
+    rewind_epoch: int | None = None
+    rewind_schedule: bool = False
+    merge: bool = True
+    alphas: Sequence[float] = ALPHAS
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "count", "rewind_epoch")
+        alphas = tuple(self.alphas) if isinstance(self.alphas, Iterable) else ()
+        if not alphas or not all(isinstance(a, Real) and not isinstance(a, bool) and 0 < a <= 1 for a in alphas):
+            rule = "numbers in (0, 1], at least one, like (1.0, 0.5)"
+            raise TrainingError(f"RoundSettings.alphas must be {rule}, got {shortened(self.alphas)}")
+        object.__setattr__(self, "alphas", alphas)  # any iterable is taken, and the class is frozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How networks are measured.
+
+    Attributes:
+        metric_mode: ``"max"`` where more of the metric is better, ``"min"`` where less is.
+        recalibration_batches: Training batches from which each network's batch-norm statistics are computed before it
+            is measured.
+    """
+
+    metric_mode: Literal["max", "min"] = "max"
+    recalibration_batches: int = 8
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "metric_mode", ("max", "min"))
+        _check_numbers(self, "recalibration_batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """How the batches of the loaders are used.
+
+    Attributes:
+        forward_fn: ``forward_fn(model, batch) -> (output, target)``. Default: tensors, ``(inputs, target)`` and
+            mappings are understood.
+        steps_per_epoch: Batches of an epoch. Default: the loader's length. The next epoch continues in the loader where
+            the last one stopped, so that every batch is used whatever the number.
+        shard_loader: Whether each batch of ``train_loader`` is divided among processes; ``False`` where the loader
+            gives each process its own part. Default: yes, unless the loader does that visibly (``DistributedSampler``,
+            loaders that Accelerate prepared).
+    """
+
+    forward_fn: ForwardFn | None = None
+    steps_per_epoch: int | None = None
+    shard_loader: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "steps_per_epoch")
+        _check_callable(self, "forward_fn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSettings:
+    """How an optimizer step is computed, on one process or several.
+
+    Attributes:
+        accelerator: Your own ``accelerate.Accelerator``. Default: under ``torchrun`` and ``accelerate launch`` one is
+            made; see the page on several processes.
+        mixed_precision: ``"bf16"`` or ``"fp16"``: training passes compute in 16 bits. Weights, masks, statistics,
+            metrics and merging keep the weights' own precision. Default: the accelerator's.
+        gradient_accumulation_steps: Batches of an optimizer step, one after the other. Gradients are those of the mean
+            over all their examples. Default: the accelerator's ``gradient_accumulation_steps``, or 1.
+        max_grad_norm: Largest norm of all gradients of a step together; longer ones are scaled down to it. Default: no
+            limit.
+        ema_decay: Decay of an exponential moving average of the weights in (0, 1), say 0.999. Each round ends with the
+            average, which is measured, pruned, merged and trained on. It takes one more copy of the trained weights.
+            Default: no average.
+        sync_batch_norm: Whether batch norms of several processes on GPUs normalize by all processes' examples.
+        on_nan: What happens where a loss is NaN or infinite. ``"raise"`` stops the run; it finds which step it was
+            without waiting for the device in each. ``"skip"`` leaves the step out, also where only gradients are not
+            finite: weights, momentum and statistics stay. It waits for the device in every step, and stops the run
+            after 25 such steps in a row.
+    """
+
+    accelerator: Accelerator | None = None
+    mixed_precision: MixedPrecision | None = None
+    gradient_accumulation_steps: int | None = None
+    max_grad_norm: float | None = None
+    ema_decay: float | None = None
+    sync_batch_norm: bool = False
+    on_nan: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "gradient_accumulation_steps", "max_grad_norm", "ema_decay")
+        _check_choice(self, "mixed_precision", (None, "bf16", "fp16"))
+        _check_choice(self, "on_nan", ("raise", "skip"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What a run writes to ``out_dir`` and reports to ``callbacks``, and how often.
+
+    Attributes:
+        save_seconds: Least seconds between two saves at ends of epochs. Rounds always save.
+        save_minutes: Most minutes without a save: also within an epoch, in merging, and while networks are measured.
+        event_seconds: Least seconds between two events of single steps.
+        config: JSON values that describe what the trainer cannot see (the data, say). They are part of the fingerprint:
+            a run with another ``config`` does not resume.
+    """
+
+    save_seconds: float = 10.0
+    save_minutes: float = 5.0
+    event_seconds: float = 0.1
+    config: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "save_seconds", "save_minutes", "event_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All groups, each under the keyword that :class:`~cocktailsdk.CoTrainer` takes it by."""
+
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    rounds: RoundSettings = field(default_factory=RoundSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    batches: BatchSettings = field(default_factory=BatchSettings)
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+
+    def __post_init__(self) -> None:
+        for name, group in GROUPS.items():
+            if not isinstance(value := getattr(self, name), group):
+                raise TrainingError(
+                    f"{name} must be {group.__name__}, got {shortened(value)}: write {name}={group.__name__}(...)"
+                )
+
+
+GROUPS: Mapping[str, Any] = {f.name: f.default_factory for f in fields(Settings)}
+"""The class of every group by its keyword."""
+
+
+def _check_numbers(settings: Any, *names: str) -> None:
+    check_numbers(f"{type(settings).__name__}.", **{name: getattr(settings, name) for name in names})
+
+
+def _check_callable(settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    if value is not None and not callable(value):
+        raise TrainingError(f"{type(settings).__name__}.{name} must be callable, got {type(value).__name__}")
+
+
+def _check_choice(settings: Any, name: str, choices: Sequence[str | None]) -> None:
+    value = getattr(settings, name)
+    if value not in choices:
+        *others, last = ("None" if choice is None else f'"{choice}"' for choice in choices)
+        rule = f"{', '.join(others)} or {last}"
+        raise TrainingError(f"{type(settings).__name__}.{name} must be {rule}, got {shortened(value)}")
