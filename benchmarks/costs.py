@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cocktailsdk.training.state.store.store import write_atomic
 from rich.console import Console
 from rich.table import Table
 
 import cocktailsdk as cocktail
 from cocktailsdk.choosing.memory import peak_bytes
+from cocktailsdk.io.atomic import write_json
 from cocktailsdk.models import build_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "costs.json"
@@ -55,7 +55,7 @@ def measure(found: dict[str, Any]) -> None:
             "parameters": report.params,
             "peak_bytes": peak_bytes(model, (x,), {}),
         }
-        write_atomic(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(RESULTS, found)
 
 
 def table(found: dict[str, Any]) -> Table:

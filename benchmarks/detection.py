@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 from children import run_child
-from cocktailsdk.training.state.store.store import write_atomic
 from detection_rows import KINDS, METHODS, RESULTS, TASKS, Line, Row, lines, paper_gap, read, write
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cocktailsdk import CocktailError
+from cocktailsdk.io.atomic import write_atomic
 from cocktailsdk.utils.devices import available_device
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style"

@@ -26,7 +26,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from cocktailsdk.training.state.store.store import FolderStore
+from cocktailsdk.training.state.store import FolderStore
 
 from cocktailsdk import CocktailNet, CoTrainer, presets
 from cocktailsdk.bundle import write

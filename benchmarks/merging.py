@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -27,7 +26,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cocktailsdk.training.state.store.store import write_atomic
 from quality import trainer_of
 from quality_rows import Run
 from quality_tasks import TASKS
@@ -35,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cocktailsdk as cocktail
+from cocktailsdk.io.atomic import write_json
 from cocktailsdk.training.events import AlphaChosen, Event, MergeStarted
 from cocktailsdk.training.merge import merging
 from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha
@@ -191,7 +190,7 @@ def main() -> int:
         "devices": found,
     }
     asked.results.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(asked.results, (json.dumps(row, indent=1) + "\n").encode())
+    write_json(asked.results, row)
     console.print(table(row))
     console.print(f"shares: {chosen['full search']}" if row["same"] else f"shares differ: {chosen}")
     return 0 if row["same"] else 1

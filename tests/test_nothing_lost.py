@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cocktailsdk.training.state.store.history import RoundHistory
+from cocktailsdk.training.state.history import RoundHistory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

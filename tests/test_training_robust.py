@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from cocktailsdk.training.state.store.encoding import pack_masks, unpack_masks
-from cocktailsdk.training.state.store.store import MAGIC, OLD_MAGIC, FolderStore
+from cocktailsdk.training.state.encoding import pack_masks, unpack_masks
+from cocktailsdk.training.state.store import MAGIC, OLD_MAGIC, FolderStore
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from training_tiny import assert_identical, result, sgd, tiny_loaders, tiny_net, tiny_trainer
 
 from cocktailsdk import CoTrainer, TrainingError
-from cocktailsdk.io.atomic import Sink, write_tensors, write_whole
+from cocktailsdk.io.atomic import HashingWriter, write_atomic
+from cocktailsdk.io.tensors import write_tensors
 from cocktailsdk.masks import Mask
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.step.nan_guard import LossWatch, Place
@@ -118,19 +119,19 @@ def test_a_writer_in_cpp_survives_any_failure_and_nothing_is_left(tmp_path: Path
         def write(self, data: Any) -> int:
             raise KeyboardInterrupt
 
-    sink = Sink(Broken())  # type: ignore[arg-type]
+    sink = HashingWriter(Broken())  # type: ignore[arg-type]
     torch.save({"a": torch.zeros(10_000)}, sink)  # type: ignore[arg-type]
     assert isinstance(sink.error, KeyboardInterrupt)
     assert sink.bytes > 40_000
     path = tmp_path / "file"
     path.write_bytes(b"before")
 
-    def fill(sink: Sink) -> None:
+    def fill(sink: HashingWriter) -> None:
         sink.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, fill)
+        write_atomic(path, fill)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
 
 
@@ -275,8 +276,6 @@ def test_other_processes_are_kept_out_and_forked_ones_end_as_they_should(tmp_pat
         "        os._exit(4)\n"
         "    return os.waitpid(pid, 0)[1]\n"
         "def again():\n"
-        "    from cocktailsdk.training import locking\n"
-        "    locking._MINE.clear()\n"
         "    with locked(path):\n"
         "        pass\n"
         "with locked(path), Interrupts() as interrupts:\n"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Coupling
-from ..io.safetensors_reader import DTYPES, TensorFile
+from ..io.safetensors_reader import TensorFile
+from ..io.tensors import DTYPES
 from ..io.values import items, keyed, quoted, text, texts, whole
 from ..masks import Mask
 

@@ -62,7 +62,7 @@ def report_run(
     output_file(html, "--html")
     output_folder(figures, "--figures")
 
-    from ..io.text import write_bytes
+    from ..io.atomic import write_atomic
     from ..report.page import report_page
 
     runs = [_read(Path(folder), profile) for folder in folders if folder is not None]
@@ -70,7 +70,7 @@ def report_run(
     if html is not None or figures is None:
         target = html if html is not None else runs[0].folder / "report.html"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, report_page(runs).encode())
+        write_atomic(target, report_page(runs))
         written["html"] = str(target)
     if figures is not None:
         from ..report.figures import write_figures

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ..bundle import bundle_bytes
-from ..io.atomic import clean
+from ..io.atomic import remove_stale
 from ..presets import Prepared, Preset, get_preset
 from ..report.figure import write_figure
 from ..report.live import RunView, run_view_for
@@ -106,7 +106,7 @@ def train_preset(
 
 def _tidy(folder: Path) -> None:
     """Remove what an earlier process that was killed left half-written beside the bundle and the report."""
-    clean(folder)
+    remove_stale(folder)
     for stale in folder.glob(f".{BUNDLE}.new-*"):
         shutil.rmtree(stale, ignore_errors=True)
 

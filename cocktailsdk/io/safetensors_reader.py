@@ -17,29 +17,10 @@ from torch import Tensor
 
 from ..errors import BundleError
 from .limits import MAX_DIMS, MAX_HEADER_BYTES, MAX_TENSORS
+from .tensors import DTYPES
 from .values import items, keyed, parse, quoted, whole
 
-__all__ = ["DTYPES", "TensorFile"]
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""What a file may hold, by safetensors' names."""
+__all__ = ["TensorFile"]
 
 
 @dataclass(frozen=True)

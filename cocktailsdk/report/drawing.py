@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..io.text import write_bytes
+from ..io.atomic import write_atomic
 from .chart import Chart, Series
 from .looks import GRID, INK, PAPER, Look
 from .numbers import bytes_text, count_text
@@ -102,7 +102,7 @@ def write_matrix(
 def _save(figure: Any, path: Path) -> None:
     buffer, kind = io.BytesIO(), path.suffix.lstrip(".")
     figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    write_bytes(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def _draw(chart: Chart, looks: Mapping[str, Look], limits: Limits | None) -> tuple[Any, dict[str, tuple[int, int]]]:

@@ -38,12 +38,12 @@ from cocktail_detection.engine import (
     write_metrics,
 )
 from cocktail_detection.tables import metrics_table, summary
-from cocktailsdk.training.state.store.store import write_atomic
 from rich.console import Console
 from torch import distributed as dist
 
 import cocktailsdk as cocktail
 from cocktailsdk import CocktailError
+from cocktailsdk.io.atomic import write_atomic
 from cocktailsdk.report.live import run_view_for
 from cocktailsdk.training.events import Event
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cocktailsdk.training.state.store.store import write_atomic
 from torch import distributed as dist
 from torch.utils.data import Subset
 
 import cocktailsdk as cocktail
+from cocktailsdk.io.atomic import write_atomic
 from cocktailsdk.training.distributed.ranks import SINGLE, Ranks
 from cocktailsdk.training.events import Callback
 from cocktailsdk.training.recipes import recipe_named
