@@ -26,7 +26,6 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from cocktailsdk.training.state.store import FolderStore
 
 from cocktailsdk import CocktailNet, CoTrainer, presets
 from cocktailsdk.bundle import write
@@ -36,6 +35,7 @@ from cocktailsdk.patterns import NM, Channel, Unstructured
 from cocktailsdk.presets import Preset, digits
 from cocktailsdk.training import rounds
 from cocktailsdk.training.merge import merging
+from cocktailsdk.training.state.store import FolderStore
 
 STARTING = "starting"
 PHASES: dict[CodeType, str] = {

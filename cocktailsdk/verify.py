@@ -12,7 +12,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .errors import PatternError
 from .graph import Kept, Weight
 from .graph.carried import computed
-from .graph.export import evaluating
 from .graph.hooked import hooked
 from .net.subnet_model import SubnetModel
 from .net.target_modules import Modules, Selection
@@ -20,6 +19,7 @@ from .patterns import NM
 from .patterns.layout import tiles
 from .patterns.nm import runs
 from .patterns.remaining import Remaining
+from .utils.modes import evaluating
 from .utils.undo import unchanged
 
 
@@ -172,7 +172,7 @@ def _weights(model: nn.Module) -> list[tuple[Weight, Tensor]]:
     """Weights by the class of their module, for want of a graph; each parameter once. Computed ones as they are now."""
     seen: set[int] = set()
     out = []
-    with unchanged(model), evaluating(model), torch.no_grad():
+    with unchanged(model), evaluating(model, clear_caches=True), torch.no_grad():
         for path, module in model.named_modules():
             now = dict(hooked(module))
             for name, t, op, out_axis, in_axis in _of(module):

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from cocktailsdk.training.state.history import RoundHistory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from cocktailsdk.training.left_out import check_trained, weight_sums
 from cocktailsdk.training.merge.alpha_search import choose_alpha
 from cocktailsdk.training.metrics import HeldOutLoss, Score, mean_score, readable
 from cocktailsdk.training.score_sizes import check_size
+from cocktailsdk.training.state.history import RoundHistory
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=60)
 

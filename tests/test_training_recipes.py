@@ -411,8 +411,8 @@ def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
 
 def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
     from cocktailsdk.training.step.distill import Classes
-    from cocktailsdk.training.step.forward import default_forward
     from cocktailsdk.training.step.stepper import Stepper
+    from cocktailsdk.utils.nested import default_forward
 
     for active in (True, False):
         net = tiny_net()
@@ -432,8 +432,8 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
 
 def test_gradients_of_several_turns_are_added_each_under_its_own_mask() -> None:
     from cocktailsdk.training.step.distill import Classes
-    from cocktailsdk.training.step.forward import default_forward
     from cocktailsdk.training.step.stepper import Stepper
+    from cocktailsdk.utils.nested import default_forward
 
     def gradients(*turns: str) -> dict[str, torch.Tensor]:
         net = tiny_net()

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from cocktailsdk.training.state.encoding import pack_masks, unpack_masks
-from cocktailsdk.training.state.store import MAGIC, OLD_MAGIC, FolderStore
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +24,8 @@ from cocktailsdk.io.atomic import HashingWriter, write_atomic
 from cocktailsdk.io.tensors import write_tensors
 from cocktailsdk.masks import Mask
 from cocktailsdk.training import events as ev
+from cocktailsdk.training.state.encoding import pack_masks, unpack_masks
+from cocktailsdk.training.state.store import MAGIC, OLD_MAGIC, FolderStore
 from cocktailsdk.training.step.nan_guard import LossWatch, Place
 
 FEW: dict[str, Any] = {"rounds": 2, "alphas": (1.0, 0.5)}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..graph.export import evaluating
 from ..models import Inputs, example_inputs_for
+from ..utils.modes import evaluating
 from ..utils.undo import unchanged
 
 __all__ = ["inputs_for"]
@@ -83,7 +83,7 @@ def _candidates(model: nn.Module) -> Iterator[Tensor]:
 
 def _runs(model: nn.Module, x: Tensor) -> bool:
     try:
-        with unchanged(model), evaluating(model), torch.no_grad():
+        with unchanged(model), evaluating(model, clear_caches=True), torch.no_grad():
             model(x)
     except Exception:  # whatever the model says of an input that it cannot take
         return False

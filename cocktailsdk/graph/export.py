@@ -21,12 +21,13 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
+from ..utils.modes import evaluating
 from ..utils.undo import Snapshot, unchanged
 from .grouped import ExportableGroups
 from .obstacles import hookable, is_scripted, refuse_what_cannot_run
 from .outputs import tensors_of
 
-__all__ = ["BuildsParameters", "Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
+__all__ = ["BuildsParameters", "Exported", "export", "module_of", "op_name", "shape_of", "within"]
 
 log = logging.getLogger(__name__)
 
@@ -62,37 +63,6 @@ class Exported:
     scopes: tuple[str, ...] = ("",)
     failures: Mapping[str, str] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back as it was; what modules keep of earlier runs is forgotten."""
-    modules = list(model.modules())
-    was = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has no mode
-    without = [m for m in modules if not hasattr(m, "training")]
-    try:
-        try:
-            model.eval()
-        except NotImplementedError:  # graphs of torch.export refuse: they are of one mode
-            for m, _ in was:
-                m.training = False
-        _forget(model)
-        yield
-    finally:
-        _forget(model)
-        for m, training in was:
-            m.training = training
-        for m in without:
-            vars(m).pop("training", None)
-
-
-def _forget(model: nn.Module) -> None:
-    """Clears what modules keep of a run in eval mode (a bias by device, say), as they do it themselves in training."""
-    for m in model.modules():
-        kept = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
-        if any(isinstance(t, Tensor) for held in kept for t in held.values()):
-            m.train()
-            m.eval()
 
 
 def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Exported:
@@ -137,7 +107,7 @@ def _programs(
     as it is, if possible; then as it is after a pass on real tensors. Each attempt is undone before the next: what it
     leaves in the model are stand-ins without values.
     """
-    with evaluating(model), unchanged(model) as before:
+    with evaluating(model, clear_caches=True), unchanged(model) as before:
         whole = _attempt(partial(_whole, model, inputs), failures, "")
         _refuse_new_parameters(model, own)
         if whole is not None:

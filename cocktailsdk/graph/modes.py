@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..utils.modes import modes_restored
 from .export import Exported, _merged, _placed, _quiet, _whole, op_name, shape_of, within
 from .steady import unchanged_randomness
 
@@ -100,18 +101,14 @@ def in_training(model: nn.Module) -> Iterator[None]:
     training mode, since the model's code may ask for that of a part (``self.head.training``). Gradients are recorded
     only where the model's code asks whether they are.
     """
-    was = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in was:
+    with modes_restored(model):
+        for m in model.modules():
             draws = isinstance(m, _NormBase | _DropoutNd) or any(
                 isinstance(hook, SpectralNorm) for hook in m._forward_pre_hooks.values()
             )
             m.training = not draws and (isinstance(m, _INDIFFERENT) or not _known(type(m)))
         with torch.set_grad_enabled(_GRADIENTS in _asked(model)):
             yield
-    finally:
-        for m, training in was:
-            m.training = training
 
 
 def followed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Exported:

@@ -13,8 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import SlimError
+from ..utils.modes import evaluating
 from .compare import (
-    EXACT,
     NARROWED,
     SINGLE,
     Precision,
@@ -30,14 +30,13 @@ from .copies import duplicate_in_double
 from .coupling import Coupling, Node
 from .cut import Cutter
 from .empty_heads import RefuseEmptyHeads
-from .export import evaluating
 from .mend import Mends, Options, assign, surviving
 from .recoded import recoded
 from .relabel import check_labels
 from .rewrite import rewritten
 from .verify_training import check_training
 
-__all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
+__all__ = ["Proof", "apply_masks", "verify_slim"]
 
 
 def apply_masks(model: nn.Module, coupling: Coupling, removed: Bool[Tensor, " units"]) -> None:
@@ -91,7 +90,7 @@ def verify_slim(
     args, kwargs = doubled((tuple(args), dict(kwargs or {})), generator)
     slim, options = cutter.cut(masked)
     scopes = [path for path in cutter.trace.scopes if path]
-    with evaluating(masked), evaluating(slim), torch.no_grad():
+    with evaluating(masked, clear_caches=True), evaluating(slim, clear_caches=True), torch.no_grad():
         apply_masks(masked, cutter.coupling, cutter.removed)
         precision = Precision()
         try:
@@ -166,7 +165,7 @@ def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     """What the randomised model returns before anything is masked."""
     dense = duplicate_in_double(model)
     randomise(dense, torch.Generator().manual_seed(0))
-    with evaluating(dense), torch.no_grad(), Precision():
+    with evaluating(dense, clear_caches=True), torch.no_grad(), Precision():
         return tensors_in(dense(*args, **kwargs))
 
 

@@ -15,21 +15,21 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CocktailError, SubnetError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
-from ..utils.batchnorm import device_of
 from ..utils.blame import MISFITS, blamed
+from ..utils.devices import device_of
 from ..utils.fsdp import reshard_after_forward
-from ..utils.modes import TrainingModes, modes_kept
-from ..utils.nested import form_of, tensors_in
+from ..utils.modes import TrainingModes, evaluating, modes_restored
+from ..utils.nested import default_forward, form_of, tensors_in, to_device
 from ..utils.norms import running_norms
+from ..utils.settings import forked
 from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
 from .budget import round_steps
-from .data.batches import HeldBatches, to_device
+from .data.batches import HeldBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums
 from .loop_step import LoopStep, beyond, needs_trainer
 from .metrics import MetricFn, accuracy_of, mean_score
-from .randomness import forked
 from .recipes import Recipe, Step, recipe_named
 from .rescue import rescued_bundle
 from .round_plan import names_until, networks_of, round_masks, step_of
@@ -39,7 +39,7 @@ from .state.encoding import pack_masks, unpack_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
 from .step.execution import Execution
-from .step.forward import ForwardFn, default_forward, detached
+from .step.forward import ForwardFn, detached
 from .step.nan_guard import not_finite
 from .step.precision import without_autocast
 
@@ -289,7 +289,7 @@ class CoLoop:
         device = device_of(net.model)
         statistics, metrics = dict(net.statistics), dict(net.metrics)
         try:
-            with without_autocast(device), forked(), modes_kept(net.model):
+            with without_autocast(device), forked(), modes_restored(net.model):
                 self._modes.apply()
                 batches = HeldBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
                 held = None if val_loader is None else HeldBatches(val_loader, (self._seed, "held out"), device)
@@ -333,8 +333,7 @@ class CoLoop:
         """Accuracy, where outputs are class logits along axis 1, as the steps or a held-out batch show."""
         model = self._net.model
         if self._classes is None:
-            with modes_kept(model), torch.no_grad():
-                model.eval()
+            with evaluating(model), torch.no_grad():
                 for batch in itertools.islice(held, 1):
                     self._classes = find_classes(*self._forward(model, batch), None)
         if self._classes is None or self._classes.axis != 1:

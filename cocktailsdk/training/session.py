@@ -20,9 +20,10 @@ from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.fsdp import is_sharded, local, rows_of
 from ..utils.modes import TrainingModes
+from ..utils.nested import to_device
 from ..utils.weight_caches import forget_derived
 from .averaging import Average
-from .data.batches import HeldBatches, to_device
+from .data.batches import HeldBatches
 from .data.stream import Stream
 from .distributed.ranks import SINGLE, Ranks, digest
 from .distributed.recalibration import recalibrate

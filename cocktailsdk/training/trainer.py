@@ -17,7 +17,11 @@ from ..errors import TrainingError
 from ..io.atomic import DiskFailed
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
+from ..utils.devices import device_of
 from ..utils.fsdp import is_sharded, sharded
+from ..utils.modes import modes_restored
+from ..utils.nested import default_forward
+from ..utils.settings import forked
 from .arguments import check_kinds, check_numbers, one_budget
 from .budget import Division, divide_steps, finishing_epochs, rewind_epoch_of
 from .data.batches import HeldBatches
@@ -42,7 +46,6 @@ from .metrics import MetricFn, NothingScored, mean_score
 from .options import OptimizerFactory, Options, default_optimizer
 from .parameter_count import parameters_stored
 from .planning import Costs, Plan, epochs_for, measure, plan
-from .randomness import forked
 from .recipes import Recipe, recipe_named
 from .rescue import rescued_bundle, saved_run
 from .rounds import train_rounds
@@ -55,7 +58,7 @@ from .state.provenance import note_training
 from .state.store import FolderStore, MemoryStore, Store
 from .step.distill import Classes, DistillFn
 from .step.execution import Execution
-from .step.forward import ForwardFn, LossFn, default_forward
+from .step.forward import ForwardFn, LossFn
 from .step.precision import MixedPrecision, without_autocast
 
 if TYPE_CHECKING:
@@ -255,7 +258,7 @@ class CoTrainer:
         self.ranks = self._launch.ranks
         shard(net.model, self._launch)
         self._train_loader, self._val_loader = train_loader, val_loader
-        self._device = self._launch.device or _device_of(net)
+        self._device = self._launch.device or device_of(net.model)
         self._out_dir = Path(out_dir) if out_dir is not None else None
         self._classes: Classes | None = None
         batches = self.ranks.least(epoch_length(train_loader, steps_per_epoch))
@@ -355,31 +358,27 @@ class CoTrainer:
         net = self.net
         net.switch(DENSE)
         net.to(self._device)
-        modes = [(module, module.training) for module in net.modules()]
-        try:
-            with (
-                connected(self.ranks),
-                without_autocast(self._device),
-                forked(),
-                Interrupts() as interrupts,
-                self._held_store() as store,
-            ):
-                session = self._session(interrupts, store)
-                self.history = session.history
-                with _stopping(session, self.configuration):
-                    if session.position.phase != "done":
-                        session.emit(self._started(session))
-                        train_rounds(session, "train")
-                        merge_rounds(session)
-                        train_rounds(session, "finishing")
-                        finish(session)
-                    note_training(net, self._provenance(), self._train_loader)
-                    session.execution = None
-                    self._done = session
-                    session.emit(Finished(dict(net.metrics), session.history.seconds))
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with (
+            modes_restored(net),
+            connected(self.ranks),
+            without_autocast(self._device),
+            forked(),
+            Interrupts() as interrupts,
+            self._held_store() as store,
+        ):
+            session = self._session(interrupts, store)
+            self.history = session.history
+            with _stopping(session, self.configuration):
+                if session.position.phase != "done":
+                    session.emit(self._started(session))
+                    train_rounds(session, "train")
+                    merge_rounds(session)
+                    train_rounds(session, "finishing")
+                    finish(session)
+                note_training(net, self._provenance(), self._train_loader)
+                session.execution = None
+                self._done = session
+                session.emit(Finished(dict(net.metrics), session.history.seconds))
         return net
 
     def _provenance(self) -> dict[str, Any]:
@@ -610,7 +609,3 @@ def _stopping(session: Session, configuration: Mapping[str, Any]) -> Iterator[No
         if not trained or session.ranks.world > 1 or (where := rescued_bundle(session.net)) is None:
             raise
         raise TrainingError(f"{error} {where}") from error.__cause__
-
-
-def _device_of(net: SubnetModel) -> torch.device:
-    return next((p.device for p in net.model.parameters()), torch.device("cpu"))

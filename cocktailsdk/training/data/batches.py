@@ -13,18 +13,9 @@ from torch.utils.data import DataLoader
 from ...utils.nested import nbytes, to_device
 from ..randomness import seed_everything
 from ..step.forward import mapped
-from .loader_state import epoch_length, generator_states, loader_length, set_epoch, set_generator_states
+from .loader_state import generator_states, set_epoch, set_generator_states
 
-__all__ = [
-    "HeldBatches",
-    "draw",
-    "draw_groups",
-    "epoch_length",
-    "generator_states",
-    "loader_length",
-    "set_generator_states",
-    "to_device",
-]
+__all__ = ["HeldBatches", "draw", "draw_groups"]
 
 log = logging.getLogger(__name__)
 
