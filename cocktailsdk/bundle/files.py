@@ -17,7 +17,7 @@ from ..io import open_regular, usual_mode
 from ..io.atomic import fsync
 from ..io.folders import Replaced, locate, new_folder, read_consistently
 from ..io.limits import MAX_JSON_BYTES, MAX_PIECES, MAX_TENSORS
-from ..io.values import items, keyed, parse, quoted, text, whole
+from ..io.values import integer, items, keyed, parse, quoted, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,7 +215,7 @@ def meta_of(bundle: OpenBundle) -> dict[str, Any]:
 
 def _check_size(file: Path, size: int, said: Any, version: int) -> None:
     keyed(said, f"what it says of {file.name}", ("bytes", "sha256"), ("piece",) if version > 1 else ())
-    should = whole(said["bytes"], f"the bytes of {file.name}")
+    should = integer(said["bytes"], f"the bytes of {file.name}")
     if size != should:
         what = "truncated" if size < should else "damaged"
         raise BundleError(f"{file} is {what}: it has {size} bytes, and had {should} when written")
@@ -240,7 +240,8 @@ def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str, most: i
         piece, sums = max(1, said["bytes"]), [said["sha256"]]
     else:
         # pieces grow with the file; a huge one would be hashed whole for the sake of its header
-        piece = whole(said.get("piece"), f"the pieces of {name}", 1, max(PIECE, 2 * (-(-said["bytes"] // MAX_PIECES))))
+        largest = max(PIECE, 2 * (-(-said["bytes"] // MAX_PIECES)))
+        piece = integer(said.get("piece"), f"the pieces of {name}", 1, largest)
         sums = items(said["sha256"], f"the checksums of {name}", -(-said["bytes"] // piece))
     if len(sums) > MAX_PIECES:
         raise BundleError(f"the bundle has {len(sums)} checksums for {name}; at most {MAX_PIECES} are read")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..masks.device_cache import Placed, zero_masked
-from ..utils.fsdp import is_sharded, local, rows_of, whole
+from ..utils.fsdp import full_tensor, is_sharded, local, rows_of
 from ..utils.norms import norm_buffers
 from ..utils.weight_caches import forget_derived
 from .edits import Watch, same_values
@@ -513,7 +513,7 @@ class Switcher:
         """A tensor's dense value, whatever is active; of a sharded one all of it, gathered by all processes."""
         given = self.tensors.given(name)
         if is_sharded(given):
-            return whole(given, self.dense_part(name))
+            return full_tensor(given, self.dense_part(name))
         return self.dense_part(name)
 
     def dense_part(self, name: str) -> Tensor:

@@ -30,7 +30,7 @@ class TrainingModes:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._frozen: dict[nn.Module, None] = dict.fromkeys(_left_in_evaluation(model))
+        self._frozen: dict[nn.Module, None] = dict.fromkeys(_frozen_modules(model))
 
     @property
     def frozen(self) -> bool:
@@ -39,11 +39,11 @@ class TrainingModes:
 
     def observe(self) -> None:
         """Take the modes as they are now, while the user's own loop trains the model."""
-        self._frozen = dict.fromkeys(_left_in_evaluation(self._model))
+        self._frozen = dict.fromkeys(_frozen_modules(self._model))
 
     def apply(self) -> None:
         """Put the model in them; what was frozen meanwhile (by a callback, say) is kept too."""
-        self._frozen.update(dict.fromkeys(_left_in_evaluation(self._model)))
+        self._frozen.update(dict.fromkeys(_frozen_modules(self._model)))
         self._model.train()
         for module in self._frozen:
             module.training = False
@@ -119,7 +119,7 @@ def frozen_norms(model: nn.Module) -> dict[str, Norm]:
         }
 
 
-def _left_in_evaluation(model: nn.Module) -> list[nn.Module]:
+def _frozen_modules(model: nn.Module) -> list[nn.Module]:
     """Modules that are in evaluation mode with all inside, where something else is in train mode."""
     trains: set[nn.Module] = set()
     _mark(model, trains, set())

@@ -204,13 +204,13 @@ def _matched(
     takes = ", ".join(names) or "nothing"
     known = [name for name in names if name in inputs]
     if known:
-        given = ", ".join(f"{name}={source}[{name!r}]" for name in known)
+        arguments = ", ".join(f"{name}={source}[{name!r}]" for name in known)
     else:  # the largest tensor is more likely the input than an index is
         key = max(unknown, key=lambda name: value.numel() if isinstance(value := inputs[name], Tensor) else -1)
-        given = f"{source}[{key!r}]"
+        arguments = f"{source}[{key!r}]"
     raise TrainingError(
         f"the model's forward takes ({takes}) and the batch is {form}: say how to use it, for example "
-        f"forward_fn=lambda model, batch: (model({given}), {target})"
+        f"forward_fn=lambda model, batch: (model({arguments}), {target})"
     )
 
 
