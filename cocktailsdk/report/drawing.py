@@ -152,20 +152,20 @@ def _draw(chart: Chart, looks: Mapping[str, Look], limits: Limits | None) -> tup
         axes.autoscale_view()
     if chart.level is not None:
         axes.axhline(chart.level[0], color=INK, linestyle="--", linewidth=1.0)
-        beside: dict[str, Any] = {
+        placement: dict[str, Any] = {
             "xycoords": axes.get_yaxis_transform(),
             "textcoords": "offset points",
             "va": "top",
             "fontsize": 9,
         }
-        axes.annotate(chart.level[1], (0.0, chart.level[0]), (4, -3), **beside)
+        axes.annotate(chart.level[1], (0.0, chart.level[0]), (4, -3), **placement)
     for split in chart.splits:
         axes.axvline(split, color=GRID, linewidth=1.0)
     if chart.log_y:
         axes.set_yscale("log")
     if chart.log_x:
         axes.set_xscale("log")
-    elif chart.whole_x:
+    elif chart.integer_x:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -248,7 +248,7 @@ def _prefix_ids(root: Any, prefix: str) -> None:
 
 
 def _explain(root: Any, chart: Chart, elements: Mapping[str, tuple[int, int]], prefix: str) -> None:
-    """Marks get what they say, a place among the keys' stops and a larger target; all else is silent."""
+    """Give marks their description, a place in the keyboard's order and a larger target; hide all else from readers."""
     named = {f"{prefix}-{key}": at for key, at in elements.items()}
     parents = {child: parent for parent in root.iter() for child in parent}
     loud: set[Any] = set()
@@ -264,12 +264,12 @@ def _explain(root: Any, chart: Chart, elements: Mapping[str, tuple[int, int]], p
         if at[1] < 0:
             element.attrib["class"] = "line"
             continue
-        told = series.marks[at[1]].told
+        description = series.marks[at[1]].description
         element.attrib |= {
             "class": "mark",
             "role": "img",
-            "aria-label": told.replace("\n", ", "),
-            "data-told": told,
+            "aria-label": description.replace("\n", ", "),
+            "data-told": description,
             "tabindex": "0" if first else "-1",
         }
         first = False
