@@ -57,8 +57,8 @@ def _resized(known: Inputs, sizes: Sequence[tuple[int, ...]]) -> Inputs:
                 f"--input-size {','.join(map(str, size))} does not fit {name} of this model, which has "
                 f"{holder[at].ndim - 1} dimensions without the batch: write it like {like}"
             )
-        whole = holder[at].dtype.is_floating_point
-        holder[at] = _noise((1, *size)) if whole else torch.ones(1, *size, dtype=holder[at].dtype)
+        floating = holder[at].dtype.is_floating_point
+        holder[at] = _noise((1, *size)) if floating else torch.ones(1, *size, dtype=holder[at].dtype)
     return tuple(args), kwargs
 
 

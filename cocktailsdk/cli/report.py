@@ -79,8 +79,8 @@ def report_run(
         made = [write_figures(r.report, r.folder, to, r.profiles) for r, to in zip(runs, within, strict=True)]
         written["figures"] = [str(path) for paths in made for path in paths]
     if as_json:
-        told = [{"folder": str(r.folder), "profiles": len(r.profiles), "report": r.report.to_dict()} for r in runs]
-        print_json({**written, "runs": told})
+        values = [{"folder": str(r.folder), "profiles": len(r.profiles), "report": r.report.to_dict()} for r in runs]
+        print_json({**written, "runs": values})
         return
     screen = results()
     if "html" in written:

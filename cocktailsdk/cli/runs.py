@@ -127,8 +127,8 @@ def _threads(wanted: int | None) -> Iterator[None]:
 
 def _command(name: str, **options: Any) -> str:
     """The command line that trains the same, without the paths of this machine."""
-    given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value is not None]
-    return shlex.join(["cocktail-cli", "train", "--preset", name, *(part for pair in given for part in pair)])
+    pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value is not None]
+    return shlex.join(["cocktail-cli", "train", "--preset", name, *(part for pair in pairs for part in pair)])
 
 
 def _report(
