@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -113,3 +115,8 @@ def test_no_module_lists_as_its_own_what_it_imports() -> None:
                 own = set(top_level(parsed(path).body))
                 wrong += [f"{named(path)} lists {name}" for name in ast.literal_eval(node.value) if name not in own]
     assert wrong == []
+
+
+def test_writing_files_and_folders_loads_no_torch() -> None:
+    program = "import sys; from cocktailsdk.io import atomic, folders, values; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

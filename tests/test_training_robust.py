@@ -25,6 +25,7 @@ from cocktailsdk.io.tensors import write_tensors
 from cocktailsdk.masks import Mask
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.state.encoding import pack_masks, unpack_masks
+from cocktailsdk.training.state.locking import locked
 from cocktailsdk.training.state.store import MAGIC, OLD_MAGIC, FolderStore
 from cocktailsdk.training.step.nan_guard import LossWatch, Place
 
@@ -292,6 +293,40 @@ def test_other_processes_are_kept_out_and_forked_ones_end_as_they_should(tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
+def test_a_killed_run_leaves_no_lock_though_a_worker_that_it_forked_lives_on(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from cocktailsdk.training.state.locking import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        sys.stdin.read()\n"  # until the test ends
+        "        os._exit(0)\n"
+        "    print('ready', flush=True)\n"
+        "    signal.pause()\n"
+    )
+    path = tmp_path / "lock"
+    command = [sys.executable, "-W", "ignore", "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with pytest.raises(TrainingError, match="another run is training in"), locked(path):
+            pass
+        process.kill()
+        os.waitpid(process.pid, 0)
+        process.returncode = -9
+        with locked(path):
+            pass
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 # --- disks
