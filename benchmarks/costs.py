@@ -21,8 +21,8 @@ from rich.table import Table
 
 import cocktailsdk as cocktail
 from cocktailsdk.choosing.memory import peak_bytes
+from cocktailsdk.io.atomic import write_json
 from cocktailsdk.models import build_model
-from cocktailsdk.training.state.store import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "costs.json"
 MODEL, IMAGE = "resnet50", (1, 3, 224, 224)
@@ -55,7 +55,7 @@ def measure(found: dict[str, Any]) -> None:
             "parameters": report.params,
             "peak_bytes": peak_bytes(model, (x,), {}),
         }
-        write_atomic(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(RESULTS, found)
 
 
 def table(found: dict[str, Any]) -> Table:

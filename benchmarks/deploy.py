@@ -30,7 +30,7 @@ import torch
 from deploy_rows import GOAL, RUNTIMES_WANTED, WANTED, goal, in_order
 
 import cocktailsdk as cocktail
-from cocktailsdk.io.atomic import write_atomic
+from cocktailsdk.io.atomic import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deploy.json"
 MODEL, SIDE = "resnet50", 224
@@ -197,7 +197,7 @@ def keep(row: dict[str, Any]) -> None:
     same = ("runtime", "network", "batch", "threads")
     rows = [r for r in read() if any(r[k] != row[k] for k in same)] + [row]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULTS, (json.dumps({"model": MODEL, "rows": rows}, indent=1) + "\n").encode())
+    write_json(RESULTS, {"model": MODEL, "rows": rows})
 
 
 def show() -> None:

@@ -32,7 +32,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from cocktailsdk import CocktailError
-from cocktailsdk.training.state.store import write_atomic
+from cocktailsdk.io.atomic import write_atomic
 from cocktailsdk.utils.devices import available_device
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from cocktailsdk.training.state.store import write_atomic
+from cocktailsdk.io.atomic import write_json
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "detectron_style"
 RESULTS = Path(__file__).resolve().parent / "results" / "detection_parts.json"
@@ -57,7 +57,7 @@ def main() -> int:
         found[title] = {"parts": [asdict(part) for part in parts_found(net)], "code": left_whole(net)}
         asked.results.parent.mkdir(parents=True, exist_ok=True)
         ordered = {name: found[name] for name in DETECTORS if name in found}
-        write_atomic(asked.results, (json.dumps(ordered, indent=1) + "\n").encode())
+        write_json(asked.results, ordered)
         print(f"{title}: {len(found[title]['parts'])} parts")
     return 0
 

@@ -9,14 +9,13 @@ not run again. Results are in ``OUT/seeds.json``, and a table against the thresh
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cocktailsdk.io.atomic import write_json
 from cocktailsdk.presets import get_preset
-from cocktailsdk.training.state.store import write_atomic
 
 DENSE = 0.97
 """The least test accuracy of the dense network."""
@@ -69,7 +68,7 @@ def main() -> int:
     results = []
     for seed in range(arguments.seeds):
         results.append(measure(seed, arguments.out))
-        write_atomic(arguments.out / "seeds.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_json(arguments.out / "seeds.json", results)
         print(table(results), flush=True)
     holds = all(
         r["dense"] >= DENSE and all(r["points_below"][p] <= limit for p, limit in POINTS.items()) for r in results

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cocktailsdk
-from cocktailsdk.training.state.store import write_atomic
+from cocktailsdk.io.atomic import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "engine.json"
 
@@ -207,7 +207,7 @@ def main() -> int:
             measured = measure(key, work, arguments)
             results = {**read(), key: measured}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        write_json(RESULTS, results)
     table(read(), console)
     return 0
 

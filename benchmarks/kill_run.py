@@ -48,7 +48,7 @@ PHASES: dict[CodeType, str] = {
     merging.merge_rounds.__code__: "merging",
     merging.finish.__code__: "measuring all",
     CocktailNet.recalibrate.__code__: "recalibrating",
-    write.save_pretrained.__code__: "writing the bundle",
+    write.save_bundle.__code__: "writing the bundle",
 }
 """What the innermost of these functions says of a moment."""
 

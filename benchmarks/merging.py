@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -34,11 +33,11 @@ from rich.console import Console
 from rich.table import Table
 
 import cocktailsdk as cocktail
+from cocktailsdk.io.atomic import write_json
 from cocktailsdk.training.events import AlphaChosen, Event, MergeStarted
 from cocktailsdk.training.merge import merging
 from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha
 from cocktailsdk.training.metrics import Score
-from cocktailsdk.training.state.store import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merging.json"
 
@@ -191,7 +190,7 @@ def main() -> int:
         "devices": found,
     }
     asked.results.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(asked.results, (json.dumps(row, indent=1) + "\n").encode())
+    write_json(asked.results, row)
     console.print(table(row))
     console.print(f"shares: {chosen['full search']}" if row["same"] else f"shares differ: {chosen}")
     return 0 if row["same"] else 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cocktailsdk.training.state.store import write_atomic
+from cocktailsdk.io.atomic import write_json
 
 Row = dict[str, Any]
 
@@ -29,4 +29,4 @@ def write_rows(rows: Iterable[Row], path: Path, order: Sequence[str]) -> None:
     """Replaces the file; rows are sorted by these columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda r: tuple(r[column] for column in order))
-    write_atomic(path, (json.dumps({"rows": ordered}, indent=1) + "\n").encode())
+    write_json(path, {"rows": ordered})

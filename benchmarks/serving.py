@@ -41,7 +41,7 @@ import torch
 from serving_figure import write_figure
 from serving_load import Batch, capacity, offer, schedule, windows
 
-from cocktailsdk.io.atomic import write_atomic
+from cocktailsdk.io.atomic import write_json
 from cocktailsdk.presets import get_preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def main() -> int:
         if not (asked.run / "bundle").is_dir():
             subprocess.run([sys.executable, str(EXAMPLE / "train.py"), str(asked.run)], check=True)
         found = measured(asked.run / "bundle", asked)
-        write_atomic(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(RESULTS, found)
         write_figure(found, FIGURE)
     show(json.loads(RESULTS.read_text(encoding="utf-8")))
     return 0

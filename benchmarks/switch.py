@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cocktailsdk as cocktail
-from cocktailsdk.io.atomic import write_atomic
+from cocktailsdk.io.atomic import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "switch.json"
 MODELS = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16"}
@@ -86,7 +86,7 @@ def main() -> int:
         if asked.model:
             row = measured(name, asked.repeats)
             rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-            write_atomic(RESULTS, (json.dumps({**rows, name: row}, indent=1) + "\n").encode())
+            write_json(RESULTS, {**rows, name: row})
         else:
             command = [sys.executable, __file__, "--model", name, "--repeats", str(asked.repeats), "--again"]
             subprocess.run(command, check=True)

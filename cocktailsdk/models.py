@@ -189,7 +189,7 @@ def after_slim(model: nn.Module, example: Inputs) -> nn.Module:
     Returns:
         The model.
     """
-    from .utils.batchnorm import device_of
+    from .utils.devices import device_of
     from .utils.nested import to_device
 
     for name, adapter in adapters().items():

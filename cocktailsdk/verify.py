@@ -11,7 +11,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import PatternError
 from .graph import Kept, Weight
-from .graph.export import evaluating
 from .graph.hook_weights import hook_weights
 from .graph.weight_graph import run_weight_graph
 from .masks.remaining import Remaining
@@ -19,6 +18,7 @@ from .masks.tiles import runs, tiles
 from .net.subnet_model import SubnetModel
 from .net.target_modules import Modules, Selection
 from .patterns import NM
+from .utils.modes import evaluating
 from .utils.undo import unchanged
 
 
@@ -171,7 +171,7 @@ def _weights(model: nn.Module) -> list[tuple[Weight, Tensor]]:
     """Weights by the class of their module, for want of a graph; each parameter once. Computed ones as they are now."""
     seen: set[int] = set()
     out = []
-    with unchanged(model), evaluating(model), torch.no_grad():
+    with unchanged(model), evaluating(model, clear_caches=True), torch.no_grad():
         for path, module in model.named_modules():
             now = dict(hook_weights(module))
             for name, t, op, out_axis, in_axis in _of(module):

@@ -248,7 +248,7 @@ def test_a_failed_save_leaves_the_old_bundle_and_no_rubbish(tmp_path, monkeypatc
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("cocktailsdk.bundle.files.flush", full)
+    monkeypatch.setattr("cocktailsdk.bundle.files.fsync", full)
     with pytest.raises(OSError, match="no space"):
         tiny_net(["1:2"]).save_pretrained(tmp_path / "bundle")
     assert (tmp_path / "bundle" / "bundle.json").read_bytes() == before

@@ -24,7 +24,7 @@ def write(folder, value):
 
 
 def contents(folder):
-    return {f.name: f.read_bytes() for f in replacing.found(folder).iterdir()}
+    return {f.name: f.read_bytes() for f in replacing.locate(folder).iterdir()}
 
 
 def events_of_a_write(folder, value, kill_at=None):

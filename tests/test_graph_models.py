@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cocktailsdk.graph import Coupling, couple, slim_module
+from cocktailsdk.graph.compare import EXACT
 from cocktailsdk.graph.cut import Cutter
-from cocktailsdk.graph.verify_slim import EXACT, verify_slim
+from cocktailsdk.graph.verify_slim import verify_slim
 from cocktailsdk.inspection.measuring import measured_flops
 
 

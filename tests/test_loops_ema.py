@@ -110,3 +110,23 @@ def test_a_run_with_averages_is_another_run_and_plans_their_memory() -> None:
     assert "ema" not in plain.configuration["training"]
     weights = sum(p.nbytes for p in plain.net.model.parameters())
     assert averaged.plan().memory - plain.plan().memory == weights
+
+
+def test_an_average_is_the_closed_form_to_the_last_bit_and_takes_one_copy_of_the_trained_weights() -> None:
+    model = torch.nn.Linear(3, 2)
+    average = Average(model, 0.5)
+    average.begin()
+    expected = model.weight.detach().clone()
+    for step in range(1, 20):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+        average.update()
+        expected.lerp_(model.weight.detach(), 1 - min(0.5, (1 + step) / (10 + step)))
+    state = average.state_dict()
+    assert torch.equal(state["values"]["weight"], expected)
+    assert sum(t.nbytes for t in average._average.parameters()) == average.nbytes
+    again = Average(model, 0.5)
+    again.load_state_dict({"steps": 19, "values": {name: t.clone() for name, t in state["values"].items()}})
+    assert again.state_dict()["steps"] == 19
+    again.load()
+    assert torch.equal(model.weight, expected)

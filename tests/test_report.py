@@ -185,7 +185,7 @@ def test_progress_gathers_where_a_run_stands(tmp_path: Path) -> None:
     for event in a_run(tmp_path):
         clock.now += 1.0
         progress.take(event)
-        said.append((progress.headline(), round(progress.share, 3), progress.left))
+        said.append((progress.headline(), round(progress.share, 3), progress.remaining))
     assert said[2] == ("round 0 of 2, epoch 1 of 2", round(1 / 30, 3), pytest.approx(2.9))
     assert said[6] == ("round 1 of 2, epoch 2 of 2", 0.6, pytest.approx(2.0))
     assert said[10] == ("merging round 2 of 2, 10 of 40 judged", 0.25, pytest.approx(3.0))

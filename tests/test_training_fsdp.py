@@ -13,7 +13,7 @@ from ranks_program import ROUNDING, PlainNet, launch, outcome
 from training_tiny import assert_identical, tiny_net
 
 import cocktailsdk as cocktail
-from cocktailsdk.utils.fsdp import is_sharded, like, local, plain_class, sharded, whole
+from cocktailsdk.utils.fsdp import full_tensor, is_sharded, like, local, plain_class, sharded
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,5 +83,5 @@ def test_what_is_not_sharded_is_left_as_it_is() -> None:
     assert not is_sharded(weight) and not sharded(net.model)
     assert local(weight) is weight
     assert like(weight, weight) is weight
-    assert torch.equal(whole(weight), weight)
+    assert torch.equal(full_tensor(weight), weight)
     assert plain_class(net.model) is type(net.model)

@@ -9,9 +9,10 @@ from training_tiny import sgd, tiny_loaders, tiny_net, tiny_trainer
 
 import cocktailsdk as cocktail
 from cocktailsdk.training.data.batches import draw
-from cocktailsdk.training.randomness import forked, seed_everything
+from cocktailsdk.training.randomness import seed_everything
 from cocktailsdk.training.schedules import cosine
 from cocktailsdk.training.step.distill import untouched_buffers
+from cocktailsdk.utils.settings import forked
 
 EPOCHS, STEPS, WEIGHT = 2, 6, 0.5
 UNSTRUCTURED = ["unstructured@0.3", "unstructured@0.5", "unstructured@0.7"]

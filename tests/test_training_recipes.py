@@ -439,8 +439,8 @@ def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
 
 def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
     from cocktailsdk.training.step.distill import Classes
-    from cocktailsdk.training.step.forward import default_forward
     from cocktailsdk.training.step.stepper import Stepper
+    from cocktailsdk.utils.nested import default_forward
 
     for active in (True, False):
         net = tiny_net()
@@ -460,8 +460,8 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
 
 def test_gradients_of_several_passes_are_added_each_under_its_own_mask() -> None:
     from cocktailsdk.training.step.distill import Classes
-    from cocktailsdk.training.step.forward import default_forward
     from cocktailsdk.training.step.stepper import Stepper
+    from cocktailsdk.utils.nested import default_forward
 
     def gradients(*subnets: str) -> dict[str, torch.Tensor]:
         net = tiny_net()

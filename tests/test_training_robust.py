@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from training_tiny import assert_identical, result, sgd, tiny_loaders, tiny_net, tiny_trainer
 
 from cocktailsdk import CoTrainer, TrainingError
-from cocktailsdk.io.atomic import Sink, write_tensors, write_whole
+from cocktailsdk.io.atomic import HashingWriter, write_atomic
+from cocktailsdk.io.tensors import write_tensors
 from cocktailsdk.masks import Mask
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.state.encoding import decode_masks, encode_masks
+from cocktailsdk.training.state.locking import locked
 from cocktailsdk.training.state.store import MAGIC, OLD_MAGIC, FolderStore
 from cocktailsdk.training.step.nan_guard import LossWatch, StepLocation
 
@@ -118,19 +120,19 @@ def test_a_writer_in_cpp_survives_any_failure_and_nothing_is_left(tmp_path: Path
         def write(self, data: Any) -> int:
             raise KeyboardInterrupt
 
-    sink = Sink(Broken())  # type: ignore[arg-type]
+    sink = HashingWriter(Broken())  # type: ignore[arg-type]
     torch.save({"a": torch.zeros(10_000)}, sink)  # type: ignore[arg-type]
     assert isinstance(sink.error, KeyboardInterrupt)
     assert sink.bytes > 40_000
     path = tmp_path / "file"
     path.write_bytes(b"before")
 
-    def fill(sink: Sink) -> None:
+    def fill(sink: HashingWriter) -> None:
         sink.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, fill)
+        write_atomic(path, fill)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
 
 
@@ -275,8 +277,6 @@ def test_other_processes_are_kept_out_and_forked_ones_end_as_they_should(tmp_pat
         "        os._exit(4)\n"
         "    return os.waitpid(pid, 0)[1]\n"
         "def again():\n"
-        "    from cocktailsdk.training.state import locking\n"
-        "    locking._MINE.clear()\n"
         "    with locked(path):\n"
         "        pass\n"
         "with locked(path), Interrupts() as interrupts:\n"
@@ -293,6 +293,40 @@ def test_other_processes_are_kept_out_and_forked_ones_end_as_they_should(tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
+def test_a_killed_run_leaves_no_lock_though_a_worker_that_it_forked_lives_on(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from cocktailsdk.training.state.locking import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        sys.stdin.read()\n"  # until the test ends
+        "        os._exit(0)\n"
+        "    print('ready', flush=True)\n"
+        "    signal.pause()\n"
+    )
+    path = tmp_path / "lock"
+    command = [sys.executable, "-W", "ignore", "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with pytest.raises(TrainingError, match="another run is training in"), locked(path):
+            pass
+        process.kill()
+        os.waitpid(process.pid, 0)
+        process.returncode = -9
+        with locked(path):
+            pass
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 # --- disks

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from cocktailsdk.graph.compare import Precision, doubled, randomise, relative_error, tensors_in
 from cocktailsdk.graph.copies import duplicate_in_double
-from cocktailsdk.graph.export import evaluating
 from cocktailsdk.graph.layers import SlimRMSNorm
 from cocktailsdk.graph.rewritten_module import RewrittenModule
+from cocktailsdk.utils.modes import evaluating
 
 from .transformers_search import shapes_of
 
@@ -142,7 +142,12 @@ class Randomised:
         self._inputs = doubled((tuple(args), dict(kwargs)), generator)
         self._calls: dict[str, tuple[Any, Any, list[Tensor]]] = {}
         precision = Precision()
-        with _recorded(self._model, paths, self._calls), evaluating(self._model), torch.no_grad(), precision:
+        with (
+            _recorded(self._model, paths, self._calls),
+            evaluating(self._model, clear_caches=True),
+            torch.no_grad(),
+            precision,
+        ):
             self._whole = tensors_in(self._model(*self._inputs[0], **self._inputs[1]))
         self.limit = precision.limit
 
@@ -172,7 +177,7 @@ class Randomised:
                     kept = name not in module._non_persistent_buffers_set or _is_same(table, before)
                     module._buffers[name] = theirs if kept else _doubled(table, own)
         args, kwargs, want = self._calls[path]
-        with evaluating(native), torch.no_grad(), Precision():
+        with evaluating(native, clear_caches=True), torch.no_grad(), Precision():
             return relative_error(tensors_in(native(*args, **kwargs)), want, want)
 
     def error_after_adopting(self, path: str, native: nn.Module) -> float:
@@ -181,7 +186,7 @@ class Randomised:
         return relative_error(self._run(), self._whole, self._whole)
 
     def _run(self) -> list[Tensor]:
-        with evaluating(self._model), torch.no_grad(), Precision():
+        with evaluating(self._model, clear_caches=True), torch.no_grad(), Precision():
             return tensors_in(self._model(*self._inputs[0], **self._inputs[1]))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import BundleError
 from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Scale, Touch, Weight
 from ..io.limits import MAX_DIMS, MAX_FIELDS, max_coupling_entries, max_unit_entries
-from ..io.values import distinct, items, keyed, label, quoted, text, texts, whole
+from ..io.values import distinct, integer, items, keyed, label, quoted, text, texts
 from ..printable import printable
 
 
@@ -52,7 +52,7 @@ class UnitVectors:
             BundleError: They do not fit the tensor or name units that do not exist.
         """
         rows = [
-            tuple(whole(n, "a vector of units") for n in items(r, "a vector of units"))
+            tuple(integer(n, "a vector of units") for n in items(r, "a vector of units"))
             for r in items(table, "its vectors of units")
         ]
         if any(len(r) not in (1, 2) for r in rows):
@@ -195,7 +195,7 @@ class _Reader:
             kept=tuple(self.kept(k) for k in self.entries(meta["kept"], "what it keeps")),
             contractions=tuple(self.contraction(c) for c in self.entries(meta["contractions"], "its contractions")),
             shapes=dict(self.parameters),
-            unknown_ops={printable(op): whole(n, "the uses of an op") for op, n in unknown.items()},
+            unknown_ops={printable(op): integer(n, "the uses of an op") for op, n in unknown.items()},
             branches=tuple(self.branch(b) for b in self.entries(meta.get("branches", []), "its branches")),
             scales=dict(self.scale(s) for s in self.entries(meta.get("scales", []), "its scales")),
         )
@@ -212,7 +212,7 @@ class _Reader:
         return found
 
     def tensor(self, place: Any) -> str:
-        return self.tensors[whole(place, "the place of a tensor", high=len(self.tensors) - 1)]
+        return self.tensors[integer(place, "the place of a tensor", high=len(self.tensors) - 1)]
 
     def parameter(self, place: Any) -> str:
         name = self.tensor(place)
@@ -227,28 +227,28 @@ class _Reader:
         name, start, stop, channels, producers, touches = items(value, "a group", 6)
         return Group(
             label(name, "a group"),
-            whole(start, "the first unit of a group"),
-            whole(stop, "the last unit of a group"),
+            integer(start, "the first unit of a group"),
+            integer(stop, "the last unit of a group"),
             tuple(self.parameter(p) for p in self.entries(producers, "what makes a group")),
             tuple(self.touch(t) for t in self.entries(touches, "what a group touches")),
-            whole(channels, "the channels of a unit", 1),
+            integer(channels, "the channels of a unit", 1),
         )
 
     def touch(self, value: Any) -> Touch:
         place, axes, kind = items(value, "a touch", 3)
         name = self.tensor(place)
         last = max(len(self.shapes[name]) - 1, 0)
-        along = tuple(whole(a, f"an axis of {name!r}", high=last) for a in self.entries(axes, "the axes of a touch"))
+        along = tuple(integer(a, f"an axis of {name!r}", high=last) for a in self.entries(axes, "the axes of a touch"))
         if kind not in ("r", "c", "e"):
             raise BundleError(f"the bundle gives {quoted(kind)} for how a group touches {name!r}")
         return Touch(name, along, _KINDS[kind])
 
     def units(self, value: Any) -> Tensor:
         shape, vector = items(value, "a unit field", 2)
-        units = self.vectors[whole(vector, "a vector of units", high=len(self.vectors) - 1)]
+        units = self.vectors[integer(vector, "a vector of units", high=len(self.vectors) - 1)]
         if len(items(shape, "the shape of a unit field")) > MAX_DIMS:
             raise BundleError(f"the bundle has a unit field of {len(shape)} dimensions; at most {MAX_DIMS} are read")
-        dims = [whole(n, "the shape of a unit field") for n in shape]
+        dims = [integer(n, "the shape of a unit field") for n in shape]
         if prod(dims) != units.numel():
             raise BundleError(f"the bundle has a unit field of shape {quoted(dims)} with {units.numel()} entries")
         return units.reshape(dims)
@@ -272,22 +272,22 @@ class _Reader:
         place, module, op, out_axis, in_axis, groups, macs, role = items(value, "a weight", 8)
         name = self.parameter(place)
         shape = self.parameters[name]
-        out_axis, in_axis = (whole(a, f"an axis of {name!r}", high=len(shape) - 1) for a in (out_axis, in_axis))
+        out_axis, in_axis = (integer(a, f"an axis of {name!r}", high=len(shape) - 1) for a in (out_axis, in_axis))
         if op not in _OPS or out_axis == in_axis:
             raise BundleError(f"the bundle has {name!r} as a {quoted(op)} from axis {in_axis} to axis {out_axis}")
-        if shape[0] % whole(groups, f"the groups of {name!r}", 1):
+        if shape[0] % integer(groups, f"the groups of {name!r}", 1):
             raise BundleError(f"the bundle has {groups} groups for {name!r} of shape {shape}")
         owner = self.owner(name, module)
         return Weight(
-            name, owner, op, shape, out_axis, in_axis, groups, whole(macs, "multiply-adds"), label(role, "a role")
+            name, owner, op, shape, out_axis, in_axis, groups, integer(macs, "multiply-adds"), label(role, "a role")
         )
 
     def producer(self, value: Any) -> Producer:
         place, axis, vector = items(value, "a producer", 3)
         name = self.parameter(place)
         shape = self.parameters[name]
-        axis = whole(axis, f"an axis of {name!r}", high=len(shape) - 1)
-        units = self.vectors[whole(vector, "a vector of units", high=len(self.vectors) - 1)]
+        axis = integer(axis, f"an axis of {name!r}", high=len(shape) - 1)
+        units = self.vectors[integer(vector, "a vector of units", high=len(self.vectors) - 1)]
         if units.numel() != shape[axis]:
             raise BundleError(f"the bundle has {units.numel()} units along axis {axis} of {name!r} of shape {shape}")
         return Producer(name, axis, units)
@@ -300,14 +300,14 @@ class _Reader:
         module, place, macs, *factors = self.entries(value, "a contraction")
         name = None if place is None else self.parameter(place)
         own = text(module, "a module") if name is None else self.owner(name, module)
-        return Contraction(own, name, whole(macs, "multiply-adds"), tuple(self.units(f) for f in factors))
+        return Contraction(own, name, integer(macs, "multiply-adds"), tuple(self.units(f) for f in factors))
 
     def scale(self, value: Any) -> tuple[str, Scale]:
         place, scale, axis = items(value, "a scale", 3)
         name = self.parameter(place)
         shape = self.parameters[name]
         if axis is not None:
-            axis = whole(axis, f"an axis of {name!r}", high=len(shape) - 1)
+            axis = integer(axis, f"an axis of {name!r}", high=len(shape) - 1)
         own = "" if scale is None else self.parameter(scale)
         wanted = 1 if axis is None else shape[axis]
         if own and prod(self.parameters[own]) != wanted:

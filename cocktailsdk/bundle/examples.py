@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..io.limits import MAX_DIMS, MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
-from ..io.values import items, keyed, quoted, text, whole
+from ..io.values import integer, items, keyed, quoted, text
 
 
 def describe(value: Any) -> Any:
@@ -95,7 +95,7 @@ class _Maker:
 
     def tensor(self, spec: Mapping[str, Any]) -> Tensor:
         dtype = getattr(torch, text(spec["tensor"], "an example's dtype"), None)
-        shape = tuple(whole(n, "an example's shape") for n in items(spec["shape"], "an example's shape"))
+        shape = tuple(integer(n, "an example's shape") for n in items(spec["shape"], "an example's shape"))
         if not isinstance(dtype, torch.dtype) or dtype.is_complex:
             raise BundleError(f"the bundle has {_WHAT} of {quoted(spec['tensor'])}")
         if len(shape) > MAX_DIMS:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import BundleError
 from ..io import open_regular, usual_mode
-from ..io.folders import Replaced, flush, found, new_folder, steady
+from ..io.atomic import fsync
+from ..io.folders import Replaced, locate, new_folder, read_consistently
 from ..io.limits import MAX_JSON_BYTES, MAX_PIECES, MAX_TENSORS
-from ..io.values import items, keyed, parse, quoted, text, whole
+from ..io.values import integer, items, keyed, parse, quoted, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,14 +106,14 @@ def is_bundle(path: Path) -> bool:
         return True
 
     try:
-        return steady(path, look)
+        return read_consistently(path, look)
     except OSError:
         return False
 
 
 def _looked(path: Path, look: Callable[[Path, int | None], OpenBundle]) -> OpenBundle:
     try:
-        return steady(path, look)
+        return read_consistently(path, look)
     except _Incomplete as e:
         if JSON_FILE in e.bundle.files:
             return e.bundle  # which file is missing is said once it is known to be a bundle
@@ -144,13 +145,13 @@ def write_folder(
     from safetensors.torch import save_file  # late: reading a bundle's JSON needs no torch
 
     target = Path(path).expanduser().resolve()
-    _check_target(found(target))
+    _check_target(locate(target))
     with new_folder(target) as made:
         files = {}
         for name, tensors in ((WEIGHTS_FILE, weights), (SUBNETS_FILE, subnets)):
             with usual_mode(made / name):
                 save_file(dict(tensors), made / name)
-            flush(made / name)
+            fsync(made / name)
             files[name] = _sums(made / name)
         raw = _to_json({"format": FORMAT, "format_version": VERSION, "files": files, **meta})
         if len(raw) > MAX_JSON_BYTES:
@@ -160,7 +161,7 @@ def write_folder(
         except ValueError as e:
             raise BundleError(f"{target / JSON_FILE} could not be read again: {e}; say less in net.provenance") from e
         (made / JSON_FILE).write_bytes(raw)
-        flush(made / JSON_FILE)
+        fsync(made / JSON_FILE)
 
 
 def _check_target(target: Path) -> None:
@@ -214,7 +215,7 @@ def meta_of(bundle: OpenBundle) -> dict[str, Any]:
 
 def _check_size(file: Path, size: int, said: Any, version: int) -> None:
     keyed(said, f"what it says of {file.name}", ("bytes", "sha256"), ("piece",) if version > 1 else ())
-    should = whole(said["bytes"], f"the bytes of {file.name}")
+    should = integer(said["bytes"], f"the bytes of {file.name}")
     if size != should:
         what = "truncated" if size < should else "damaged"
         raise BundleError(f"{file} is {what}: it has {size} bytes, and had {should} when written")
@@ -239,7 +240,8 @@ def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str, most: i
         piece, sums = max(1, said["bytes"]), [said["sha256"]]
     else:
         # pieces grow with the file; a huge one would be hashed whole for the sake of its header
-        piece = whole(said.get("piece"), f"the pieces of {name}", 1, max(PIECE, 2 * (-(-said["bytes"] // MAX_PIECES))))
+        largest = max(PIECE, 2 * (-(-said["bytes"] // MAX_PIECES)))
+        piece = integer(said.get("piece"), f"the pieces of {name}", 1, largest)
         sums = items(said["sha256"], f"the checksums of {name}", -(-said["bytes"] // piece))
     if len(sums) > MAX_PIECES:
         raise BundleError(f"the bundle has {len(sums)} checksums for {name}; at most {MAX_PIECES} are read")

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError
-from ..io.folders import found
+from ..io.folders import locate
 from .files import FILES
 
 __all__ = ["folder_of"]
 
 
-def _is_here(folder: Path) -> bool:
-    """Whether there is something, though another process may be replacing it at this moment."""
-    return found(folder).exists() or found(folder).exists()
-
-
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _is_here(folder: Path) -> bool:
+    """Whether a folder is here, though another process may be replacing it."""
+    # Asked twice: the writer's rename may come between the two looks of the first locate().
+    return locate(folder).exists() or locate(folder).exists()
 
 
 def folder_of(path: str | os.PathLike[str], **options: Any) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import BundleError, CocktailError, PatternError, SubnetError
 from ..graph import Coupling
 from ..io.safetensors_reader import TensorFile
-from ..io.values import distinct, flag, items, keyed, more, quoted, shortened, small, text, texts, whole
+from ..io.values import distinct, flag, integer, items, keyed, more, quoted, shortened, small, text, texts
 from ..masks.encoder import decode_masks
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
@@ -226,7 +226,7 @@ class _Bundle(Generic[NetT]):
         """What the user selected, by the names that it came to: no expression from a file is run."""
         said = keyed(self.meta["selection"], "its selection", ("target", "exclude", "whole", "eligible"))
         last = len(self.meta["model"]["tensors"]) - 1
-        places = [whole(i, "an eligible weight", high=last) for i in items(said["eligible"], "its eligible weights")]
+        places = [integer(i, "an eligible weight", high=last) for i in items(said["eligible"], "its eligible weights")]
         names = [self.meta["model"]["tensors"][i] for i in places]
         if names != [w.name for w in coupling.weights if w.name in set(names)]:
             raise BundleError("the bundle's eligible weights are not among its weights, in their order")

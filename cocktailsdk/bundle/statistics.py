@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Coupling
-from ..io.safetensors_reader import DTYPES, TensorFile
-from ..io.values import items, keyed, quoted, text, texts, whole
+from ..io.safetensors_reader import TensorFile
+from ..io.tensors import DTYPES
+from ..io.values import integer, items, keyed, quoted, text, texts
 from ..masks import Mask
 
 __all__ = ["read_statistics", "write_statistics"]
@@ -94,7 +95,7 @@ def read_statistics(
         seen.add(subnet)
         if e.get("trimmed", True) is not True:
             raise BundleError(f"in the bundle {what} has a mark that is not true")
-        start = whole(e.get("start", at.get(dtype, 0)), "where statistics begin")
+        start = integer(e.get("start", at.get(dtype, 0)), "where statistics begin")
         if len(masks) == len(names) and start != at.get(dtype, 0):
             raise BundleError(f"the statistics of {subnet!r} do not begin where those before it end")
         if subnet not in masks:

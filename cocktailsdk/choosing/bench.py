@@ -21,10 +21,10 @@ from ..errors import CocktailError, ExportFailed
 from ..exporting import export_subnet, format_of, job_of
 from ..exporting.example_inputs import Inputs
 from ..exporting.semi_structured import to_semi_structured
-from ..graph.export import evaluating
 from ..net.subnet_model import SubnetModel, model_unchanged
 from ..patterns import DENSE
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
+from ..utils.modes import evaluating
 from ..utils.nested import to_device
 from .deployed_size import deployed_bytes
 from .layer_use import layers_used, use_counts
@@ -121,7 +121,7 @@ def bench(
     timings: dict[str, list[Timing]] = {n: [] for n in wanted}
     # without watching operations, which would be timed with them
     unharmed = model_unchanged(net, watch=False)
-    with unharmed, evaluating(net.model), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with unharmed, evaluating(net.model, clear_caches=True), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runners: dict[str, _Runner] = {}
         for name in wanted:
             report_progress(f"preparing {name}")

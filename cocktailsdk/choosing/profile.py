@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CocktailError
+from ..io.atomic import write_json
 from ..printable import all_printable
 
 __all__ = ["DeviceProfile", "SubnetCost", "Timing", "machine_of", "pareto_front", "read_profile"]
@@ -163,11 +164,9 @@ class DeviceProfile:
 
     def write(self, path: str | PathLike[str]) -> Path:
         """Write the profile, all of it or nothing."""
-        from ..io.atomic import write_atomic
-
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        write_json(target, self.to_dict())
         return target
 
 

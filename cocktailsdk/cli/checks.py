@@ -83,8 +83,8 @@ def check_preset(
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise TrainingError(f"no preset {shown(preset)}{hint}: there are {', '.join(PRESETS)}")
     takes = SETTINGS[preset]
-    given = {"model": model, "epochs_scale": epochs_scale, "weights": weights}
-    for name, value in given.items():
+    settings = {"model": model, "epochs_scale": epochs_scale, "weights": weights}
+    for name, value in settings.items():
         if value is not None and name not in takes:
             others = f"it takes {', '.join(_option(t) for t in takes)}" if takes else "leave it out"
             raise TrainingError(f"preset {preset!r} has no option {_option(name)}: {others}")

@@ -25,11 +25,11 @@ def networks(ctx: typer.Context, incomplete: str) -> list[str]:
     from ..bundle.listing import listed_subnets
     from .bundles import bundle_folder
 
-    given = ctx.params.get("bundle")
-    if given is None:
+    bundle = ctx.params.get("bundle")
+    if bundle is None:
         return []
     try:
-        subnets = listed_subnets(read_meta(bundle_folder(Path(given)))[1])
+        subnets = listed_subnets(read_meta(bundle_folder(Path(bundle)))[1])
         return [s["name"] for s in subnets if s["name"].startswith(incomplete) and s["name"].isprintable()]
     except (CocktailError, OSError):  # a half-typed path, say: there is nothing to offer
         return []

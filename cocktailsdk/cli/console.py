@@ -26,6 +26,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 """Exit code after SIGTERM, as shells have it."""
 
+# typer steers itself by these exceptions; its ClickException has no name to import, see group.py.
 _STEERING = (typer.Exit, typer.Abort, *(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"))
 
 P = ParamSpec("P")
@@ -36,7 +37,7 @@ class _Console(Console):
     """A console that prints no control characters of texts: names in a stranger's bundle may hold terminal escapes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does; its own control codes (a live view's) are in segments of their own."""
+        """Segments of printable text; rich marks the segments that hold its own control codes (a live view's)."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)
 
@@ -93,7 +94,6 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            # typer's own classes steer it: exits, and options that make no sense
             if TRACEBACK in os.environ or isinstance(error, _STEERING):
                 raise
             error_line(f"{type(error).__name__}: {error} (set {TRACEBACK}=1 to see where)")

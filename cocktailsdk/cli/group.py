@@ -17,7 +17,8 @@ __all__ = ["Group"]
 PIPE_CLOSED = 141
 """Exit code where a reader closed the pipe, as shells have it (128 + SIGPIPE)."""
 
-# typer 0.20 and newer brings its own copy of click, whose classes cannot be imported by one name
+# typer 0.20 and newer brings its own copy of click, and older ones import it. So the classes have no common name to
+# import, but typer.BadParameter derives from the one that typer raises.
 _UsageProblem: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -28,14 +29,14 @@ class Group(TyperGroup):
         """Run a command line; see ``click.Command.main``."""
         if not extra.pop("standalone_mode", True):
             return super().main(args, prog_name, standalone_mode=False, **extra)
-        given = sys.argv[1:] if args is None else list(args)
+        arguments = sys.argv[1:] if args is None else list(args)
         _printable()
         try:
-            _check_arguments(given)
-            code = super().main(given, prog_name, standalone_mode=False, **extra)
+            _check_arguments(arguments)
+            code = super().main(arguments, prog_name, standalone_mode=False, **extra)
             _flush()
         except _UsageProblem as error:
-            if type(error).__name__ == "NoArgsIsHelpError":
+            if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and newer: its message is the help
                 error.show()
             else:
                 where = getattr(error, "ctx", None)
@@ -52,10 +53,10 @@ class Group(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _check_arguments(given: list[str]) -> None:
+def _check_arguments(arguments: list[str]) -> None:
     """See that no argument is one that stands for nothing: an empty path would be the current folder."""
-    for i, argument in enumerate(given, 1):
-        before = f"after {given[i - 2]} " if i > 1 else ""
+    for i, argument in enumerate(arguments, 1):
+        before = f"after {arguments[i - 2]} " if i > 1 else ""
         if not argument.strip():
             raise typer.BadParameter(f"argument {i} {before}is empty: give a value, or leave it out")
         if "\0" in argument:
@@ -81,6 +82,7 @@ def _flush() -> None:
 
 def _pipe_closed() -> int:
     """Keep Python's own flush at the end from failing once more."""
+    # Python flushes standard output at its end, and would print "Exception ignored … BrokenPipeError".
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return PIPE_CLOSED

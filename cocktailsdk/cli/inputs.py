@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..graph.export import evaluating
 from ..models import Inputs, example_inputs_for
+from ..utils.modes import evaluating
 from ..utils.undo import unchanged
 
 __all__ = ["inputs_for"]
@@ -57,8 +57,8 @@ def _resized(known: Inputs, sizes: Sequence[tuple[int, ...]]) -> Inputs:
                 f"--input-size {','.join(map(str, size))} does not fit {name} of this model, which has "
                 f"{holder[at].ndim - 1} dimensions without the batch: write it like {like}"
             )
-        whole = holder[at].dtype.is_floating_point
-        holder[at] = _noise((1, *size)) if whole else torch.ones(1, *size, dtype=holder[at].dtype)
+        floating = holder[at].dtype.is_floating_point
+        holder[at] = _noise((1, *size)) if floating else torch.ones(1, *size, dtype=holder[at].dtype)
     return tuple(args), kwargs
 
 
@@ -83,7 +83,7 @@ def _candidates(model: nn.Module) -> Iterator[Tensor]:
 
 def _runs(model: nn.Module, x: Tensor) -> bool:
     try:
-        with unchanged(model), evaluating(model), torch.no_grad():
+        with unchanged(model), evaluating(model, clear_caches=True), torch.no_grad():
             model(x)
     except Exception:  # whatever the model says of an input that it cannot take
         return False

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CocktailError
+from ..io.atomic import write_atomic
 from .checks import output_file
 from .console import command, log_to, messages, print_json, results
 from .options import AsData
@@ -103,7 +104,7 @@ def inspect_model(
     chosen = _chosen(found, group or [])
     if svg is not None:
         svg.parent.mkdir(parents=True, exist_ok=True)
-        svg.write_text(found.to_svg(model), encoding="utf-8")
+        write_atomic(svg, found.to_svg(model))
         messages().print(f"the coupling graph is drawn in {svg}", soft_wrap=True)
     if as_json:
         data: dict[str, Any] = {"reference": model, **found.to_dict()}

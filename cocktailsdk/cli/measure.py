@@ -10,7 +10,7 @@ from ..patterns import DENSE
 from ..presets import PRESETS, get_preset
 from ..report.run import NetworkRow, network_rows
 from ..training.metrics import accuracy, mean_score
-from ..training.step.forward import default_forward
+from ..utils.nested import default_forward
 
 __all__ = ["measure", "takes_model"]
 

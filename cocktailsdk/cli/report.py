@@ -64,7 +64,7 @@ def report_run(
     output_folder(figures, "--figures")
     check_installed("matplotlib", purpose="drawing the charts of a report")
 
-    from ..io.text import write_bytes
+    from ..io.atomic import write_atomic
     from ..report.page import report_page
 
     runs = [_read(Path(folder), profile) for folder in folders if folder is not None]
@@ -72,7 +72,7 @@ def report_run(
     if html is not None or figures is None:
         target = html if html is not None else runs[0].folder / "report.html"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, report_page(runs).encode())
+        write_atomic(target, report_page(runs))
         written["html"] = str(target)
     if figures is not None:
         from ..report.figures import write_figures
@@ -81,8 +81,8 @@ def report_run(
         made = [write_figures(r.report, r.folder, to, r.profiles) for r, to in zip(runs, within, strict=True)]
         written["figures"] = [str(path) for paths in made for path in paths]
     if as_json:
-        told = [{"folder": str(r.folder), "profiles": len(r.profiles), "report": r.report.to_dict()} for r in runs]
-        print_json({**written, "runs": told})
+        values = [{"folder": str(r.folder), "profiles": len(r.profiles), "report": r.report.to_dict()} for r in runs]
+        print_json({**written, "runs": values})
         return
     screen = results()
     if "html" in written:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ..bundle import bundle_bytes
-from ..io.atomic import clean
+from ..io.atomic import remove_stale
 from ..presets import Prepared, Preset, get_preset
 from ..report.figure import write_figure
 from ..report.live import RunView, run_view_for
@@ -109,7 +109,7 @@ def train_preset(
 
 def _tidy(folder: Path) -> None:
     """Remove what an earlier process that was killed left half-written beside the bundle and the report."""
-    clean(folder)
+    remove_stale(folder)
     for stale in folder.glob(f".{BUNDLE}.new-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
@@ -130,8 +130,8 @@ def _threads(wanted: int | None) -> Iterator[None]:
 
 def _command(name: str, **options: Any) -> str:
     """The command line that trains the same, without the paths of this machine."""
-    given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value is not None]
-    return shlex.join(["cocktail-cli", "train", "--preset", name, *(part for pair in given for part in pair)])
+    pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value is not None]
+    return shlex.join(["cocktail-cli", "train", "--preset", name, *(part for pair in pairs for part in pair)])
 
 
 def _report(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportFailed, SlimError
-from ..io import file_mode
+from ..io.folders import move_files
 from ..net.subnet_model import SubnetModel
 from .deviation import deviation, limit_for
 from .example_inputs import Inputs
@@ -68,7 +67,7 @@ def export_subnet(
         quantized = quantize(kind, job, file, Data(calibration, evaluation, metric)) if int8 else None
         zeros = _zeros(kind, job, file, wanted)
         size = sum(f.stat().st_size for f in made.iterdir())
-        _keep(made, target)
+        move_files(made, target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return ExportReport(
@@ -171,14 +170,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
         # As bytes: torch.equal would call -0.0 and 0.0 equal, and NaN unequal to itself.
         and torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
     )
-
-
-def _keep(made: Path, target: Path) -> None:
-    """Put what was written in its place; the file itself last, so that it is never there without what belongs to it.
-
-    Each file gets the mode that the umask asks for, whatever its writer gave it.
-    """
-    mode = file_mode(made)
-    for file in sorted(made.iterdir(), key=lambda f: f.name == target.name):
-        file.chmod(mode)
-        os.replace(file, target.parent / file.name)

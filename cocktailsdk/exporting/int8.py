@@ -180,8 +180,7 @@ class _Reader:
 
 def _filled(job: Job, batch: Any) -> dict[str, Tensor]:
     """A batch's inputs by name, found as training and evaluation do."""
-    # Late: training is not needed to export.
-    from ..training.step.forward import default_forward
+    from ..utils.nested import default_forward
 
     seen: list[dict[str, Tensor]] = []
 
@@ -202,7 +201,7 @@ def _metric(run: Run, job: Job, data: Data) -> float | None:
     if data.evaluation is None:
         return None
     from ..training.metrics import accuracy, mean_score
-    from ..training.step.forward import default_forward
+    from ..utils.nested import default_forward
 
     metric = data.metric or accuracy
     return mean_score(_Running(run, job), data.evaluation, default_forward, metric).number

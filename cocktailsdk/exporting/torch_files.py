@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..io.tensors import read_tensors
 from .formats import Job, Run
 from .plain_outputs import named_outputs
 from .program import quiet
@@ -90,11 +91,7 @@ class SafetensorsFormat:
 
     def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """All tensors."""
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118
-                yield name, f.get_tensor(name)
+        yield from read_tensors(file).items()
 
     def runtime(self) -> str:
         """Nothing runs it by itself."""

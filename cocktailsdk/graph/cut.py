@@ -11,9 +11,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import SlimError
+from ..utils.modes import evaluating
 from .copies import duplicate
 from .coupling import Coupling, Trace
-from .export import evaluating
 from .hook_weights import refresh_hook_weights
 from .module_fixes import ModuleFixes, Options, fix_modules
 
@@ -82,7 +82,8 @@ class Cutter:
                 memo[id(tensor)] = _like(tensor, tensor.detach())
         slim = duplicate(model, memo)
         refresh_hook_weights(slim.modules())
-        with evaluating(model), evaluating(slim):  # in training, merely reading a spectral norm's weight changes it
+        # not in train mode, where merely reading a spectral norm's weight changes it
+        with evaluating(model, clear_caches=True), evaluating(slim, clear_caches=True):
             return slim, fix_modules(slim, model, self.trace, keep, fixes)
 
 

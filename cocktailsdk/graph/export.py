@@ -21,12 +21,13 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ExportFailed
+from ..utils.modes import evaluating
 from ..utils.undo import Snapshot, unchanged
 from .grouped_mm import ExportableGroups
 from .output_tensors import tensors_of
 from .unsupported import hookable, is_scripted, refuse_unsupported
 
-__all__ = ["BuildsParameters", "Exported", "evaluating", "export", "module_of", "op_name", "shape_of", "within"]
+__all__ = ["BuildsParameters", "Exported", "export", "module_of", "op_name", "shape_of", "within"]
 
 log = logging.getLogger(__name__)
 
@@ -62,40 +63,6 @@ class Exported:
     scopes: tuple[str, ...] = ("",)
     failures: Mapping[str, str] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode, clears caches of earlier runs, and restores the modes at the end."""
-    modules = list(model.modules())
-    was = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has no mode
-    without = [m for m in modules if not hasattr(m, "training")]
-    try:
-        try:
-            model.eval()
-        except NotImplementedError:  # graphs of torch.export refuse: they are of one mode
-            # `GraphModule.eval` of exported programs raises NotImplementedError.
-            for m, _ in was:
-                m.training = False
-        _clear_caches(model)
-        yield
-    finally:
-        _clear_caches(model)
-        for m, training in was:
-            m.training = training
-        for m in without:
-            vars(m).pop("training", None)
-
-
-def _clear_caches(model: nn.Module) -> None:
-    """Clears tensors that modules cache in eval mode, by the modules' own ``train()``."""
-    # LeViT, TinyViT and EfficientViT of timm keep an attention bias by device in eval mode, and clear it in `train()`.
-    # A fake tensor that an export left there would break the user's next call.
-    for m in model.modules():
-        caches = (v for name, v in vars(m).items() if isinstance(v, dict) and not name.startswith("_"))
-        if any(isinstance(t, Tensor) for cache in caches for t in cache.values()):
-            m.train()
-            m.eval()
 
 
 def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Exported:
@@ -140,7 +107,7 @@ def _programs(
     as it is, if possible; then as it is after a pass on real tensors. Each attempt is undone before the next: what it
     leaves in the model are stand-ins without values.
     """
-    with evaluating(model), unchanged(model) as before:
+    with evaluating(model, clear_caches=True), unchanged(model) as before:
         program = _attempt(partial(export_whole, model, inputs), failures, "")
         _refuse_new_parameters(model, own)
         if program is not None:

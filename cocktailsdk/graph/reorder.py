@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
+from ..utils.modes import evaluating
 from .compare import Precision, doubled, randomise, relative_error, tensors_in
 from .copies import duplicate_in_double
 from .coupling import Coupling, Group
-from .export import evaluating
 
 __all__ = ["Order", "nested_order"]
 
@@ -211,7 +211,7 @@ class _Check:
             for path in self._scopes
         ]
         try:
-            with evaluating(self._model), torch.no_grad(), Precision() as precision:
+            with evaluating(self._model, clear_caches=True), torch.no_grad(), Precision() as precision:
                 out = tensors_in(self._model(*args, **kwargs))
         finally:
             for hook in hooks:

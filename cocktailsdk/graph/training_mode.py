@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..utils.modes import modes_restored
 from .code_names import names_read
 from .determinism import seeded_rng
 from .export import Exported, export_whole, merge, op_name, shape_of, silenced, with_modules, within
@@ -95,9 +96,8 @@ def in_training(model: nn.Module) -> Iterator[None]:
     training mode, since the model's code may ask for that of a part (``self.head.training``). Gradients are recorded
     only where the model's code asks whether they are.
     """
-    was = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in was:
+    with modes_restored(model):
+        for m in model.modules():
             # Batch statistics, dropout and power iteration would differ between slim and masked for reasons other than
             # channels.
             draws = isinstance(m, _NormBase | _DropoutNd) or any(
@@ -106,9 +106,6 @@ def in_training(model: nn.Module) -> Iterator[None]:
             m.training = not draws and (isinstance(m, _INDIFFERENT) or not _known(type(m)))
         with torch.set_grad_enabled(_GRADIENTS in _asked(model)):
             yield
-    finally:
-        for m, training in was:
-            m.training = training
 
 
 def followed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Exported:

@@ -13,8 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..errors import SlimError
+from ..utils.modes import evaluating
 from .compare import (
-    EXACT,
     NARROWED,
     SINGLE,
     Precision,
@@ -30,7 +30,6 @@ from .copies import duplicate_in_double
 from .coupling import Coupling, Node
 from .cut import Cutter
 from .empty_heads import RefuseEmptyHeads
-from .export import evaluating
 from .module_fixes import ModuleFixes, Options, assign
 from .relabel import check_labels
 from .rewrite import rewritten
@@ -38,7 +37,7 @@ from .rewritten_module import with_forward
 from .surviving import surviving
 from .verify_training import check_training
 
-__all__ = ["EXACT", "SINGLE", "Proof", "apply_masks", "randomise", "verify_slim"]
+__all__ = ["Proof", "apply_masks", "verify_slim"]
 
 
 def apply_masks(model: nn.Module, coupling: Coupling, removed: Bool[Tensor, " units"]) -> None:
@@ -93,7 +92,7 @@ def verify_slim(
     # Cut before masking: the cut takes what survives, and the randomised weights must be equal in both.
     slim, options = cutter.cut(masked)
     scopes = [path for path in cutter.trace.scopes if path]
-    with evaluating(masked), evaluating(slim), torch.no_grad():
+    with evaluating(masked, clear_caches=True), evaluating(slim, clear_caches=True), torch.no_grad():
         apply_masks(masked, cutter.coupling, cutter.removed)
         precision = Precision()
         try:
@@ -171,7 +170,7 @@ def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     """The outputs of the randomised model before masking."""
     dense = duplicate_in_double(model)
     randomise(dense, torch.Generator().manual_seed(0))
-    with evaluating(dense), torch.no_grad(), Precision():
+    with evaluating(dense, clear_caches=True), torch.no_grad(), Precision():
         return tensors_in(dense(*args, **kwargs))
 
 

@@ -14,12 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import CocktailError, PatternError
 from ..graph import Coupling, Kept, Stay, Weight, couple, unsupported_modules
-from ..graph.export import BuildsParameters, evaluating
+from ..graph.export import BuildsParameters
 from ..masks.tiles import covered_by_runs
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
 from ..net.tracing import Example, example_of
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
+from ..utils.modes import evaluating
 from ..utils.nested import to_device
 from ..utils.undo import unchanged
 from .channel_groups import channel_groups
@@ -97,7 +98,7 @@ def _found(model: nn.Module, example: Example, selection: Selection) -> Inspecti
         return _followed(model, _described(args, kwargs), couple(model, args, kwargs, exclude=exclude), selection)
     except BuildsParameters as error:
         log.info("looking at the model as it is after a first forward pass: %s", error)
-        with evaluating(model), torch.no_grad():
+        with evaluating(model, clear_caches=True), torch.no_grad():
             model(*args, **kwargs)
         coupling = couple(model, args, kwargs, exclude=exclude)
         found = _followed(model, _described(args, kwargs), coupling, selection)
@@ -264,7 +265,7 @@ def _unfollowed(model: nn.Module, inputs: tuple[str, ...], reason: str, flops: M
 def _measured_flops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
     """FLOPs by module path (``""``: in all) of one real pass; nothing where the model does not run."""
     try:
-        with evaluating(model):
+        with evaluating(model, clear_caches=True):
             return measured_flops(model, args, kwargs)
     except Exception as error:  # the model's own failure; what is counted here is only told
         log.info("%s does not run on the example inputs: %s", type(model).__name__, error)

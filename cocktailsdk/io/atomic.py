@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: streamed, hashed, flushed to the disk, then renamed."""
+"""Write a file completely or not at all. Nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -7,47 +7,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
 from ..errors import TrainingError
-from . import open_regular
+from .regular import open_regular
 
-__all__ = [
-    "DiskFailed",
-    "Sink",
-    "Written",
-    "clean",
-    "read_sum",
-    "tensor_bytes",
-    "write_atomic",
-    "write_tensors",
-    "write_whole",
-]
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+__all__ = ["DiskFailed", "HashingWriter", "Written", "fsync", "remove_stale", "sha256_of", "write_atomic", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +23,9 @@ class Written:
     """A file that was written.
 
     Attributes:
-        path: Where it is.
-        sha256: Of its content, without a head.
-        bytes: Of the same.
+        path: The file.
+        sha256: Checksum of its content, without the header.
+        bytes: Size of its content, without the header.
     """
 
     path: Path
@@ -65,19 +33,19 @@ class Written:
     bytes: int
 
 
-class Sink:
-    """Writes to a file, and counts and hashes what it writes.
+class HashingWriter:
+    """Writes to a file; counts and hashes the bytes.
 
-    A failure is kept until the writing is over, since serializers written in C++ do not survive an exception in
-    what they write to; what comes after it is only counted.
+    The first failure is stored in ``error`` and not raised: ``torch.save`` writes from C++, which does not survive an
+    exception in ``write``. After a failure, bytes are only counted.
 
     Attributes:
-        bytes: Written so far, or that would have been.
-        error: What went wrong.
+        bytes: Number of bytes that :meth:`write` got so far.
+        error: The first failure, if any.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sum = file, hashlib.sha256()
+        self._file, self._hash = file, hashlib.sha256()
         self.bytes = 0
         self.error: BaseException | None = None
 
@@ -88,133 +56,99 @@ class Sink:
         if self.error is None:
             try:
                 self._file.write(data)
-                self._sum.update(data)
+                self._hash.update(data)
             except BaseException as error:  # a second Ctrl-C too
                 self.error = error
         return size
 
     def flush(self) -> None:
-        """Nothing: the file is flushed once, at its end."""
+        """Do nothing: :func:`write_atomic` flushes the file once, at its end."""
 
     @property
     def sha256(self) -> str:
-        """Of all that was written."""
-        return self._sum.hexdigest()
+        """Checksum of the bytes that were written so far."""
+        return self._hash.hexdigest()
 
 
 class DiskFailed(TrainingError):
-    """A file of a run cannot be written."""
+    """A file cannot be written."""
 
 
-def write_whole(
+def write_atomic(
     path: Path,
-    fill: Callable[[Sink], None],
+    data: bytes | str | Callable[[HashingWriter], None],
     *,
-    head: Callable[[str], bytes] | None = None,
+    header: Callable[[str], bytes] | None = None,
     name: Callable[[str], str] | None = None,
     check: Callable[[Path], None] | None = None,
-    standing: str = "",
+    advice: str = "",
 ) -> Written:
-    """Write a file such that after a crash there is either all of it or what was there before.
+    """Write a file so that after a crash the path holds all of the new content, or what it held before.
 
     Args:
-        path: Where to.
-        fill: Writes the content.
-        head: A first part of a fixed length, made of the content's checksum.
-        name: The file's name, made of the content's checksum, in place of the path's.
-        check: Looks at the file before it gets its name; what it raises ends the writing.
-        standing: What is said of the state before, where the disk fails.
+        path: The file. Its mode is the one that the umask asks for.
+        data: The content, text as UTF-8; or a function that writes the content in pieces.
+        header: Makes a first part of fixed length from the content's checksum.
+        name: Makes the file's name from the content's checksum; without it, the path's own name is used.
+        check: Called with the temporary file before the rename; the write ends with any exception that it raises.
+        advice: Ends the message of the error that a failing disk raises.
 
     Raises:
-        DiskFailed: The disk is full or fails otherwise. Nothing is left of the file then.
+        DiskFailed: The disk is full or fails otherwise. The temporary file is removed then.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    sink: Sink | None = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename works within a file system
+    writer: HashingWriter | None = None
     try:
-        with beside.open("wb") as file:
-            if head is not None:
-                file.write(head("0" * 64))
-            sink = Sink(file)
-            fill(sink)
-            if sink.error is not None:
-                raise sink.error
-            if head is not None:
+        with temporary.open("wb") as file:
+            if header is not None:
+                file.write(header("0" * 64))  # reserve the place: the checksum is known at the end
+            writer = HashingWriter(file)
+            if callable(data):
+                data(writer)
+            else:
+                writer.write(data.encode() if isinstance(data, str) else data)
+            if writer.error is not None:
+                raise writer.error
+            if header is not None:
                 file.seek(0)
-                file.write(head(sink.sha256))
+                file.write(header(writer.sha256))
+            # Before the rename: the file system may store the new name first, and the content only later. A power
+            # failure between the two would leave an empty file under the final name.
             file.flush()
             os.fsync(file.fileno())
         if check is not None:
-            check(beside)
+            check(temporary)
         if name is not None:
-            path = path.with_name(name(sink.sha256))
-        beside.replace(path)
-        _sync_folder(path.parent)
+            path = path.with_name(name(writer.sha256))
+        temporary.replace(path)
+        fsync(path.parent)  # the rename is an entry of the folder, which has to reach the disk, too
     except OSError as error:
-        raise DiskFailed(_failed(path, error, 0 if sink is None else sink.bytes, standing)) from error
+        raise DiskFailed(_failure(path, error, 0 if writer is None else writer.bytes, advice)) from error
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-    return Written(path, sink.sha256, sink.bytes)
+            temporary.unlink(missing_ok=True)
+    return Written(path, writer.sha256, writer.bytes)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write bytes as :func:`write_whole` does."""
-
-    def fill(sink: Sink) -> None:
-        sink.write(data)
-
-    write_whole(path, fill)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], **options: Any) -> Written:
-    """Write a safetensors file with one tensor at a time in memory, whatever device they are on.
+def write_json(path: Path, values: Any, **options: Any) -> Written:
+    """Write JSON values with :func:`write_atomic`, indented, with a newline at the end.
 
     Args:
-        path: Where to.
-        tensors: By name.
-        **options: Of :func:`write_whole`.
-
-    Raises:
-        TrainingError: Where the disk fails, or the format has no such dtype.
+        path: The file.
+        values: JSON values.
+        **options: Of ``json.dumps``.
     """
-    for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise TrainingError(f"{key} has the dtype {tensor.dtype}, which no safetensors file can hold")
-    # the widest first, so that every tensor is aligned
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    entries, at = {}, 0
-    for key in order:
-        tensor = tensors[key]
-        end = at + tensor.numel() * tensor.element_size()
-        entries[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-
-    def fill(sink: Sink) -> None:
-        sink.write(len(header).to_bytes(8, "little"))
-        sink.write(header)
-        for key in order:
-            sink.write(tensor_bytes(tensors[key]))
-
-    return write_whole(path, fill, **options)
+    return write_atomic(path, json.dumps(values, indent=1, **options) + "\n")
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values in row-major order; its own memory where it lies so on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    values: Any = flat.view(torch.uint8).numpy()
-    return memoryview(values)
-
-
-def read_sum(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def clean(folder: Path) -> list[Path]:
-    """Remove what a process that was killed in the middle of :func:`write_whole` left in a folder."""
+def remove_stale(folder: Path) -> list[Path]:
+    """Remove temporary files of processes that were killed during :func:`write_atomic` in a folder."""
     stale = [path for path in folder.glob(".*.tmp") if path.is_file()]
     for path in stale:
         with contextlib.suppress(OSError):
@@ -222,22 +156,26 @@ def clean(folder: Path) -> list[Path]:
     return stale
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, from memory to the disk."""
+    if path.is_dir():
+        if os.name == "nt":  # Windows opens no folders
+            return
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        handle = os.open(path, os.O_RDWR)  # Windows flushes only what is open for writing
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _failed(path: Path, error: OSError, needed: int, standing: str) -> str:
-    what = error.strerror or str(error)
+def _failure(path: Path, error: OSError, needed: int, advice: str) -> str:
+    reason = error.strerror or str(error)
     takes = f"it takes {needed:,} bytes" if needed else "nothing was written"
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} are free there"
     except OSError as unknown:
         free = f"how many are free cannot be told ({unknown.strerror})"
-    said = f" {standing}" if standing else ""
-    return f"{path} cannot be written ({what}): {takes}, and {free}. Nothing half-written is left.{said}"
+    failure = f"{path} cannot be written ({reason}): {takes}, and {free}. Nothing half-written is left."
+    return f"{failure} {advice}" if advice else failure

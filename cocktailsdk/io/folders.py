@@ -1,9 +1,9 @@
-"""Folders that are there as a whole or not at all, whatever becomes of the process or the machine.
+"""Write a folder completely or not at all, whatever happens to the process or the machine.
 
-A folder is made beside its place, flushed to the disk, and put there in one step: renamed where there was none,
-exchanged with the one that was there. Where the system or the file system cannot exchange two folders, two renames do
-it; a process that dies between them leaves the old folder under a name by which it is still found, and put back the
-next time.
+The new folder is made beside its place and flushed to the disk. Then one step puts it there: a rename if the place is
+free, an exchange if an old folder is there. Where the system or the file system cannot exchange two folders, two
+renames do it. A process that is killed between them leaves the old folder under a name by which :func:`locate` finds
+it, and which the next write puts back.
 """
 
 from __future__ import annotations
@@ -20,51 +20,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from . import usual_folder
+from .atomic import fsync
+from .modes import file_mode, usual_folder
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["Replaced", "flush", "found", "new_folder", "steady"]
+__all__ = ["Replaced", "locate", "move_files", "new_folder", "read_consistently"]
 
 T = TypeVar("T")
 
-_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+_CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}  # an old kernel; the file system; a sandbox
 _TRIES = 200
-_WAIT = 0.005  # seconds, where a folder is not there while somebody replaces it
+_WAIT = 0.005  # seconds, while another process is between the two renames that replace a folder
 
 
 class Replaced(Exception):
     """A folder was replaced again and again while it was read."""
 
 
-def found(target: Path) -> Path:
-    """Where a folder is: at its place, or beside it where a process died while replacing it, or is about to end."""
-    beside = _aside(target)
-    return beside if not target.exists() and beside.is_dir() else target
+def locate(target: Path) -> Path:
+    """The folder itself, or the old one beside it if a process is between the two renames or was killed there."""
+    backup = _backup_of(target)
+    return backup if not target.exists() and backup.is_dir() else target
 
 
-def steady(target: Path, look: Callable[[Path, int | None], T]) -> T:
-    """Look into a folder that another process may be replacing: at the old one or at the new one, never at both.
+def read_consistently(target: Path, read: Callable[[Path, int | None], T]) -> T:
+    """Read a folder that another process may replace: all from the old one or all from the new one.
 
-    Where the system knows handles of folders, what is opened by one is of one folder, whatever is put in its place.
-    Elsewhere it is compared whether the same folder was there before and after.
+    Where the system has handles of folders, files opened by a handle belong to one folder, whatever takes its place.
+    Elsewhere the folder's identity before and after is compared.
 
     Args:
         target: The folder.
-        look: Called with where it is and its handle, more than once where the folder is replaced meanwhile.
+        read: Called with the folder and its handle; called again if the folder was replaced meanwhile.
 
     Returns:
-        What ``look`` returned.
+        The result of ``read``.
 
     Raises:
-        FileNotFoundError: The folder, or what ``look`` wants of it, is not there.
+        FileNotFoundError: The folder, or a file in it that ``read`` opens, does not exist.
         Replaced: It was replaced too often.
     """
     for _ in range(_TRIES):
-        folder = found(target)
+        folder = locate(target)
         try:
             handle = _folder_handle(folder)
         except FileNotFoundError:
@@ -75,17 +71,55 @@ def steady(target: Path, look: Callable[[Path, int | None], T]) -> T:
         try:
             before = _identity(folder if handle is None else handle)
             try:
-                seen = look(folder, handle)
+                result = read(folder, handle)
             except FileNotFoundError:
-                if before is not None and _identity(found(target)) == before:
+                if before is not None and _identity(locate(target)) == before:
                     raise
                 continue
             if handle is not None or (before is not None and _identity(folder) == before):
-                return seen
+                return result
         finally:
             if handle is not None:
                 os.close(handle)
     raise Replaced(f"{target} was replaced {_TRIES} times while it was read")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to write to. It takes the place of ``target`` at the end, unless an exception is raised.
+
+    Files of ``target`` that the new folder does not have are carried over. What killed processes left beside
+    ``target`` is removed first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up(target)
+    new, mode = usual_folder(target.parent, _prefix(target))
+    with _locked(new):
+        try:
+            yield new
+            if target.exists():
+                _carry_over(target, new)
+            # Before the folder gets its name: otherwise a power failure may leave the name with an empty folder.
+            # The caller has flushed the files.
+            fsync(new)
+            new.chmod(mode)
+            _install(new, target)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # after an exchange, this is the old folder
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move all files of a folder beside a file, which is itself one of them and is moved last.
+
+    So the file never exists without the ones that belong to it. Each file gets the mode that the umask asks for,
+    whatever mode its writer gave it.
+    """
+    mode = file_mode(source)
+    for file in sorted(source.iterdir(), key=lambda f: f.name == target.name):
+        file.chmod(mode)
+        fsync(file)  # before the rename, as in write_atomic
+        file.replace(target.parent / file.name)
+    fsync(target.parent)
 
 
 def _folder_handle(folder: Path) -> int | None:
@@ -98,10 +132,11 @@ def _folder_handle(folder: Path) -> int | None:
 
 def _identity(folder: Path | int) -> tuple[int, int, int] | None:
     try:
-        seen = os.stat(folder)
+        status = os.stat(folder)
     except OSError:
         return None
-    return seen.st_dev, seen.st_ino, seen.st_mtime_ns  # a new folder may get the number of one that is gone
+    # The time too: a new folder may get the inode number of one that was removed.
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _in_progress(target: Path) -> bool:
@@ -112,75 +147,40 @@ def _in_progress(target: Path) -> bool:
         return False
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to write to, which takes the place of ``target`` at the end, unless something is raised.
-
-    What ``target`` held and the new folder does not is kept, as files of the new folder. What processes that were
-    killed left beside it is removed first.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(target)
-    made, mode = usual_folder(target.parent, _prefix(target))
-    with _held(made):
-        try:
-            yield made
-            if target.exists():
-                _keep_others(target, made)
-            flush(made)
-            made.chmod(mode)
-            _put(made, target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Have a file or a folder on the disk, not only in memory."""
-    if path.is_dir():
-        if os.name == "nt":  # folders cannot be opened there
-            return
-        handle = os.open(path, os.O_RDONLY)
-    else:
-        handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _prefix(target: Path) -> str:
     return f".{target.name}.new-"
 
 
-def _aside(target: Path) -> Path:
+def _backup_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
-def _put(made: Path, target: Path) -> None:
+def _install(new: Path, target: Path) -> None:
     if not target.exists():
-        made.rename(target)
-    elif not _exchange(made, target):
-        target.rename(_aside(target))
+        new.rename(target)
+    elif not _exchange(new, target):
+        # Between these two renames only the backup exists; locate() finds it.
+        target.rename(_backup_of(target))
         try:
-            made.rename(target)
+            new.rename(target)
         except BaseException:
-            _aside(target).rename(target)
+            _backup_of(target).rename(target)
             raise
-        flush(target.parent)
-        shutil.rmtree(_aside(target), ignore_errors=True)
-    flush(target.parent)
+        fsync(target.parent)  # both renames are on the disk before the old folder is removed from it
+        shutil.rmtree(_backup_of(target), ignore_errors=True)
+    fsync(target.parent)
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Have in the new folder what only the old one holds: by links where there can be, so that nothing is moved."""
+def _carry_over(old: Path, new: Path) -> None:
+    """Add what only the old folder has to the new one, by hard links where they work, so that nothing is copied."""
     for entry in old.iterdir():
-        into = new / entry.name
-        if into.exists():
+        copy = new / entry.name
+        if copy.exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, into, symlinks=True, copy_function=_link)
+            shutil.copytree(entry, copy, symlinks=True, copy_function=_link)
         else:
-            _link(entry, into)
+            _link(entry, copy)
 
 
 def _link(old: str | Path, new: str | Path) -> None:
@@ -198,15 +198,19 @@ def _exchange(a: Path, b: Path) -> bool:
     if call(os.fsencode(a), os.fsencode(b)) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _CANNOT:
+    if code in _CANNOT_EXCHANGE:
         return False
     raise OSError(code, os.strerror(code), str(b))
 
 
 def _exchange_call() -> Callable[[bytes, bytes], int] | None:
+    """The system's call that exchanges two paths, which Python does not offer: renameat2 on Linux, renamex_np on macOS.
+
+    It leaves no time at which the folder does not exist, as two renames do.
+    """
     if sys.platform.startswith("linux"):
-        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # not in old C libraries
-        here = -100  # AT_FDCWD
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc has it from 2.28 on
+        here = -100  # AT_FDCWD: relative paths are relative to the current folder
         return None if rename is None else lambda a, b: int(rename(here, a, here, b, 2))  # RENAME_EXCHANGE
     if sys.platform == "darwin":
         rename = getattr(ctypes.CDLL(None, use_errno=True), "renamex_np", None)
@@ -214,38 +218,40 @@ def _exchange_call() -> Callable[[bytes, bytes], int] | None:
     return None
 
 
-def _tidy(target: Path) -> None:
-    """Put back or remove what processes left that died while writing here; those of living ones stay."""
-    beside = _aside(target)
-    if beside.is_dir():
+def _clean_up(target: Path) -> None:
+    """Put back or remove what processes left here that were killed; what living processes write stays."""
+    backup = _backup_of(target)
+    if backup.is_dir():
         if target.exists():
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(backup, ignore_errors=True)
         else:
-            beside.rename(target)
+            backup.rename(target)
     for path in target.parent.iterdir():
         if path.name.startswith(_prefix(target)) and path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(OSError), _held(path):
+            with contextlib.suppress(OSError), _locked(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which the system releases with the process.
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder itself, without a lock file; the system releases the lock with the process.
 
     Raises:
         BlockingIOError: Another process holds it.
     """
-    if fcntl is None:
+    if os.name == "nt":  # Windows opens no folders
         yield
         return
+    from filelock import lock_descriptor  # late: reading a folder takes no lock
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
+            free = lock_descriptor(handle, blocking=False)
         except OSError:  # some network file systems know no locks
-            pass
+            free = True
+        if not free:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process writes to it", str(folder))
         yield
     finally:
         os.close(handle)

@@ -17,29 +17,10 @@ from torch import Tensor
 
 from ..errors import BundleError
 from .limits import MAX_DIMS, MAX_HEADER_BYTES, MAX_TENSORS
-from .values import items, keyed, parse, quoted, whole
+from .tensors import DTYPES
+from .values import integer, items, keyed, parse, quoted
 
-__all__ = ["DTYPES", "TensorFile"]
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""What a file may hold, by safetensors' names."""
+__all__ = ["TensorFile"]
 
 
 @dataclass(frozen=True)
@@ -168,7 +149,7 @@ class TensorFile:
         header.pop("__metadata__", None)
         if len(header) > self._most:
             raise BundleError(f"{self.file} holds {len(header)} tensors; at most {self._most} are read")
-        out = {name: self._placed(name, said, begin) for name, said in header.items()}
+        out = {name: self._entry_of(name, value, begin) for name, value in header.items()}
         at = begin
         for name, entry in sorted(out.items(), key=lambda e: (e[1].start, e[1].stop)):
             if entry.start != at:
@@ -178,17 +159,17 @@ class TensorFile:
             raise BundleError(f"{self.file} has {self.size - at} bytes that belong to no tensor")
         return out
 
-    def _placed(self, name: str, said: Any, begin: int) -> _Entry:
+    def _entry_of(self, name: str, value: Any, begin: int) -> _Entry:
         what = f"the tensor {quoted(name)}"
-        entry: Mapping[str, Any] = keyed(said, what, ("dtype", "shape", "data_offsets"))
+        entry: Mapping[str, Any] = keyed(value, what, ("dtype", "shape", "data_offsets"))
         dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None:
             raise BundleError(f"{self.file}: {what} is of {quoted(entry['dtype'])}, which is not known")
-        shape = tuple(whole(n, f"the shape of {what}") for n in items(entry["shape"], f"the shape of {what}"))
+        shape = tuple(integer(n, f"the shape of {what}") for n in items(entry["shape"], f"the shape of {what}"))
         if len(shape) > MAX_DIMS:
             raise BundleError(f"{self.file}: {what} has {len(shape)} dimensions; at most {MAX_DIMS} are read")
         start, stop = (
-            whole(n, f"the place of {what}") for n in items(entry["data_offsets"], f"the place of {what}", 2)
+            integer(n, f"the place of {what}") for n in items(entry["data_offsets"], f"the place of {what}", 2)
         )
         if stop - start != prod(shape) * dtype.itemsize:
             raise BundleError(f"{self.file}: {what} of shape {list(shape)} does not take {stop - start} bytes")

@@ -15,6 +15,7 @@ from .limits import MAX_JSON_VALUES
 __all__ = [
     "distinct",
     "flag",
+    "integer",
     "items",
     "keyed",
     "label",
@@ -25,7 +26,6 @@ __all__ = [
     "small",
     "text",
     "texts",
-    "whole",
 ]
 
 _LARGEST = 2**63 - 1
@@ -38,13 +38,15 @@ def parse(raw: bytes) -> Any:
         ValueError: It is not, or it has too many values.
         RecursionError: It is nested too deeply.
     """
-    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")  # at least, if no text holds these
+    # Before parsing, which may take a hundred times the memory: every value but the first follows a comma or an opening
+    # bracket. Strings may hold these too, so that this counts too many values rather than too few.
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if values > MAX_JSON_VALUES:
         raise ValueError(f"it has {values} values; at most {MAX_JSON_VALUES} are read")
     return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
 
 
-def whole(value: Any, what: str, low: int = 0, high: int = _LARGEST) -> int:
+def integer(value: Any, what: str, low: int = 0, high: int = _LARGEST) -> int:
     """A whole number in ``low … high``."""
     if type(value) is not int or not low <= value <= high:
         raise BundleError(f"the bundle gives {quoted(value)} for {what}, not a whole number in {low} … {high}")
@@ -96,8 +98,8 @@ def keyed(value: Any, what: str, needed: Collection[str], allowed: Collection[st
         raise BundleError(f"the bundle gives {quoted(value)} for {what}, not an object")
     missing, odd = set(needed) - value.keys(), value.keys() - set(needed) - set(allowed)
     if missing or odd:
-        said = [f"lacks {quoted(k)}" for k in sorted(missing)[:3]] + [f"has {quoted(k)}" for k in sorted(odd)[:3]]
-        raise BundleError(f"in the bundle {what} {', '.join(said)}")
+        problems = [f"lacks {quoted(k)}" for k in sorted(missing)[:3]] + [f"has {quoted(k)}" for k in sorted(odd)[:3]]
+        raise BundleError(f"in the bundle {what} {', '.join(problems)}")
     return value
 
 
@@ -105,8 +107,8 @@ def quoted(value: Any) -> str:
     """A value as an error names it: short, on one line, whatever its size and depth."""
     if type(value) is dict:
         value = dict(itertools.islice(value.items(), _SHORT.maxdict + 1))  # they would all be sorted
-    said = repr(value) if type(value) in (bool, int, float, str, type(None)) else _SHORT.repr(value)
-    return said if len(said) <= 60 else f"{said[:57]}..."
+    short = repr(value) if type(value) in (bool, int, float, str, type(None)) else _SHORT.repr(value)
+    return short if len(short) <= 60 else f"{short[:57]}..."
 
 
 _SHORT = reprlib.Repr()  # 16 MiB of lists in lists take a second and a deep stack otherwise
@@ -114,14 +116,14 @@ _SHORT = reprlib.Repr()  # 16 MiB of lists in lists take a second and a deep sta
 
 def small(value: Any, most: int) -> bool:
     """Whether JSON values hold so many values at most."""
-    left = [value]
-    while left and most >= 0:
-        inner = left.pop()
+    stack = [value]
+    while stack and most >= 0:
+        inner = stack.pop()
         most -= 1
         if isinstance(inner, dict | list):
             if len(inner) > most:
                 return False
-            left += inner.values() if isinstance(inner, dict) else inner
+            stack += inner.values() if isinstance(inner, dict) else inner
     return most >= 0
 
 
@@ -132,8 +134,8 @@ def more(names: Sequence[str]) -> str:
 
 def shortened(error: Exception) -> str:
     """What an error says, on one line and not at any length."""
-    said = printable(" ".join(str(error).split()))
-    return said if len(said) <= 500 else f"{said[:497]}..."
+    short = printable(" ".join(str(error).split()))
+    return short if len(short) <= 500 else f"{short[:497]}..."
 
 
 def _no_constant(name: str) -> Never:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.device_cache import DeviceMasks, zero_masked
-from ..utils.fsdp import is_sharded, whole
+from ..utils.fsdp import full_tensor, is_sharded
 from ..utils.norms import norm_buffers
 from ..utils.weight_caches import forget_derived
 from .dense_backup import DenseBackup, writing
@@ -275,7 +275,7 @@ class Switcher:
         """A tensor's dense value, whatever is active. All processes must ask for a sharded one, which is gathered."""
         tensor = self.tensors.registered(name)
         if is_sharded(tensor):
-            return whole(tensor, self.dense_part(name))
+            return full_tensor(tensor, self.dense_part(name))
         return self.dense_part(name)
 
     def dense_part(self, name: str) -> Tensor:

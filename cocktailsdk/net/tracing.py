@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import PatternError
 from ..graph import Coupling, couple
 from ..models import example_inputs_for
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
 from ..utils.nested import to_device
 from .target_modules import Selection
 

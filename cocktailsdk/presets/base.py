@@ -135,15 +135,14 @@ class Preset:
 
 
 def _load_weights(model: nn.Module, name: str, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from ..io.tensors import READ_ERRORS, read_tensors
 
     if not path.exists():
         raise TrainingError(f"no weights at {path}")
     try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise TrainingError(f"{path} is no safetensors file: {error}") from error
+        state = read_tensors(path)
+    except READ_ERRORS as error:
+        raise TrainingError(f"{path} cannot be read as a safetensors file: {error}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

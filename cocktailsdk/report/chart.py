@@ -15,7 +15,7 @@ class Mark:
     Attributes:
         x: Where.
         y: Where.
-        told: What is said of it, in lines.
+        description: The text of its tooltip, in lines.
         hollow: Whether it is drawn as an outline: a bound, not a measurement.
         strong: Whether it stands out: on the front, or chosen.
         note: A few characters printed beside it.
@@ -23,7 +23,7 @@ class Mark:
 
     x: float
     y: float
-    told: str
+    description: str
     hollow: bool = False
     strong: bool = False
     note: str = ""
@@ -85,7 +85,7 @@ class Chart:
         level: A horizontal line, and what it is.
         log_x: Whether the axis is logarithmic.
         log_y: Likewise.
-        whole_x: Whether the values to the right are whole numbers.
+        integer_x: Whether the values to the right are whole numbers.
         splits: Vertical lines: where one thing ends and the next begins.
         y_range: Fixed limits.
         table: The same as text.
@@ -101,7 +101,7 @@ class Chart:
     level: tuple[float, str] | None = None
     log_x: bool = False
     log_y: bool = False
-    whole_x: bool = False
+    integer_x: bool = False
     splits: tuple[float, ...] = ()
     y_range: tuple[float, float] | None = None
 

@@ -101,14 +101,15 @@ def _chart(
     scale, label = scale_of(report)
     rows = [r for r in report.networks if r.name in costs]
     dense = next((r for r in rows if r.pattern == "dense"), None)
-    whole = costs[dense.name] if dense is not None else 0.0
+    dense_cost = costs[dense.name] if dense is not None else 0.0
     best = front(costs, {r.name: r.metric for r in rows}, report.metric_mode)
     patterns: dict[str, list[NetworkRow]] = {}
     for row in rows:
         patterns.setdefault(row.pattern, []).append(row)
 
-    def told(row: NetworkRow) -> str:
-        share = f" ({percent_text(costs[row.name] / whole, 0)} of dense)" if whole and row is not dense else ""
+    def description(row: NetworkRow) -> str:
+        relative = dense_cost and row is not dense
+        share = f" ({percent_text(costs[row.name] / dense_cost, 0)} of dense)" if relative else ""
         lines = [
             row.name + (", on the front" if row.name in best else ""),
             f"{report.metric_name} {metric_text(report, row.metric)}",
@@ -125,7 +126,7 @@ def _chart(
         Series(
             pattern,
             pattern,
-            tuple(Mark(costs[r.name], scale * r.metric, told(r), strong=r.name in best) for r in drawn(of)),
+            tuple(Mark(costs[r.name], scale * r.metric, description(r), strong=r.name in best) for r in drawn(of)),
             tuple((costs[r.name], scale * r.metric) for r in drawn(of))
             if _joined(pattern, [costs[r.name] for r in of])
             else (),
@@ -143,7 +144,7 @@ def _chart(
                 r.name,
                 metric_text(report, r.metric),
                 text(costs[r.name]),
-                percent_text(costs[r.name] / whole) if whole else "–",
+                percent_text(costs[r.name] / dense_cost) if dense_cost else "–",
                 "yes" if r.name in best else "",
             )
             for r in rows

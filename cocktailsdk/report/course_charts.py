@@ -77,7 +77,7 @@ def _losses(rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) ->
         series=series,
         table=table,
         log_y=min(values) > 0 and max(values) > LOG_FROM * min(values),
-        whole_x=True,
+        integer_x=True,
         splits=tuple(splits[:-1]),
     )
 
@@ -127,7 +127,7 @@ def _held_out(report: RunReport, rounds: Sequence[Mapping[str, Any]], patterns: 
         y=f"held-out {label}",
         series=series,
         table=table,
-        whole_x=True,
+        integer_x=True,
     )
 
 
@@ -166,7 +166,7 @@ def merge_charts(report: RunReport) -> list[Chart]:
             ("round", "α", f"mean held-out {report.metric_name}"),
             tuple((f"{k}", f"{a:g}", metric_text(report, values.get(k))) for k, a in enumerate(report.alphas, 2)),
         ),
-        whole_x=True,
+        integer_x=True,
         y_range=(0.0, 1.08),
     )
     curves = [c for c in report.history.get("curves", ()) if c["points"]]
@@ -185,11 +185,11 @@ def _interpolation(report: RunReport, curves: Sequence[Mapping[str, Any]], scale
             if value is None:
                 continue
             limit = "at most" if report.metric_mode == "max" else "at least"
-            said = f"{limit} {metric_text(report, value)}, given up" if bound else metric_text(report, value)
+            value_text = f"{limit} {metric_text(report, value)}, given up" if bound else metric_text(report, value)
             here = p["alpha"] == alpha
-            told = f"round {k}, α {p['alpha']:g}{', chosen' if here else ''}\nmean held out {said}"
-            marks.append(Mark(p["alpha"], scale * value, told, bound, here, f"{k}" if here else ""))
-            rows.append((f"{k}", f"{p['alpha']:g}", said, "yes" if here else ""))
+            description = f"round {k}, α {p['alpha']:g}{', chosen' if here else ''}\nmean held out {value_text}"
+            marks.append(Mark(p["alpha"], scale * value, description, bound, here, f"{k}" if here else ""))
+            rows.append((f"{k}", f"{p['alpha']:g}", value_text, "yes" if here else ""))
         line = tuple((m.x, m.y) for m in marks if not m.hollow)
         series.append(Series(f"round {k}", "", tuple(marks), line))
     return Chart(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..io.text import write_bytes
+from ..io.atomic import write_atomic
 from ..utils.optional import require
 from .chart import Chart, Series
 from .looks import GRID, INK, PAPER, Look
@@ -108,7 +108,7 @@ def write_matrix(
 def _save(figure: Any, path: Path) -> None:
     buffer, kind = io.BytesIO(), path.suffix.lstrip(".")
     figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    write_bytes(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def _draw(chart: Chart, looks: Mapping[str, Look], limits: Limits | None) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -156,20 +156,20 @@ def _draw(chart: Chart, looks: Mapping[str, Look], limits: Limits | None) -> tup
         axes.autoscale_view()
     if chart.level is not None:
         axes.axhline(chart.level[0], color=INK, linestyle="--", linewidth=1.0)
-        beside: dict[str, Any] = {
+        placement: dict[str, Any] = {
             "xycoords": axes.get_yaxis_transform(),
             "textcoords": "offset points",
             "va": "top",
             "fontsize": 9,
         }
-        axes.annotate(chart.level[1], (0.0, chart.level[0]), (4, -3), **beside)
+        axes.annotate(chart.level[1], (0.0, chart.level[0]), (4, -3), **placement)
     for split in chart.splits:
         axes.axvline(split, color=GRID, linewidth=1.0)
     if chart.log_y:
         axes.set_yscale("log")
     if chart.log_x:
         axes.set_xscale("log")
-    elif chart.whole_x:
+    elif chart.integer_x:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=7))
     else:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6))
@@ -252,7 +252,7 @@ def _prefix_ids(root: Any, prefix: str) -> None:
 
 
 def _explain(root: Any, chart: Chart, elements: Mapping[str, tuple[int, int]], prefix: str) -> None:
-    """Marks get what they say, a place among the keys' stops and a larger target; all else is silent."""
+    """Give marks their description, a place in the keyboard's order and a larger target; hide all else from readers."""
     named = {f"{prefix}-{key}": at for key, at in elements.items()}
     parents = {child: parent for parent in root.iter() for child in parent}
     loud: set[Any] = set()
@@ -268,12 +268,12 @@ def _explain(root: Any, chart: Chart, elements: Mapping[str, tuple[int, int]], p
         if at[1] < 0:
             element.attrib["class"] = "line"
             continue
-        told = series.marks[at[1]].told
+        description = series.marks[at[1]].description
         element.attrib |= {
             "class": "mark",
             "role": "img",
-            "aria-label": told.replace("\n", ", "),
-            "data-told": told,
+            "aria-label": description.replace("\n", ", "),
+            "data-told": description,
             "tabindex": "0" if first else "-1",
         }
         first = False

@@ -29,11 +29,11 @@ def write_figure(report: RunReport, path: Path) -> None:
     further = [pattern for pattern in patterns if pattern not in _LOOKS]
     looks = {**_LOOKS, **{pattern: _OTHERS[i % len(_OTHERS)] for i, pattern in enumerate(further)}}
     for axes, field, label in ((left, "flops", "FLOPs"), (right, "params", "parameters kept")):
-        whole = getattr(dense, field) if dense is not None else max(getattr(r, field) for r in report.networks)
+        dense_value = getattr(dense, field) if dense is not None else max(getattr(r, field) for r in report.networks)
         for pattern, rows in patterns.items():
             colour, marker = looks[pattern]
             axes.plot(
-                [100 * getattr(r, field) / whole for r in rows],
+                [100 * getattr(r, field) / dense_value for r in rows],
                 [100 * r.metric for r in rows],
                 color=colour,
                 marker=marker,

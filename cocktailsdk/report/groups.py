@@ -27,8 +27,8 @@ def groups_view(found: Inspection, groups: Sequence[ChannelGroup], reference: st
         (reference, "bold"), f" ({found.model}), {count_text(found.params)} parameters, {flops_text(found.flops)}"
     )
     of = f"{len(groups)} of {len(found.groups)}" if len(groups) < len(found.groups) else str(len(groups))
-    told = Text(f"{of} channel groups; a unit goes or stays as one, wherever it occurs", style="dim")
-    parts: list[RenderableType] = [title, told]
+    count_line = Text(f"{of} channel groups; a unit goes or stays as one, wherever it occurs", style="dim")
+    parts: list[RenderableType] = [title, count_line]
     if found.followed and not found.proven:
         parts.append(Text(UNPROVEN, style="dim"))
     parts.append(Text())
@@ -87,12 +87,11 @@ def _counted(n: int, what: str) -> str:
 
 
 def _by_count(slices: Iterable[Slice], what: str, prefix: str = "") -> list[tuple[str, str]]:
-    names: dict[int, list[str]] = {}
+    by_count: dict[int, list[str]] = {}
     for s in slices:
-        names.setdefault(s.per_unit, []).append(s.tensor.removesuffix(".weight"))
-    return [
-        (_counted(n, what), f"of {prefix}{', '.join(folded(held))}") for n, held in sorted(names.items(), reverse=True)
-    ]
+        by_count.setdefault(s.per_unit, []).append(s.tensor.removesuffix(".weight"))
+    counts = sorted(by_count.items(), reverse=True)
+    return [(_counted(n, what), f"of {prefix}{', '.join(folded(names))}") for n, names in counts]
 
 
 def _rows(slices: Sequence[Slice]) -> list[tuple[str, str]]:
@@ -125,8 +124,8 @@ def _entries(slices: Sequence[Slice]) -> list[tuple[str, str]]:
     ]
     for (n, kind), modules in norms.items():
         parts: dict[str, list[str]] = {}
-        for module, held in modules.items():
-            parts.setdefault(_parts(held), []).append(module)
+        for module, names in modules.items():
+            parts.setdefault(_parts(names), []).append(module)
         out += [
             (_counted(n, "entry"), f"of the norm{'s' if len(m) > 1 else ''} {', '.join(folded(m))} ({kind}: {p})")
             for p, m in parts.items()
@@ -134,10 +133,10 @@ def _entries(slices: Sequence[Slice]) -> list[tuple[str, str]]:
     return out + _by_count(others, "entry")
 
 
-def _parts(held: Sequence[str]) -> str:
+def _parts(names: Sequence[str]) -> str:
     """``weight, bias, statistics``."""
-    named = [p for p in held if p not in STATISTICS]
-    return ", ".join([*named, "statistics"] if len(named) < len(held) else named)
+    named = [p for p in names if p not in STATISTICS]
+    return ", ".join([*named, "statistics"] if len(named) < len(names) else named)
 
 
 def _saved(alike: Sequence[ChannelGroup]) -> str:

@@ -68,7 +68,7 @@ def inspection_view(found: Inspection, reference: str, *, full: bool = False) ->
     parts += [_layers(layers, numbers), Text()]
     if groups:
         parts += [_groups(groups, numbers), Text()]
-    parts += [*_kept(found), Text()]
+    parts += [*_unpruned(found), Text()]
     if found.savings:
         parts += [_savings(found), Text()]
     parts.append(_sum_line(found))
@@ -89,8 +89,8 @@ def _alike_layers(layers: Iterable[Layer], numbers: dict[str, int]) -> list[list
     out: dict[object, list[Layer]] = {}
     for layer in layers:
         may = (layer.unstructured.eligible, layer.nm.eligible, tuple(layer.coverage.items()))
-        said = (layer.shape, layer.params, layer.flops, may, tuple(numbers[g] for g in layer.groups))
-        out.setdefault((pattern_of(layer.module or layer.name), said), []).append(layer)
+        common = (layer.shape, layer.params, layer.flops, may, tuple(numbers[g] for g in layer.groups))
+        out.setdefault((pattern_of(layer.module or layer.name), common), []).append(layer)
     return list(out.values())
 
 
@@ -130,7 +130,7 @@ def _groups(groups: Sequence[list[ChannelGroup]], numbers: dict[str, int]) -> Re
     return table
 
 
-def _kept(found: Inspection) -> list[RenderableType]:
+def _unpruned(found: Inspection) -> list[RenderableType]:
     """Reasons, each once, with what they keep."""
     reasons: dict[str, list[str]] = {}
     for layer in found.layers:
@@ -138,16 +138,17 @@ def _kept(found: Inspection) -> list[RenderableType]:
             reasons.setdefault(f"not unstructured or N:M: {layer.unstructured.reason}", []).append(layer.module)
         elif found.followed and not layer.nm.eligible:
             reasons.setdefault(f"not N:M: {layer.nm.reason}", []).append(layer.module)
-    for kept in found.kept:
-        reasons.setdefault(f"channels: {kept.reason}" if kept.where else kept.reason, []).append(_module(kept.where))
+    for entry in found.kept:
+        reason = f"channels: {entry.reason}" if entry.where else entry.reason
+        reasons.setdefault(reason, []).append(_module(entry.where))
     alike: dict[str, list[str]] = {}
     for reason in reasons:
         alike.setdefault(pattern_of(reason), []).append(reason)
     lines: list[RenderableType] = [Text("Kept whole", style="bold")]
     for same in alike.values():
         names = folded(w for reason in same for w in reasons[reason] if w)
-        said = ", ".join(folded(same))
-        lines.append(Text(f"{_few(names)}: {said}" if names else said))
+        common = ", ".join(folded(same))
+        lines.append(Text(f"{_few(names)}: {common}" if names else common))
     if not reasons:
         lines.append(Text("nothing"))
     return lines
@@ -161,15 +162,15 @@ def _savings(found: Inspection) -> RenderableType:
         table.add_row(
             Text(s.subnet, style=STYLES.get(s.pattern, "")),
             percent_text(s.coverage),
-            _left(s.params, found.params),
-            _left(s.flops, found.flops),
-            _left(s.nonzero_flops, found.flops),
+            _remaining(s.params, found.params),
+            _remaining(s.flops, found.flops),
+            _remaining(s.nonzero_flops, found.flops),
         )
     return table
 
 
-def _left(value: int, whole: int) -> str:
-    return f"{count_text(value)} ({percent_text(value / whole, 0)})" if whole else count_text(value)
+def _remaining(value: int, total: int) -> str:
+    return f"{count_text(value)} ({percent_text(value / total, 0)})" if total else count_text(value)
 
 
 def _sum_line(found: Inspection) -> Text:

@@ -104,16 +104,16 @@ class LiveView:
 
     def _figures(self) -> str:
         p = self.progress
-        said = [f"{duration_text(p.elapsed)} gone"]
-        if p.left is not None:
-            said.append(f"{duration_text(p.left)} left" + (", then merging" if p.phase == "training" else ""))
+        figures = [f"{duration_text(p.elapsed)} gone"]
+        if p.remaining is not None:
+            figures.append(f"{duration_text(p.remaining)} left" + (", then merging" if p.phase == "training" else ""))
         if p.phase == "training":
-            said.append(f"step {p.done_steps:,} of {p.total_steps:,}")
-            said.append(f"{p.rate:.1f} steps/s")
+            figures.append(f"step {p.done_steps:,} of {p.total_steps:,}")
+            figures.append(f"{p.rate:.1f} steps/s")
         if p.phase != "training" and p.alphas:
             chosen = " ".join(f"{a:g}" for a in p.alphas.values())
-            said.append(f"alpha {chosen}")
-        return " · ".join(said)
+            figures.append(f"alpha {chosen}")
+        return " · ".join(figures)
 
     def _metrics(self) -> RenderableType:
         """The latest held-out metrics, a column for each pattern; before there are any, the losses."""
@@ -156,7 +156,7 @@ class LineView:
     ) -> None:
         self._console, self._title, self._every, self._clock = console, title, every, clock
         self.progress = Progress(clock)
-        self._told = clock()
+        self._last_line = clock()
 
     def __enter__(self) -> Self:
         """Say what begins."""
@@ -169,7 +169,7 @@ class LineView:
     def note(self, text: str) -> None:
         """Say a line."""
         self._console.print(Text(text), soft_wrap=True)
-        self._told = self._clock()
+        self._last_line = self._clock()
 
     def __call__(self, event: Event) -> None:
         """Take an event; say it, or what it leads to, where it is time to."""
@@ -195,7 +195,7 @@ class LineView:
                 if event.interrupted:
                     self.note(f"state saved in {event.path.parent}")
             case StepDone() | EpochEnded() | MergeProgress() | NetworkFinished():
-                if self._clock() - self._told >= self._every:
-                    left = "" if p.left is None else f", {duration_text(p.left)} left"
+                if self._clock() - self._last_line >= self._every:
+                    remaining = "" if p.remaining is None else f", {duration_text(p.remaining)} left"
                     rate = f", {p.rate:.1f} steps/s" if p.phase == "training" else ""
-                    self.note(f"{p.headline()} ({percent_text(p.share, 0)}{rate}{left})")
+                    self.note(f"{p.headline()} ({percent_text(p.share, 0)}{rate}{remaining})")

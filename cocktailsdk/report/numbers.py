@@ -41,8 +41,8 @@ def percent_text(share: float, digits: int = 1) -> str:
 
 def duration_text(seconds: float) -> str:
     """``0:54``, ``12:03``, ``1:02:03``."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
+    total = max(0, round(seconds))
+    hours, rest = divmod(total, 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 

@@ -1,18 +1,72 @@
-"""The page's sections on masks: sparsity by layer, overlap, and what is kept whole."""
+"""The page's sections on masks: sparsity by layer, overlap, and layers that are not pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..inspection.layer_names import folded, pattern_of
 from .course_charts import rounds_of
-from .html import attributes, details, escape, heat_table
 from .run import RunReport
 
-__all__ = ["MOST_ROWS", "SparsityMap", "kept_section", "overlap_section", "sparsity_maps", "sparsity_section"]
+__all__ = ["MOST_ROWS", "SparsityMap", "mask_overlap", "sparsity_heat_maps", "sparsity_maps", "unpruned_layers"]
 
 MOST_ROWS = 60
 """Models of more layers are shown by repeated blocks first."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A row or a column of a heat map.
+
+    Attributes:
+        name: Its name.
+        above: Text above the name of a column.
+        network: The network that it is about, if any; the page's filters read it.
+        pattern: The pattern, likewise.
+    """
+
+    name: str
+    above: str = ""
+    network: str = ""
+    pattern: str = ""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Shares in [0, 1] as a table.
+
+    Attributes:
+        caption: What it shows.
+        rows: Its rows.
+        columns: Its columns.
+        values: By row and column; ``None`` for an empty cell.
+        tall: Whether the names of the columns are written upwards.
+    """
+
+    caption: str
+    rows: Sequence[Axis]
+    columns: Sequence[Axis]
+    values: Sequence[Sequence[float | None]]
+    tall: bool = False
+
+
+@dataclass(frozen=True)
+class SparsityHeatMaps:
+    """Sparsity by layer of one pattern's networks: the map to show, and one of all layers if that shows means."""
+
+    pattern: str
+    shown: HeatMap
+    all: HeatMap | None = None
+
+
+@dataclass(frozen=True)
+class MaskOverlap:
+    """Of the weights that either of two networks keeps, the share that both keep; in words, and by chance."""
+
+    lines: list[str]
+    overlap: HeatMap
+    chance: HeatMap
 
 
 class SparsityMap:
@@ -38,14 +92,15 @@ class SparsityMap:
 
     def by_block(self) -> tuple[list[str], list[list[float | None]]]:
         """Means over the layers of repeated blocks."""
-        held: dict[str, list[int]] = {}
+        blocks: dict[str, list[int]] = {}
         for i, name in enumerate(self.layers):
-            held.setdefault(pattern_of(name), []).append(i)
+            blocks.setdefault(pattern_of(name), []).append(i)
         names = [
-            ", ".join(folded(self.layers[i] for i in of)) + (f" ({len(of)})" if len(of) > 1 else "")
-            for of in held.values()
+            ", ".join(folded(self.layers[i] for i in block)) + (f" ({len(block)})" if len(block) > 1 else "")
+            for block in blocks.values()
         ]
-        means = [[_mean([self.values[i][j] for i in of]) for j in range(len(self.networks))] for of in held.values()]
+        columns = range(len(self.networks))
+        means = [[_mean([self.values[i][j] for i in block]) for j in columns] for block in blocks.values()]
         return names, means
 
 
@@ -57,46 +112,37 @@ def sparsity_maps(report: RunReport) -> list[SparsityMap]:
     return [SparsityMap(report, p) for p in patterns]
 
 
-def sparsity_section(report: RunReport, prefix: str) -> str:
-    """A heat map for each pattern; nothing where the run recorded none."""
-    del prefix
-    out = []
+def sparsity_heat_maps(report: RunReport) -> list[SparsityHeatMaps]:
+    """A heat map for each pattern; none if the run recorded no masks."""
+    maps = []
     for found in sparsity_maps(report):
-        columns = [(n.partition("@")[2] or n, r) for n, r in zip(found.networks, found.rounds, strict=True)]
-        marks = [attributes(network=n) for n in found.networks]
+        columns = [
+            Axis(name.partition("@")[2] or name, above, network=name)
+            for name, above in zip(found.networks, found.rounds, strict=True)
+        ]
         caption = (
             f"{found.pattern}: zeros of each layer's weight, %, removed channels included; a column for each network"
         )
-        whole = heat_table(caption, found.layers, columns, found.values, marks)
-        if len(found.layers) > MOST_ROWS:
-            names, means = found.by_block()
-            short = heat_table(f"{caption}; means over repeated blocks", names, columns, means, marks)
-            whole = short + details(f"All {len(found.layers)} layers", whole)
-        out.append(f"<div{attributes(pattern=found.pattern)}>{whole}</div>")
-    return "".join(out)
+        layers = HeatMap(caption, [Axis(name) for name in found.layers], columns, found.values)
+        if len(found.layers) <= MOST_ROWS:
+            maps.append(SparsityHeatMaps(found.pattern, layers))
+            continue
+        names, means = found.by_block()
+        blocks = HeatMap(f"{caption}; means over repeated blocks", [Axis(name) for name in names], columns, means)
+        maps.append(SparsityHeatMaps(found.pattern, blocks, layers))
+    return maps
 
 
-def overlap_section(report: RunReport, prefix: str) -> str:
-    """Of what two networks keep, the share that both do, and what it would be by chance."""
-    del prefix
+def mask_overlap(report: RunReport) -> MaskOverlap | None:
+    """The overlap of all networks' masks; ``None`` if the run recorded no masks."""
     if not report.masks or not report.masks["names"]:
-        return ""
-    names: Sequence[str] = report.masks["names"]
+        return None
     patterns = {r.name: r.pattern for r in report.networks}
-    marks = [attributes(network=n, pattern=patterns.get(n, "")) for n in names]
-
-    def table(caption: str, values: Sequence[Sequence[float]]) -> str:
-        return heat_table(caption, names, [(n, "") for n in names], values, marks, marks, tall=True)
-
-    overlap: list[list[float]] = report.masks["overlap"]
-    chance: list[list[float]] = report.masks["chance"]
-    lines = "".join(f"<li>{escape(line)}</li>" for line in between_patterns(report))
-    return (
-        '<p class="quiet">Of the eligible weights that either of two networks keeps, the share that both keep (Jaccard '
-        "index). By chance: the same if each had drawn as many weights of every layer at random.</p>"
-        f"<ul>{lines}</ul>"
-        + table("Overlap of kept weights, %", overlap)
-        + details("What it would be by chance", table("Overlap by chance, %", chance))
+    axes = [Axis(n, network=n, pattern=patterns.get(n, "")) for n in report.masks["names"]]
+    return MaskOverlap(
+        between_patterns(report),
+        HeatMap("Overlap of kept weights, %", axes, axes, report.masks["overlap"], tall=True),
+        HeatMap("Overlap by chance, %", axes, axes, report.masks["chance"], tall=True),
     )
 
 
@@ -116,27 +162,15 @@ def between_patterns(report: RunReport) -> list[str]:
     return out
 
 
-def kept_section(report: RunReport) -> str:
-    """Reasons, each once, with what they keep; nothing where the run recorded none."""
+def unpruned_layers(report: RunReport) -> list[tuple[str, str, str]] | None:
+    """What no pattern may prune, of which layers, and why; ``None`` if the run did not record it."""
     if not report.kept and not report.masks:
-        return ""
+        return None
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in report.kept:
         reasons.setdefault((entry["what"], entry["reason"]), []).append(entry["where"].removesuffix(".weight"))
-    if not reasons:
-        return "<p>Nothing: every weight and every channel may go.</p>"
-    said = {"weights": "its weights (unstructured, N:M)", "channels": "its output channels"}
-    rows = "".join(
-        f'<tr><th scope="row">{escape(said.get(what, what))}</th><td class="long">{escape(_names(where))}</td>'
-        f'<td class="long">{escape(reason)}</td></tr>'
-        for (what, reason), where in reasons.items()
-    )
-    return (
-        '<div class="scroll" role="region" tabindex="0" aria-label="What is kept whole"><table class="words">'
-        "<caption>What no pattern may touch</caption>"
-        '<thead><tr><th scope="col">what stays</th><th scope="col" class="text">of which layers</th>'
-        f'<th scope="col" class="text">why</th></tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    words = {"weights": "its weights (unstructured, N:M)", "channels": "its output channels"}
+    return [(words.get(what, what), _names(where), reason) for (what, reason), where in reasons.items()]
 
 
 def _names(where: Sequence[str]) -> str:

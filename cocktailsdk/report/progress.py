@@ -127,7 +127,7 @@ class Progress:
         return 1.0 if self.phase == "done" else 0.0
 
     @property
-    def left(self) -> float | None:
+    def remaining(self) -> float | None:
         """Seconds that the phase still takes, as far as can be told; merging is not part of training's."""
         if self.phase == "training":
             return (self.total_steps - self.done_steps) / self.rate if self.rate > 0 else None

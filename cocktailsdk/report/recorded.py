@@ -47,7 +47,7 @@ def recorded(net: SubnetModel, trainer: CoTrainer[Any]) -> dict[str, Any]:
         "configuration": {k: v for k, v in trainer.configuration.items() if k not in ("tensors", "eligible")},
         "history": _rounded(history),
         "masks": mask_record(net),
-        "kept": kept_record(net),
+        "kept": unpruned_record(net),
     }
 
 
@@ -67,25 +67,25 @@ def mask_record(net: SubnetModel) -> dict[str, Any]:
     names = [n for n in net.names if n in net.masks]
     sparsity: dict[str, list[float]] = {n: [] for n in names}
     eligible = {w.name for w in net.eligible}
-    shared, chance, held = _zeros(len(names)), _zeros(len(names)), [0.0] * len(names)
+    shared, chance, counts = _zeros(len(names)), _zeros(len(names)), [0.0] * len(names)
     for weight in coupling.weights:
-        kept = [_kept(net, weight.name, weight.shape, net.masks[n]) for n in names]
+        kept = [_mask_of(net, weight.name, weight.shape, net.masks[n]) for n in names]
         for name, keep in zip(names, kept, strict=True):
             share = 0.0 if keep is None else 1 - int(keep.sum()) / keep.numel()
             sparsity[name].append(round(share, DIGITS))
         if weight.name in eligible:
-            _compare(kept, weight.shape, shared, chance, held)
+            _compare(kept, weight.shape, shared, chance, counts)
     return {
         "layers": [{"name": w.name, "shape": list(w.shape)} for w in coupling.weights],
         "sparsity": sparsity,
         "bytes": {n: _bytes(net, net.masks.get(n)) for n in (DENSE, *names)},
         "names": names,
-        "overlap": _jaccard(shared, held),
-        "chance": _jaccard(chance, held),
+        "overlap": _jaccard(shared, counts),
+        "chance": _jaccard(chance, counts),
     }
 
 
-def kept_record(net: SubnetModel) -> list[dict[str, str]]:
+def unpruned_record(net: SubnetModel) -> list[dict[str, str]]:
     """What is kept whole and why: ``what`` (``"weights"`` or ``"channels"``), ``where``, ``reason``."""
     from ..inspection.inspecting import kept_whole
 
@@ -94,7 +94,7 @@ def kept_record(net: SubnetModel) -> list[dict[str, str]]:
     return out + [{"what": "channels", "where": k.where, "reason": k.reason} for k in kept_whole(net.coupling)]
 
 
-def _kept(net: SubnetModel, name: str, shape: Sequence[int], mask: Mask) -> Tensor | None:
+def _mask_of(net: SubnetModel, name: str, shape: Sequence[int], mask: Mask) -> Tensor | None:
     """A weight's mask, expanded to its shape; ``None`` where nothing of it goes."""
     keep = mask.elements.get(name)
     if mask.removed is not None and name in net.coupling.fields:
@@ -110,15 +110,15 @@ def _compare(
     shape: Sequence[int],
     shared: list[list[float]],
     chance: list[list[float]],
-    held: list[float],
+    counts: list[float],
 ) -> None:
     """Add what each two of the networks keep of one weight, and what they would by chance."""
     import torch
 
     count = math.prod(shape)
     rows = slice(None, None, -(-count // OVERLAP_ELEMENTS)) if shape and count else slice(None)
-    whole = torch.ones((), dtype=torch.bool).expand(tuple(shape))
-    parts = [(whole if k is None else k)[rows].reshape(-1) for k in kept]
+    everything = torch.ones((), dtype=torch.bool).expand(tuple(shape))
+    parts = [(everything if k is None else k)[rows].reshape(-1) for k in kept]
     if not parts or not (n := parts[0].numel()):
         return
     both = torch.zeros(len(parts), len(parts), dtype=torch.float64)
@@ -127,30 +127,30 @@ def _compare(
         both += (piece @ piece.T).double()
     own = both.diagonal().tolist()
     for i, line in enumerate(both.tolist()):
-        held[i] += own[i]
+        counts[i] += own[i]
         for j, value in enumerate(line):
             shared[i][j] += value
             chance[i][j] += own[i] * own[j] / n if i != j else own[i]
 
 
-def _jaccard(shared: Sequence[Sequence[float]], held: Sequence[float]) -> list[list[float]]:
+def _jaccard(shared: Sequence[Sequence[float]], counts: Sequence[float]) -> list[list[float]]:
     def share(i: int, j: int) -> float:
-        either = held[i] + held[j] - shared[i][j]
+        either = counts[i] + counts[j] - shared[i][j]
         return round(shared[i][j] / either, DIGITS) if either else 1.0
 
-    return [[share(i, j) for j in range(len(held))] for i in range(len(held))]
+    return [[share(i, j) for j in range(len(counts))] for i in range(len(counts))]
 
 
 def _bytes(net: SubnetModel, mask: Mask | None) -> int:
-    """Bytes of one network alone: the tensors' values that are left, and a bit for each weight that may be masked."""
-    left = bits = 0
+    """Bytes of one network alone: the tensors' remaining values, and a bit for each weight that may be masked."""
+    remaining = bits = 0
     for name, size, shape in _tensors(net):
-        keep = None if mask is None else _kept(net, name, shape, mask)
-        left += size * (math.prod(shape) if keep is None else int(keep.sum()))
+        keep = None if mask is None else _mask_of(net, name, shape, mask)
+        remaining += size * (math.prod(shape) if keep is None else int(keep.sum()))
         if mask is not None and name in mask.elements:
-            units = _kept(net, name, shape, replace(mask, elements={}))
+            units = _mask_of(net, name, shape, replace(mask, elements={}))
             bits += math.prod(shape) if units is None else int(units.sum())
-    return left + -(-bits // 8)
+    return remaining + -(-bits // 8)
 
 
 def _tensors(net: SubnetModel) -> Iterator[tuple[str, int, tuple[int, ...]]]:

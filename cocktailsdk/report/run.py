@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
+from ..io.atomic import write_json
 from ..printable import all_printable
 from .numbers import json_values
 
@@ -103,10 +104,8 @@ class RunReport:
 
     def write(self, folder: Path) -> Path:
         """Write ``report.json`` into a folder, all of it or nothing."""
-        from ..io.atomic import write_atomic  # late: reading reports needs no torch
-
         path = folder / REPORT_FILE
-        write_atomic(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        write_json(path, self.to_dict())
         return path
 
 

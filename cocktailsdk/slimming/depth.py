@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..graph import Branch
 from ..graph.output_tensors import tensors_of
+from ..utils.modes import evaluating
 from ..utils.undo import unchanged
 
 __all__ = ["Skipped", "without_branches"]
@@ -51,16 +52,11 @@ def without_branches(
         Whether all could be taken out. Where code wants something else of a branch's modules than to be called, it
         stays as it is, masked.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         with unchanged(model):
             want, returned = _run(model, branches, args, kwargs)
         done = _replaced(model, branches, returned, want, args, kwargs)
         remaining = () if done else [b for b in branches if not _replaced(model, [b], returned, want, args, kwargs)]
-    finally:
-        for module, training in modes:
-            module.training = training
     if remaining:
         log.warning("branches stay in the slim model, masked: %s", ", ".join(b.name for b in remaining))
     return not remaining

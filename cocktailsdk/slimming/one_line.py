@@ -16,7 +16,7 @@ from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Modules, Selection
 from ..net.tracing import Example, couple_model, example_of
 from ..patterns.channel import checked_round_to
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
 from ..utils.nested import to_device
 from .choice import MAGNITUDE, Choice, scores_of
 from .ratios import checked_ratios, pools

@@ -23,8 +23,8 @@ from ..graph.compare import (
     tensors_in,
 )
 from ..graph.copies import duplicate_in_double
-from ..graph.export import evaluating
 from ..net.target_modules import some_of
+from ..utils.modes import evaluating
 
 __all__ = ["Inputs", "Where", "check_equal", "filled", "named_tensors"]
 
@@ -74,7 +74,7 @@ def check_equal(model: nn.Module, slim: nn.Module, where: Where, inputs: Inputs,
     args, kwargs = doubled(inputs, generator)
     masked = duplicate_in_double(model)
     randomise(masked, generator)
-    with evaluating(masked), evaluating(slim), torch.no_grad():
+    with evaluating(masked, clear_caches=True), evaluating(slim, clear_caches=True), torch.no_grad():
         filled(slim, masked, where)
         slim.eval()
         with Precision() as precision:

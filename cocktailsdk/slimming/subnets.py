@@ -14,7 +14,7 @@ from ..graph.hook_weights import refresh_hook_weights
 from ..models import after_slim
 from ..net.subnet_model import SubnetModel
 from ..net.tracing import couple_model
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
 from ..utils.nested import to_device
 from .depth import without_branches
 

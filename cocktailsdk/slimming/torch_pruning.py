@@ -18,7 +18,7 @@ from ..graph.compare import doubled, leaves_of
 from ..graph.copies import duplicate_in_double
 from ..net.target_modules import Selection, some_of
 from ..net.tracing import Example, couple_model
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
 from ..utils.nested import to_device
 from .positions import Inputs, Where, check_equal, filled, named_tensors
 from .ratios import REST, Ratios

@@ -15,13 +15,13 @@ from ..errors import SlimError, SubnetError
 from ..graph.compare import failing_module, leaves_of
 from ..graph.copies import duplicate
 from ..graph.cut import Cutter
-from ..graph.export import evaluating
 from ..graph.reorder import nested_order
 from ..graph.verify_slim import verify_slim
 from ..models import after_slim
 from ..net.subnet_model import SubnetModel
 from ..patterns import DENSE
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
+from ..utils.modes import evaluating
 from ..utils.nested import to_device
 from ..utils.norms import norm_buffers
 from ..utils.undo import unchanged
@@ -192,7 +192,7 @@ def _settle(view: nn.Module, slim: nn.Module, name: str, args: Sequence[Any], kw
     Raises:
         SlimError: A view returns something else than the slim model with the same values.
     """
-    with evaluating(view), evaluating(slim), torch.no_grad():
+    with evaluating(view, clear_caches=True), evaluating(slim, clear_caches=True), torch.no_grad():
         want, got = leaves_of(slim(*args, **kwargs)), _run(view, name, args, kwargs)
     for g, w in zip(got, want, strict=True):
         if g.shape != w.shape or not float((g - w).norm()) <= CLOSE * max(float(w.norm()), CLOSE):

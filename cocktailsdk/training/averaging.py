@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import TrainingError
 from ..utils.fsdp import sharded
@@ -15,7 +16,7 @@ __all__ = ["Average"]
 
 
 class Average:
-    """Averages the trained parameters, step after step.
+    """Averages the trained parameters, step after step, with :class:`torch.optim.swa_utils.AveragedModel`.
 
     After step t of a round, ``average += (1 - d) (weights - average)`` with ``d = min(decay, (1 + t) / (10 + t))``:
     short rounds are not held back by the weights that they began with.
@@ -32,51 +33,70 @@ class Average:
         if sharded(model):
             raise TrainingError("ema cannot average sharded weights (FSDP2): leave it out, or train with DDP")
         self._model, self._decay = model, decay
-        self._values: dict[str, Tensor] = {}
-        self._steps = 0
-
-    def _parameters(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        self.end()
 
     def begin(self) -> None:
         """Begin with the weights as they are."""
-        self._values = {name: _single(p).clone() for name, p in self._parameters().items()}
+        parameters = self._parameters()
+        self._names, self._trained = list(parameters), _Trained(parameters.values())
+        self._average = AveragedModel(self._trained, multi_avg_fn=self._blend)
+        for value in self._average.parameters():
+            if value.element_size() < 4:
+                value.data = value.data.float()
+        self._average.update_parameters(self._trained)  # the first update copies
         self._steps = 0
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after an optimizer step."""
+        """Add the weights after an optimizer step."""
         self._steps += 1
-        share = 1 - min(self._decay, (1 + self._steps) / (10 + self._steps))
-        new = self._parameters()
-        torch._foreach_lerp_(list(self._values.values()), [_single(new[name]) for name in self._values], share)
+        self._average.update_parameters(self._trained)
+
+    def _blend(self, averages: Any, weights: Any, count: Tensor | int) -> None:
+        # The count that AveragedModel gives is a tensor on the device, and reading it would wait for the device.
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        get_ema_multi_avg_fn(decay)(averages, weights, count)
 
     @torch.no_grad()
     def load(self) -> None:
         """Give the model the average for its weights."""
-        parameters = self._parameters()
-        for name, value in self._values.items():
-            parameters[name].copy_(value)
+        for weight, value in zip(self._trained, self._average.parameters(), strict=True):
+            weight.copy_(value)
 
     def end(self) -> None:
-        """Forget it."""
-        self._values, self._steps = {}, 0
+        """Free the average."""
+        self._names, self._trained = [], _Trained()
+        self._average = AveragedModel(self._trained)
+        self._steps = 0
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes while a round trains."""
+        """Bytes of the average while a round trains."""
         return sum(max(p.element_size(), 4) * p.numel() for p in self._parameters().values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and its steps; not copied."""
-        return {"steps": self._steps, "values": dict(self._values)}
+        """The average by the parameters' names and its steps; not copied."""
+        values = [value.detach() for value in self._average.parameters()]
+        return {"steps": self._steps, "values": dict(zip(self._names, values, strict=True))}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        device = {name: p.device for name, p in self._parameters().items()}
-        self._values = {name: value.to(device[name], copy=True) for name, value in state["values"].items()}
+        if not state["values"]:  # saved between rounds
+            self.end()
+            return
+        self.begin()
+        for name, value in zip(self._names, self._average.parameters(), strict=True):
+            value.copy_(state["values"][name])
         self._steps = state["steps"]
 
 
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.element_size() < 4 else tensor
+class _Trained(nn.ParameterList):
+    """The trained parameters of a model, shared with it; AveragedModel would copy and average the frozen ones, too."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """In the precision of the average, since AveragedModel groups the weights and the average by one dtype."""
+        for parameter in super().parameters(recurse):
+            yield parameter if parameter.element_size() >= 4 else parameter.float()  # type: ignore[misc]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..utils.nested import default_forward
 from .budget import Division, divide_steps, finishing_epochs, rewind_epoch_of
 from .data.loader_state import epoch_length, loader_length
 from .distributed.launch import Launch, accumulated, precision_of
@@ -14,7 +15,6 @@ from .distributed.sharing import held_out_loader, shared_loader
 from .options import Options, default_optimizer
 from .round_plan import Plan
 from .schedules import cosine_restarts
-from .step.forward import default_forward
 from .trainer_arguments import TrainerArguments
 
 __all__ = ["Loaders", "build_options", "with_epochs"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, TrainingError
 from ..utils.blame import blamed, one_line
-from ..utils.modes import modes_kept, train_as_handed
+from ..utils.modes import modes_restored, train_as_handed
 from ..utils.nested import default_forward, form_of
 from .distributed.ranks import Ranks
 from .distributed.sharing import inputs_of
@@ -89,7 +89,7 @@ def _pass(model: nn.Module, batch: Any, options: Options) -> tuple[Any, Any, Ten
     """Output, target and loss of a batch in train mode."""
     seed_everything(options.seed, "first look")
     own = options.forward_fn is default_forward
-    with modes_kept(model), torch.no_grad(), untouched_buffers(model):
+    with modes_restored(model), torch.no_grad(), untouched_buffers(model):
         train_as_handed(model)
         with blamed(
             "the model" if own else "forward_fn(model, batch)",

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..errors import SubnetError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
-from ..utils.batchnorm import device_of
+from ..utils.devices import device_of
 from ..utils.fsdp import reshard_after_forward
-from ..utils.modes import TrainingModes, modes_kept
+from ..utils.modes import TrainingModes, modes_restored
+from ..utils.nested import default_forward
 from ..utils.norms import running_norms
+from ..utils.settings import forked
 from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
 from .data.batches import CachedBatches
@@ -26,14 +28,13 @@ from .loop_plan import LoopPlan
 from .loop_state import check_loop_state
 from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
 from .metrics import MetricFn
-from .randomness import forked
 from .recipes import Recipe
 from .state.encoding import encode_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
 from .step.engine import StepEngine
 from .step.execution import Execution
-from .step.forward import ForwardFn, default_forward, detached
+from .step.forward import ForwardFn, detached
 from .step.precision import without_autocast
 from .step.same_batch import SameBatch
 
@@ -279,7 +280,7 @@ class CoLoop:
         check_trained(net, self.done, self._first_sums)
         refuse_spent(val_loader, "val_loader")
         device, forward = device_of(net.model), self._forward
-        with restored_on_failure(net), without_autocast(device), forked(), modes_kept(net.model):
+        with restored_on_failure(net), without_autocast(device), forked(), modes_restored(net.model):
             self._modes.apply()
             batches = CachedBatches(train_loader, (self._seed, "recalibration"), device, recalibration_batches)
             held_out = None if val_loader is None else CachedBatches(val_loader, (self._seed, "held out"), device)

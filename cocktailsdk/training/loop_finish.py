@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CocktailError, TrainingError
 from ..net.subnet_model import SubnetModel
-from ..utils.modes import modes_kept
+from ..utils.modes import evaluating
 from .data.batches import CachedBatches
 from .left_out import weight_sums
 from .metrics import MetricFn, accuracy_of, mean_score
@@ -90,8 +90,7 @@ def accuracy_metric(net: SubnetModel, held_out: CachedBatches, forward: ForwardF
         TrainingError: They are not.
     """
     if classes is None:
-        with modes_kept(net.model), torch.no_grad():
-            net.model.eval()
+        with evaluating(net.model), torch.no_grad():
             for batch in itertools.islice(held_out, 1):
                 classes = find_classes(*forward(net.model, batch), None)
     if classes is None or classes.axis != 1:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..net.subnet_model import SubnetModel
-from ..utils.batchnorm import device_of
 from ..utils.blame import MISFITS, blamed
+from ..utils.devices import device_of
 from ..utils.nested import form_of, to_device
 from .recipes import Recipe, Step, recipe_named
 from .step.engine import ActivePass

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..utils.modes import evaluating
 from .distributed.ranks import SINGLE, Ranks
 from .distributed.sharing import part_of
 from .score_sizes import check_size
@@ -171,9 +172,7 @@ def mean_score(
     """
     total: Tensor | None = None
     count, boolean = 0, False
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         for whole in batches:
             part = None if ranks.world == 1 else part_of(whole, ranks)
             output, target = forward(model, whole if part is None else part.batch)
@@ -194,9 +193,6 @@ def mean_score(
             hits = scores.sum(dtype=torch.int64 if boolean or not scores.is_floating_point() else torch.float64)
             total = hits if total is None else total + hits
             count += counted
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if total is not None and ranks.world > 1:
         total, count = ranks.sum(total), int(ranks.sum(torch.tensor(count)))
     if total is None or not count:

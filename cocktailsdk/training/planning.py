@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import TrainingError
 from ..patterns.base import DENSE
 from ..utils.fsdp import local
-from ..utils.modes import train_as_handed
+from ..utils.modes import modes_restored, train_as_handed
 from .budget import finishing_epochs
 from .evaluation import score
 from .optimization import Optimization
@@ -158,7 +158,6 @@ def measure(session: Session) -> Costs:
     net, options = session.net, session.options
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     statistics, metrics = dict(net.statistics), dict(net.metrics)
-    modes = [(module, module.training) for module in net.modules()]
     optimization = Optimization.begin(net.model, options, options.first_round, session.device)
     stepper = Stepper.of(net, options, session.classes, execution=session.execution)
     batches = list(itertools.islice(session.data.recalibration, options.gradient_accumulation_steps))
@@ -169,25 +168,24 @@ def measure(session: Session) -> Costs:
             Step((SubnetPass(name),)), batches, optimization.optimizer, None, optimization.scaler
         )
 
-    try:
-        train_as_handed(net.model)
-        with _activations() as activations:
-            step(names[0])()
-        dense = _seconds(step(DENSE), session.device)
-        sparse = mean(_seconds(step(name), session.device) for name in names)
-        memory = _memory(session, optimization, activations)
-        candidate = 0.0
-        if session.data.held_out is not None:
-            candidate = _seconds(lambda: score(session, names[-1]), session.device)
-    finally:
-        load_tensors(net.model, kept)
-        net.model.zero_grad(set_to_none=True)
-        net.statistics.clear()
-        net.statistics.update(statistics)
-        net.metrics.clear()
-        net.metrics.update(metrics)
-        for module, mode in modes:
-            module.training = mode
+    with modes_restored(net):
+        try:
+            train_as_handed(net.model)
+            with _activations() as activations:
+                step(names[0])()
+            dense = _seconds(step(DENSE), session.device)
+            sparse = mean(_seconds(step(name), session.device) for name in names)
+            memory = _memory(session, optimization, activations)
+            candidate = 0.0
+            if session.data.held_out is not None:
+                candidate = _seconds(lambda: score(session, names[-1]), session.device)
+        finally:
+            load_tensors(net.model, kept)
+            net.model.zero_grad(set_to_none=True)
+            net.statistics.clear()
+            net.statistics.update(statistics)
+            net.metrics.clear()
+            net.metrics.update(metrics)
     costs = Costs(dense, sparse, candidate, memory)
     return session.ranks.from_main(lambda: costs)
 

@@ -13,9 +13,7 @@ import random
 import numpy as np
 import torch
 
-from ..utils.settings import forked
-
-__all__ = ["forked", "seed_everything"]
+__all__ = ["seed_everything"]
 
 
 def seed_everything(*key: int | str) -> None:

@@ -12,7 +12,10 @@ import torch
 from ..errors import TrainingError
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
+from ..utils.devices import device_of
 from ..utils.fsdp import sharded
+from ..utils.modes import modes_restored
+from ..utils.settings import forked
 from .build_options import Loaders, build_options, with_epochs
 from .data.batches import CachedBatches
 from .data.loader_state import generator_states, refuse_spent, set_generator_states
@@ -30,7 +33,6 @@ from .open_session import open_session, training_started
 from .options import OptimizerFactory
 from .parameter_count import parameter_count
 from .planning import Costs, Plan, epochs_for, measure, plan
-from .randomness import forked
 from .recipes import Recipe
 from .rounds import train_rounds
 from .schedules import ScheduleFactory
@@ -201,7 +203,7 @@ class CoTrainer(Generic[NetT]):
         self._launch = launched(arguments.settings.execution.accelerator, arguments.device)
         self.ranks = self._launch.ranks
         shard(net.model, self._launch)
-        self._device = self._launch.device or next((p.device for p in net.model.parameters()), torch.device("cpu"))
+        self._device = self._launch.device or device_of(net.model)
         self._loaders = Loaders.of(arguments, self.ranks)
         hours = arguments.total_hours
         resumed_epochs = None if hours is None else self._resumed_epochs(hours)
@@ -238,31 +240,27 @@ class CoTrainer(Generic[NetT]):
         net = self.net
         net.switch(DENSE)
         net.to(self._device)
-        modes = [(module, module.training) for module in net.modules()]
-        try:
-            with (
-                connected(self.ranks),
-                without_autocast(self._device),
-                forked(),
-                Interrupts() as interrupts,
-                self._locked_store() as store,
-            ):
-                session = self._open(interrupts, store)
-                self.history = session.history
-                with ending(session, self.configuration):
-                    if session.position.phase != "done":
-                        emit(session, training_started(session))
-                        train_rounds(session, "train")
-                        merge_rounds(session)
-                        train_rounds(session, "finishing")
-                        finish(session)
-                    note_training(net, self._provenance(), self._arguments.train_loader)
-                    session.execution = None  # the session stays for using(), and shall not hold the DDP wrapper
-                    self._done = session
-                    emit(session, Finished(dict(net.metrics), session.history.seconds))
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with (
+            modes_restored(net),
+            connected(self.ranks),
+            without_autocast(self._device),
+            forked(),
+            Interrupts() as interrupts,
+            self._locked_store() as store,
+        ):
+            session = self._open(interrupts, store)
+            self.history = session.history
+            with ending(session, self.configuration):
+                if session.position.phase != "done":
+                    emit(session, training_started(session))
+                    train_rounds(session, "train")
+                    merge_rounds(session)
+                    train_rounds(session, "finishing")
+                    finish(session)
+                note_training(net, self._provenance(), self._arguments.train_loader)
+                session.execution = None  # the session stays for using(), and shall not hold the DDP wrapper
+                self._done = session
+                emit(session, Finished(dict(net.metrics), session.history.seconds))
         return net
 
     def _provenance(self) -> dict[str, Any]:

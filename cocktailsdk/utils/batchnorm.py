@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CocktailError
 from .blame import MISFITS, blamed
-from .modes import frozen_norms, modes_kept
+from .modes import evaluating, frozen_norms
 from .nested import form_of, outputs_of
 from .norms import Norm, running_norms
 
@@ -29,12 +29,6 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
             for name in ("running_mean", "running_var")
             if (b := m._buffers.get(name)) is not None
         }
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lies."""
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return first.device if first is not None else torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -61,8 +55,7 @@ def cumulative(model: nn.Module, norms: Iterable[Norm]) -> Iterator[Callable[[],
             m.momentum = share
 
     try:
-        with modes_kept(model):
-            model.eval()
+        with evaluating(model):
             for m, _ in momenta:
                 m.training = True
                 m.momentum = None  # a cumulative average: every batch weighs the same

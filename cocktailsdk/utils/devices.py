@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import CocktailError
 
-__all__ = ["available_device"]
+__all__ = ["available_device", "device_of"]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
 
 
 def available_device(device: Any, *, of: str = "device=", error: type[CocktailError] = CocktailError) -> torch.device:

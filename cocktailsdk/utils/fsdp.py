@@ -1,6 +1,6 @@
 """Weights that FSDP2 shards: every process has some rows of each, along the first axis.
 
-Masks act on these rows where they are. Whole tensors are gathered one at a time, by all processes together, and only
+Masks act on these rows where they are. Full tensors are gathered one at a time, by all processes together, and only
 where something asks for them.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import CocktailError
 
 __all__ = [
+    "full_tensor",
     "is_main",
     "is_sharded",
     "like",
@@ -26,7 +27,6 @@ __all__ = [
     "sharded",
     "shards",
     "total",
-    "whole",
 ]
 
 
@@ -42,7 +42,7 @@ def sharded(model: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of it that is here, in its own memory; a tensor that is not sharded is itself that part."""
+    """The local shard, in its own memory; a tensor that is not sharded is its own local shard."""
     if not is_sharded(tensor):
         return tensor
     detached: Any = tensor.detach()
@@ -51,7 +51,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def rows_of(tensor: Any) -> slice:
-    """Which rows of a sharded tensor are here.
+    """The rows of a sharded tensor in the local shard.
 
     Raises:
         CocktailError: It is sharded otherwise than by rows over all processes.
@@ -70,7 +70,7 @@ def rows_of(tensor: Any) -> slice:
 
 
 def like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A tensor as a parameter is: its rows that are here, if the parameter is sharded and the tensor is whole."""
+    """A full tensor sharded as a parameter is; a tensor that needs no sharding as it is."""
     if not is_sharded(parameter) or is_sharded(value):
         return value
     from torch.distributed.tensor import DTensor
@@ -83,12 +83,12 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor, part: Tensor | None = None) -> Shaped[Tensor, "..."]:
-    """All of a sharded tensor, gathered: all processes must call this.
+def full_tensor(tensor: Tensor, part: Tensor | None = None) -> Shaped[Tensor, "..."]:
+    """A sharded tensor, gathered from all processes; all of them must call this.
 
     Args:
-        tensor: A tensor; one that is not sharded is whole.
-        part: What is to be taken for the part that is here, if not its own.
+        tensor: A tensor; one that is not sharded is returned as it is.
+        part: Replaces the local shard.
     """
     typed: Any = tensor
     if not is_sharded(tensor):
@@ -110,9 +110,9 @@ def total(counts: Tensor, device: torch.device) -> Tensor:
         counts: Of any dtype that can be added up.
         device: Where processes exchange tensors, that of the weights.
     """
-    there = counts.to(device, copy=True)
-    torch.distributed.all_reduce(there)
-    return there.cpu()
+    on_device = counts.to(device, copy=True)
+    torch.distributed.all_reduce(on_device)
+    return on_device.cpu()
 
 
 def shards(model: nn.Module) -> list[Any]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from .norms import Norm, running_norms
 
-__all__ = ["TrainingModes", "frozen_norms", "modes_kept", "train_as_handed"]
+__all__ = ["TrainingModes", "evaluating", "frozen_norms", "modes_restored", "train_as_handed"]
 
 
 class TrainingModes:
@@ -30,7 +30,7 @@ class TrainingModes:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._frozen: dict[nn.Module, None] = dict.fromkeys(_left_in_evaluation(model))
+        self._frozen: dict[nn.Module, None] = dict.fromkeys(_frozen_modules(model))
 
     @property
     def frozen(self) -> bool:
@@ -39,11 +39,11 @@ class TrainingModes:
 
     def observe(self) -> None:
         """Take the modes as they are now, while the user's own loop trains the model."""
-        self._frozen = dict.fromkeys(_left_in_evaluation(self._model))
+        self._frozen = dict.fromkeys(_frozen_modules(self._model))
 
     def apply(self) -> None:
         """Put the model in them; what was frozen meanwhile (by a callback, say) is kept too."""
-        self._frozen.update(dict.fromkeys(_left_in_evaluation(self._model)))
+        self._frozen.update(dict.fromkeys(_frozen_modules(self._model)))
         self._model.train()
         for module in self._frozen:
             module.training = False
@@ -55,14 +55,53 @@ def train_as_handed(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, every module is in the mode in which it was."""
-    before = [(module, module.training) for module in model.modules()]
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """On leaving, every module has the mode that it had on entering."""
+    modules = list(model.modules())
+    before = [(module, module.training) for module in modules if hasattr(module, "training")]
+    without = [module for module in modules if not hasattr(module, "training")]  # frozen TorchScript has no mode
     try:
         yield
     finally:
         for module, mode in before:
-            module.training = mode
+            module.training = mode  # not train(mode): a model may override it to leave modules alone
+        for module in without:
+            vars(module).pop("training", None)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, *, clear_caches: bool = False) -> Iterator[None]:
+    """Inside, every module is in evaluation mode; on leaving, every module has the mode that it had before.
+
+    Args:
+        model: The model.
+        clear_caches: Whether modules drop what they cached in earlier runs in evaluation mode (a bias by device, say),
+            on entering and on leaving.
+    """
+    with modes_restored(model):
+        try:
+            model.eval()
+        except NotImplementedError:  # graphs of torch.export have one mode, and their eval() refuses
+            for module in model.modules():
+                if hasattr(module, "training"):
+                    module.training = False
+        if not clear_caches:
+            yield
+            return
+        _clear_caches(model)
+        try:
+            yield
+        finally:
+            _clear_caches(model)
+
+
+def _clear_caches(model: nn.Module) -> None:
+    """Have modules drop their caches of tensors as they do it themselves, when they are put in train mode."""
+    for module in model.modules():
+        dicts = (value for name, value in vars(module).items() if isinstance(value, dict) and not name.startswith("_"))
+        if any(isinstance(value, Tensor) for cache in dicts for value in cache.values()):
+            module.train()
+            module.eval()
 
 
 def frozen_norms(model: nn.Module) -> dict[str, Norm]:
@@ -71,7 +110,7 @@ def frozen_norms(model: nn.Module) -> dict[str, Norm]:
     Besides frozen modules, norms with ``momentum=0``, and those whose ``track_running_stats`` was set to false though
     they have statistics.
     """
-    with modes_kept(model):
+    with modes_restored(model):
         train_as_handed(model)
         return {
             path: norm
@@ -80,7 +119,7 @@ def frozen_norms(model: nn.Module) -> dict[str, Norm]:
         }
 
 
-def _left_in_evaluation(model: nn.Module) -> list[nn.Module]:
+def _frozen_modules(model: nn.Module) -> list[nn.Module]:
     """Modules that are in evaluation mode with all inside, where something else is in train mode."""
     trains: set[nn.Module] = set()
     _mark(model, trains, set())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from .devices import device_of
 
 __all__ = ["default_forward", "form_of", "nbytes", "outputs_of", "split", "tensors_in", "to_device"]
 
@@ -133,8 +134,7 @@ def outputs_of(model: nn.Module, batch: Any) -> Any:
 
     The batch is moved to the model's device.
     """
-    first = next(iter([*model.parameters(), *model.buffers()]), None)
-    batch = to_device(batch, torch.device("cpu") if first is None else first.device)
+    batch = to_device(batch, device_of(model))
     if isinstance(batch, tuple | list) and len(batch) > 2 and _named(batch) is None:
         batch = batch[:1]
     return default_forward(model, batch)[0]
@@ -204,13 +204,13 @@ def _matched(
     takes = ", ".join(names) or "nothing"
     known = [name for name in names if name in inputs]
     if known:
-        given = ", ".join(f"{name}={source}[{name!r}]" for name in known)
+        arguments = ", ".join(f"{name}={source}[{name!r}]" for name in known)
     else:  # the largest tensor is more likely the input than an index is
         key = max(unknown, key=lambda name: value.numel() if isinstance(value := inputs[name], Tensor) else -1)
-        given = f"{source}[{key!r}]"
+        arguments = f"{source}[{key!r}]"
     raise TrainingError(
         f"the model's forward takes ({takes}) and the batch is {form}: say how to use it, for example "
-        f"forward_fn=lambda model, batch: (model({given}), {target})"
+        f"forward_fn=lambda model, batch: (model({arguments}), {target})"
     )
 
 

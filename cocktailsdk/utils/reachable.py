@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .held import (
-    HeldArray,
-    HeldAttribute,
-    HeldBytes,
-    HeldCache,
-    HeldCell,
-    HeldClass,
-    HeldDeque,
-    HeldDict,
-    HeldGenerator,
-    HeldGlobals,
-    HeldList,
-    HeldSet,
-    HeldTensor,
+from .snapshots import (
+    ArraySnapshot,
+    AttributeSnapshot,
+    BytesSnapshot,
+    CacheSnapshot,
+    CellSnapshot,
+    ClassSnapshot,
+    DequeSnapshot,
+    DictSnapshot,
+    GeneratorSnapshot,
+    GlobalsSnapshot,
+    ListSnapshot,
+    SetSnapshot,
+    TensorSnapshot,
 )
 
 __all__ = ["Walk"]
@@ -75,16 +75,16 @@ class Walk:
         beyond: Whether to look at what functions, methods and classes hold, too.
 
     Attributes:
-        held: For each thing found, a function that puts it back as it is now, and says whether it had changed.
+        snapshots: One of each object found: restores it when called, and returns whether it had changed.
         tensors: The tensors found.
     """
 
     def __init__(self, roots: Iterable[Any], *, beyond: bool = True) -> None:
         self._beyond = beyond
-        self.held: list[Callable[[], bool]] = []
+        self.snapshots: list[Callable[[], bool]] = []
         self.tensors: list[Tensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used twice
-        self._globals: dict[int, HeldGlobals] = {}
+        self._globals: dict[int, GlobalsSnapshot] = {}
         self._classes: set[type] = set()
         self._todo: list[tuple[Any, int]] = [(root, 0) for root in roots]
         while self._todo:
@@ -100,23 +100,23 @@ class Walk:
     def _visit(self, value: Any, kind: type, depth: int) -> None:
         if issubclass(kind, Tensor):
             if not torch.nn.parameter.is_lazy(value):
-                self.held.append(HeldTensor(value))
+                self.snapshots.append(TensorSnapshot(value))
                 self.tensors.append(value)
-                noted = HeldDict(vars(value))
-                self._container(noted, noted.saved.values(), depth)
+                snapshot = DictSnapshot(vars(value))
+                self._container(snapshot, snapshot.saved.values(), depth)
         elif issubclass(kind, nn.Module):
             self._module(value, kind)
         elif issubclass(kind, dict):
-            held = HeldDict(value)
-            self._container(held, held.saved.values(), depth)
+            snapshot = DictSnapshot(value)
+            self._container(snapshot, snapshot.saved.values(), depth)
         elif issubclass(kind, list):
-            of_list = HeldList(value)
+            of_list = ListSnapshot(value)
             self._container(of_list, of_list.saved, depth)
         elif issubclass(kind, set):
-            of_set = HeldSet(value)
+            of_set = SetSnapshot(value)
             self._container(of_set, of_set.saved, depth)
         elif issubclass(kind, deque):
-            of_deque = HeldDeque(value)
+            of_deque = DequeSnapshot(value)
             self._container(of_deque, of_deque.saved, depth)
         elif issubclass(kind, tuple | frozenset):
             if len(value) <= LONGEST:
@@ -132,23 +132,23 @@ class Walk:
         elif kind is MethodType:
             self._push((value.__self__, value.__func__), depth)
         elif kind is CellType:
-            cell = HeldCell(value)
+            cell = CellSnapshot(value)
             self._container(cell, (cell.saved,), depth - 1)
         elif kind is functools.partial:
             self._push((value.func, value.args, value.keywords), depth)
         elif kind is _LruCache:
-            cache = HeldCache(value)
+            cache = CacheSnapshot(value)
             self._container(cache, (*cache.saved, value.__wrapped__), depth)
         elif issubclass(kind, weakref.ReferenceType):
             self._push((value(),), depth)
         elif kind is np.ndarray:
             if value.nbytes <= LARGEST_ARRAY and value.dtype != object:
-                self.held.append(HeldArray(value))
+                self.snapshots.append(ArraySnapshot(value))
         elif kind in (bytearray, array):
             if len(value) <= LARGEST_ARRAY:
-                self.held.append(HeldBytes(value))
+                self.snapshots.append(BytesSnapshot(value))
         elif kind is torch.Generator:
-            self.held.append(HeldGenerator(value))
+            self.snapshots.append(GeneratorSnapshot(value))
         elif kind is _Local:
             self._push((value.__dict__,), depth)  # this thread's
         elif issubclass(kind, type):
@@ -157,16 +157,16 @@ class Walk:
         elif not (_of_library(kind) or issubclass(kind, enum.Enum)):  # type: ignore[arg-type]
             self._object(value, kind, depth)
 
-    def _container(self, held: Callable[[], bool], values: Iterable[Any], depth: int) -> None:
-        self.held.append(held)
+    def _container(self, snapshot: Callable[[], bool], values: Iterable[Any], depth: int) -> None:
+        self.snapshots.append(snapshot)
         values = tuple(values)
         if len(values) <= LONGEST:
             self._push(values, depth + 1)
 
     def _module(self, module: nn.Module, kind: type) -> None:
-        held = HeldDict(vars(module))
-        self.held += [held, HeldAttribute(module, "__class__")]
-        self._push(held.saved.values(), 0)
+        snapshot = DictSnapshot(vars(module))
+        self.snapshots += [snapshot, AttributeSnapshot(module, "__class__")]
+        self._push(snapshot.saved.values(), 0)
         self._in_slots(module, kind, 0)
         if not issubclass(kind, _ScriptModule):
             self._object_class(kind)
@@ -174,14 +174,14 @@ class Walk:
     def _object(self, value: Any, kind: type, depth: int) -> None:
         attributes = getattr(kind, "__dictoffset__", 0) and object.__getattribute__(value, "__dict__")
         if isinstance(attributes, dict):
-            held = HeldDict(attributes)
-            self._container(held, held.saved.values(), depth)
+            snapshot = DictSnapshot(attributes)
+            self._container(snapshot, snapshot.saved.values(), depth)
         self._in_slots(value, kind, depth)
         self._object_class(kind)
 
     def _in_slots(self, value: Any, kind: type, depth: int) -> None:
         for name in _slots(kind):
-            slot = HeldAttribute(value, name)
+            slot = AttributeSnapshot(value, name)
             self._container(slot, (slot.saved,), depth)
 
     def _object_class(self, kind: type) -> None:
@@ -190,10 +190,10 @@ class Walk:
             if cls in self._classes or _of_library(cls):
                 continue
             self._classes.add(cls)
-            held = HeldClass(cls)
-            self.held.append(held)
+            snapshot = ClassSnapshot(cls)
+            self.snapshots.append(snapshot)
             for name, value in vars(cls).items():
-                if name in held.saved or type(value) is FunctionType:
+                if name in snapshot.saved or type(value) is FunctionType:
                     self._push(_unwrapped(value), 1)
 
     def _function(self, function: FunctionType, depth: int) -> None:
@@ -203,12 +203,12 @@ class Walk:
         namespace = function.__globals__
         if depth > NEAREST or str(namespace.get("__name__")).partition(".")[0] in _LIBRARIES:
             return
-        held = HeldDict(vars(function))
-        self._container(held, held.saved.values(), depth)
+        snapshot = DictSnapshot(vars(function))
+        self._container(snapshot, snapshot.saved.values(), depth)
         known = self._globals.get(id(namespace))
         if known is None:
-            known = self._globals[id(namespace)] = HeldGlobals(namespace)
-            self.held.append(known)
+            known = self._globals[id(namespace)] = GlobalsSnapshot(namespace)
+            self.snapshots.append(known)
         names = _global_names(function.__code__)
         known.names.update(names)
         self._push((known.saved[n] for n in names if n in known.saved), depth + 1)

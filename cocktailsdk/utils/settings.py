@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["forked", "settings_kept"]
+__all__ = ["forked", "settings_restored"]
 
 
 @contextmanager
@@ -42,7 +42,7 @@ _MODES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 
 @contextmanager
-def settings_kept() -> Iterator[None]:
+def settings_restored() -> Iterator[None]:
     """:func:`forked`, and the same for PyTorch's global modes."""
     before = [read() for read, _ in _MODES]
     with forked():

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .held import HeldTensor
 from .reachable import Walk
-from .settings import settings_kept
+from .settings import settings_restored
+from .snapshots import TensorSnapshot
 from .writes import Writes
 
 __all__ = ["Snapshot", "unchanged"]
 
 
 class Snapshot:
-    """What models, and all that is reachable from them, held at one moment.
+    """The state of models, and of all that is reachable from them.
 
     Args:
         *roots: Modules (or anything else).
@@ -28,17 +28,22 @@ class Snapshot:
     """
 
     def __init__(self, *roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyond: bool = True) -> None:
-        found, left_alone = Walk(roots, beyond=beyond), {id(t) for t in but}
-        self._held = [
-            h.leave_values() if isinstance(h, HeldTensor) and id(h.tensor) in left_alone else h for h in found.held
-        ]
-        self.writes = Writes((t for t in found.tensors if id(t) not in left_alone), watch=watch)
+        found, excluded = Walk(roots, beyond=beyond), {id(t) for t in but}
+        self._snapshots = found.snapshots
+        for snapshot in self._snapshots:
+            if isinstance(snapshot, TensorSnapshot) and id(snapshot.tensor) in excluded:
+                snapshot.ignore_memory()
+        self.writes = Writes((t for t in found.tensors if id(t) not in excluded), watch=watch)
 
     def restore(self) -> bool:
-        """Put everything back, and say whether anything had changed. It can be done again and again."""
-        changed = self.writes.undo()  # first: into the memory that tensors had
-        for held in self._held:
-            changed |= held()
+        """Restore everything, as often as wanted.
+
+        Returns:
+            Whether anything had changed.
+        """
+        changed = self.writes.undo()  # first, since it writes into the memory that the tensors had
+        for snapshot in self._snapshots:
+            changed |= snapshot()
         return changed
 
 
@@ -65,7 +70,7 @@ def unchanged(*roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyon
         The snapshot, to restore in between.
     """
     before = Snapshot(*roots, but=but, watch=watch, beyond=beyond)
-    with settings_kept():
+    with settings_restored():
         try:
             with before.writes:
                 yield before

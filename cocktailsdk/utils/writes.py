@@ -77,15 +77,15 @@ class Writes:
             outer = _local.watch = _Watch()
             self._stack.callback(setattr, _local, "watch", None)
             self._stack.enter_context(outer)
-        outer.told.append(self)
-        self._stack.callback(outer.told.remove, self)
+        outer.listeners.append(self)
+        self._stack.callback(outer.listeners.remove, self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def before(self, value: Tensor) -> None:
-        """Told of a tensor that is about to be written."""
+        """Copy a tensor that is about to be written."""
         place = _place(value)
         if place is None or place not in self._known or self._undoing:
             return
@@ -128,13 +128,13 @@ class Writes:
 
 
 class _Watch(TorchDispatchMode):
-    """Tells of every write that is about to happen in this thread."""
+    """Reports every write that is about to happen in this thread."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[Writes] = []
+        self.listeners: list[Writes] = []
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -145,7 +145,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if _writers(func):
             for value in _written(func, args, kwargs):
-                for writes in self.told:
+                for writes in self.listeners:
                     writes.before(value)
         return func(*args, **kwargs)
 

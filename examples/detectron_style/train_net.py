@@ -44,9 +44,9 @@ from torch import distributed as dist
 
 import cocktailsdk as cocktail
 from cocktailsdk import CocktailError
+from cocktailsdk.io.atomic import write_atomic
 from cocktailsdk.report.live import run_view_for
 from cocktailsdk.training.events import Event
-from cocktailsdk.training.state.store import write_atomic
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...utils.fsdp import is_sharded, whole
+from ...utils.fsdp import full_tensor, is_sharded
 from ..state.store import Check, Store
 from .ranks import Ranks
 
@@ -85,7 +85,7 @@ class SharedStore:
 
     def _gathered(self, value: Any) -> Any:
         if is_sharded(value):
-            full = whole(value)
+            full = full_tensor(value)
             return full.cpu() if self._ranks.is_main else full.new_empty(0)
         if isinstance(value, Mapping):
             return {key: self._gathered(part) for key, part in value.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import BundleError
 from ...io.limits import MAX_JSON_BYTES
-from ...io.values import items, keyed, parse, whole
+from ...io.values import items, keyed, parse
 from ...masks import Mask, encoder
 from ...net.subnet_model import SubnetModel
 
@@ -76,7 +76,7 @@ def decode_masks(
     except (ValueError, RecursionError) as error:
         raise BundleError(f"the description of the masks is no JSON ({error})") from error
     named = [e["tensor"] for e in items(said["entries"], "its masks") if isinstance(e, dict) and "tensor" in e]
-    sizes = [whole(n, "the bytes of a mask") for n in items(said["sizes"], "the bytes of its masks", len(named))]
+    sizes = [integer(n, "the bytes of a mask") for n in items(said["sizes"], "the bytes of its masks", len(named))]
     if sum(sizes) != len(packed):
         raise BundleError(f"masks have {len(packed)} bytes, not {sum(sizes)}")
     data = torch.from_numpy(np.frombuffer(bytearray(packed), np.uint8))  # torch.frombuffer refuses an empty buffer

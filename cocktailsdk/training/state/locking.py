@@ -2,58 +2,44 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ...errors import TrainingError
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
-
 __all__ = ["locked"]
-
-_MINE: set[Path] = set()  # a process's locks do not keep out itself
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock, which the system releases with the process, however it ends.
+    """Hold a lock, which the system releases with the process, however the process ends.
 
-    It is a record lock: processes that this one forks, such as a loader's workers, which may outlive it for a while, do
-    not hold it. Where the system or the file system knows no locks, only this process is kept out.
+    filelock closes the lock's descriptor in forked processes (3.30 and later), so that a loader's workers, which may
+    outlive this process for a while, do not hold the lock.
 
     Args:
-        path: An empty file, made where it does not exist and left there. Where it cannot be made, nothing can be
-            written beside it either, and no lock is needed.
+        path: An empty file, made if it does not exist and not removed.
 
     Raises:
-        TrainingError: Where another process, or another trainer in this one, holds it.
+        TrainingError: Another process, or another trainer in this one, holds the lock.
     """
-    path = path.resolve()
-    taken = TrainingError(
-        f"another run is training in {path.parent}: wait for it or stop it, or train into another folder"
-    )
-    if path in _MINE:
-        raise taken
+    # No fallback_to_soft: a soft lock is a file whose existence is the lock, which a killed process would leave.
+    # thread_local=False: a generator may be closed in another thread than the one that took the lock.
+    lock = FileLock(path.resolve(), blocking=False, thread_local=False, fallback_to_soft=False)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
-        yield
-        return
-    _MINE.add(path)
+        lock.acquire()
+    except Timeout:
+        raise TrainingError(
+            f"another run is training in {path.resolve().parent}: wait for it or stop it, or train into another folder"
+        ) from None
+    except (OSError, NotImplementedError):
+        # Where the file cannot be made, nothing can be written beside it either, and no lock is needed. Some network
+        # file systems know no locks.
+        pass
     try:
-        if fcntl is not None:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise taken from None
-            except OSError:  # some network file systems
-                pass
         yield
     finally:
-        _MINE.discard(path)
-        os.close(handle)
+        lock.release()

@@ -27,19 +27,18 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import TrainingError
 from ...io import open_regular
-from ...io.atomic import Sink, Written, clean, read_sum, write_atomic, write_tensors, write_whole
+from ...io.atomic import HashingWriter, Written, remove_stale, sha256_of, write_atomic, write_json
+from ...io.tensors import READ_ERRORS, read_tensors, write_tensors
 from ...printable import printable
 from .compatibility import Foreign
 from .configuration import CONFIGURATION, differences, stored_configuration
 from .locking import locked
 
-__all__ = ["Check", "FolderStore", "MemoryStore", "Store", "write_atomic"]
+__all__ = ["Check", "FolderStore", "MemoryStore", "Store"]
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class FolderStore:
                     f"{'; …' if len(lines) > 8 else ''}): train into another folder, or remove it to start anew"
                 )
         else:
-            write_atomic(folder / CONFIGURATION, (json.dumps(now, indent=1, sort_keys=True) + "\n").encode())
+            write_json(folder / CONFIGURATION, now, sort_keys=True)
 
     @property
     def standing(self) -> str:
@@ -139,7 +138,7 @@ class FolderStore:
             TrainingError: Where another one does.
         """
         with locked(self.folder / "lock"):
-            for path in clean(self.folder):
+            for path in remove_stale(self.folder):
                 log.info("removed %s, which a process left half-written", path)
             yield
 
@@ -153,7 +152,7 @@ class FolderStore:
             self.folder / f"{name}.safetensors",
             tensors,
             name=lambda checksum: f"{name}-{checksum[:12]}.safetensors",
-            standing=self.standing,
+            advice=self.standing,
         )
         self._files[name] = _entry(written)
 
@@ -167,8 +166,8 @@ class FolderStore:
             raise TrainingError(f"{why}: remove {self.folder} to start anew")
         path = self.folder / self._files[name]["file"]
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
+            return read_tensors(path)
+        except READ_ERRORS as error:
             raise TrainingError(f"{path} cannot be read ({error}): remove {self.folder} to start anew") from error
 
     def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path:
@@ -184,12 +183,12 @@ class FolderStore:
         files = {name: {**entry, "needed": needed(name)} for name, entry in self._files.items()}
         content = {**state(), "files": files}
 
-        def fill(sink: Sink) -> None:
-            torch.save(content, cast(IO[bytes], sink))
+        def write(writer: HashingWriter) -> None:
+            torch.save(content, cast(IO[bytes], writer))
 
         path = self._state(self._number + 1)
         check = None if self._readable else _check_readable
-        write_whole(path, fill, head=_head, check=check, standing=self.standing)
+        write_atomic(path, write, header=_head, check=check, advice=self.standing)
         self._readable = True
         self._number += 1
         self._kept = [*self._kept, {entry["file"] for entry in files.values()}][-KEEP:]
@@ -260,7 +259,8 @@ class FolderStore:
         """What is wrong with a file that a state names, if anything."""
         path = self.folder / entry["file"]
         try:
-            if path.stat().st_size == entry.get("bytes", path.stat().st_size) and read_sum(path) == entry.get("sha256"):
+            size = path.stat().st_size
+            if size == entry.get("bytes", size) and sha256_of(path) == entry.get("sha256"):
                 return None
         except FileNotFoundError:
             return f"{path} is missing"
@@ -322,8 +322,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         Foreign: It is no safetensors file.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return read_tensors(path)
+    except READ_ERRORS as error:
         raise Foreign(f"{path} is no safetensors file ({error})") from error
 
 

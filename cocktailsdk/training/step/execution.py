@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import TrainingError
 from ...utils.fsdp import sharded, shards
-from ...utils.modes import modes_kept, train_as_handed
+from ...utils.modes import modes_restored, train_as_handed
 from ...utils.nested import default_forward, split
 from ...utils.optional import require
 from ..distributed.ranks import SINGLE, Ranks
@@ -112,7 +112,7 @@ class Execution:
 
     def _unused(self, batch: Any, loss_fn: LossFn | None) -> bool:
         model = self._model
-        with modes_kept(model), untouched_buffers(model):
+        with modes_restored(model), untouched_buffers(model):
             train_as_handed(model)
             output, target = self._forward(model, inputs_of(batch))
             loss_of(output, target, loss_fn).backward()

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...errors import TrainingError
-from ...utils.nested import default_forward
 
-__all__ = ["ForwardFn", "LossFn", "default_forward", "detached", "loss_of", "mapped", "output_tensor"]
+__all__ = ["ForwardFn", "LossFn", "detached", "loss_of", "mapped", "output_tensor"]
 
 ForwardFn = Callable[[nn.Module, Any], tuple[Any, Any]]
 LossFn = Callable[[Any, Any], Tensor]

@@ -15,11 +15,11 @@ from torch import distributed as dist
 from torch.utils.data import Subset
 
 import cocktailsdk as cocktail
+from cocktailsdk.io.atomic import write_atomic
 from cocktailsdk.training.distributed.ranks import SINGLE, Ranks
 from cocktailsdk.training.events import Callback
 from cocktailsdk.training.recipes import recipe_named
 from cocktailsdk.training.schedules import cosine
-from cocktailsdk.training.state.store import write_atomic
 from cocktailsdk.utils.devices import available_device
 
 from .catalog import CATALOG, DatasetError, RegisteredDataset

@@ -1,8 +1,9 @@
-"""Things that hold values and can be put back: dictionaries, lists, sets, slots, cells, classes, globals, tensors.
+"""Snapshots of single objects: dictionaries, lists, sets, slots, cells, classes, globals, tensors.
 
-Each class remembers what its thing holds when it is made. Calling it puts exactly these objects back, and says whether
-anything had changed. Nothing is touched that holds the same objects still, so restoring is invisible to other threads
-unless there is something to undo.
+A snapshot stores what its object contains when the snapshot is made. Calling the snapshot restores exactly these
+contents, and returns whether anything had changed. An object that did not change is not written to, so that other
+threads notice nothing.
+
 No code of the user's runs: methods of the built-in base classes are called, whatever a subclass overrides.
 """
 
@@ -25,19 +26,19 @@ from .writes import is_plain
 
 __all__ = [
     "MISSING",
-    "HeldArray",
-    "HeldAttribute",
-    "HeldBytes",
-    "HeldCache",
-    "HeldCell",
-    "HeldClass",
-    "HeldDeque",
-    "HeldDict",
-    "HeldGenerator",
-    "HeldGlobals",
-    "HeldList",
-    "HeldSet",
-    "HeldTensor",
+    "ArraySnapshot",
+    "AttributeSnapshot",
+    "BytesSnapshot",
+    "CacheSnapshot",
+    "CellSnapshot",
+    "ClassSnapshot",
+    "DequeSnapshot",
+    "DictSnapshot",
+    "GeneratorSnapshot",
+    "GlobalsSnapshot",
+    "ListSnapshot",
+    "SetSnapshot",
+    "TensorSnapshot",
 ]
 
 MISSING: Any = object()
@@ -48,7 +49,7 @@ def _same(now: Iterable[Any], before: Iterable[Any]) -> bool:
     return all(map(is_, now, before))
 
 
-class HeldDict:
+class DictSnapshot:
     """A dictionary: a container, or the attributes of a module or an object."""
 
     def __init__(self, thing: dict[Any, Any]) -> None:
@@ -62,7 +63,7 @@ class HeldDict:
         return {k: dict.__getitem__(self._thing, k) for k in list(self._base.__iter__(self._thing))}
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         thing, saved, base = self._thing, self.saved, self._base
         now = self._now()
         if len(now) == len(saved) and _same(now, saved) and _same(now.values(), saved.values()):
@@ -79,28 +80,28 @@ class HeldDict:
         return True
 
 
-class HeldList:
+class ListSnapshot:
     """A list."""
 
     def __init__(self, thing: list[Any]) -> None:
         self._thing, self.saved = thing, list(list.__iter__(thing))
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if list.__len__(self._thing) == len(self.saved) and _same(list.__iter__(self._thing), self.saved):
             return False
         list.__setitem__(self._thing, slice(None), self.saved)
         return True
 
 
-class HeldSet:
+class SetSnapshot:
     """A set."""
 
     def __init__(self, thing: set[Any]) -> None:
         self._thing, self.saved = thing, list(set.__iter__(thing))
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if {id(v) for v in set.__iter__(self._thing)} == {id(v) for v in self.saved}:
             return False
         set.clear(self._thing)
@@ -108,14 +109,14 @@ class HeldSet:
         return True
 
 
-class HeldDeque:
+class DequeSnapshot:
     """A deque."""
 
     def __init__(self, thing: deque[Any]) -> None:
         self._thing, self.saved = thing, list(deque.__iter__(thing))
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if deque.__len__(self._thing) == len(self.saved) and _same(deque.__iter__(self._thing), self.saved):
             return False
         deque.clear(self._thing)
@@ -123,49 +124,49 @@ class HeldDeque:
         return True
 
 
-class HeldArray:
+class ArraySnapshot:
     """A numpy array, by value."""
 
     def __init__(self, thing: np.ndarray[Any, Any]) -> None:
         self._thing, self._saved = thing, thing.copy()
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if not self._thing.flags.writeable or self._thing.tobytes() == self._saved.tobytes():
             return False
         self._thing[...] = self._saved
         return True
 
 
-class HeldBytes:
+class BytesSnapshot:
     """A ``bytearray`` or an ``array.array``, by value."""
 
     def __init__(self, thing: Any) -> None:
         self._thing, self._saved = thing, thing[:]
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if self._thing == self._saved:
             return False
         self._thing[:] = self._saved
         return True
 
 
-class HeldGenerator:
+class GeneratorSnapshot:
     """A random generator of PyTorch's."""
 
     def __init__(self, thing: torch.Generator) -> None:
         self._thing, self._saved = thing, thing.get_state()
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if torch.equal(self._thing.get_state(), self._saved):
             return False
         self._thing.set_state(self._saved)
         return True
 
 
-class HeldAttribute:
+class AttributeSnapshot:
     """One attribute that is kept outside ``__dict__``: a slot, or a module's class (lazy modules change theirs)."""
 
     def __init__(self, thing: Any, name: str) -> None:
@@ -179,7 +180,7 @@ class HeldAttribute:
             return MISSING
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if self._now() is self.saved:
             return False
         with suppress(AttributeError, TypeError):  # a read-only slot, which nobody can have changed for long
@@ -190,7 +191,7 @@ class HeldAttribute:
         return True
 
 
-class HeldCell:
+class CellSnapshot:
     """What a function and the function around it share (``nonlocal``)."""
 
     def __init__(self, thing: CellType) -> None:
@@ -204,7 +205,7 @@ class HeldCell:
             return MISSING
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         if self._now() is self.saved:
             return False
         if self.saved is MISSING:
@@ -214,7 +215,7 @@ class HeldCell:
         return True
 
 
-class HeldGlobals:
+class GlobalsSnapshot:
     """Some names of a Python module's namespace.
 
     Attributes:
@@ -226,7 +227,7 @@ class HeldGlobals:
         self.names: set[str] = set()
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         changed = [n for n in self.names if self._thing.get(n, MISSING) is not self.saved.get(n, MISSING)]
         for name in changed:
             if name in self.saved:
@@ -236,7 +237,7 @@ class HeldGlobals:
         return bool(changed)
 
 
-class HeldClass:
+class ClassSnapshot:
     """A class's own attributes that are data."""
 
     def __init__(self, thing: type) -> None:
@@ -247,7 +248,7 @@ class HeldClass:
         return {k: v for k, v in dict(vars(self._thing)).items() if not k.startswith(("__", "_abc_"))}
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         now = self._now()
         added = now.keys() - self.saved.keys()
         changed = [name for name, value in self.saved.items() if now.get(name, MISSING) is not value]
@@ -259,17 +260,17 @@ class HeldClass:
         return bool(added or changed)
 
 
-class HeldCache:
-    """What ``functools.lru_cache`` keeps; it can only be emptied as a whole, and fills itself again.
+class CacheSnapshot:
+    """What ``functools.lru_cache`` stores; a cache can only be cleared completely, and fills itself again.
 
-    It is emptied where it gained arguments or results that hold tensors or modules. Others are harmless.
+    It is cleared if it gained arguments or results that hold tensors or modules. Others are harmless.
     """
 
     def __init__(self, thing: Any) -> None:
         self._thing, self.saved = thing, _entries(thing)
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         before = {id(v) for v in self.saved}
         if not any(id(v) not in before and _holds_tensors(v) for v in _entries(self._thing)):
             return False
@@ -278,7 +279,7 @@ class HeldCache:
 
 
 def _entries(cache: Any) -> list[Any]:
-    """Arguments and results that a cache keeps: the garbage collector is the only one to tell."""
+    """Arguments and results that a cache stores. ``lru_cache`` has no way to list them; the garbage collector has."""
     out: list[Any] = []
     for value in gc.get_referents(cache):
         out += [*value.keys(), *value.values()] if type(value) is dict else [value]
@@ -287,11 +288,11 @@ def _entries(cache: Any) -> list[Any]:
 
 def _holds_tensors(value: Any) -> bool:
     leaves = tree_leaves([list(value), list(value.values())] if type(value) is dict else value)
-    leaves += [held for leaf in leaves for held in getattr(leaf, "__dict__", {}).values()]
+    leaves += [value for leaf in leaves for value in getattr(leaf, "__dict__", {}).values()]
     return any(isinstance(leaf, Tensor | nn.Module) for leaf in leaves)
 
 
-class HeldTensor:
+class TensorSnapshot:
     """A tensor's memory, shape and flags; of its values, see :class:`cocktailsdk.utils.writes.Writes`."""
 
     def __init__(self, thing: Tensor) -> None:
@@ -300,15 +301,14 @@ class HeldTensor:
         self._requires_grad = thing.requires_grad
         self._grad = thing.grad if self._leaf else None
 
-    def leave_values(self) -> HeldTensor:
-        """Restore flags only, not the memory."""
+    def ignore_memory(self) -> None:
+        """Restore only the flags, since something else restores the memory."""
         self._memory = None
-        return self
 
     def __call__(self) -> bool:
-        """Put it back."""
+        """Restore it."""
         thing, changed = self.tensor, False
-        if self._memory is not None and not _one(thing, self._memory):
+        if self._memory is not None and not _same_view(thing, self._memory):
             thing.data, changed = self._memory, True
         if self._leaf and thing.requires_grad != self._requires_grad:
             thing.requires_grad_(self._requires_grad)
@@ -318,7 +318,7 @@ class HeldTensor:
         return changed
 
 
-def _one(a: Tensor, b: Tensor) -> bool:
+def _same_view(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same view of the same memory."""
     return (
         a.dtype == b.dtype
