@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import BundleError
 from ...io.limits import MAX_JSON_BYTES
-from ...io.values import items, keyed, parse
+from ...io.values import integer, items, keyed, parse
 from ...masks import Mask, encoder
 from ...net.subnet_model import SubnetModel
 
