@@ -33,6 +33,8 @@ def run_state(session: Session) -> dict[str, Any]:
     net, data, merging = session.net, session.data, session.merging
     measured = session.position.phase in ("finish", "done")
     tracked = session.options.recipe.statistics == "separate"
+    # a run that is resumed within a round may stop again before the round's optimizer is built
+    optimization = session.resumed if session.optimization is None else session.optimization.state_dict()
     return {
         "position": asdict(session.position),
         "history": session.history.to_dict(),
@@ -52,7 +54,7 @@ def run_state(session: Session) -> dict[str, Any]:
         "rewound": session.rewound,
         "model": model_tensors(net.model),
         "average": None if session.average is None else session.average.state_dict(),
-        "optimization": None if session.optimization is None else plain(session.optimization.state_dict()),
+        "optimization": plain(optimization),
         "statistics": {k: dict(v) for k, v in net.statistics.items()} if measured or tracked else {},
         "metrics": dict(net.metrics) if measured else {},
         "skipped_in_a_row": 0 if session.skips is None else session.skips.in_a_row,
