@@ -51,9 +51,9 @@ def measure(session: Session, name: str, batches: Iterable[Any] | None = None) -
             name,
             result.count,
         )
-    return result.negated() if options.metric_mode == "min" else result
+    return result.negated() if options.settings.evaluation.metric_mode == "min" else result
 
 
 def displayed(session: Session, value: Fraction) -> float:
     """A score as the user's metric gave it, undoing the sign of ``metric_mode="min"``; NaN where it was not finite."""
-    return -readable(value) if session.options.metric_mode == "min" else readable(value)
+    return -readable(value) if session.options.settings.evaluation.metric_mode == "min" else readable(value)

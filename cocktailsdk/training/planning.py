@@ -142,7 +142,7 @@ def _candidates(session: Session) -> int:
     options = session.options
     if not options.merges:
         return 0
-    return len(set(options.alphas)) * sum(len(session.names(k)) for k in range(2, options.rounds + 1))
+    return len(set(options.settings.rounds.alphas)) * sum(len(session.names(k)) for k in range(2, options.rounds + 1))
 
 
 def _after(session: Session, costs: Costs) -> float:

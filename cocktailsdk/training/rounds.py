@@ -114,7 +114,7 @@ def _keep_rewind_point(session: Session) -> None:
     if position.round != 0 or position.epoch != options.rewind_epoch:
         return
     session.store.put(REWIND, model_tensors(session.net.model))
-    if options.rewind_schedule and options.rewinds:
+    if options.settings.rounds.rewind_schedule and options.rewinds:
         session.rewound = session.optimization_state()
 
 

@@ -154,14 +154,14 @@ class Session:
     timing: Timing = field(init=False)
 
     def __post_init__(self) -> None:
-        execution, model = self.options.execution, self.net.model
+        execution, model = self.options.settings.execution, self.net.model
         self.hooks = self.options.recipe.step_hooks()
         # several processes must look at the losses of the same step: by their number, not by each one's clock
         self.watch = LossWatch(self.device, seconds=SECONDS if self.ranks.world == 1 else float("inf"))
         self.skips = Skips(model.parameters()) if execution.on_nan == "skip" else None
         self.modes = TrainingModes(model)
         self.average = None if execution.ema_decay is None else Average(model, execution.ema_decay)
-        self.timing = Timing(self.options.output, self.ranks, self.interrupts)
+        self.timing = Timing(self.options.settings.output, self.ranks, self.interrupts)
 
     def context_at(self, round_: int, step: int) -> ScheduleContext:
         """What the recipe's schedule knows in a round's step."""

@@ -16,7 +16,6 @@ from ..utils.devices import device_of
 from ..utils.fsdp import sharded
 from ..utils.modes import modes_restored
 from ..utils.settings import forked
-from .build_options import Loaders, build_options, with_epochs
 from .data.batches import CachedBatches
 from .data.loader_state import generator_states, refuse_spent, set_generator_states
 from .distributed.launch import connected, launched, shard
@@ -30,7 +29,7 @@ from .keywords import current_keywords
 from .merge.merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .open_session import open_session, training_started
-from .options import OptimizerFactory
+from .options import Loaders, OptimizerFactory, TrainerArguments, build_options
 from .parameter_count import parameter_count
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .recipes import Recipe
@@ -53,7 +52,6 @@ from .state.store import FolderStore, MemoryStore, Store
 from .step.distill import Classes
 from .step.forward import LossFn
 from .step.precision import without_autocast
-from .trainer_arguments import TrainerArguments
 from .user_code import LoaderFailed, emit
 
 __all__ = ["CoTrainer"]
@@ -206,12 +204,12 @@ class CoTrainer(Generic[NetT]):
         self._device = self._launch.device or device_of(net.model)
         self._loaders = Loaders.of(arguments, self.ranks)
         hours = arguments.total_hours
-        resumed_epochs = None if hours is None else self._resumed_epochs(hours)
-        self._options = build_options(arguments, self._plan, self._loaders, self._launch, resumed_epochs)
-        if hours is not None and resumed_epochs is None:
+        epochs = None if hours is None else self._resumed_epochs(hours)
+        self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
+        if hours is not None and epochs is None:
             with self._measured() as (session, costs):
                 epochs = epochs_for(session, costs, hours)
-            self._options = with_epochs(self._options, arguments, epochs)
+            self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
         self.configuration = describe(net, self._options, arguments.settings.output.config)
         self.fingerprint = fingerprint(self.configuration)
 

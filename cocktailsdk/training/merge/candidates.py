@@ -182,7 +182,7 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
                 scores, counts = scores[:0], counts[:0]
             if scores.dtype != torch.bool or not scores.ndim:
                 return None, 0
-            bad = (scores if session.options.metric_mode == "min" else ~scores) & counts
+            bad = (scores if session.options.settings.evaluation.metric_mode == "min" else ~scores) & counts
             missed = bad.flatten(1).sum(1) if bad.ndim > 1 else bad.long()
             if part is not None:
                 if ranks.any(len(missed) != part.count):  # of some labels only: of which examples is not known

@@ -47,7 +47,7 @@ def by_layer(
     session: Session, candidates: Candidates, choice: Choice, names: Sequence[str], judged: Callable[[float, int], None]
 ) -> tuple[Shares, Choice]:
     """Go through the layers once; each takes the next larger or smaller share where that is better."""
-    alphas = sorted(set(session.options.alphas))
+    alphas = sorted(set(session.options.settings.rounds.alphas))
     at = alphas.index(choice.alpha)
     neighbours = alphas[max(at - 1, 0) : at] + alphas[at + 1 : at + 2]
     shares, best = dict.fromkeys(candidates.layers, choice.alpha), choice

@@ -36,7 +36,7 @@ def merge_rounds(session: Session) -> None:
     check_trained(history.rounds, scaled=session.scaled, standing=session.store.standing)
     session.modes.apply()
     if options.merges:
-        shares = len(set(options.alphas))
+        shares = len(set(options.settings.rounds.alphas))
         total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
         emit(session, MergeStarted(options.rounds, total))
         merged = _round(session, 1)
@@ -95,7 +95,7 @@ def _search(
     names, history = session.names(k), session.history
     candidates = Candidates(session, merged, other)
     cells = candidates.cells(names)
-    shares = len(set(session.options.alphas))
+    shares = len(set(session.options.settings.rounds.alphas))
 
     def judged(alpha: float, settled: int) -> None:
         if session.timing.event_due():
@@ -103,7 +103,7 @@ def _search(
         save_if_late(session)
 
     choice = choose_alpha(
-        session.options.alphas,
+        session.options.settings.rounds.alphas,
         cells,
         candidates.judge,
         session.merging.scores,
@@ -122,7 +122,7 @@ def _search(
     layers, choice = refine(session, candidates, choice, names, refining)
     history.curves.append({"round": k, "points": points})
     in_all = (shares + candidates.proposed) * len(names)
-    history.reused += len(session.names(k - 1)) if k > 2 and 1.0 in session.options.alphas else 0
+    history.reused += len(session.names(k - 1)) if k > 2 and 1.0 in session.options.settings.rounds.alphas else 0
     history.to_judge += in_all
     history.to_judge_batches += in_all * len(session.merging.batches or ())
     return choice, layers

@@ -308,7 +308,7 @@ def _check_numbers(state: dict[str, Any], net: SubnetModel) -> None:
 
 
 def _check_average(said: Any, parameters: Shapes, options: Options) -> None:
-    if options.execution.ema_decay is None:
+    if options.settings.execution.ema_decay is None:
         return
     if not isinstance(said, dict) or type(said.get("steps")) is not int or not isinstance(said.get("values"), dict):
         _refuse("its average is", said)
