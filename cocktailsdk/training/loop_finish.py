@@ -13,9 +13,9 @@ from ..errors import CocktailError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..utils.modes import evaluating
 from .data.batches import CachedBatches
+from .ending import rescued_bundle
 from .left_out import weight_sums
 from .metrics import MetricFn, accuracy_of, mean_score
-from .rescue import rescued_bundle
 from .step.distill import Classes, find_classes
 from .step.forward import ForwardFn
 from .step.nan_guard import not_finite

@@ -6,6 +6,7 @@ import torch
 
 from ..net.subnet_model import SubnetModel
 from ..utils.fsdp import is_sharded
+from .checkpoints import restore
 from .data.batches import CachedBatches
 from .data.loader_state import generator_states, make_generators, set_generator_states
 from .data.stream import Stream
@@ -16,7 +17,6 @@ from .infer_task import choose_metric, infer_task, try_metric
 from .interrupt import Interrupts
 from .options import Loaders, Options
 from .round_plan import Plan
-from .run_state import restore
 from .session import RunData, Session, model_tensors
 from .state.compatibility import check_state
 from .state.history import Position

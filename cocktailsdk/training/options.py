@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
 from ..utils.nested import default_forward
-from .arguments import check_numbers, one_budget, shortened
 from .budget import Division, divide_steps, epochs_in, finishing_epochs, rewind_epoch_of
 from .data.loader_state import epoch_length, loader_length, refuse_spent
 from .distributed.launch import Launch, accumulated, precision_of
@@ -25,7 +24,7 @@ from .metrics import MetricFn
 from .recipes import Recipe, recipe_named
 from .round_plan import Plan
 from .schedules import ScheduleFactory, cosine_restarts
-from .settings import Settings
+from .settings import Settings, check_numbers, shortened
 from .step.forward import ForwardFn, LossFn
 from .step.precision import Precision
 
@@ -72,7 +71,9 @@ class TrainerArguments:
                 raise TrainingError(f"{name} must be callable, got {type(value).__name__}{hint}")
         budgets = {"epochs": self.epochs, "total_steps": self.total_steps, "total_hours": self.total_hours}
         check_numbers(**budgets, seed=self.seed)
-        one_budget(**budgets)
+        given = [f"{name}={value}" for name, value in budgets.items() if value is not None]
+        if len(given) > 1:
+            raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(given)}")
         self._check_kinds()
         refuse_spent(self.val_loader, "val_loader")
         if self.settings.rounds.merge and self.named_recipe.merges and self.val_loader is None:

@@ -1,7 +1,7 @@
 """A run in progress: the data that its phases share. What is done with it is in the modules beside.
 
-Calls into the user's code are in :mod:`.user_code`, measuring in :mod:`.evaluation`, saving in :mod:`.checkpoints`, and
-the form in which all of it is saved in :mod:`.run_state`.
+Calls into the user's code are in :mod:`.user_code`, measuring in :mod:`.evaluation`, saving and restoring in
+:mod:`.checkpoints`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from ..errors import TrainingError
+from ..net.costs import stored_params
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.devices import device_of
@@ -30,7 +31,6 @@ from .merge.merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .open_session import open_session, training_started
 from .options import Loaders, OptimizerFactory, TrainerArguments, build_options
-from .parameter_count import parameter_count
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .recipes import Recipe
 from .rounds import train_rounds
@@ -316,7 +316,7 @@ class CoTrainer(Generic[NetT]):
     @property
     def parameters_stored(self) -> int:
         """How many parameters hold all networks: those of the model where all share one set of weights."""
-        return parameter_count(self.net, self.history.weights)
+        return stored_params(self.net.coupling, self.net.masks, self.history.weights)
 
     def plan(self) -> Plan:
         """What the run will do, how long it takes and what memory it needs, measured on a few steps.

@@ -14,7 +14,7 @@ from ...errors import TrainingError
 from ...io import open_regular
 from ...net.subnet_model import SubnetModel
 from ...utils.blame import blamed
-from ..factories import OPTIMIZER_HINT, SCHEDULE_HINT, check_optimizer, check_schedule
+from ..optimization import OPTIMIZER_HINT, SCHEDULE_HINT, check_optimizer, check_schedule
 from ..options import Options
 
 __all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "stored_configuration"]
