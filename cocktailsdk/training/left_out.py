@@ -82,15 +82,11 @@ def _reason(scaled: bool) -> str:
 @torch.no_grad()
 def weight_sums(model: nn.Module) -> Tensor:
     """Two sums of each trained parameter, on the CPU: equal only if no weight changed."""
-    parameters = [local(p.detach()) for p in model.parameters() if p.requires_grad]
-    sums = [f(p).to("cpu", torch.float64) for p in parameters for f in (_sum, _sum_of_sizes)]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.sum(dtype=torch.float64)
-
-
-def _sum_of_sizes(tensor: Tensor) -> Tensor:
-    return tensor.abs().sum(dtype=torch.float64)
+    sums = [torch.zeros(0, dtype=torch.float64)]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            values = local(parameter.detach())
+            real = torch.view_as_real(values) if values.is_complex() else values
+            both = [real.sum(dtype=torch.float64), values.abs().sum(dtype=torch.float64)]
+            sums.append(torch.stack(both).cpu())
+    return torch.cat(sums)

@@ -135,13 +135,13 @@ def training_started(session: Session) -> TrainingStarted:
         if at.entered:
             done += (at.epoch - options.epochs_of(at.round).start) * options.steps_per_epoch + at.step
     elif at.phase == "finish":
-        done = options.total_steps
+        done = options.all_steps
     return TrainingStarted(
         rounds=options.rounds,
         first_round=options.first_round,
         epochs=options.epochs,
         steps_per_epoch=options.steps_per_epoch,
-        total_steps=options.total_steps,
+        total_steps=options.all_steps,
         done_steps=done,
         resumed=bool(session.history.rounds),
     )

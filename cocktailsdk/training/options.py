@@ -140,15 +140,14 @@ class Loaders:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The arguments of :class:`~cocktailsdk.CoTrainer`, which documents them, and what follows from them.
+class Options(TrainerArguments):
+    """The arguments with their defaults filled in, and what follows from them for the net and the loaders.
 
     Made by :func:`build_options`.
 
     Attributes:
         epochs: Epochs of the longest round; the last may be a part of one, where there is a budget of steps.
         finishing_epochs: The same of finishing; 0 for none.
-        first_round: 0, or 1 where the given weights are the rewind point.
         steps_per_epoch: Optimizer steps of an epoch.
         gradient_accumulation_steps: Batches of an optimizer step.
         budget: Optimizer steps of every round and of finishing; empty where all have whole epochs.
@@ -156,26 +155,18 @@ class Options:
     """
 
     recipe: Recipe
-    loss_fn: LossFn | None
-    forward_fn: ForwardFn
-    metric: MetricFn | None
     optimizer: OptimizerFactory
     schedule: ScheduleFactory
+    forward_fn: ForwardFn
     epochs: int
     finishing_epochs: int
-    budget: tuple[int, ...] = ()
-    total_hours: float | None
+    budget: tuple[int, ...]
     rewind_epoch: int
     rounds: int
-    first_round: int
     steps_per_epoch: int
     gradient_accumulation_steps: int
     pass_length: int | None
-    start: Start
-    seed: int
-    callbacks: Sequence[Callback]
     precision: Precision
-    settings: Settings
 
     def __post_init__(self) -> None:
         rewound = self.settings.rounds.rewind_schedule
@@ -241,7 +232,7 @@ class Options:
         return sum(self.steps_of(k) for k in range(self.first_round, round_))
 
     @property
-    def total_steps(self) -> int:
+    def all_steps(self) -> int:
         """Optimizer steps of all rounds, finishing included."""
         return self.steps_before(self.finishing_round + 1)
 
@@ -265,25 +256,20 @@ def build_options(
     settings = arguments.settings
     size = accumulated(launch, settings.execution.gradient_accumulation_steps)
     steps_per_epoch = -(-loaders.epoch_batches // size)
-    return Options(
-        recipe=arguments.named_recipe,
-        loss_fn=arguments.loss_fn,
-        forward_fn=settings.batches.forward_fn or default_forward,
-        metric=arguments.metric,
-        optimizer=arguments.optimizer or default_optimizer(arguments.start),
-        schedule=arguments.schedule or cosine_restarts(),
+    filled_in = {
+        "recipe": arguments.named_recipe,
+        "optimizer": arguments.optimizer or default_optimizer(arguments.start),
+        "schedule": arguments.schedule or cosine_restarts(),
         **asdict(_division(arguments, len(plan), steps_per_epoch, epochs)),
-        total_hours=arguments.total_hours,
+    }
+    return Options(
+        **{**vars(arguments), **filled_in},
+        forward_fn=settings.batches.forward_fn or default_forward,
         rounds=len(plan),
-        first_round=arguments.first_round,
         steps_per_epoch=steps_per_epoch,
         gradient_accumulation_steps=size,
         pass_length=loaders.pass_length,
-        start=arguments.start,
-        seed=arguments.seed,
-        callbacks=arguments.callbacks,
         precision=precision_of(launch, settings.execution.mixed_precision),
-        settings=settings,
     )
 
 

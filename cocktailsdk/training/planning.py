@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,7 +79,7 @@ def plan(session: Session, costs: Costs) -> Plan:
         rounds=options.rounds,
         epochs=options.epochs,
         finishing_epochs=options.finishing_epochs,
-        steps=options.total_steps,
+        steps=options.all_steps,
         candidates=_candidates(session),
         seconds=_training(session, costs) + _after(session, costs),
         memory=costs.memory,
@@ -192,14 +192,13 @@ def measure(session: Session) -> Costs:
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The faster of a few repetitions, after one that warms up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+
+    def run_and_wait() -> None:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+
+    return min(timeit.repeat(run_and_wait, number=1, repeat=REPEATS + 1)[1:])
 
 
 @contextmanager

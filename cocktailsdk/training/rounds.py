@@ -169,7 +169,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
                 done = options.steps_before(k) + number + 1
                 rate = ran / max(time.monotonic() - started, 1e-9)
                 names = "+".join(result.losses)
-                emit(session, StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
+                emit(session, StepDone(k, position.epoch, i + 1, done, options.all_steps, rate, names))
             save_if_late(session)
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 

@@ -244,7 +244,7 @@ class CoTrainer(Generic[NetT]):
             without_autocast(self._device),
             forked(),
             Interrupts() as interrupts,
-            self._locked_store() as store,
+            self._store().held() as store,
         ):
             session = self._open(interrupts, store)
             self.history = session.history
@@ -342,19 +342,13 @@ class CoTrainer(Generic[NetT]):
         finally:
             set_generator_states(self._loaders.train, states)
 
-    @contextmanager
-    def _locked_store(self) -> Iterator[Store | SharedStore]:
-        store = (
-            self._own_store()
-            if self.ranks.world == 1
-            else SharedStore(self.ranks, self._own_store, sharded=sharded(self.net.model))
-        )
-        with store.held():
-            yield store
-
-    def _own_store(self) -> Store:
+    def _store(self) -> Store | SharedStore:
         folder = self._arguments.out_folder
-        return MemoryStore() if folder is None else FolderStore(folder / "state", self.configuration)
+
+        def make() -> Store:
+            return MemoryStore() if folder is None else FolderStore(folder / "state", self.configuration)
+
+        return make() if self.ranks.world == 1 else SharedStore(self.ranks, make, sharded=sharded(self.net.model))
 
     def _open(self, interrupts: Interrupts, store: Store | SharedStore) -> Session:
         session = open_session(

@@ -96,6 +96,9 @@ class CachedBatches:
         limit: Use only the first so many batches.
         cache_bytes: How much memory the cache may take.
         again: What to go through instead where batches are too large to be cached; the first pass shows whether.
+
+    Attributes:
+        cached: All batches, after the first pass; ``None`` before it and where they are too large.
     """
 
     def __init__(
@@ -110,17 +113,12 @@ class CachedBatches:
         self._loader, self._key, self._device, self._limit = loader, key, device, limit
         self._again = loader if again is None else again
         self._cache_bytes = cache_bytes
-        self._cached: list[Any] | None = None
+        self.cached: list[Any] | None = None
         self._states = generator_states(loader)
 
-    @property
-    def cached(self) -> list[Any] | None:
-        """All batches, after the first pass; ``None`` before it and where they are too large."""
-        return self._cached
-
     def __iter__(self) -> Iterator[Any]:
-        if self._cached is not None:
-            yield from self._cached
+        if self.cached is not None:
+            yield from self.cached
             return
         now = generator_states(self._loader)
         set_generator_states(self._loader, self._states)
@@ -141,6 +139,6 @@ class CachedBatches:
                 yield batch
         finally:
             set_generator_states(self._loader, now)
-        self._cached = cache
+        self.cached = cache
         if cache is None:
             self._loader = self._again

@@ -7,7 +7,6 @@ All of a run's code asks :class:`Ranks`, whose own methods are those of one proc
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -163,7 +162,7 @@ class ProcessRanks(Ranks):
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors' names and bits."""
     out = hashlib.sha256()
-    for name, tensor in itertools.chain(tensors.items()):
+    for name, tensor in tensors.items():
         out.update(name.encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():

@@ -51,7 +51,7 @@ class SharedStore:
         return "" if self._store is None else self._store.standing
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[SharedStore]:
         """Keep other runs from training there meanwhile."""
         with ExitStack() as stack:
 
@@ -59,7 +59,7 @@ class SharedStore:
                 stack.enter_context(self._main.held())
 
             self._ranks.from_main(hold)
-            yield
+            yield self
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name."""
