@@ -7,9 +7,8 @@ import torch
 from ..net.subnet_model import SubnetModel
 from ..utils.fsdp import is_sharded
 from .checkpoints import restore
-from .data.batches import CachedBatches
+from .data.batches import CachedBatches, Stream
 from .data.loader_state import generator_states, make_generators, set_generator_states
-from .data.stream import Stream
 from .distributed.launch import Launch
 from .distributed.shared_store import SharedStore
 from .events import TrainingStarted

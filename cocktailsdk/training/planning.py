@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import timeit
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import TrainingError
 from ..patterns.base import DENSE
@@ -168,10 +168,17 @@ def measure(session: Session) -> Costs:
             Step((SubnetPass(name),)), batches, optimization.optimizer, None, optimization.scaler
         )
 
+    activations: dict[int, int] = {}  # bytes that autograd keeps for the backward pass, by their storage's address
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        activations[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     with modes_restored(net):
         try:
             train_as_handed(net.model)
-            with _activations() as activations:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
                 step(names[0])()
             dense = _seconds(step(DENSE), session.device)
             sparse = mean(_seconds(step(name), session.device) for name in names)
@@ -199,20 +206,6 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
 
     return min(timeit.repeat(run_and_wait, number=1, repeat=REPEATS + 1)[1:])
-
-
-@contextmanager
-def _activations() -> Iterator[dict[int, int]]:
-    """Bytes that autograd keeps for the backward pass, by the address of their storage."""
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
 
 
 def _memory(session: Session, optimization: Optimization, activations: dict[int, int]) -> int:

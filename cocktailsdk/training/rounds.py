@@ -18,7 +18,7 @@ from .optimization import Optimization
 from .recipes import ScheduleContext, Step
 from .round_plan import hooks_of, round_masks
 from .session import Session, load_tensors, model_tensors
-from .state.encoding import encode_masks
+from .state.encoding import encode_masks, to_cpu
 from .state.history import RoundHistory
 from .step.hook_calls import HookCalls
 from .step.hooks import StepContext
@@ -115,7 +115,8 @@ def _keep_rewind_point(session: Session) -> None:
         return
     session.store.put(REWIND, model_tensors(session.net.model))
     if options.settings.rounds.rewind_schedule and options.rewinds:
-        session.rewound = session.optimization_state()
+        assert session.optimization is not None
+        session.rewound = to_cpu(session.optimization.state_dict())
 
 
 def _train_round(session: Session, stepper: Stepper) -> None:

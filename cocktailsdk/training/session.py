@@ -21,8 +21,7 @@ from ..utils.fsdp import is_sharded, local, rows_of
 from ..utils.modes import TrainingModes
 from ..utils.weight_caches import forget_derived
 from .averaging import Average
-from .data.batches import CachedBatches
-from .data.stream import Stream
+from .data.batches import CachedBatches, Stream
 from .distributed.ranks import Ranks, digest
 from .distributed.shared_store import SharedStore
 from .interrupt import Interrupts
@@ -32,7 +31,7 @@ from .options import Options
 from .randomness import seed_everything
 from .recipes import ScheduleContext, Step
 from .round_plan import Plan, names_until, networks_of, step_of
-from .state.encoding import decode_masks, encode_masks, to_cpu
+from .state.encoding import decode_masks, encode_masks
 from .state.history import History, Position
 from .state.store import Store
 from .step.distill import Classes
@@ -193,11 +192,6 @@ class Session:
             yield
         finally:
             load_tensors(model, shared)
-
-    def optimization_state(self) -> dict[str, Any] | None:
-        """A copy of the state of the round's optimizer and schedule."""
-        state: dict[str, Any] | None = None if self.optimization is None else to_cpu(self.optimization.state_dict())
-        return state
 
     @property
     def scaled(self) -> bool:

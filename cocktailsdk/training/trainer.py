@@ -255,15 +255,12 @@ class CoTrainer(Generic[NetT]):
                     merge_rounds(session)
                     train_rounds(session, "finishing")
                     finish(session)
-                note_training(net, self._provenance(), self._arguments.train_loader)
+                shown = {key: self.configuration[key] for key in ("training", "optimizer", "schedule", "config")}
+                note_training(net, {"fingerprint": self.fingerprint, **shown}, self._arguments.train_loader)
                 session.execution = None  # the session stays for using(), and shall not hold the DDP wrapper
                 self._done = session
                 emit(session, Finished(dict(net.metrics), session.history.seconds))
         return net
-
-    def _provenance(self) -> dict[str, Any]:
-        shown = ("training", "optimizer", "schedule", "config")
-        return {"fingerprint": self.fingerprint, **{key: self.configuration[key] for key in shown}}
 
     def evaluate(self, loader: Iterable[Any], names: Iterable[str] | None = None) -> dict[str, float]:
         """Measure networks on any data, as they stand and with their own statistics.
