@@ -15,6 +15,7 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..utils.nested import to_device
 from .events import Saved, StepSkipped
+from .left_out import first_few
 from .metrics import Score
 from .session import Session, load_tensors, model_tensors
 from .state.compatibility import hook_states
@@ -97,10 +98,9 @@ def check_finite(session: Session) -> None:
         return
     names = not_finite(session.net.model)
     if session.ranks.any(bool(names)):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise nonfinite_error(
             session,
-            f"{', '.join(names[:3])}{more} became infinite or no number by round {at.round}, epoch {at.epoch}, step "
+            f"{first_few(names)} became infinite or no number by round {at.round}, epoch {at.epoch}, step "
             f"{at.step} (all from 0; step {session.history.steps} of the run), though the losses were finite",
         )
 

@@ -54,17 +54,11 @@ ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Interpolation coefficients that merging tries, from the largest down; 1 rejects a round's weights."""
 
 
-INTEGERS: Mapping[str, int | None] = {
-    "count": 1,
-    "epochs": 1,
-    "total_steps": 1,
-    "steps": 1,
-    "steps_per_epoch": 1,
-    "rounds": 1,
+INTEGERS: Mapping[str, float] = {
+    **dict.fromkeys(("epochs", "total_steps", "steps", "steps_per_epoch", "count", "rounds"), 1),
+    **dict.fromkeys(("recalibration_batches", "gradient_accumulation_steps"), 1),
     "rewind_epoch": 0,
-    "recalibration_batches": 1,
-    "gradient_accumulation_steps": 1,
-    "seed": None,
+    "seed": -math.inf,
 }
 """Whole numbers, and the least that each may be."""
 RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
@@ -282,10 +276,9 @@ def check_numbers(owner: str = "", /, **values: Any) -> None:
 def _broken_rule(name: str, value: Any) -> str | None:
     """What a number must be and is not; ``None`` if it is."""
     if name in INTEGERS:
-        least = INTEGERS[name]
         if not isinstance(value, Integral) or isinstance(value, bool):
             return "a whole number"
-        return None if least is None or int(value) >= least else f"at least {least}"
+        return None if int(value) >= INTEGERS[name] else f"at least {INTEGERS[name]}"
     if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
         return "a number"
     rule, holds = RANGES.get(name, ("", lambda x: True))

@@ -27,18 +27,10 @@ __all__ = ["Foreign", "check_classes", "check_masks", "check_state", "hook_state
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PHASES = ("train", "merge", "finishing", "finish", "done")
-_LIKE_PARAMETER = frozenset(
-    (
-        "exp_avg",
-        "exp_avg_sq",
-        "exp_inf",
-        "max_exp_avg_sq",
-        "momentum_buffer",
-        "square_avg",
-        "acc_delta",
-        "grad_avg",
-        "sum",
-    )
+_LIKE_PARAMETER = frozenset[str]().union(
+    ("momentum_buffer",),  # SGD, RMSprop
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # Adam and its kin
+    ("square_avg", "acc_delta", "grad_avg", "sum"),  # Adadelta, RMSprop, Adagrad
 )
 """What torch's optimizers keep for each element of a parameter."""
 _KINDS: Mapping[str, tuple[type, ...]] = {
