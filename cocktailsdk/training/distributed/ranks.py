@@ -67,7 +67,6 @@ class Ranks:
 
     def align(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the main process's values, in place."""
-        del tensors
 
     def verify(self, what: str, value: Callable[[], str]) -> None:
         """Make sure that a digest is the same everywhere.
@@ -75,7 +74,6 @@ class Ranks:
         Raises:
             TrainingError: It is not; names what.
         """
-        del what, value
 
 
 SINGLE = Ranks()

@@ -82,12 +82,10 @@ class MemoryStore:
 
     def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path | None:
         """Nowhere to save to."""
-        del state, needed
         return None
 
     def load(self, check: Check | None = None) -> dict[str, Any] | None:
         """Nothing was saved."""
-        del check
         return None
 
 
