@@ -35,7 +35,7 @@ from rich.table import Table
 import cocktailsdk as cocktail
 from cocktailsdk.io.atomic import write_json
 from cocktailsdk.training.events import AlphaChosen, Event, MergeStarted
-from cocktailsdk.training.merge import merging
+from cocktailsdk.training.merge import candidates, merging
 from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha
 from cocktailsdk.training.metrics import Score
 
@@ -86,7 +86,7 @@ def device(name: str) -> Iterator[list[dict[tuple[float, Any], Score]]]:
         choice: Choice = search(alphas, cells, told, *rest, **options)
         return choice
 
-    with mock.patch.object(merging, "choose_alpha", counted):
+    with mock.patch.object(candidates, "choose_alpha", counted):
         if parted:
             yield judged
         else:

@@ -135,7 +135,7 @@ def test_epochs_have_as_many_steps_as_was_asked(length: int, per_epoch: int | No
     run.fit()
     rounds = {"cocktail": 4, "paper": 2, "one round": 1}.get(recipe)
     each = epochs * (per_epoch or length)
-    assert run.history.steps == (rounds * each if rounds else run._options.total_steps)
+    assert run.history.steps == (rounds * each if rounds else run._options.all_steps)
 
 
 @given(st.integers(1, 400), st.integers(1, 20), st.sampled_from([0.0, 0.01, 0.25, 0.5, 0.9]), st.integers(1, 9))

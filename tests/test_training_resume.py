@@ -151,6 +151,17 @@ def test_a_run_stopped_many_times_goes_on_identically(tmp_path: Path, uninterrup
     assert_identical(result(trainer), uninterrupted)
 
 
+def test_a_resumed_run_stopped_before_its_first_step_goes_on_identically(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    for seed, kind, n in ((0, ev.StepDone, 33), (9, ev.TrainingStarted, 1)):  # the second before its optimizer exists
+        with pytest.raises(KeyboardInterrupt):
+            tiny_trainer(tiny_net(seed=seed), tmp_path, callbacks=[StopAt(kind, n)]).fit()
+    last = tiny_trainer(tiny_net(seed=9), tmp_path)
+    last.fit()
+    assert_identical(result(last), uninterrupted)
+
+
 @pytest.mark.parametrize("n", [5, 17, 40])
 def test_after_a_crash_the_last_saved_state_goes_on_identically(
     n: int, tmp_path: Path, uninterrupted: dict[str, Any]

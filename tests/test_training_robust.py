@@ -446,7 +446,7 @@ def test_steps_without_a_finite_loss_are_left_out_and_change_nothing(
         (1, 1, 1, 1, skipped[1].network),
     ]
     assert trainer.history.skipped == 2
-    assert trainer.history.steps == trainer._options.total_steps - 2
+    assert trainer.history.steps == trainer._options.all_steps - 2
     assert "left out a step in round 1, epoch 1, step 0" in caplog.text
     losses = [loss for r in trainer.history.rounds for epoch in r.losses for loss in epoch.values()]
     assert all(torch.tensor(losses).isfinite())

@@ -15,7 +15,7 @@ from training_tiny import assert_identical, tiny_images, tiny_net, tiny_trainer,
 import cocktailsdk as cocktail
 from cocktailsdk.presets.datasets import TensorLoader
 from cocktailsdk.training import events as ev
-from cocktailsdk.training.merge import merging
+from cocktailsdk.training.merge import candidates, merging
 from cocktailsdk.training.merge.alpha_search import Choice, choose_alpha, interpolate
 from cocktailsdk.training.merge.candidates import Candidates, doubling, regrouped
 from cocktailsdk.training.merge.layerwise import descended
@@ -85,7 +85,7 @@ def test_a_whole_search_by_parts_chooses_what_a_full_one_does_and_judges_less() 
     def searched(batch_size: int, full: bool, monkeypatch: pytest.MonkeyPatch) -> cocktail.CoTrainer:
         with monkeypatch.context() as patch:
             if full:
-                patch.setattr(merging, "choose_alpha", exhaustively)
+                patch.setattr(candidates, "choose_alpha", exhaustively)
                 patch.setattr(merging, "_arrange", lambda session, merged: None)
             held_out = TensorLoader(tiny_images(160, seed=1), batch_size, to_float)
             options = {"alphas": ALPHAS, "epochs": 3, "val_loader": held_out, "seed": 2}
@@ -142,7 +142,7 @@ def test_the_gradient_of_the_loss_along_the_shares_leads_away_from_noise() -> No
     assert session is not None
     merged = {n: t.clone() for n, t in model_tensors(net.model).items()}
     noisy = {**merged, "conv2.weight": torch.randn_like(merged["conv2.weight"])}
-    shares = descended(session, Candidates(session, merged, noisy), 0.5, ["unstructured@0.3", "channel@0.2"])
+    shares = descended(Candidates(session, merged, noisy, ["unstructured@0.3", "channel@0.2"]), 0.5)
     assert shares["conv2"] > 0.8
     assert shares["fc"] == 0.5  # the same in both
     assert_identical(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..graph import Contraction, Coupling
 from ..masks import Mask
+from ..patterns.base import DENSE
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,34 @@ def remaining_params(coupling: Coupling, mask: Mask) -> int:
             broadcast = math.prod(coupling.shapes[name]) // keep.numel()
             total -= int((~keep).sum()) * broadcast
     return total
+
+
+def stored_params(coupling: Coupling, masks: Mapping[str, Mask], own: Mapping[str, str]) -> int:
+    """Parameters of all sets of weights: those of the model where all networks share one.
+
+    A set that only sparse networks use counts what any of them keeps.
+
+    Args:
+        coupling: Of the model.
+        masks: By network.
+        own: By network the set that it has for its own; the others share one.
+    """
+    shared = [name for name in [DENSE, *masks] if name not in own]
+    sets = [shared] if shared else []
+    sets += [[name for name in own if own[name] == where] for where in dict.fromkeys(own.values())]
+    total = 0
+    for names in sets:
+        mask = Mask() if DENSE in names else _any_of([masks[name] for name in names])
+        total += remaining_params(coupling, mask)
+    return total
+
+
+def _any_of(masks: Sequence[Mask]) -> Mask:
+    """What any of several masks keeps."""
+    shared = set(masks[0].elements).intersection(*(mask.elements for mask in masks))
+    elements = {n: torch.stack([m.elements[n] for m in masks]).any(0) for n in masks[0].elements if n in shared}
+    removed = [mask.removed for mask in masks if mask.removed is not None]
+    return Mask(elements, torch.stack(removed).all(0) if len(removed) == len(masks) else None)
 
 
 def slim_flops(coupling: Coupling, mask: Mask) -> int:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError
 from ..io.atomic import DiskFailed
-from .checkpoints import save
+from ..net.subnet_model import SubnetModel
+from .checkpoints import is_needed, run_state, save
 from .interrupt import Stopped
 from .metrics import NothingScored
-from .rescue import rescued_bundle, written_to_temporary
-from .run_state import is_needed, run_state
 from .session import Session
 from .state.store import FolderStore, MemoryStore
 from .user_code import CallbackFailed, LoaderFailed
 
-__all__ = ["ending", "saved_run"]
+__all__ = ["ending", "rescued_bundle", "saved_run"]
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -93,7 +96,37 @@ def _rescued_run(session: Session, configuration: Mapping[str, Any]) -> str | No
             written.put(name, tensors)
         written.save(lambda: run_state(session), lambda file: is_needed(session, file))
 
-    folder = written_to_temporary(write)
+    folder = _written_to_temporary(write)
     if folder is None:
         return None
     return f"The run was saved in {folder}: the same call with out_dir={str(folder)!r} resumes from there"
+
+
+def rescued_bundle(net: SubnetModel, hint: str = "") -> str | None:
+    """Save a net's weights and masks to a new temporary folder.
+
+    Args:
+        net: The networks.
+        hint: What else may be typed.
+
+    Returns:
+        Where they are and what to type; ``None`` where they cannot be written.
+    """
+    folder = _written_to_temporary(lambda folder: net.save_pretrained(folder / "bundle"))
+    if folder is None:
+        return None
+    return (
+        f"The trained weights and masks are in the net, and saved in {folder / 'bundle'}: {hint}"
+        f"cocktailsdk.from_pretrained({str(folder / 'bundle')!r}, model)"
+    )
+
+
+def _written_to_temporary(write: Callable[[Path], Any]) -> Path | None:
+    """Call a function with a new temporary folder; ``None`` where it raises, which is logged."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="cocktail-rescued-"))
+        write(folder)
+    except Exception as error:  # one failure is being told of already
+        log.warning("what was trained could not be saved to a temporary folder: %s", error)
+        return None
+    return folder

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .distributed.recalibration import recalibrate as recalibrate_together
-from .distributed.sharing import inputs_of
+from ..patterns.base import DENSE
+from ..utils.modes import frozen_norms
+from ..utils.norms import running_norms
+from .distributed.ranks import Ranks
+from .distributed.sharing import Part, inputs_of
 from .metrics import Score, mean_score, readable
 from .session import Session
 from .user_code import guarded, guarded_batches
@@ -21,15 +25,52 @@ log = logging.getLogger(__name__)
 
 
 def recalibrate(session: Session, name: str) -> None:
-    """Compute a network's batch-norm statistics; several processes do so each on their parts of the batches."""
+    """Compute a network's batch-norm statistics; several processes do so each on their parts of the batches.
+
+    The statistics are the average over all parts then, the same bits in every process. A part weighs as every other;
+    its variance is that of its own examples, as in training where batch norms are not synchronised.
+    """
+    net = session.net
     batches = guarded_batches(session, session.data.recalibration, "train_loader, recalibrating,")
-    together = session.execution is not None and session.execution.sharded
 
     def forward(model: nn.Module, batch: Any) -> Any:
         return session.options.forward_fn(model, inputs_of(batch))[0]
 
     with guarded(f"recalibrating {name!r}"):
-        recalibrate_together(session.net, name, batches, forward, session.ranks, together=together)
+        if session.ranks.world == 1:
+            net.recalibrate(name, batches, forward)
+        else:
+            _recalibrate_together(session, name, list(batches), forward)
+
+
+def _recalibrate_together(
+    session: Session, name: str, mine: list[Any], forward: Callable[[nn.Module, Any], Any]
+) -> None:
+    net, frozen = session.net, frozen_norms(session.net.model)
+    # where weights are sharded a pass needs all processes, so that none may leave one out
+    together = session.execution is not None and session.execution.sharded
+    counted = [b for b in mine if together or not isinstance(b, Part) or b.count]
+    net.recalibrate(name, counted or mine, forward)
+    # averaging frozen ones over processes would round them
+    statistics = {key: t for key, t in net.statistics[name].items() if key.rpartition(".")[0] not in frozen}
+    if not statistics:
+        return
+    _average(list(statistics.values()), len(counted), session.ranks)
+    if name == DENSE:
+        tensors = dict(net.model.named_buffers())
+        for key, value in statistics.items():
+            tensors[key].copy_(value)
+        for path, norm in running_norms(net.model).items():
+            if path not in frozen and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(len(mine))
+
+
+def _average(tensors: list[Tensor], weight: int, ranks: Ranks) -> None:
+    """Weighted averages over processes, in place."""
+    flat = torch.cat([tensor.reshape(-1).float() * weight for tensor in tensors])
+    total = ranks.sum(torch.cat([flat, flat.new_tensor([float(weight)])]))
+    for tensor, part in zip(tensors, (total[:-1] / total[-1]).split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.reshape(tensor.shape))
 
 
 def score(session: Session, name: str) -> Score:
@@ -51,9 +92,9 @@ def measure(session: Session, name: str, batches: Iterable[Any] | None = None) -
             name,
             result.count,
         )
-    return result.negated() if options.metric_mode == "min" else result
+    return result.negated() if options.settings.evaluation.metric_mode == "min" else result
 
 
 def displayed(session: Session, value: Fraction) -> float:
     """A score as the user's metric gave it, undoing the sign of ``metric_mode="min"``; NaN where it was not finite."""
-    return -readable(value) if session.options.metric_mode == "min" else readable(value)
+    return -readable(value) if session.options.settings.evaluation.metric_mode == "min" else readable(value)

@@ -54,7 +54,7 @@ def infer_task(model: nn.Module, batches: Iterable[Any], options: Options) -> Cl
             classes = find_classes(output, target, loss, options.loss_fn)
             if bool(loss.isfinite()) or not isinstance(target, Tensor):
                 break
-    if options.distillation and options.distill_fn is None and classes is None:
+    if options.distillation and options.settings.distillation.loss_fn is None and classes is None:
         raise no_soft_loss(options.loss_fn, output)
     return classes
 
@@ -183,4 +183,4 @@ def choose_metric(classes: Classes | None, options: Options) -> MetricFn:
         return options.metric
     if classes is not None and classes.axis == 1:
         return accuracy_of(classes)
-    return HeldOutLoss(options.loss_fn, -1 if options.metric_mode == "max" else 1, classes)
+    return HeldOutLoss(options.loss_fn, -1 if options.settings.evaluation.metric_mode == "max" else 1, classes)

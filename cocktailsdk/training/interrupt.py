@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 __all__ = ["Interrupts", "Stopped"]
@@ -48,9 +48,7 @@ class Interrupts:
                     signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}

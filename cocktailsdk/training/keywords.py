@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from .options import TrainerArguments
 from .settings import GROUPS
-from .trainer_arguments import TrainerArguments
 
 __all__ = ["MOVED", "current_keywords"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..errors import TrainingError
 from ..utils.fsdp import local
 from .state.history import RoundHistory
 
-__all__ = ["check_trained", "note_step", "weight_sums"]
+__all__ = ["check_trained", "first_few", "note_step", "weight_sums"]
 
 
 def note_step(record: RoundHistory, names: Iterable[str], *, made: bool) -> None:
@@ -49,17 +49,17 @@ def check_trained(records: Sequence[RoundHistory], *, scaled: bool, standing: st
         made.update(record.made or {})
         left_out.update(record.left_out)
     if never := {name: count for name, count in left_out.items() if not made[name]}:
-        one = len(never) == 1
+        names, one = first_few([repr(name) for name in never]), len(never) == 1
         raise TrainingError(
-            f"{_listed(never)} {'was' if one else 'were'} never trained: all {max(never.values())} of "
+            f"{names} {'was' if one else 'were'} never trained: all {max(never.values())} of "
             f"{'its' if one else 'their'} steps were left out, since {_reason(scaled)}. {standing}"
         )
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
+def first_few(names: Collection[str]) -> str:
+    """The first three of some names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
+    return ", ".join([*names][:3]) + more
 
 
 def _counts(left_out: Mapping[str, int]) -> str:
@@ -82,15 +82,11 @@ def _reason(scaled: bool) -> str:
 @torch.no_grad()
 def weight_sums(model: nn.Module) -> Tensor:
     """Two sums of each trained parameter, on the CPU: equal only if no weight changed."""
-    parameters = [local(p.detach()) for p in model.parameters() if p.requires_grad]
-    sums = [f(p).to("cpu", torch.float64) for p in parameters for f in (_sum, _sum_of_sizes)]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.sum(dtype=torch.float64)
-
-
-def _sum_of_sizes(tensor: Tensor) -> Tensor:
-    return tensor.abs().sum(dtype=torch.float64)
+    sums = [torch.zeros(0, dtype=torch.float64)]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            values = local(parameter.detach())
+            real = torch.view_as_real(values) if values.is_complex() else values
+            both = [real.sum(dtype=torch.float64), values.abs().sum(dtype=torch.float64)]
+            sums.append(torch.stack(both).cpu())
+    return torch.cat(sums)

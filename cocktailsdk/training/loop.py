@@ -19,7 +19,6 @@ from ..utils.nested import default_forward
 from ..utils.norms import running_norms
 from ..utils.settings import forked
 from ..utils.weight_caches import forget_derived
-from .arguments import check_numbers
 from .data.batches import CachedBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums
@@ -29,6 +28,7 @@ from .loop_state import check_loop_state
 from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
 from .metrics import MetricFn
 from .recipes import Recipe
+from .settings import check_numbers
 from .state.encoding import encode_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes

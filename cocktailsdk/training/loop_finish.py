@@ -13,9 +13,9 @@ from ..errors import CocktailError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..utils.modes import evaluating
 from .data.batches import CachedBatches
-from .left_out import weight_sums
+from .ending import rescued_bundle
+from .left_out import first_few, weight_sums
 from .metrics import MetricFn, accuracy_of, mean_score
-from .rescue import rescued_bundle
 from .step.distill import Classes, find_classes
 from .step.forward import ForwardFn
 from .step.nan_guard import not_finite
@@ -76,9 +76,8 @@ def check_trained(net: SubnetModel, steps: int, first_sums: Tensor | None) -> No
             "(a GradScaler, a loss that is not finite), or is the optimizer not over net.parameters()?"
         )
     if wrong := not_finite(net.model):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise TrainingError(
-            f"{', '.join(wrong[:3])}{more} became infinite or no number in training: lower the learning rate, or "
+            f"{first_few(wrong)} became infinite or no number in training: lower the learning rate, or "
             "look for values in the data that are not finite"
         )
 

@@ -6,18 +6,16 @@ import torch
 
 from ..net.subnet_model import SubnetModel
 from ..utils.fsdp import is_sharded
-from .build_options import Loaders
-from .data.batches import CachedBatches
+from .checkpoints import restore
+from .data.batches import CachedBatches, Stream
 from .data.loader_state import generator_states, make_generators, set_generator_states
-from .data.stream import Stream
 from .distributed.launch import Launch
 from .distributed.shared_store import SharedStore
 from .events import TrainingStarted
 from .infer_task import choose_metric, infer_task, try_metric
 from .interrupt import Interrupts
-from .options import Options
+from .options import Loaders, Options
 from .round_plan import Plan
-from .run_state import restore
 from .session import RunData, Session, model_tensors
 from .state.compatibility import check_state
 from .state.history import Position
@@ -110,10 +108,11 @@ def open_session(
 
 def _recalibration(loaders: Loaders, options: Options, device: torch.device) -> CachedBatches:
     key = options.seed, "recalibration"
-    return CachedBatches(loaders.shared_train, key, device, options.recalibration_batches)
+    return CachedBatches(loaders.shared_train, key, device, options.settings.evaluation.recalibration_batches)
 
 
 def _execution(net: SubnetModel, options: Options, launch: Launch, device: torch.device) -> Execution:
+    execution = options.settings.execution
     return Execution(
         net.model,
         options.forward_fn,
@@ -121,8 +120,8 @@ def _execution(net: SubnetModel, options: Options, launch: Launch, device: torch
         precision=options.precision,
         device=device,
         accelerator=launch.accelerator,
-        clip_norm=options.execution.max_grad_norm,
-        sync_batch_norm=options.execution.sync_batch_norm,
+        clip_norm=execution.max_grad_norm,
+        sync_batch_norm=execution.sync_batch_norm,
     )
 
 
@@ -135,13 +134,13 @@ def training_started(session: Session) -> TrainingStarted:
         if at.entered:
             done += (at.epoch - options.epochs_of(at.round).start) * options.steps_per_epoch + at.step
     elif at.phase == "finish":
-        done = options.total_steps
+        done = options.all_steps
     return TrainingStarted(
         rounds=options.rounds,
         first_round=options.first_round,
         epochs=options.epochs,
         steps_per_epoch=options.steps_per_epoch,
-        total_steps=options.total_steps,
+        total_steps=options.all_steps,
         done_steps=done,
         resumed=bool(session.history.rounds),
     )

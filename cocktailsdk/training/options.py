@@ -1,35 +1,149 @@
-"""What a run does: the trainer's arguments, and what follows from them for the net and the loaders."""
+"""The trainer's arguments, checked, and what follows from them: what a run does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
-from .budget import epochs_in
+from ..utils.nested import default_forward
+from .budget import Division, divide_steps, epochs_in, finishing_epochs, rewind_epoch_of
+from .data.loader_state import epoch_length, loader_length, refuse_spent
+from .distributed.launch import Launch, accumulated, precision_of
+from .distributed.ranks import Ranks
+from .distributed.sharing import held_out_loader, shared_loader
 from .events import Callback
 from .metrics import MetricFn
-from .recipes import Recipe
-from .schedules import ScheduleFactory
-from .settings import ExecutionSettings, OutputSettings
-from .step.distill import DistillFn
+from .recipes import Recipe, recipe_named
+from .round_plan import Plan
+from .schedules import ScheduleFactory, cosine_restarts
+from .settings import Settings, check_numbers, shortened
 from .step.forward import ForwardFn, LossFn
 from .step.precision import Precision
 
-__all__ = ["OptimizerFactory", "Options", "default_optimizer"]
+__all__ = ["Loaders", "OptimizerFactory", "Options", "TrainerArguments", "build_options", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Start = Literal["scratch", "pretrained"]
 
+PAPER_EPOCHS = 150
+"""Epochs of a round in the paper (CIFAR-10), where neither epochs nor a budget are given."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The arguments of :class:`~cocktailsdk.CoTrainer`, which documents them, and what follows from them.
+class TrainerArguments:
+    """What :class:`~cocktailsdk.CoTrainer`, which documents it, was called with.
 
-    Made by :func:`~.build_options.build_options`.
+    Raises:
+        TrainingError: An argument makes no sense; names it.
+    """
+
+    train_loader: Iterable[Any]
+    loss_fn: LossFn | None
+    val_loader: Iterable[Any] | None
+    metric: MetricFn | None
+    epochs: int | None
+    total_steps: int | None
+    total_hours: float | None
+    start: Start
+    recipe: str | Recipe
+    optimizer: OptimizerFactory | None
+    schedule: ScheduleFactory | None
+    out_dir: str | PathLike[str] | None
+    device: str | torch.device | None
+    seed: int
+    callbacks: Sequence[Callback]
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        for name in ("loss_fn", "metric", "optimizer", "schedule"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                built = isinstance(value, Optimizer | LRScheduler)
+                hint = ": give a function that makes one, since each round needs its own" if built else ""
+                raise TrainingError(f"{name} must be callable, got {type(value).__name__}{hint}")
+        budgets = {"epochs": self.epochs, "total_steps": self.total_steps, "total_hours": self.total_hours}
+        check_numbers(**budgets, seed=self.seed)
+        given = [f"{name}={value}" for name, value in budgets.items() if value is not None]
+        if len(given) > 1:
+            raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(given)}")
+        self._check_kinds()
+        refuse_spent(self.val_loader, "val_loader")
+        if self.settings.rounds.merge and self.named_recipe.merges and self.val_loader is None:
+            raise TrainingError("merging needs held-out data: give val_loader, or rounds=RoundSettings(merge=False)")
+
+    def _check_kinds(self) -> None:
+        if self.start not in ("scratch", "pretrained"):
+            raise TrainingError(f'start must be "scratch" or "pretrained", got {self.start!r}')
+        if not isinstance(self.callbacks, Iterable):
+            raise TrainingError(f"callbacks must be a list of functions, got {shortened(self.callbacks)}")
+        object.__setattr__(self, "callbacks", tuple(self.callbacks))
+        if not all(map(callable, self.callbacks)):
+            raise TrainingError(f"callbacks must all be callable, got {self.callbacks!r}")
+        if self.out_dir is not None and (not isinstance(self.out_dir, str | PathLike) or not str(self.out_dir)):
+            raise TrainingError(f"out_dir must be a folder's path, got {shortened(self.out_dir)}")
+
+    @property
+    def out_folder(self) -> Path | None:
+        """``out_dir`` as a path."""
+        return None if self.out_dir is None else Path(self.out_dir)
+
+    @property
+    def named_recipe(self) -> Recipe:
+        """The recipe, looked up where only its name was given."""
+        return self.recipe if isinstance(self.recipe, Recipe) else recipe_named(self.recipe)
+
+    @property
+    def first_round(self) -> int:
+        """0, or 1 where the given weights are the rewind point."""
+        return 0 if self.start == "scratch" and self.named_recipe.rounds == "levels" else 1
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The run's loaders, and how much of them makes an epoch.
+
+    Attributes:
+        train: As the user gave it.
+        shared_train: What this process loads of it: all, where it is alone.
+        held_out: ``val_loader`` as the user gave it.
+        shared_held_out: The same of it.
+        epoch_batches: Training batches of an epoch, the same in all processes.
+        pass_length: Batches of a pass over ``train``; ``None`` where it cannot say.
+    """
+
+    train: Iterable[Any]
+    shared_train: Iterable[Any]
+    held_out: Iterable[Any] | None
+    shared_held_out: Iterable[Any] | None
+    epoch_batches: int
+    pass_length: int | None
+
+    @classmethod
+    def of(cls, arguments: TrainerArguments, ranks: Ranks) -> Loaders:
+        """Measure the loaders; all processes must call this together."""
+        train, held_out, batches = arguments.train_loader, arguments.val_loader, arguments.settings.batches
+        epoch_batches = ranks.least(epoch_length(train, batches.steps_per_epoch))
+        pass_length: int | None = epoch_batches
+        if batches.steps_per_epoch is not None:
+            pass_length = ranks.least(loader_length(train) or 0) or None
+        shared_held_out = None if held_out is None else held_out_loader(held_out, ranks)
+        shared_train = shared_loader(train, ranks, batches.shard_loader)
+        return cls(train, shared_train, held_out, shared_held_out, epoch_batches, pass_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainerArguments):
+    """The arguments with their defaults filled in, and what follows from them for the net and the loaders.
+
+    Made by :func:`build_options`.
 
     Attributes:
         epochs: Epochs of the longest round; the last may be a part of one, where there is a budget of steps.
@@ -41,48 +155,29 @@ class Options:
     """
 
     recipe: Recipe
-    loss_fn: LossFn | None
-    forward_fn: ForwardFn
-    distill_fn: DistillFn | None
-    distill_weight: float
-    metric: MetricFn | None
-    metric_mode: Literal["max", "min"]
     optimizer: OptimizerFactory
     schedule: ScheduleFactory
+    forward_fn: ForwardFn
     epochs: int
     finishing_epochs: int
-    budget: tuple[int, ...] = ()
-    total_hours: float | None
+    budget: tuple[int, ...]
     rewind_epoch: int
-    rewind_schedule: bool
     rounds: int
     steps_per_epoch: int
     gradient_accumulation_steps: int
     pass_length: int | None
-    start: Start
-    merge: bool
-    alphas: Sequence[float]
-    recalibration_batches: int
-    seed: int
-    callbacks: Sequence[Callback]
     precision: Precision
-    execution: ExecutionSettings
-    output: OutputSettings
 
     def __post_init__(self) -> None:
-        last = self.epochs - self.rewind_schedule
+        rewound = self.settings.rounds.rewind_schedule
+        last = self.epochs - rewound
         if not 0 <= self.rewind_epoch <= last:
-            rule = f"0 … {last} (epochs{' - 1, with rewind_schedule' if self.rewind_schedule else ''})"
+            rule = f"0 … {last} (epochs{' - 1, with rewind_schedule' if rewound else ''})"
             raise TrainingError(f"rewind_epoch must lie in {rule}, got {self.rewind_epoch!r}")
-        if self.execution.ema_decay is not None and self.recipe.weights == "own":
+        if self.settings.execution.ema_decay is not None and self.recipe.weights == "own":
             raise TrainingError(
                 f"recipe {self.recipe.name!r} keeps several sets of weights, and ema_decay averages one: leave it out"
             )
-
-    @property
-    def first_round(self) -> int:
-        """0, or 1 where the given weights are the rewind point."""
-        return 0 if self.start == "scratch" and self.recipe.rounds == "levels" else 1
 
     @property
     def finishing_round(self) -> int:
@@ -97,12 +192,12 @@ class Options:
     @property
     def merges(self) -> bool:
         """Whether rounds are merged."""
-        return self.merge and self.recipe.merges
+        return self.settings.rounds.merge and self.recipe.merges
 
     @property
     def distillation(self) -> float:
         """Share of the distillation loss on sparse passes."""
-        return self.recipe.distillation(self.distill_weight)
+        return self.recipe.distillation(self.settings.distillation.weight)
 
     def epochs_of(self, round_: int) -> range:
         """The epochs that a round trains; the last may be a part of one."""
@@ -129,7 +224,7 @@ class Options:
 
     def _begin(self, round_: int) -> int:
         """The epoch with which a round begins."""
-        rewound = self.rewind_schedule and self.rewinds and self.start == "scratch"
+        rewound = self.settings.rounds.rewind_schedule and self.rewinds and self.start == "scratch"
         return self.rewind_epoch if rewound and 0 < round_ <= self.rounds else 0
 
     def steps_before(self, round_: int) -> int:
@@ -137,9 +232,68 @@ class Options:
         return sum(self.steps_of(k) for k in range(self.first_round, round_))
 
     @property
-    def total_steps(self) -> int:
+    def all_steps(self) -> int:
         """Optimizer steps of all rounds, finishing included."""
         return self.steps_before(self.finishing_round + 1)
+
+
+def build_options(
+    arguments: TrainerArguments, plan: Plan, loaders: Loaders, launch: Launch, epochs: int | None = None
+) -> Options:
+    """What a run does.
+
+    Args:
+        arguments: The trainer's.
+        plan: The subnets of every round.
+        loaders: The run's.
+        launch: The processes and their devices.
+        epochs: Of every round under a budget of hours, once they are known; until then there is one, so that a step
+            can be measured.
+
+    Raises:
+        TrainingError: Arguments do not fit each other, the loaders or the recipe.
+    """
+    settings = arguments.settings
+    size = accumulated(launch, settings.execution.gradient_accumulation_steps)
+    steps_per_epoch = -(-loaders.epoch_batches // size)
+    filled_in = {
+        "recipe": arguments.named_recipe,
+        "optimizer": arguments.optimizer or default_optimizer(arguments.start),
+        "schedule": arguments.schedule or cosine_restarts(),
+        **asdict(_division(arguments, len(plan), steps_per_epoch, epochs)),
+    }
+    return Options(
+        **{**vars(arguments), **filled_in},
+        forward_fn=settings.batches.forward_fn or default_forward,
+        rounds=len(plan),
+        steps_per_epoch=steps_per_epoch,
+        gradient_accumulation_steps=size,
+        pass_length=loaders.pass_length,
+        precision=precision_of(launch, settings.execution.mixed_precision),
+    )
+
+
+def _division(arguments: TrainerArguments, rounds: int, steps_per_epoch: int, epochs: int | None) -> Division:
+    if arguments.total_hours is not None and epochs is None:
+        return Division(epochs=1, finishing_epochs=0, rewind_epoch=0)
+    recipe, settings = arguments.named_recipe, arguments.settings.rounds
+    in_all = rounds + 1 - arguments.first_round
+    if arguments.total_steps is not None:
+        return divide_steps(
+            arguments.total_steps,
+            in_all,
+            recipe.finishing,
+            steps_per_epoch,
+            rewind_epoch=settings.rewind_epoch,
+            start=arguments.start,
+            rewound=settings.rewind_schedule and recipe.rewind and in_all > rounds,
+        )
+    epochs = epochs or arguments.epochs or PAPER_EPOCHS
+    return Division(
+        epochs=epochs,
+        finishing_epochs=finishing_epochs(epochs, in_all, recipe.finishing),
+        rewind_epoch=rewind_epoch_of(settings.rewind_epoch, arguments.start, epochs),
+    )
 
 
 def default_optimizer(start: Start) -> OptimizerFactory:

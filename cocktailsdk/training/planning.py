@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import timeit
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import TrainingError
 from ..patterns.base import DENSE
@@ -79,7 +79,7 @@ def plan(session: Session, costs: Costs) -> Plan:
         rounds=options.rounds,
         epochs=options.epochs,
         finishing_epochs=options.finishing_epochs,
-        steps=options.total_steps,
+        steps=options.all_steps,
         candidates=_candidates(session),
         seconds=_training(session, costs) + _after(session, costs),
         memory=costs.memory,
@@ -142,7 +142,7 @@ def _candidates(session: Session) -> int:
     options = session.options
     if not options.merges:
         return 0
-    return len(set(options.alphas)) * sum(len(session.names(k)) for k in range(2, options.rounds + 1))
+    return len(set(options.settings.rounds.alphas)) * sum(len(session.names(k)) for k in range(2, options.rounds + 1))
 
 
 def _after(session: Session, costs: Costs) -> float:
@@ -168,10 +168,17 @@ def measure(session: Session) -> Costs:
             Step((SubnetPass(name),)), batches, optimization.optimizer, None, optimization.scaler
         )
 
+    activations: dict[int, int] = {}  # bytes that autograd keeps for the backward pass, by their storage's address
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        activations[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     with modes_restored(net):
         try:
             train_as_handed(net.model)
-            with _activations() as activations:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
                 step(names[0])()
             dense = _seconds(step(DENSE), session.device)
             sparse = mean(_seconds(step(name), session.device) for name in names)
@@ -192,28 +199,13 @@ def measure(session: Session) -> Costs:
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The faster of a few repetitions, after one that warms up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+
+    def run_and_wait() -> None:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
 
-
-@contextmanager
-def _activations() -> Iterator[dict[int, int]]:
-    """Bytes that autograd keeps for the backward pass, by the address of their storage."""
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+    return min(timeit.repeat(run_and_wait, number=1, repeat=REPEATS + 1)[1:])
 
 
 def _memory(session: Session, optimization: Optimization, activations: dict[int, int]) -> int:

@@ -18,7 +18,7 @@ from .optimization import Optimization
 from .recipes import ScheduleContext, Step
 from .round_plan import hooks_of, round_masks
 from .session import Session, load_tensors, model_tensors
-from .state.encoding import encode_masks
+from .state.encoding import encode_masks, to_cpu
 from .state.history import RoundHistory
 from .step.hook_calls import HookCalls
 from .step.hooks import StepContext
@@ -114,8 +114,9 @@ def _keep_rewind_point(session: Session) -> None:
     if position.round != 0 or position.epoch != options.rewind_epoch:
         return
     session.store.put(REWIND, model_tensors(session.net.model))
-    if options.rewind_schedule and options.rewinds:
-        session.rewound = session.optimization_state()
+    if options.settings.rounds.rewind_schedule and options.rewinds:
+        assert session.optimization is not None
+        session.rewound = to_cpu(session.optimization.state_dict())
 
 
 def _train_round(session: Session, stepper: Stepper) -> None:
@@ -169,7 +170,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
                 done = options.steps_before(k) + number + 1
                 rate = ran / max(time.monotonic() - started, 1e-9)
                 names = "+".join(result.losses)
-                emit(session, StepDone(k, position.epoch, i + 1, done, options.total_steps, rate, names))
+                emit(session, StepDone(k, position.epoch, i + 1, done, options.all_steps, rate, names))
             save_if_late(session)
         _end_epoch(session, ran / max(time.monotonic() - started, 1e-9))
 

@@ -70,9 +70,4 @@ def cosine_restarts(
 
 def constant() -> ScheduleFactory:
     """The optimizer's own rate throughout."""
-
-    def factory(optimizer: Optimizer, steps: int) -> LRScheduler:
-        del steps
-        return LambdaLR(optimizer, lambda step: 1.0)
-
-    return factory
+    return lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0)

@@ -1,7 +1,7 @@
 """A run in progress: the data that its phases share. What is done with it is in the modules beside.
 
-Calls into the user's code are in :mod:`.user_code`, measuring in :mod:`.evaluation`, saving in :mod:`.checkpoints`, and
-the form in which all of it is saved in :mod:`.run_state`.
+Calls into the user's code are in :mod:`.user_code`, measuring in :mod:`.evaluation`, saving and restoring in
+:mod:`.checkpoints`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from ..utils.fsdp import is_sharded, local, rows_of
 from ..utils.modes import TrainingModes
 from ..utils.weight_caches import forget_derived
 from .averaging import Average
-from .data.batches import CachedBatches
-from .data.stream import Stream
+from .data.batches import CachedBatches, Stream
 from .distributed.ranks import Ranks, digest
 from .distributed.shared_store import SharedStore
 from .interrupt import Interrupts
@@ -32,7 +31,7 @@ from .options import Options
 from .randomness import seed_everything
 from .recipes import ScheduleContext, Step
 from .round_plan import Plan, names_until, networks_of, step_of
-from .state.encoding import decode_masks, encode_masks, to_cpu
+from .state.encoding import decode_masks, encode_masks
 from .state.history import History, Position
 from .state.store import Store
 from .step.distill import Classes
@@ -154,14 +153,14 @@ class Session:
     timing: Timing = field(init=False)
 
     def __post_init__(self) -> None:
-        execution, model = self.options.execution, self.net.model
+        execution, model = self.options.settings.execution, self.net.model
         self.hooks = self.options.recipe.step_hooks()
         # several processes must look at the losses of the same step: by their number, not by each one's clock
         self.watch = LossWatch(self.device, seconds=SECONDS if self.ranks.world == 1 else float("inf"))
         self.skips = Skips(model.parameters()) if execution.on_nan == "skip" else None
         self.modes = TrainingModes(model)
         self.average = None if execution.ema_decay is None else Average(model, execution.ema_decay)
-        self.timing = Timing(self.options.output, self.ranks, self.interrupts)
+        self.timing = Timing(self.options.settings.output, self.ranks, self.interrupts)
 
     def context_at(self, round_: int, step: int) -> ScheduleContext:
         """What the recipe's schedule knows in a round's step."""
@@ -193,11 +192,6 @@ class Session:
             yield
         finally:
             load_tensors(model, shared)
-
-    def optimization_state(self) -> dict[str, Any] | None:
-        """A copy of the state of the round's optimizer and schedule."""
-        state: dict[str, Any] | None = None if self.optimization is None else to_cpu(self.optimization.state_dict())
-        return state
 
     @property
     def scaled(self) -> bool:

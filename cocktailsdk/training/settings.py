@@ -23,13 +23,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import TrainingError
-from .arguments import check_numbers, shortened
 from .step.distill import DistillFn
 from .step.forward import ForwardFn
 from .step.precision import MixedPrecision
@@ -46,10 +46,28 @@ __all__ = [
     "OutputSettings",
     "RoundSettings",
     "Settings",
+    "check_numbers",
+    "shortened",
 ]
 
 ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 """Interpolation coefficients that merging tries, from the largest down; 1 rejects a round's weights."""
+
+
+INTEGERS: Mapping[str, float] = {
+    **dict.fromkeys(("epochs", "total_steps", "steps", "steps_per_epoch", "count", "rounds"), 1),
+    **dict.fromkeys(("recalibration_batches", "gradient_accumulation_steps"), 1),
+    "rewind_epoch": 0,
+    "seed": -math.inf,
+}
+"""Whole numbers, and the least that each may be."""
+RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("save_seconds", "save_minutes", "event_seconds"), ("at least 0", lambda x: x >= 0)),
+    **dict.fromkeys(("total_hours", "max_grad_norm"), ("above 0, and finite", lambda x: 0 < x < math.inf)),
+    "weight": ("in 0 … 1", lambda x: 0 <= x <= 1),
+    "ema_decay": ("between 0 and 1", lambda x: 0 < x < 1),
+}
+"""What other numbers must be, and whether they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,3 +256,37 @@ def _check_choice(settings: Any, name: str, choices: Sequence[str | None]) -> No
         *others, last = ("None" if choice is None else f'"{choice}"' for choice in choices)
         rule = f"{', '.join(others)} or {last}"
         raise TrainingError(f"{type(settings).__name__}.{name} must be {rule}, got {shortened(value)}")
+
+
+def check_numbers(owner: str = "", /, **values: Any) -> None:
+    """Check that arguments are numbers in their range; ``None`` stands for a default.
+
+    Args:
+        owner: What the names are of, for errors; a class of settings, say.
+        **values: By name.
+
+    Raises:
+        TrainingError: One is not; names it, and what it must be.
+    """
+    for name, value in values.items():
+        if value is not None and (rule := _broken_rule(name, value)) is not None:
+            raise TrainingError(f"{owner}{name} must be {rule}, got {shortened(value)}")
+
+
+def _broken_rule(name: str, value: Any) -> str | None:
+    """What a number must be and is not; ``None`` if it is."""
+    if name in INTEGERS:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            return "a whole number"
+        return None if int(value) >= INTEGERS[name] else f"at least {INTEGERS[name]}"
+    if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
+        return "a number"
+    rule, holds = RANGES.get(name, ("", lambda x: True))
+    return None if holds(float(value)) else rule
+
+
+def shortened(value: Any) -> str:
+    """A value as text for an error, with its type unless it is a number."""
+    text = repr(value).replace("\n", " ")
+    kind = "" if isinstance(value, int | float) and not isinstance(value, bool) else f" ({type(value).__name__})"
+    return f"{text[:60]}{'…' if len(text) > 60 else ''}{kind}"

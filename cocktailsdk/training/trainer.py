@@ -10,13 +10,13 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from ..errors import TrainingError
+from ..net.costs import stored_params
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.devices import device_of
 from ..utils.fsdp import sharded
 from ..utils.modes import modes_restored
 from ..utils.settings import forked
-from .build_options import Loaders, build_options, with_epochs
 from .data.batches import CachedBatches
 from .data.loader_state import generator_states, refuse_spent, set_generator_states
 from .distributed.launch import connected, launched, shard
@@ -30,8 +30,7 @@ from .keywords import current_keywords
 from .merge.merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .open_session import open_session, training_started
-from .options import OptimizerFactory
-from .parameter_count import parameter_count
+from .options import Loaders, OptimizerFactory, TrainerArguments, build_options
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .recipes import Recipe
 from .rounds import train_rounds
@@ -53,7 +52,6 @@ from .state.store import FolderStore, MemoryStore, Store
 from .step.distill import Classes
 from .step.forward import LossFn
 from .step.precision import without_autocast
-from .trainer_arguments import TrainerArguments
 from .user_code import LoaderFailed, emit
 
 __all__ = ["CoTrainer"]
@@ -206,12 +204,12 @@ class CoTrainer(Generic[NetT]):
         self._device = self._launch.device or device_of(net.model)
         self._loaders = Loaders.of(arguments, self.ranks)
         hours = arguments.total_hours
-        resumed_epochs = None if hours is None else self._resumed_epochs(hours)
-        self._options = build_options(arguments, self._plan, self._loaders, self._launch, resumed_epochs)
-        if hours is not None and resumed_epochs is None:
+        epochs = None if hours is None else self._resumed_epochs(hours)
+        self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
+        if hours is not None and epochs is None:
             with self._measured() as (session, costs):
                 epochs = epochs_for(session, costs, hours)
-            self._options = with_epochs(self._options, arguments, epochs)
+            self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
         self.configuration = describe(net, self._options, arguments.settings.output.config)
         self.fingerprint = fingerprint(self.configuration)
 
@@ -246,7 +244,7 @@ class CoTrainer(Generic[NetT]):
             without_autocast(self._device),
             forked(),
             Interrupts() as interrupts,
-            self._locked_store() as store,
+            self._store().held() as store,
         ):
             session = self._open(interrupts, store)
             self.history = session.history
@@ -257,15 +255,12 @@ class CoTrainer(Generic[NetT]):
                     merge_rounds(session)
                     train_rounds(session, "finishing")
                     finish(session)
-                note_training(net, self._provenance(), self._arguments.train_loader)
+                shown = {key: self.configuration[key] for key in ("training", "optimizer", "schedule", "config")}
+                note_training(net, {"fingerprint": self.fingerprint, **shown}, self._arguments.train_loader)
                 session.execution = None  # the session stays for using(), and shall not hold the DDP wrapper
                 self._done = session
                 emit(session, Finished(dict(net.metrics), session.history.seconds))
         return net
-
-    def _provenance(self) -> dict[str, Any]:
-        shown = ("training", "optimizer", "schedule", "config")
-        return {"fingerprint": self.fingerprint, **{key: self.configuration[key] for key in shown}}
 
     def evaluate(self, loader: Iterable[Any], names: Iterable[str] | None = None) -> dict[str, float]:
         """Measure networks on any data, as they stand and with their own statistics.
@@ -318,7 +313,7 @@ class CoTrainer(Generic[NetT]):
     @property
     def parameters_stored(self) -> int:
         """How many parameters hold all networks: those of the model where all share one set of weights."""
-        return parameter_count(self.net, self.history.weights)
+        return stored_params(self.net.coupling, self.net.masks, self.history.weights)
 
     def plan(self) -> Plan:
         """What the run will do, how long it takes and what memory it needs, measured on a few steps.
@@ -344,19 +339,13 @@ class CoTrainer(Generic[NetT]):
         finally:
             set_generator_states(self._loaders.train, states)
 
-    @contextmanager
-    def _locked_store(self) -> Iterator[Store | SharedStore]:
-        store = (
-            self._own_store()
-            if self.ranks.world == 1
-            else SharedStore(self.ranks, self._own_store, sharded=sharded(self.net.model))
-        )
-        with store.held():
-            yield store
-
-    def _own_store(self) -> Store:
+    def _store(self) -> Store | SharedStore:
         folder = self._arguments.out_folder
-        return MemoryStore() if folder is None else FolderStore(folder / "state", self.configuration)
+
+        def make() -> Store:
+            return MemoryStore() if folder is None else FolderStore(folder / "state", self.configuration)
+
+        return make() if self.ranks.world == 1 else SharedStore(self.ranks, make, sharded=sharded(self.net.model))
 
     def _open(self, interrupts: Interrupts, store: Store | SharedStore) -> Session:
         session = open_session(

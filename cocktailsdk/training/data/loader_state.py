@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...errors import TrainingError
+from ...utils.blame import blamed
 
 __all__ = [
     "attribute",
@@ -185,7 +186,8 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
     length = loader_length(loader)
     steps = length if steps is None else steps
     states = generator_states(loader)
-    try:
+    hint = "give batches=BatchSettings(steps_per_epoch=...) if it has no length"
+    with blamed("train_loader", lambda: "when its batches were counted", hint):
         if _one_iterator(loader):
             counted = _count(loader, steps)
             if counted and next(iter(loader), None) is None:
@@ -193,13 +195,6 @@ def epoch_length(loader: Iterable[Any], steps: int | None) -> int:
             steps = counted if steps is None else steps
         elif steps is None:
             steps = _count(loader, None)
-    except TrainingError:
-        raise
-    except Exception as error:
-        raise TrainingError(
-            f"train_loader raised {type(error).__name__} ({' '.join(str(error).split())}) when its batches were "
-            "counted: give batches=BatchSettings(steps_per_epoch=...) if it has no length"
-        ) from error
     set_generator_states(loader, states)
     if steps < 1 or length == 0:
         raise TrainingError(

@@ -7,7 +7,6 @@ All of a run's code asks :class:`Ranks`, whose own methods are those of one proc
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -68,7 +67,6 @@ class Ranks:
 
     def align(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the main process's values, in place."""
-        del tensors
 
     def verify(self, what: str, value: Callable[[], str]) -> None:
         """Make sure that a digest is the same everywhere.
@@ -76,7 +74,6 @@ class Ranks:
         Raises:
             TrainingError: It is not; names what.
         """
-        del what, value
 
 
 SINGLE = Ranks()
@@ -163,7 +160,7 @@ class ProcessRanks(Ranks):
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors' names and bits."""
     out = hashlib.sha256()
-    for name, tensor in itertools.chain(tensors.items()):
+    for name, tensor in tensors.items():
         out.update(name.encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():

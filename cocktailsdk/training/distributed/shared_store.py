@@ -51,7 +51,7 @@ class SharedStore:
         return "" if self._store is None else self._store.standing
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[SharedStore]:
         """Keep other runs from training there meanwhile."""
         with ExitStack() as stack:
 
@@ -59,7 +59,7 @@ class SharedStore:
                 stack.enter_context(self._main.held())
 
             self._ranks.from_main(hold)
-            yield
+            yield self
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name."""
@@ -69,12 +69,12 @@ class SharedStore:
     def get(self, name: str) -> dict[str, Tensor]:
         """What was put there, on the CPU."""
         found: dict[str, Tensor] = {}
-        names = self._ranks.from_main(lambda: self._read(name, found))
-        return {n: self._ranks.tensor(found.get(n)) for n in names}
 
-    def _read(self, name: str, found: dict[str, Tensor]) -> list[str]:
-        found.update(self._main.get(name))
-        return list(found)
+        def read() -> list[str]:
+            found.update(self._main.get(name))
+            return list(found)
+
+        return {n: self._ranks.tensor(found.get(n)) for n in self._ranks.from_main(read)}
 
     def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path | None:
         """Write the run's state, the main process's."""
@@ -95,19 +95,19 @@ class SharedStore:
 
     def load(self, check: Check | None = None) -> dict[str, Any] | None:
         """The newest state that is whole and of this run, or ``None``."""
-        found: list[dict[str, Any]] = []
-        if not self._ranks.from_main(lambda: self._load(found, check)):
-            return None
-        if found:
-            buffer = io.BytesIO()
-            torch.save(found[0], buffer)
-            self._ranks.tensor(torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8))
-            return found[0]
-        data = self._ranks.tensor(None).numpy()
-        state: dict[str, Any] = torch.load(io.BytesIO(data.data), map_location="cpu", weights_only=True)
-        return state
+        state: dict[str, Any] | None = None
 
-    def _load(self, found: list[dict[str, Any]], check: Check | None) -> bool:
-        state = self._main.load(check)
-        found += [] if state is None else [state]
-        return state is not None
+        def read() -> bool:
+            nonlocal state
+            state = self._main.load(check)
+            return state is not None
+
+        if not self._ranks.from_main(read):
+            return None
+        if state is None:
+            data = self._ranks.tensor(None).numpy()
+            return torch.load(io.BytesIO(data.data), map_location="cpu", weights_only=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._ranks.tensor(torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8))
+        return state

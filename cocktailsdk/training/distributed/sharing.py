@@ -116,11 +116,11 @@ def shared_loader(loader: Iterable[Any], ranks: Ranks, shard: bool | None = None
     if ranks.world == 1:
         return loader
     if shard is False or (shard is None and shards_itself(loader)):
-        return _Own(loader)
+        return _Parts(loader)
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
     if plain and attribute(loader, "batch_sampler") is not None:
         return _Loading(loader, ranks)  # type: ignore[arg-type]
-    return _Splitting(loader, ranks)
+    return _Parts(loader, ranks)
 
 
 def held_out_loader(loader: Iterable[Any], ranks: Ranks) -> Iterable[Any]:
@@ -152,25 +152,20 @@ class _Wrapped:
         return len(self._loader)
 
 
-class _Own(_Wrapped):
-    """Each process's own batches."""
+class _Parts(_Wrapped):
+    """A loader's batches, or this process's examples of each where they are the same in every process."""
 
-    def __iter__(self) -> Iterator[Part]:
-        for batch in self._loader:
-            count = examples(batch)
-            yield Part(batch, count, range(count), 0)
-
-
-class _Splitting(_Wrapped):
-    """The same batches in every process, of which each takes its examples."""
-
-    def __init__(self, loader: Any, ranks: Ranks) -> None:
+    def __init__(self, loader: Any, ranks: Ranks | None = None) -> None:
         super().__init__(loader)
         self._ranks = ranks
 
     def __iter__(self) -> Iterator[Part]:
         for batch in self._loader:
-            yield part_of(batch, self._ranks)
+            if self._ranks is not None:
+                yield part_of(batch, self._ranks)
+            else:
+                count = examples(batch)
+                yield Part(batch, count, range(count), 0)
 
 
 class _Loading(_Wrapped):

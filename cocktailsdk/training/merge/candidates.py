@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..evaluation import measure, recalibrate
 from ..metrics import NothingScored, Score, counts_hits, hits_of, mean_score
 from ..session import Session, load_tensors
 from ..user_code import guarded_batches
-from .alpha_search import interpolate, lacking, layer_of
+from .alpha_search import Choice, choose_alpha, interpolate, lacking, layer_of
 
 __all__ = ["Candidates", "Cell", "doubling", "hardest_first", "regrouped"]
 
@@ -34,45 +34,41 @@ class Candidates:
     miss most, and parts double in size: the first ones hold most misses, which is what decides. Statistics are
     recalibrated once for each network and share, interpolation is done once for each share.
 
-    Attributes:
-        merged: As given.
-        other: As given.
-        layers: Modules that have parameters of their own.
-
     Args:
         session: Of the run.
         merged: What is merged so far.
         other: The next round's weights.
+        names: The networks that are judged.
+
+    Attributes:
+        layers: Modules that have parameters of their own.
+        proposed: Shares by layer, each under a number above 1 that stands for them where a share is asked for.
+        cells: All that is judged at a share.
     """
 
-    def __init__(self, session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-        self._session, self.merged, self.other = session, merged, other
+    def __init__(
+        self, session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]
+    ) -> None:
+        self.session, self.merged, self.other, self.names = session, merged, other, names
         self.layers = list(dict.fromkeys(layer_of(name) for name, _ in session.net.model.named_parameters()))
-        self._proposed: dict[float, Mapping[str, float]] = {}
+        self.proposed: dict[float, Mapping[str, float]] = {}
         self._loaded: float | None = None
         self._recalibrated: set[str] = set()
         self._batches = list(session.merging.batches or [])
         self._parts = doubling(len(self._batches)) if self._batches else [range(0)]
+        self.cells: list[Cell] = [(name, part) for part in range(len(self._parts)) for name in names]
         self._bytes = [nbytes(batch) for batch in self._batches]
         guarded = guarded_batches(session, session.data.recalibration, "train_loader, recalibrating,")
         self._recalibration_bytes = session.ranks.from_main(lambda: sum(map(nbytes, guarded)))
 
-    def propose(self, key: float, shares: Mapping[str, float]) -> None:
-        """Let a number above 1 stand for a share for every layer."""
-        self._proposed[key] = shares
-
-    @property
-    def proposed(self) -> int:
-        """How many there were of these."""
-        return len(self._proposed)
+    def choose(self, alphas: Sequence[float], judged: Callable[[float, int], None]) -> Choice:
+        """The best of some shares; see :func:`~.alpha_search.choose_alpha`."""
+        known = self.session.merging.scores
+        return choose_alpha(alphas, self.cells, self.judge, known, judged, order=self.order, networks=len(self.names))
 
     def forget(self) -> None:
         """The model's weights were changed meanwhile."""
         self._loaded = None
-
-    def cells(self, names: Sequence[str]) -> list[Cell]:
-        """All cells of some networks."""
-        return [(name, part) for part in range(len(self._parts)) for name in names]
 
     def order(self, latest: Mapping[Cell, Score]) -> list[Cell]:
         """All cells, those first that lacked most for what they cost, a network's in the order of its parts.
@@ -98,9 +94,9 @@ class Candidates:
 
     def judge(self, alpha: float, cell: Cell) -> Score:
         """A cell's share of the network's metric at a share of the merged weights."""
-        session, (name, part) = self._session, cell
+        session, (name, part) = self.session, cell
         if alpha != self._loaded:
-            shares = self._proposed.get(alpha)
+            shares = self.proposed.get(alpha)
             load_tensors(session.net.model, interpolate(self.merged, self.other, alpha, shares))
             self._loaded, self._recalibrated = alpha, set()
         if name not in self._recalibrated:
@@ -182,7 +178,7 @@ def hardest_first(session: Session, names: Sequence[str]) -> tuple[Int[Tensor, "
                 scores, counts = scores[:0], counts[:0]
             if scores.dtype != torch.bool or not scores.ndim:
                 return None, 0
-            bad = (scores if session.options.metric_mode == "min" else ~scores) & counts
+            bad = (scores if session.options.settings.evaluation.metric_mode == "min" else ~scores) & counts
             missed = bad.flatten(1).sum(1) if bad.ndim > 1 else bad.long()
             if part is not None:
                 if ranks.any(len(missed) != part.count):  # of some labels only: of which examples is not known

@@ -3,99 +3,81 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..session import Session, load_tensors
+from ..session import load_tensors
 from ..step.distill import untouched_buffers
 from ..step.forward import loss_of
 from ..user_code import guarded_batches
-from .alpha_search import Choice, choose_alpha, interpolate, layer_of
+from .alpha_search import Choice, interpolate, layer_of
 from .candidates import Candidates
 
 __all__ = ["by_gradient", "by_layer", "descended", "refine"]
 
+Judged = Callable[[float, int], None]
 Shares = dict[str, float]
 STEPS = 200  # of descent on the shares of a round
 RATE = 0.02  # by which a share moves at most in one of them
 
 
-def refine(
-    session: Session, candidates: Candidates, choice: Choice, names: Sequence[str], judged: Callable[[float, int], None]
-) -> tuple[Shares, Choice]:
+def refine(candidates: Candidates, choice: Choice, judged: Judged) -> tuple[Shares, Choice]:
     """Better shares than one for all layers, if the recipe asks for them and there are any.
 
     Whatever is found has a higher mean held-out metric than the choice it began with, by the same exact comparison.
 
     Args:
-        session: Of the run.
         candidates: Of the round.
         choice: The best share for all layers.
-        names: The networks judged.
         judged: Called after every result.
 
     Returns:
         A share by layer, empty where one share is as good; and what it scores.
     """
-    how = {"layerwise": by_layer, "gradient": by_gradient}.get(session.options.recipe.merging)
-    return ({}, choice) if how is None else how(session, candidates, choice, names, judged)
+    how = {"layerwise": by_layer, "gradient": by_gradient}.get(candidates.session.options.recipe.merging)
+    return ({}, choice) if how is None else how(candidates, choice, judged)
 
 
-def by_layer(
-    session: Session, candidates: Candidates, choice: Choice, names: Sequence[str], judged: Callable[[float, int], None]
-) -> tuple[Shares, Choice]:
+def by_layer(candidates: Candidates, choice: Choice, judged: Judged) -> tuple[Shares, Choice]:
     """Go through the layers once; each takes the next larger or smaller share where that is better."""
-    alphas = sorted(set(session.options.alphas))
+    alphas = sorted(set(candidates.session.options.settings.rounds.alphas))
     at = alphas.index(choice.alpha)
     neighbours = alphas[max(at - 1, 0) : at] + alphas[at + 1 : at + 2]
     shares, best = dict.fromkeys(candidates.layers, choice.alpha), choice
     keys = itertools.count(2)  # of candidates; no share is above 1
     for layer in candidates.layers:
         tried = {float(next(keys)): {**shares, layer: share} for share in neighbours}
-        key, best = _best(session, candidates, best, tried, names, judged)
+        key, best = _best(candidates, best, tried, judged)
         shares = tried.get(key, shares)
     return ({} if best is choice else shares), best
 
 
-def by_gradient(
-    session: Session, candidates: Candidates, choice: Choice, names: Sequence[str], judged: Callable[[float, int], None]
-) -> tuple[Shares, Choice]:
+def by_gradient(candidates: Candidates, choice: Choice, judged: Judged) -> tuple[Shares, Choice]:
     """Descend the networks' mean held-out loss along the layers' shares, from the share that is best for all."""
-    shares = descended(session, candidates, choice.alpha, names)
-    key, best = _best(session, candidates, choice, {2.0: shares}, names, judged)
+    shares = descended(candidates, choice.alpha)
+    key, best = _best(candidates, choice, {2.0: shares}, judged)
     return ({} if key != 2.0 else shares), best
 
 
-def _best(
-    session: Session,
-    candidates: Candidates,
-    best: Choice,
-    tried: Mapping[float, Shares],
-    names: Sequence[str],
-    judged: Callable[[float, int], None],
-) -> tuple[float, Choice]:
+def _best(candidates: Candidates, best: Choice, tried: Mapping[float, Shares], judged: Judged) -> tuple[float, Choice]:
     """The best of what is best so far and some candidates; of equals the former."""
     now = max(tried) + 0.5
-    known = session.merging.scores
-    known.update({(now, cell): score for cell, score in best.scores.items()})
-    for key, shares in tried.items():
-        candidates.propose(key, shares)
-    cells = candidates.cells(names)
-    found = choose_alpha(
-        [now, *tried], cells, candidates.judge, known, judged, order=candidates.order, networks=len(names)
-    )
+    candidates.session.merging.scores.update({(now, cell): score for cell, score in best.scores.items()})
+    candidates.proposed.update(tried)
+    found = candidates.choose([now, *tried], judged)
     if found.alpha == now:
         return now, best
     return found.alpha, Choice(best.alpha, found.value, found.scores)
 
 
-def descended(session: Session, candidates: Candidates, alpha: float, names: Sequence[str]) -> Shares:
+def descended(candidates: Candidates, alpha: float) -> Shares:
     """Shares after a few steps of Adam; every step takes one network, and one held-out batch, in turn.
 
     With weights w = a D + (1 - a) T in a layer, the loss moves with its share a by the gradient's product with D - T.
     """
+    session, names = candidates.session, candidates.names
     assert session.data.held_out is not None
     net, options = session.net, session.options
     merged, other = candidates.merged, candidates.other

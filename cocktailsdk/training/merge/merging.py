@@ -16,7 +16,7 @@ from ..events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from ..left_out import check_trained
 from ..session import Session, load_tensors
 from ..user_code import emit, guarded_batches
-from .alpha_search import Choice, choose_alpha, interpolate
+from .alpha_search import Choice, interpolate
 from .candidates import Candidates, hardest_first, regrouped
 from .layerwise import refine
 
@@ -36,7 +36,7 @@ def merge_rounds(session: Session) -> None:
     check_trained(history.rounds, scaled=session.scaled, standing=session.store.standing)
     session.modes.apply()
     if options.merges:
-        shares = len(set(options.alphas))
+        shares = len(set(options.settings.rounds.alphas))
         total = sum(shares * len(session.names(k)) for k in range(2, options.rounds + 1))
         emit(session, MergeStarted(options.rounds, total))
         merged = _round(session, 1)
@@ -93,36 +93,24 @@ def _search(
     session: Session, merged: Mapping[str, Tensor], other: Mapping[str, Tensor], k: int, done: int, total: int
 ) -> tuple[Choice, dict[str, float]]:
     names, history = session.names(k), session.history
-    candidates = Candidates(session, merged, other)
-    cells = candidates.cells(names)
-    shares = len(set(session.options.alphas))
+    candidates = Candidates(session, merged, other, names)
+    alphas = session.options.settings.rounds.alphas
+    shares = len(set(alphas))
+
+    def report(alpha: float, judged: int) -> None:
+        if session.timing.event_due():
+            emit(session, MergeProgress(k, alpha, done + judged, total))
+        save_if_late(session)
 
     def judged(alpha: float, settled: int) -> None:
-        if session.timing.event_due():
-            emit(session, MergeProgress(k, alpha, done + settled * len(names) // len(cells), total))
-        save_if_late(session)
+        report(alpha, settled * len(names) // len(candidates.cells))
 
-    choice = choose_alpha(
-        session.options.alphas,
-        cells,
-        candidates.judge,
-        session.merging.scores,
-        judged,
-        order=candidates.order,
-        networks=len(names),
-    )
-
-    def refining(alpha: float, settled: int) -> None:
-        del settled
-        if session.timing.event_due():
-            emit(session, MergeProgress(k, alpha, done + shares * len(names), total))
-        save_if_late(session)
-
+    choice = candidates.choose(alphas, judged)
     points = [{"alpha": t.alpha, "metric" if t.whole else "bound": displayed(session, t.value)} for t in choice.tried]
-    layers, choice = refine(session, candidates, choice, names, refining)
+    layers, choice = refine(candidates, choice, lambda alpha, settled: report(alpha, shares * len(names)))
     history.curves.append({"round": k, "points": points})
-    in_all = (shares + candidates.proposed) * len(names)
-    history.reused += len(session.names(k - 1)) if k > 2 and 1.0 in session.options.alphas else 0
+    in_all = (shares + len(candidates.proposed)) * len(names)
+    history.reused += len(session.names(k - 1)) if k > 2 and 1.0 in alphas else 0
     history.to_judge += in_all
     history.to_judge_batches += in_all * len(session.merging.batches or ())
     return choice, layers

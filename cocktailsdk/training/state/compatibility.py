@@ -5,10 +5,11 @@ Everything is looked at before the run takes any of it over, so that the state b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sized
 from fractions import Fraction
-from typing import Any, Never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,18 +27,10 @@ __all__ = ["Foreign", "check_classes", "check_masks", "check_state", "hook_state
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PHASES = ("train", "merge", "finishing", "finish", "done")
-_LIKE_PARAMETER = frozenset(
-    (
-        "exp_avg",
-        "exp_avg_sq",
-        "exp_inf",
-        "max_exp_avg_sq",
-        "momentum_buffer",
-        "square_avg",
-        "acc_delta",
-        "grad_avg",
-        "sum",
-    )
+_LIKE_PARAMETER = frozenset[str]().union(
+    ("momentum_buffer",),  # SGD, RMSprop
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # Adam and its kin
+    ("square_avg", "acc_delta", "grad_avg", "sum"),  # Adadelta, RMSprop, Adagrad
 )
 """What torch's optimizers keep for each element of a parameter."""
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -84,11 +77,10 @@ def check_state(
     Raises:
         Foreign: Something does not fit; says what.
     """
-    if not isinstance(state, dict):
-        _refuse("it is", state)
+    _require(isinstance(state, dict), "it is", state)
     for key, kinds in _KINDS.items():
-        if not isinstance(state.get(key), kinds) or (key not in state) or isinstance(state[key], bool):
-            _refuse(f"{key!r} is", state.get(key))
+        fits = key in state and isinstance(state[key], kinds) and not isinstance(state[key], bool)
+        _require(fits, f"{key!r} is", state.get(key))
     shapes = {n: tuple(t.shape) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
     parameters = {n: tuple(p.shape) for n, p in net.model.named_parameters()}
     _check_position(state["position"], options)
@@ -99,8 +91,7 @@ def check_state(
     _check_tensors("model", state["model"], shapes, whole=True)
     _check_hooks(state, parameters, options)
     for name, own in _of_networks("statistics", state["statistics"], net):
-        if not isinstance(own, dict):
-            _refuse(f"the statistics of {name!r} are", own)
+        _require(isinstance(own, dict), f"the statistics of {name!r} are", own)
         _check_tensors("statistics", own, shapes)
     _check_numbers(state, net)
     _check_average(state.get("average"), parameters, options)
@@ -139,8 +130,7 @@ def check_masks(
         Foreign: They are not.
     """
     for key, value in tensors.items():
-        if not isinstance(value, Tensor):
-            _refuse(f"its mask {key!r:.40} is", value)
+        _require(isinstance(value, Tensor), f"its mask {key!r:.40} is", value)
     if written_before(tensors):
         _check_plain_masks(tensors, net)
     try:
@@ -159,10 +149,9 @@ def _check_plain_masks(tensors: Mapping[Any, Tensor], net: SubnetModel) -> None:
             "removed": (net.coupling.n_units,),
             "nothing": (0,),
         }.get(kind)
-        if name not in net.names[1:] or wanted is None or tuple(wanted) != tuple(value.shape):
-            _refuse("it has a mask that fits nothing,", key)
-        if value.dtype != torch.bool:
-            _refuse(f"its mask {key!r:.40} is", value)
+        fits = name in net.names[1:] and wanted is not None and tuple(wanted) == tuple(value.shape)
+        _require(fits, "it has a mask that fits nothing,", key)
+        _require(value.dtype == torch.bool, f"its mask {key!r:.40} is", value)
 
 
 def check_classes(said: Any) -> None:
@@ -175,73 +164,68 @@ def check_classes(said: Any) -> None:
         return
     kinds = {"axis": (int,), "shift": (bool,), "ignored": (int, type(None)), "size": (int, type(None))}
     known = isinstance(said, Mapping) and "axis" in said and said.keys() <= kinds.keys()
-    if not known or any(type(value) not in kinds[key] for key, value in said.items()) or said["axis"] not in (1, -1):
-        _refuse("its classes are", said)
+    fits = known and all(type(value) in kinds[key] for key, value in said.items()) and said["axis"] in (1, -1)
+    _require(fits, "its classes are", said)
 
 
-def _refuse(what: str, found: Any) -> Never:
-    said = " ".join(repr(found)[:200].split())
-    raise Foreign(f"{what} {said[:57]}{'...' if len(said) > 57 else ''}")
+def _require(fits: bool, what: str, found: Any) -> None:
+    """Refuse a state in which something does not fit, and say what was found."""
+    if not fits:
+        said = " ".join(repr(found)[:200].split())
+        raise Foreign(f"{what} {said[:57]}{'...' if len(said) > 57 else ''}")
 
 
 def _check_position(said: dict[str, Any], options: Options) -> None:
-    if not {"phase", "round", "entered"} <= said.keys() <= {f.name for f in dataclasses.fields(Position)}:
-        _refuse("its position is", said)
+    known = {"phase", "round", "entered"} <= said.keys() <= {f.name for f in dataclasses.fields(Position)}
     numbers = [value for key, value in said.items() if key not in ("phase", "entered")]
-    wrong = any(type(n) is not int or n < 0 for n in numbers) or type(said["entered"]) is not bool
-    if wrong or said["phase"] not in _PHASES:
-        _refuse("its position is", said)
-    if said["round"] > max(options.rounds, options.finishing_round) + 1:
-        _refuse(f"this run has {options.rounds} rounds, and it stands in", said["round"])
+    fits = known and said["phase"] in _PHASES and type(said["entered"]) is bool and all(map(_is_count, numbers))
+    _require(fits, "its position is", said)
+    last = max(options.rounds, options.finishing_round) + 1
+    _require(said["round"] <= last, f"this run has {options.rounds} rounds, and it stands in", said["round"])
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _check_history(state: dict[str, Any], files: Mapping[str, bool]) -> None:
     said, like = state["history"], dataclasses.asdict(History())
     rounds = {f.name for f in dataclasses.fields(RoundHistory)}
-    if not said.keys() <= like.keys() or "rounds" not in said:
-        _refuse("its history has", sorted(map(str, said)))
+    _require("rounds" in said and said.keys() <= like.keys(), "its history has", sorted(map(str, said)))
     for key, value in said.items():
         fits = isinstance(value, int | float) if isinstance(like[key], float) else type(value) is type(like[key])
-        if not fits:
-            _refuse(f"its history's {key!r} is", value)
+        _require(fits, f"its history's {key!r} is", value)
     for one in said["rounds"]:
-        if not isinstance(one, dict) or not {"round", "networks"} <= one.keys() <= rounds:
-            _refuse("its history has the round", one)
-        if type(one["round"]) is not int or not _texts(one["networks"]):
-            _refuse("its history has the round", one)
-    weights = said.get("weights", {})
-    if not set(map(str, weights.values())) <= files.keys():
-        _refuse("its networks have weights of their own in", list(weights.values()))
-    if state["optimization"] is not None and state["position"]["entered"] and not said["rounds"]:
-        _refuse("its history has rounds", said["rounds"])
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+        fits = isinstance(one, dict) and {"round", "networks"} <= one.keys() <= rounds
+        fits = fits and type(one["round"]) is int and isinstance(one["networks"], list)
+        fits = fits and all(isinstance(name, str) for name in one["networks"])
+        _require(fits, "its history has the round", one)
+    weights = [*said.get("weights", {}).values()]
+    _require(set(map(str, weights)) <= files.keys(), "its networks have weights of their own in", weights)
+    begun = state["optimization"] is not None and state["position"]["entered"]
+    _require(not begun or bool(said["rounds"]), "its history has rounds", said["rounds"])
 
 
 def _check_generators(key: str, said: dict[str, Any] | list[Any], now: Mapping[str, Any]) -> None:
     if isinstance(said, list):  # as release 0.1.0 wrote them
         now = {str(i): state for i, state in enumerate(s for s in now.values() if isinstance(s, Tensor))}
         said = {str(i): state for i, state in enumerate(said)}
-        if said.keys() != now.keys():
-            _refuse(f"{key!r} are not the states of {len(now)} generators but", said)
+        _require(said.keys() == now.keys(), f"{key!r} are not the states of {len(now)} generators but", said)
     # a loader may make its generators in its first pass, and drop them: only those on both sides can be compared
     for path, state in said.items():
-        if not isinstance(path, str) or (path in now and not _alike(state, now[path])):
-            _refuse(f"{key!r} has another state of the generator {path!r:.40},", state)
+        fits = isinstance(path, str) and (path not in now or _alike(state, now[path]))
+        _require(fits, f"{key!r} has another state of the generator {path!r:.40},", state)
 
 
 def _check_stream(said: Any) -> None:
     """A state of release 0.1.0 has none."""
     if said is None:
         return
-    known = isinstance(said, dict) and said.keys() == {"begun", "drawn", "passes"}
-    begun = said["begun"] if known else None
-    if not known or not (begun is None or (isinstance(begun, list | tuple) and len(begun) == 3)):
-        _refuse("its place in the training loader is", said)
-    if any(type(n) is not int or n < 0 for n in (said["drawn"], said["passes"], *(begun or ()))):
-        _refuse("its place in the training loader is", said)
+    fits = isinstance(said, dict) and said.keys() == {"begun", "drawn", "passes"}
+    begun = said["begun"] if fits else None
+    fits = fits and (begun is None or (isinstance(begun, list | tuple) and len(begun) == 3))
+    fits = fits and all(map(_is_count, (said["drawn"], said["passes"], *(begun or ()))))
+    _require(fits, "its place in the training loader is", said)
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -259,59 +243,55 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _check_tensors(what: str, said: Mapping[Any, Any], shapes: Shapes, *, whole: bool = False) -> None:
     for name, value in said.items():
-        if not isinstance(value, Tensor) or name not in shapes or tuple(value.shape) != shapes[name]:
-            found = tuple(value.shape) if isinstance(value, Tensor) else value
-            _refuse(f"its {what} {name!r:.40} is {shapes.get(name, 'not of this model')} here, and there", found)
-    missing = set(shapes) - set(said) if whole else ()
-    if missing:
-        _refuse(f"its {what} lacks", min(missing))
+        found = tuple(value.shape) if isinstance(value, Tensor) else value
+        fits = isinstance(value, Tensor) and found == shapes.get(name)
+        _require(fits, f"its {what} {name!r:.40} is {shapes.get(name, 'not of this model')} here, and there", found)
+    for name in sorted(shapes) if whole else ():
+        _require(name in said, f"its {what} lacks", name)
 
 
 def _check_hooks(state: Mapping[str, Any], parameters: Shapes, options: Options) -> None:
     """What a hook keeps under a parameter's name, say its gradient, must be like the parameter."""
     if "hooks" not in state:
-        if not isinstance(state.get("gradients"), dict):
-            _refuse("'gradients' is", state.get("gradients"))
-        _check_tensors("gradients", state["gradients"], parameters)
+        gradients: Any = state.get("gradients")
+        _require(isinstance(gradients, dict), "'gradients' is", gradients)
+        _check_tensors("gradients", gradients, parameters)
         return
-    states, hooks = state["hooks"], options.recipe.step_hooks()
-    if not isinstance(states, list) or len(states) != len(hooks) or not all(isinstance(s, dict) for s in states):
-        _refuse(f"it has the states of other hooks than this recipe's {len(hooks)},", states)
+    states, count = state["hooks"], len(options.recipe.step_hooks())
+    fits = isinstance(states, list) and len(states) == count and all(isinstance(s, dict) for s in states)
+    _require(fits, f"it has the states of other hooks than this recipe's {count},", states)
     for own in states:
         _check_tensors("hooks", {n: v for n, v in own.items() if n in parameters}, parameters)
 
 
 def _of_networks(what: str, said: dict[Any, Any], net: SubnetModel) -> list[tuple[str, Any]]:
-    if odd := [name for name in said if name not in net.names]:
-        _refuse(f"its {what} are of", odd[0])
+    for name in said:
+        _require(name in net.names, f"its {what} are of", name)
     return list(said.items())
 
 
 def _check_numbers(state: dict[str, Any], net: SubnetModel) -> None:
     for name, value in _of_networks("losses", state["losses"], net):
-        if not isinstance(value, Tensor) or value.numel() > 4:
-            _refuse(f"the losses of {name!r} are", value)
+        _require(isinstance(value, Tensor) and value.numel() <= 4, f"the losses of {name!r} are", value)
     for name, value in _of_networks("metrics", state["metrics"], net):
-        if not isinstance(value, int | float):
-            _refuse(f"the metric of {name!r} is", value)
+        _require(isinstance(value, int | float), f"the metric of {name!r} is", value)
     for row in state["judged"]:
-        try:
+        fits = False
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
             alpha, name, part, value, maximum = row
             float(alpha), int(part), Fraction(value), Fraction(maximum or 0)
-        except (TypeError, ValueError, ZeroDivisionError):
-            _refuse("it has judged", row)
-        if name not in net.names:
-            _refuse("it has judged", row)
+            fits = name in net.names
+        _require(fits, "it has judged", row)
     check_classes(state["classes"])
-    if type(state.get("skipped_in_a_row", 0)) is not int:
-        _refuse("its skipped steps are", state["skipped_in_a_row"])
+    skipped = state.get("skipped_in_a_row", 0)
+    _require(type(skipped) is int, "its skipped steps are", skipped)
 
 
 def _check_average(said: Any, parameters: Shapes, options: Options) -> None:
-    if options.execution.ema_decay is None:
+    if options.settings.execution.ema_decay is None:
         return
-    if not isinstance(said, dict) or type(said.get("steps")) is not int or not isinstance(said.get("values"), dict):
-        _refuse("its average is", said)
+    fits = isinstance(said, dict) and type(said.get("steps")) is int and isinstance(said.get("values"), dict)
+    _require(fits, "its average is", said)
     _check_tensors("average", said["values"], parameters)
 
 
@@ -322,36 +302,34 @@ def _check_optimization(state: dict[str, Any], net: SubnetModel, options: Option
         round_ = state["position"]["round"]
         fresh = Optimization.begin(net.model, options, round_, next(net.model.parameters()).device)
         like, said = fresh.state_dict(), state[key]
-        if said.keys() != like.keys() or any(type(part) is not type(like[k]) for k, part in said.items()):
-            _refuse(f"{key!r} is", said)
-        if not _alike(said.get("foreign"), like.get("foreign")):
-            _refuse("parameters that its optimizer trains beside the model's are", said["foreign"])
-        if said["scheduler"].keys() != like["scheduler"].keys():
-            _refuse("its schedule holds", sorted(map(str, said["scheduler"])))
+        fits = said.keys() == like.keys() and all(type(part) is type(like[k]) for k, part in said.items())
+        _require(fits, f"{key!r} is", said)
+        foreign = said.get("foreign")
+        fits = _alike(foreign, like.get("foreign"))
+        _require(fits, "parameters that its optimizer trains beside the model's are", foreign)
+        fits = said["scheduler"].keys() == like["scheduler"].keys()
+        _require(fits, "its schedule holds", sorted(map(str, said["scheduler"])))
         own = [p for group in fresh.optimizer.param_groups for p in group["params"]]
         _check_optimizer(said["optimizer"], like["optimizer"], [tuple(p.shape) for p in own])
 
 
 def _check_optimizer(said: dict[str, Any], like: dict[str, Any], shapes: list[tuple[int, ...]]) -> None:
-    groups = said.get("param_groups")
-    if not isinstance(groups, list) or not isinstance(said.get("state"), dict):
-        _refuse("its optimizer holds", said)
+    groups: Any = said.get("param_groups")
+    _require(isinstance(groups, list) and isinstance(said.get("state"), dict), "its optimizer holds", said)
     found = [sorted(map(str, g)) if isinstance(g, dict) else g for g in groups]
-    if found != [sorted(g) for g in like["param_groups"]]:
-        _refuse("its optimizer's groups hold", found)
-    if [g["params"] for g in groups] != [g["params"] for g in like["param_groups"]]:
-        _refuse("its optimizer's groups are of", [g["params"] for g in groups])
+    _require(found == [sorted(g) for g in like["param_groups"]], "its optimizer's groups hold", found)
+    members = [g["params"] for g in groups]
+    _require(members == [g["params"] for g in like["param_groups"]], "its optimizer's groups are of", members)
     for index, own in said["state"].items():
-        if type(index) is not int or not 0 <= index < len(shapes) or not isinstance(own, dict):
-            _refuse("its optimizer has kept something of parameter", index)
+        fits = type(index) is int and 0 <= index < len(shapes) and isinstance(own, dict)
+        _require(fits, "its optimizer has kept something of parameter", index)
         for key, value in own.items():
             if key in _LIKE_PARAMETER and value is not None:
-                if not isinstance(value, Tensor) or tuple(value.shape) != shapes[index]:
-                    _refuse(f"its optimizer's {key!r} is", value)
-            elif key == "step" and not (
-                isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-            ):
-                _refuse("its optimizer's step is", value)
+                fits = isinstance(value, Tensor) and tuple(value.shape) == shapes[index]
+                _require(fits, f"its optimizer's {key!r} is", value)
+            elif key == "step":
+                fits = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+                _require(fits, "its optimizer's step is", value)
 
 
 def _check_files(
@@ -364,13 +342,13 @@ def _check_files(
 ) -> None:
     made = position["round"] + (position["entered"] or position["phase"] != "train")
     rounds = [f"masks-{k:02d}" for k in range(1, min(made, options.finishing_round))]
-    if missing := set(rounds) - files.keys():
-        _refuse("it names no file for", min(missing))
+    for name in rounds:
+        _require(name in files, "it names no file for", name)
     masks: dict[str, Mask] = {}
     for name in rounds:  # in order, since each builds on the masks of the rounds before
         masks |= check_masks(tensors(name), net, masks)
     for name in (name for name, needed in files.items() if needed and not name.startswith("masks-")):
         found = {n: tuple(t.shape) for n, t in tensors(name).items()}
-        if any(found.get(n) != shape for n, shape in shapes.items()):
-            odd = min(n for n, shape in shapes.items() if found.get(n) != shape)
-            _refuse(f"{name} has {odd!r} of another shape than the model, or lacks it:", found.get(odd))
+        for n, shape in sorted(shapes.items()):
+            fits = found.get(n) == shape
+            _require(fits, f"{name} has {n!r} of another shape than the model, or lacks it:", found.get(n))

@@ -14,30 +14,13 @@ from ...errors import TrainingError
 from ...io import open_regular
 from ...net.subnet_model import SubnetModel
 from ...utils.blame import blamed
-from ..factories import OPTIMIZER_HINT, SCHEDULE_HINT, check_optimizer, check_schedule
+from ..optimization import OPTIMIZER_HINT, SCHEDULE_HINT, check_optimizer, check_schedule
 from ..options import Options
 
 __all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "stored_configuration"]
 
 CONFIGURATION = "configuration.json"
 """The file that holds it, beside a run's state."""
-
-_PLAIN = (
-    "distill_weight",
-    "metric_mode",
-    "epochs",
-    "finishing_epochs",
-    "total_hours",
-    "rewind_epoch",
-    "rewind_schedule",
-    "rounds",
-    "steps_per_epoch",
-    "start",
-    "merge",
-    "recalibration_batches",
-    "seed",
-)
-_FUNCTIONS = ("loss_fn", "forward_fn", "distill_fn", "metric")
 
 
 def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -56,13 +39,30 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
         user = json.loads(json.dumps(dict(config or {})))
     except (TypeError, ValueError) as error:
         raise TrainingError(f"config must be a mapping of JSON values: {error}") from error
-    training: dict[str, Any] = {name: getattr(options, name) for name in _PLAIN}
-    training |= {name: _name(getattr(options, name)) for name in _FUNCTIONS}
-    training["alphas"] = sorted(options.alphas)
-    training["recipe"] = options.recipe.describe()
-    training |= _execution(options)
-    if options.budget:
-        training["steps"] = list(options.budget)
+    settings = options.settings
+    training = {
+        "distill_weight": settings.distillation.weight,
+        "metric_mode": settings.evaluation.metric_mode,
+        "epochs": options.epochs,
+        "finishing_epochs": options.finishing_epochs,
+        "total_hours": options.total_hours,
+        "rewind_epoch": options.rewind_epoch,
+        "rewind_schedule": settings.rounds.rewind_schedule,
+        "rounds": options.rounds,
+        "steps_per_epoch": options.steps_per_epoch,
+        "start": options.start,
+        "merge": settings.rounds.merge,
+        "recalibration_batches": settings.evaluation.recalibration_batches,
+        "seed": options.seed,
+        "loss_fn": _name(options.loss_fn),
+        "forward_fn": _name(options.forward_fn),
+        "distill_fn": _name(settings.distillation.loss_fn),
+        "metric": _name(options.metric),
+        "alphas": sorted(settings.rounds.alphas),
+        "recipe": options.recipe.describe(),
+        **_execution(options),
+        **({"steps": list(options.budget)} if options.budget else {}),
+    }
     return {
         "format": 1,
         "patterns": {p.name: p.config() for p in net.patterns},
@@ -76,7 +76,7 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
 
 def _execution(options: Options) -> dict[str, Any]:
     """How passes run, where not in the plain way. The number of processes is no part of it: a run may change it."""
-    execution = options.execution
+    execution = options.settings.execution
     plain_and_chosen = {
         "mixed_precision": (None, options.precision.name),
         "accumulate": (1, options.gradient_accumulation_steps),

@@ -48,7 +48,8 @@ OLD_MAGIC = b"cocktail-state-1 "
 KEEP = 2
 Check = Callable[[dict[str, Any], Mapping[str, bool], Callable[[str], Mapping[str, Tensor]]], None]
 """Sees that a state is one of the run: see :meth:`FolderStore.load`."""
-_OURS = re.compile(r"(rewind|round-\d+|masks-\d+|weights-.+?)(-[0-9a-f]{12})?\.safetensors")
+_OURS = re.compile(r"(rewind|round-\d+|masks-\d+|weights-[^/\\\0\n]+?)(-[0-9a-f]{12})?\.safetensors")
+"""Names of a run's files, none of which leaves the folder."""
 
 
 class MemoryStore:
@@ -63,9 +64,9 @@ class MemoryStore:
         return "Without out_dir there is no state to go back to."
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[MemoryStore]:
         """Nobody else can write here."""
-        yield
+        yield self
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name."""
@@ -81,12 +82,10 @@ class MemoryStore:
 
     def save(self, state: Callable[[], Mapping[str, Any]], needed: Callable[[str], bool]) -> Path | None:
         """Nowhere to save to."""
-        del state, needed
         return None
 
     def load(self, check: Check | None = None) -> dict[str, Any] | None:
         """Nothing was saved."""
-        del check
         return None
 
 
@@ -131,7 +130,7 @@ class FolderStore:
         return f"The last good state, {self._state(self._number)}, stands: the same call goes on from it."
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Iterator[FolderStore]:
         """Keep other processes from training here meanwhile, and remove what a killed one left half-written.
 
         Raises:
@@ -140,7 +139,7 @@ class FolderStore:
         with locked(self.folder / "lock"):
             for path in remove_stale(self.folder):
                 log.info("removed %s, which a process left half-written", path)
-            yield
+            yield self
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors once, as ``NAME-CHECKSUM.safetensors``.
@@ -305,14 +304,9 @@ def _compatible(name: Any, entry: Any) -> dict[str, Any]:
     kinds = {"file": str, "sha256": str, "needed": bool}
     if not isinstance(name, str) or not isinstance(entry, dict):
         raise Foreign("it names files in another way than a run's state")
-    if any(type(entry.get(key)) is not kind for key, kind in kinds.items()) or not _is_ours(entry["file"]):
+    if any(type(entry.get(key)) is not kind for key, kind in kinds.items()) or not _OURS.fullmatch(entry["file"]):
         raise Foreign(f"it names {str(entry.get('file'))[:60]!r}, which is no file of a run")
     return dict(entry)
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a file has a name that a run gives, and lies in the run's folder."""
-    return _OURS.fullmatch(name) is not None and not {"/", "\\", "\0"} & set(name)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ class Stepper:
             net,
             options.forward_fn,
             options.loss_fn,
-            options.distill_fn,
+            options.settings.distillation.loss_fn,
             options.distillation,
             classes,
             active=options.recipe.update == "active",
