@@ -19,7 +19,7 @@ from cocktailsdk.training.recipes.steps import Pivot, Sandwich, Single, rotation
 from cocktailsdk.training.rivals.alternating import Alternating
 from cocktailsdk.training.rivals.phases import Phases
 from cocktailsdk.training.rivals.regrowth import correct_gradients
-from cocktailsdk.training.step.resolution import resized
+from cocktailsdk.training.step.forward import resized
 
 PATTERNS: dict[str, Any] = {
     "imp": (cocktail.Unstructured(sparsities=[0.3, 0.5, 0.7]),),

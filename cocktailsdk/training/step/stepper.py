@@ -23,10 +23,9 @@ from ..recipes.steps import Step, SubnetPass
 from .distill import Classes, Distillation, DistillFn
 from .engine import StepEngine
 from .execution import Execution
-from .forward import ForwardFn, LossFn, detached, loss_of
+from .forward import ForwardFn, LossFn, detached, loss_of, resized
 from .hook_calls import HookCalls
 from .masked_updates import masked_weights_unchanged
-from .resolution import resized
 
 __all__ = ["StepResult", "Stepper"]
 
