@@ -161,7 +161,7 @@ def test_half_precision_stays_inside_training_passes() -> None:
 def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
     from cocktailsdk.training.options import default_optimizer
     from cocktailsdk.training.recipes.steps import DENSE_STEP
-    from cocktailsdk.training.step.precision import Precision
+    from cocktailsdk.training.step.execution import Precision
     from cocktailsdk.training.step.stepper import Stepper
 
     net = plain_net(dtype=torch.float32)

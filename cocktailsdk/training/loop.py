@@ -33,9 +33,8 @@ from .state.encoding import encode_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
 from .step.engine import StepEngine
-from .step.execution import Execution
+from .step.execution import Execution, without_autocast
 from .step.forward import ForwardFn, detached
-from .step.precision import without_autocast
 from .step.same_batch import SameBatch
 
 __all__ = ["CoLoop"]

@@ -16,8 +16,8 @@ from .recipes import Recipe
 from .schedules import ScheduleFactory
 from .settings import ExecutionSettings, OutputSettings
 from .step.distill import DistillFn
+from .step.execution import Precision
 from .step.forward import ForwardFn, LossFn
-from .step.precision import Precision
 
 __all__ = ["OptimizerFactory", "Options", "default_optimizer"]
 

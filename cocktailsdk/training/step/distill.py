@@ -1,10 +1,14 @@
 """Dynamic distillation: the dense network, as it stands, teaches the sparse ones (paper, section 3.2).
 
+Which labels a loss leaves out (``ignore_index``) is read from the loss function, or seen from what it computed.
+
 On a sparse step the loss is ``(1-w) L(S(x), y) + w L(S(x), softmax(D(x)))`` with ``w = 0.5`` and temperature 1.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,12 +21,13 @@ from torch.nn import functional as F
 
 from ...errors import TrainingError
 from .forward import LossFn, loss_of, output_tensor
-from .ignored import counted, ignored_by, ignored_by_value
 
-__all__ = ["Classes", "DistillFn", "Distillation", "find_classes", "soft_cross_entropy", "untouched_buffers"]
+__all__ = ["Classes", "DistillFn", "Distillation", "counted", "find_classes", "soft_cross_entropy", "untouched_buffers"]
 
 VOID = 255
 """The label of pixels without a class in most segmentation sets."""
+LOOKS = 1024
+"""So many labels of a first batch are tried, one after the other, as the one that a loss leaves out."""
 DistillFn = Callable[[Any, Any], Tensor]
 
 
@@ -56,6 +61,24 @@ class Classes:
     def counted(self, target: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Which labels count: those in range that the loss does not leave out."""
         return counted(target, self.size, self.ignored)
+
+
+def counted(labels: Int[Tensor, "..."], classes: int | None, ignored: int | None) -> Bool[Tensor, "..."]:
+    """Which labels count.
+
+    A label below 0 or beyond the last class can be no error: cross-entropy raises for it, unless it is told to leave
+    such labels out.
+
+    Args:
+        labels: Integer labels.
+        classes: How many classes there are; ``None`` if unknown.
+        ignored: A label that the loss leaves out, although it may be a class.
+    """
+    labels = labels.long()  # in 8 bits, -100 would be 156
+    counts = labels >= 0
+    if classes is not None:
+        counts = counts & (labels < classes)
+    return counts if ignored is None else counts & (labels != ignored)
 
 
 def find_classes(
@@ -98,13 +121,8 @@ def find_classes(
     if best is None or loss is None or (ignored is not None and 0 <= ignored < (best.size or 0)):
         return best
     # a wrapper may leave out a class, whatever the index of the loss that it wraps
-    seen = _seen(best, logits, target, float(loss.detach()))
+    seen = _ignored_by_value(best, logits, target, float(loss.detach()))
     return best if seen is None else replace(best, ignored=seen)
-
-
-def _seen(classes: Classes, logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: float) -> int | None:
-    """The class that the loss leaves out, if it is a cross-entropy read so."""
-    return ignored_by_value(*classes.positions(logits.detach().float(), target), loss)
 
 
 def _in_range(target: Int[Tensor, "..."], size: int) -> bool:
@@ -132,7 +150,7 @@ def _closest(
     off = {classes: abs(_cross_entropy(logits, target, classes) - wanted) for classes in fits}
     best = min(fits, key=off.__getitem__)
     if not off[best] <= 1e-5 * abs(wanted) + 1e-7:  # also where all labels are ignored, and nothing is known
-        seen = [replace(c, ignored=v) for c in fits if (v := _seen(c, logits, target, wanted)) is not None]
+        seen = [replace(c, ignored=v) for c in fits if (v := _ignored_by_value(c, logits, target, wanted)) is not None]
         if len(seen) == 1:
             return seen[0]
     return best if off[best] <= 1e-2 * abs(wanted) + 1e-4 else None
@@ -143,6 +161,72 @@ def _cross_entropy(logits: Float[Tensor, "..."], target: Int[Tensor, "..."], cla
     rows, labels = classes.positions(logits.detach().float(), target)
     counts = classes.counted(labels)
     return float(F.cross_entropy(rows[counts], labels[counts]))
+
+
+def ignored_by(loss_fn: Any) -> int | None:
+    """The ``ignore_index`` of a loss function: an attribute, an argument that is bound, or a default value.
+
+    ``functools.partial``, bound methods and modules that hold the loss are followed.
+
+    Returns:
+        ``None`` where it cannot be read, as in a ``lambda``, or parts of the loss differ.
+    """
+    if isinstance(loss_fn, functools.partial):
+        bound: Any = loss_fn.keywords.get("ignore_index")
+        return bound if _is_label(bound) else ignored_by(loss_fn.func)
+    own: Any = getattr(loss_fn, "ignore_index", None)
+    if _is_label(own):
+        return int(own)
+    if isinstance(loss_fn, nn.Module):
+        parts: list[Any] = [getattr(module, "ignore_index", None) for module in loss_fn.modules()]
+        found = {int(value) for value in parts if _is_label(value)}
+        return found.pop() if len(found) == 1 else None
+    if inspect.ismethod(loss_fn):
+        return ignored_by(loss_fn.__self__)
+    try:
+        parameter = inspect.signature(loss_fn).parameters.get("ignore_index")
+    except (TypeError, ValueError):
+        return None
+    return parameter.default if parameter is not None and _is_label(parameter.default) else None
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@torch.no_grad()
+def _ignored_by_value(
+    classes: Classes, logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: float
+) -> int | None:
+    """The class that a mean cross-entropy leaves out, seen from its value.
+
+    Args:
+        classes: How both are read.
+        logits: Of a batch.
+        target: Its labels; those out of range do not count anyway.
+        loss: What the loss function made of both.
+
+    Returns:
+        ``None`` where the loss is the mean over all labels in range, or is none of these means (class weights, label
+        smoothing).
+    """
+    rows, labels = classes.positions(logits.float(), target)
+    counts = counted(labels, rows.shape[-1], None)
+    if not bool(counts.any()) or loss - loss != 0:
+        return None
+    labels = labels[counts].long()
+    each = F.cross_entropy(rows[counts].double(), labels, reduction="none")
+
+    def close(value: Tensor) -> bool:
+        return abs(float(value) - loss) <= 1e-5 * abs(loss) + 1e-7
+
+    if close(each.mean()):
+        return None
+    present = labels.unique()
+    if len(present) > LOOKS:
+        return None
+    fits = [int(v) for v in present if bool((labels != v).any()) and close(each[labels != v].mean())]
+    return fits[0] if len(fits) == 1 else None
 
 
 def soft_cross_entropy(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...errors import TrainingError
 from ...net.subnet_model import SubnetModel
 from ...patterns.base import DENSE
 from ...utils.blame import one_line
+from ...utils.fsdp import local
 from ..distributed.sharing import inputs_of
 from ..options import Options
 from ..recipes.steps import Step, SubnetPass
@@ -25,7 +26,6 @@ from .engine import StepEngine
 from .execution import Execution
 from .forward import ForwardFn, LossFn, detached, loss_of, resized
 from .hook_calls import HookCalls
-from .masked_updates import masked_weights_unchanged
 
 __all__ = ["StepResult", "Stepper"]
 
@@ -192,7 +192,7 @@ class Stepper:
     def _masked_unchanged(self, step: Step, optimizer: Optimizer) -> AbstractContextManager[None]:
         if not self._active or any(one.subnet == DENSE for one in step.passes):
             return nullcontext()
-        return masked_weights_unchanged(self._net, step.subnets, self._engine.parameters, optimizer)
+        return _masked_weights_unchanged(self._net, step.subnets, self._engine.parameters, optimizer)
 
 
 def _update(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
@@ -215,3 +215,39 @@ def _update(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
     scaler.update()
     # GradScaler (torch 2.11 to 2.14) does not say whether it skipped; only then does update() lower the scale
     return scaler.get_scale() < before
+
+
+@contextmanager
+def _masked_weights_unchanged(
+    net: SubnetModel, subnets: Sequence[str], parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> Iterator[None]:
+    """Let the optimizer step inside; weights that all subnets mask, and its state of them, are then as they were.
+
+    Restored afterwards, since optimizers differ in what moves a weight whose gradient is 0 (momentum, decay, moments).
+
+    Args:
+        net: The networks.
+        subnets: Those that the step trained. The dense network masks nothing.
+        parameters: The model's, by name.
+        optimizer: Its state of the shape of a parameter is restored with it.
+    """
+    before: list[tuple[Tensor, Tensor, Tensor]] = []
+    for name, mask in _union(net, subnets).items():
+        if name not in parameters:
+            continue
+        parameter = parameters[name]
+        state = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
+        alike = [local(parameter.detach()), *(local(v) for v in state if v.shape == parameter.shape)]
+        before += [(tensor, tensor.clone(), mask) for tensor in alike]
+    yield
+    for tensor, old, mask in before:
+        tensor.copy_(torch.where(mask.bool(), tensor, old))
+
+
+def _union(net: SubnetModel, subnets: Sequence[str]) -> dict[str, Tensor]:
+    """The masks of the weights that at least one of the subnets trains, where all of them mask some."""
+    first, *others = [net.mask_tensors(name) for name in subnets]
+    out = {name: mask for name, mask in first.items() if all(name in masks for masks in others)}
+    for masks in others:
+        out = {name: torch.maximum(mask, masks[name]) for name, mask in out.items()}
+    return out
