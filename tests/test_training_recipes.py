@@ -16,9 +16,8 @@ from cocktailsdk import TrainingError
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import Recipe, ScheduleContext, Step, SubnetPass, recipe_named, recipes
 from cocktailsdk.training.recipes.steps import Pivot, Sandwich, Single, rotation
-from cocktailsdk.training.rivals.alternating import Alternating
+from cocktailsdk.training.rivals.alternating import Alternating, correct_gradients
 from cocktailsdk.training.rivals.phases import Phases
-from cocktailsdk.training.rivals.regrowth import correct_gradients
 from cocktailsdk.training.step.forward import resized
 
 PATTERNS: dict[str, Any] = {

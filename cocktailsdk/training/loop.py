@@ -24,8 +24,7 @@ from .data.batches import CachedBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums
 from .loop_finish import accuracy_metric, check_trained, measure_networks, restored_on_failure
-from .loop_plan import LoopPlan
-from .loop_state import check_loop_state
+from .loop_plan import LoopPlan, check_loop_state
 from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
 from .metrics import MetricFn
 from .recipes import Recipe

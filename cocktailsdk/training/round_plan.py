@@ -10,8 +10,7 @@ from ..net.subnet_model import SubnetModel
 from ..patterns.base import Subnet
 from .recipes import Pruning, Recipe, ScheduleContext, Step
 from .recipes.steps import DENSE_STEP
-from .step.hook_calls import StepHooks
-from .step.hooks import StepHook
+from .step.hooks import StepHook, StepHooks
 
 __all__ = ["Plan", "hooks_of", "names_until", "networks_of", "round_masks", "step_of"]
 

@@ -20,8 +20,7 @@ from .round_plan import hooks_of, round_masks
 from .session import Session, load_tensors, model_tensors
 from .state.encoding import encode_masks
 from .state.history import RoundHistory
-from .step.hook_calls import HookCalls
-from .step.hooks import StepContext
+from .step.hooks import HookCalls, StepContext
 from .step.nan_guard import StepLocation, StepSnapshot
 from .step.same_batch import SameBatch
 from .step.stepper import Stepper, StepResult

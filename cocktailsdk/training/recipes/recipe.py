@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
-from ..step.hook_calls import StepHooks
-from ..step.hooks import StepHook
+from ..step.hooks import StepHook, StepHooks
 from .masks import MASK_RULES, MaskRule
 from .steps import SCHEDULES, StepSchedule
 

@@ -25,7 +25,7 @@ from .distill import Classes, Distillation, DistillFn
 from .engine import StepEngine
 from .execution import Execution
 from .forward import ForwardFn, LossFn, detached, loss_of, resized
-from .hook_calls import HookCalls
+from .hooks import HookCalls
 
 __all__ = ["StepResult", "Stepper"]
 
