@@ -10,9 +10,8 @@ from ..net.subnet_model import SubnetModel
 from ..patterns.base import Subnet
 from .recipes import Pruning, Recipe, ScheduleContext, Step
 from .recipes.steps import DENSE_STEP
-from .step.hooks import StepHook, StepHooks
 
-__all__ = ["Plan", "hooks_of", "names_until", "networks_of", "round_masks", "step_of"]
+__all__ = ["Plan", "names_until", "networks_of", "round_masks", "step_of"]
 
 Plan = Sequence[Mapping[str, tuple[Subnet, ...]]]
 """The subnets of every round after the dense one, by pattern."""
@@ -45,11 +44,6 @@ def step_of(recipe: Recipe, context: ScheduleContext, last: int) -> Step:
         return DENSE_STEP
     schedule = recipe.step_schedule if context.round <= last else recipe.finishing_step_schedule
     return schedule(context)
-
-
-def hooks_of(hooks: StepHooks, context: ScheduleContext, last: int) -> tuple[StepHook, ...]:
-    """The hooks of the step that :func:`step_of` chooses: no schedule is called for a dense round."""
-    return hooks.of(scheduled=any(context.subnets.values()), finishing=context.round > last)
 
 
 def round_masks(

@@ -16,7 +16,7 @@ from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
 from .optimization import Optimization
 from .recipes import ScheduleContext, Step
-from .round_plan import hooks_of, round_masks
+from .round_plan import round_masks, step_of
 from .session import Session, load_tensors, model_tensors
 from .state.encoding import encode_masks
 from .state.history import RoundHistory
@@ -74,14 +74,13 @@ def _enter_round(session: Session) -> None:
     session.losses = {}
     if options.recipe.statistics == "separate":
         session.net.statistics.clear()
-    names = [name for names in session.networks(k).values() for name in names]
-    session.history.rounds.append(RoundHistory(k, names, made={}))
     context = session.context_at(k, 0)
-    for hook in hooks_of(session.hooks, context, options.rounds):
+    session.history.rounds.append(RoundHistory(k, [*context.names], made={}))
+    for hook in session.hooks.of(context, options.rounds):
         hook.on_round_start(context)
     _keep_rewind_point(session)
     save(session)
-    emit(session, RoundStarted(k, tuple(names), len(options.epochs_of(k))))
+    emit(session, RoundStarted(k, context.names, len(options.epochs_of(k))))
 
 
 def _resume_round(session: Session) -> None:
@@ -131,12 +130,12 @@ def _train_round(session: Session, stepper: Stepper) -> None:
         for i in range(position.step, steps):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
             context = session.context_at(k, number)
-            step = session.step_at(k, number)
+            step = step_of(options.recipe, context, options.rounds)
             if not shared.follows(step):
                 shared.clear()
                 batches, at = next_batches(session)
             hooks = _hooks(session, step, context)
-            hooks.call("before_step")
+            hooks("before_step")
             # after the hooks, so that whatever they draw leaves the step's own random numbers as they are
             session.seed("step", k, position.epoch, i, *session.rank_key)
             location = StepLocation(k, position.epoch, i, at, session.history.steps)
@@ -185,7 +184,7 @@ def _hooks(session: Session, step: Step, context: ScheduleContext) -> HookCalls:
         changed=session.remade.add,
         snapshot=lambda name: _snapshot_weights(session, name),
     )
-    return HookCalls(hooks_of(session.hooks, context, session.options.rounds), step_context)
+    return HookCalls(session.hooks.of(context, session.options.rounds), step_context)
 
 
 def _snapshot_weights(session: Session, name: str) -> None:
@@ -270,7 +269,7 @@ def _measure(session: Session, k: int) -> dict[str, float]:
     if session.data.held_out is None:
         return {}
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
-    names = dict.fromkeys([DENSE, *(n for names in session.networks(k).values() for n in names)])
+    names = dict.fromkeys([DENSE, *session.context_at(k, 0).names])
     tracked = dict(net.statistics)
     try:
         metrics = {name: displayed(session, score(session, name).value) for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
@@ -80,19 +80,9 @@ class Recipe:
     hooks: tuple[StepHook, ...] = ()
 
     def __post_init__(self) -> None:
-        choices: dict[str, Sequence[str]] = {
-            "rounds": ("levels", "one"),
-            "update": ("all", "active"),
-            "statistics": ("shared", "separate"),
-            "merging": ("global", "layerwise", "gradient", "none"),
-            "weights": ("shared", "own"),
-            "takes": ("any", "pattern", "subnet"),
-        }
-        known: dict[str, Sequence[str]] = {
-            "schedule": tuple(SCHEDULES),
-            "finishing_schedule": tuple(SCHEDULES),
-            "masks": tuple(MASK_RULES),
-        }
+        hints = get_type_hints(Recipe)
+        choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        known = {"schedule": SCHEDULES, "finishing_schedule": SCHEDULES, "masks": MASK_RULES}
         for name, allowed in {**choices, **known}.items():
             value = getattr(self, name)
             if name in known and callable(value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,32 +78,26 @@ class StepEngine:
         """
         if self.needs_teacher(subnet) and teacher is None:
             teacher = self._execution.teacher(batch)
-        with self._switched(subnet):
-            yield ActivePass(self, subnet, teacher)
-
-    @contextmanager
-    def _switched(self, subnet: str) -> Iterator[None]:
+        active = ActivePass(self, subnet, teacher)
         if subnet == DENSE:
-            yield
+            yield active
             return
         with self._net.using(subnet, statistics=self._separate, changes=self._changes):
-            yield
+            yield active
             if self._separate:  # read while they are in the model's buffers
                 self._net.statistics[subnet] = statistics_of(self._net.model)
 
-    def masked_gradients(
-        self, subnet: str, after_backward: Callable[[], None] | None = None
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def masked_gradients(self, subnet: str, after_backward: Callable[[], None]) -> Iterator[None]:
         """Mask the gradients of the passes inside, then add those of the passes before. Nothing for the dense network.
 
         Args:
             subnet: Which network.
             after_backward: Called before the gradients are masked.
         """
-        return nullcontext() if subnet == DENSE else self._masked_gradients(subnet, after_backward)
-
-    @contextmanager
-    def _masked_gradients(self, subnet: str, after_backward: Callable[[], None] | None) -> Iterator[None]:
+        if subnet == DENSE:
+            yield
+            return
         parameters = self.parameters
         masked = [parameters[name] for name in self._net.masked_parameters(subnet) if name in parameters]
         # Set aside, or the mask of this subnet would cut the gradients of the passes before.
@@ -111,8 +105,7 @@ class StepEngine:
         for parameter, _ in before:
             parameter.grad = None
         yield
-        if after_backward is not None:
-            after_backward()
+        after_backward()
         self.mask_gradients(subnet)
         for parameter, old in before:
             parameter.grad = old if parameter.grad is None else parameter.grad.add_(old)

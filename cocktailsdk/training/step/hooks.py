@@ -156,12 +156,12 @@ class StepContext:
 
 @dataclass(frozen=True)
 class HookCalls:
-    """The hooks of one step, called by the engine."""
+    """The hooks of one step, to be called by the name of a method and its arguments after the context."""
 
     hooks: Sequence[StepHook]
     context: StepContext
 
-    def call(self, method: str, *arguments: Any) -> None:
+    def __call__(self, method: str, *arguments: Any) -> None:
         """Call a method of all hooks."""
         for hook in self.hooks:
             getattr(hook, method)(self.context, *arguments)
@@ -186,14 +186,14 @@ class StepHooks:
     def _all(self) -> list[StepHook]:
         return [*filter(None, self._schedules), *self._others]
 
-    def of(self, *, scheduled: bool, finishing: bool) -> tuple[StepHook, ...]:
-        """The hooks of a step.
+    def of(self, context: ScheduleContext, last: int) -> tuple[StepHook, ...]:
+        """The hooks of a step: for a dense round no schedule is called, so none is among them.
 
         Args:
-            scheduled: Whether a schedule chose it.
-            finishing: Whether that was the schedule of finishing.
+            context: Where the run stands.
+            last: Number of the last round before finishing.
         """
-        own = self._schedules[finishing] if scheduled else None
+        own = self._schedules[context.round > last] if any(context.subnets.values()) else None
         return self._others if own is None else (own, *self._others)
 
     def state_dict(self) -> list[dict[str, Any]]:

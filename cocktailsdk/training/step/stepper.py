@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ...errors import TrainingError
@@ -21,11 +21,10 @@ from ...utils.fsdp import local
 from ..distributed.sharing import inputs_of
 from ..options import Options
 from ..recipes.steps import Step, SubnetPass
-from .distill import Classes, Distillation, DistillFn
+from .distill import Classes, Distillation
 from .engine import StepEngine
 from .execution import Execution
 from .forward import ForwardFn, LossFn, detached, loss_of, resized
-from .hooks import HookCalls
 
 __all__ = ["StepResult", "Stepper"]
 
@@ -59,9 +58,7 @@ class Stepper:
         net: The networks.
         forward: How a batch is used.
         loss_fn: The user's loss, or ``None`` for the model's own.
-        distill_fn: ``distill_fn(student_output, teacher_output)``, or ``None`` for soft cross-entropy.
-        distill_weight: Its share in the loss of a sparse pass; at 0 there is no teacher.
-        classes: Where the output holds class logits, if it does.
+        distillation: What sparse networks learn from the dense one.
         active: Whether masked weights are left alone by momentum and weight decay too.
         separate: Whether every network keeps running statistics of its own.
         execution: How passes run; by default in this process alone.
@@ -76,9 +73,7 @@ class Stepper:
         net: SubnetModel,
         forward: ForwardFn,
         loss_fn: LossFn | None,
-        distill_fn: DistillFn | None,
-        distill_weight: float,
-        classes: Classes | None,
+        distillation: Distillation,
         *,
         active: bool = False,
         separate: bool = False,
@@ -87,9 +82,8 @@ class Stepper:
         self._net = net
         self._execution = execution or Execution(net.model, forward)
         # "discard": weights are the engine's while a subnet is active, so that nobody's changes are looked for
-        distillation = Distillation(distill_weight, distill_fn, classes)
         self._engine = StepEngine(net, self._execution, distillation, separate=separate, changes="discard")
-        self._loss_fn, self._classes, self._active = loss_fn, classes, active
+        self._loss_fn, self._active = loss_fn, active
         self.allows: Callable[[Mapping[str, Tensor], bool], bool] | None = None
 
     @classmethod
@@ -97,15 +91,15 @@ class Stepper:
         cls, net: SubnetModel, options: Options, classes: Classes | None, execution: Execution | None = None
     ) -> Stepper:
         """The stepper that a run asks for."""
+        distillation = Distillation(options.distillation, options.distill_fn, classes)
+        active, separate = options.recipe.update == "active", options.recipe.statistics == "separate"
         return cls(
             net,
             options.forward_fn,
             options.loss_fn,
-            options.distill_fn,
-            options.distillation,
-            classes,
-            active=options.recipe.update == "active",
-            separate=options.recipe.statistics == "separate",
+            distillation,
+            active=active,
+            separate=separate,
             execution=execution,
         )
 
@@ -118,7 +112,7 @@ class Stepper:
         scaler: torch.amp.GradScaler | None = None,
         *,
         keep_teacher: bool = False,
-        hooks: HookCalls | None = None,
+        hooks: Callable[..., None] = lambda method, *arguments: None,
     ) -> StepResult:
         """Train one network on a batch or several, or several networks whose gradients are added.
 
@@ -132,13 +126,13 @@ class Stepper:
             teacher: The dense network's output for each batch, where it is known.
             scaler: Scales losses, for half precision.
             keep_teacher: Whether the result has the dense network's output for each batch.
-            hooks: The step's.
+            hooks: Calls the step's hooks, by the name of a method.
         """
         execution = self._execution
         # First: whatever ran between two steps (callbacks, hooks) leaves no gradients in this one. As None, gradients
         # take no memory during the first forward pass.
         optimizer.zero_grad(set_to_none=True)
-        shares = execution.shares(batches, self._classes)
+        shares = execution.shares(batches, self._engine.distillation.classes)
         parts = [(inputs_of(batch), share) for batch, share in zip(batches, shares, strict=True)]
         losses: dict[str, Tensor] = {}
         for i, one in enumerate(step.passes):
@@ -151,13 +145,12 @@ class Stepper:
             return StepResult(losses, teacher, rejected=True)
         if scaler is not None:
             scaler.unscale_(optimizer)  # before all that looks at the size of gradients
-        if hooks is not None:
-            hooks.call("before_update")
+        hooks("before_update")
         execution.clip()
         with self._masked_unchanged(step, optimizer):
             overflowed = _update(optimizer, scaler)
-        if hooks is not None and not overflowed:
-            hooks.call("after_update")
+        if not overflowed:
+            hooks("after_update")
         return StepResult(losses, teacher, overflowed)
 
     def _pass(
@@ -166,15 +159,14 @@ class Stepper:
         parts: Sequence[tuple[Any, Tensor | None]],
         teacher: Sequence[Any] | None,
         scaler: torch.amp.GradScaler | None,
-        hooks: HookCalls | None,
+        hooks: Callable[..., None],
         keep_teacher: bool,
     ) -> tuple[Tensor, Sequence[Any] | None]:
         """One network's pass over all batches of the step: its loss, and the dense outputs for the passes after it."""
         execution, engine = self._execution, self._engine
         losses: list[Tensor] = []
         outputs: list[Any] = []
-        after_backward = None if hooks is None else partial(hooks.call, "after_backward", one.subnet)
-        with engine.masked_gradients(one.subnet, after_backward):
+        with engine.masked_gradients(one.subnet, partial(hooks, "after_backward", one.subnet)):
             for i, (batch, share) in enumerate(parts):
                 known = None if teacher is None else teacher[i]
                 last = i + 1 == len(parts)
@@ -189,10 +181,24 @@ class Stepper:
         known_after = outputs or (None if one.subnet == DENSE else teacher)
         return sum(losses[1:], losses[0]), known_after
 
-    def _masked_unchanged(self, step: Step, optimizer: Optimizer) -> AbstractContextManager[None]:
-        if not self._active or any(one.subnet == DENSE for one in step.passes):
-            return nullcontext()
-        return _masked_weights_unchanged(self._net, step.subnets, self._engine.parameters, optimizer)
+    @contextmanager
+    def _masked_unchanged(self, step: Step, optimizer: Optimizer) -> Iterator[None]:
+        """Let the optimizer step inside; if active, what all subnets mask, and the state of it, is then as it was.
+
+        Restored afterwards, since optimizers differ in what moves a weight whose gradient is 0 (momentum, decay,
+        moments). The dense network masks nothing.
+        """
+        before: list[tuple[Tensor, Tensor, Tensor]] = []
+        if self._active and all(one.subnet != DENSE for one in step.passes):
+            for name, mask in _union(self._net, step.subnets).items():
+                if (parameter := self._engine.parameters.get(name)) is None:
+                    continue
+                state = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
+                alike = [local(parameter.detach()), *(local(v) for v in state if v.shape == parameter.shape)]
+                before += [(tensor, tensor.clone(), mask) for tensor in alike]
+        yield
+        for tensor, old, mask in before:
+            tensor.copy_(torch.where(mask.bool(), tensor, old))
 
 
 def _update(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
@@ -215,33 +221,6 @@ def _update(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
     scaler.update()
     # GradScaler (torch 2.11 to 2.14) does not say whether it skipped; only then does update() lower the scale
     return scaler.get_scale() < before
-
-
-@contextmanager
-def _masked_weights_unchanged(
-    net: SubnetModel, subnets: Sequence[str], parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
-) -> Iterator[None]:
-    """Let the optimizer step inside; weights that all subnets mask, and its state of them, are then as they were.
-
-    Restored afterwards, since optimizers differ in what moves a weight whose gradient is 0 (momentum, decay, moments).
-
-    Args:
-        net: The networks.
-        subnets: Those that the step trained. The dense network masks nothing.
-        parameters: The model's, by name.
-        optimizer: Its state of the shape of a parameter is restored with it.
-    """
-    before: list[tuple[Tensor, Tensor, Tensor]] = []
-    for name, mask in _union(net, subnets).items():
-        if name not in parameters:
-            continue
-        parameter = parameters[name]
-        state = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
-        alike = [local(parameter.detach()), *(local(v) for v in state if v.shape == parameter.shape)]
-        before += [(tensor, tensor.clone(), mask) for tensor in alike]
-    yield
-    for tensor, old, mask in before:
-        tensor.copy_(torch.where(mask.bool(), tensor, old))
 
 
 def _union(net: SubnetModel, subnets: Sequence[str]) -> dict[str, Tensor]:
