@@ -13,6 +13,7 @@ from training_tiny import TinyNet, tiny_images, tiny_net, to_float
 
 from cocktailsdk.training.recipes import Step, SubnetPass
 from cocktailsdk.training.step.distill import Classes, Distillation, find_classes, soft_cross_entropy, untouched_buffers
+from cocktailsdk.training.step.execution import Execution
 from cocktailsdk.training.step.stepper import Stepper
 from cocktailsdk.utils.nested import default_forward
 
@@ -24,7 +25,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def stepper(net: Any, loss_fn: Any = F.cross_entropy, **distillation: Any) -> Stepper:
     taught = Distillation(**{"weight": 0.5, "classes": Classes(1), **distillation})
-    return Stepper(net, default_forward, loss_fn, taught)
+    return Stepper(net, Execution(net.model, default_forward), loss_fn, taught)
 
 
 def step_of(name: str) -> Step:

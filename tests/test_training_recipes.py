@@ -438,6 +438,7 @@ def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
 
 def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
     from cocktailsdk.training.step.distill import Classes, Distillation
+    from cocktailsdk.training.step.execution import Execution
     from cocktailsdk.training.step.stepper import Stepper
     from cocktailsdk.utils.nested import default_forward
 
@@ -445,7 +446,8 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
         net = tiny_net()
         net.train()
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-        stepper = Stepper(net, default_forward, F.cross_entropy, Distillation(0.5, None, Classes(1)), active=active)
+        execution, taught = Execution(net.model, default_forward), Distillation(0.5, None, Classes(1))
+        stepper = Stepper(net, execution, F.cross_entropy, taught, active=active)
         batch = next(iter(tiny_loaders()[0]))
         stepper.step(Step((SubnetPass("dense"),)), [batch], optimizer)
         weight = net.model.conv2.weight
@@ -459,6 +461,7 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
 
 def test_gradients_of_several_passes_are_added_each_under_its_own_mask() -> None:
     from cocktailsdk.training.step.distill import Classes, Distillation
+    from cocktailsdk.training.step.execution import Execution
     from cocktailsdk.training.step.stepper import Stepper
     from cocktailsdk.utils.nested import default_forward
 
@@ -466,7 +469,8 @@ def test_gradients_of_several_passes_are_added_each_under_its_own_mask() -> None
         net = tiny_net()
         net.model.dropout.p = 0.0
         net.train()
-        stepper = Stepper(net, default_forward, F.cross_entropy, Distillation(0.5, None, Classes(1)))
+        execution, taught = Execution(net.model, default_forward), Distillation(0.5, None, Classes(1))
+        stepper = Stepper(net, execution, F.cross_entropy, taught)
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.0)
         stepper.step(Step(tuple(map(SubnetPass, subnets))), [batch], optimizer)
         return {n: p.grad.clone() for n, p in net.model.named_parameters() if p.grad is not None}

@@ -88,8 +88,7 @@ class LoopPlan:
         if not self.entered < round_ <= self.rounds:
             return False
         net = self._net
-        masks = round_masks(self._recipe, net, self._plan[round_ - 1], self.names(round_ - 1), round_, _no_dense_round)
-        for name, mask in masks.items():
+        for name, mask in round_masks(self._recipe, net, self._plan, round_, _no_dense_round).items():
             net.set_mask(name, mask)
         self.entered = round_
         return True

@@ -159,7 +159,8 @@ def measure(session: Session) -> Costs:
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     statistics, metrics = dict(net.statistics), dict(net.metrics)
     optimization = Optimization.begin(net.model, options, options.first_round, session.device)
-    stepper = Stepper.of(net, options, session.classes, execution=session.execution)
+    assert session.execution is not None
+    stepper = Stepper.of(net, session.execution, options, session.classes)
     batches = list(itertools.islice(session.data.recalibration, options.gradient_accumulation_steps))
     names = [names[0] for names in session.networks(options.rounds).values() if names]
 

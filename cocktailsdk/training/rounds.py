@@ -35,7 +35,8 @@ REWIND = "rewind"
 
 def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
     """Train the remaining rounds of a phase, from wherever the run stands."""
-    stepper = Stepper.of(session.net, session.options, session.classes, session.execution)
+    assert session.execution is not None
+    stepper = Stepper.of(session.net, session.execution, session.options, session.classes)
     stepper.allows = None if session.skips is None else session.skips.allows
     while session.position.phase == phase:
         if session.position.entered:
@@ -100,8 +101,7 @@ def _make_masks(session: Session, k: int) -> dict[str, Mask]:
     def load_dense() -> None:
         load_tensors(net.model, session.store.get(REWIND if options.first_round else "round-00"))
 
-    masks = round_masks(options.recipe, net, session.plan[k - 1], session.names(k - 1), k, load_dense)
-    masks = session.broadcast_masks(masks)
+    masks = session.broadcast_masks(round_masks(options.recipe, net, session.plan, k, load_dense))
     for name, mask in masks.items():
         net.set_mask(name, mask)
     return masks

@@ -108,33 +108,23 @@ def find_classes(
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         return None
     ignored = ignored_by(loss_fn)
-    fits = []
+    fits: dict[Classes, list[int]] = {}  # with the labels beyond the last class
     for classes in (Classes(1), Classes(-1), Classes(-1, shift=True)):
         if classes.axis == -1 and logits.ndim == 2:
             continue  # the same as axis 1
         shape = list(logits.shape)
         size = shape.pop(classes.axis)
-        if shape == list(target.shape) and _in_range(target, size):
-            fits.append(replace(classes, ignored=ignored, size=size))
-    sure = len(fits) == 1 and _beyond(target, fits[0].size) in (None, ignored, VOID)
-    best = fits[0] if sure else _closest(fits, logits, target, loss)
+        if shape == list(target.shape):
+            beyond = target.long()[target.long() >= size].unique().tolist()
+            if len(beyond) <= 1:  # one such value may be what the loss leaves out
+                fits[replace(classes, ignored=ignored, size=size)] = beyond
+    sure = len(fits) == 1 and next(iter(fits.values())) in ([], [ignored], [VOID])
+    best = next(iter(fits)) if sure else _closest([*fits], logits, target, loss)
     if best is None or loss is None or (ignored is not None and 0 <= ignored < (best.size or 0)):
         return best
     # a wrapper may leave out a class, whatever the index of the loss that it wraps
     seen = _ignored_by_value(best, logits, target, float(loss.detach()))
     return best if seen is None else replace(best, ignored=seen)
-
-
-def _in_range(target: Int[Tensor, "..."], size: int) -> bool:
-    """Whether labels are classes, or negative, or one value beyond, which the loss may leave out."""
-    beyond = target[target.long() >= size]
-    return not beyond.numel() or bool((beyond == beyond[0]).all())
-
-
-def _beyond(target: Int[Tensor, "..."], size: int | None) -> int | None:
-    """The largest label, if it is beyond the last class."""
-    most = int(target.max()) if target.numel() else -1
-    return most if size is not None and most >= size else None
 
 
 def _closest(

@@ -24,7 +24,7 @@ from ..recipes.steps import Step, SubnetPass
 from .distill import Classes, Distillation
 from .engine import StepEngine
 from .execution import Execution
-from .forward import ForwardFn, LossFn, detached, loss_of, resized
+from .forward import LossFn, detached, loss_of, resized
 
 __all__ = ["StepResult", "Stepper"]
 
@@ -56,12 +56,11 @@ class Stepper:
 
     Args:
         net: The networks.
-        forward: How a batch is used.
+        execution: How passes run.
         loss_fn: The user's loss, or ``None`` for the model's own.
         distillation: What sparse networks learn from the dense one.
         active: Whether masked weights are left alone by momentum and weight decay too.
         separate: Whether every network keeps running statistics of its own.
-        execution: How passes run; by default in this process alone.
 
     Attributes:
         allows: Given a step's losses, its gradients in place, and whether they are scaled: says whether the optimizer
@@ -71,37 +70,25 @@ class Stepper:
     def __init__(
         self,
         net: SubnetModel,
-        forward: ForwardFn,
+        execution: Execution,
         loss_fn: LossFn | None,
         distillation: Distillation,
         *,
         active: bool = False,
         separate: bool = False,
-        execution: Execution | None = None,
     ) -> None:
-        self._net = net
-        self._execution = execution or Execution(net.model, forward)
+        self._net, self._execution = net, execution
         # "discard": weights are the engine's while a subnet is active, so that nobody's changes are looked for
-        self._engine = StepEngine(net, self._execution, distillation, separate=separate, changes="discard")
+        self._engine = StepEngine(net, execution, distillation, separate=separate, changes="discard")
         self._loss_fn, self._active = loss_fn, active
         self.allows: Callable[[Mapping[str, Tensor], bool], bool] | None = None
 
     @classmethod
-    def of(
-        cls, net: SubnetModel, options: Options, classes: Classes | None, execution: Execution | None = None
-    ) -> Stepper:
+    def of(cls, net: SubnetModel, execution: Execution, options: Options, classes: Classes | None) -> Stepper:
         """The stepper that a run asks for."""
         distillation = Distillation(options.distillation, options.distill_fn, classes)
         active, separate = options.recipe.update == "active", options.recipe.statistics == "separate"
-        return cls(
-            net,
-            options.forward_fn,
-            options.loss_fn,
-            distillation,
-            active=active,
-            separate=separate,
-            execution=execution,
-        )
+        return cls(net, execution, options.loss_fn, distillation, active=active, separate=separate)
 
     def step(
         self,
