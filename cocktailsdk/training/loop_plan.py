@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import TrainingError
 from ..masks import Mask
@@ -36,15 +36,7 @@ class LoopPlan:
         TrainingError: There is no such start, or there are too few steps.
     """
 
-    def __init__(
-        self,
-        net: SubnetModel,
-        recipe: Recipe,
-        steps: int,
-        rounds: int | None,
-        start: Literal["scratch", "pretrained"],
-        seed: int,
-    ) -> None:
+    def __init__(self, net: SubnetModel, recipe: Recipe, steps: int, rounds: int | None, start: str, seed: int) -> None:
         if start not in ("scratch", "pretrained"):
             raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
         self._net, self._recipe, self._steps, self._seed = net, recipe, steps, seed
@@ -116,20 +108,16 @@ def check_loop_state(state: Any, net: SubnetModel, configuration: Mapping[str, A
     if not isinstance(state, Mapping) or state.get("format") != 1:
         found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise TrainingError(f"this is no state of a CoLoop that this release reads: format {found!r}")
+    kinds = {"configuration": Mapping, "masks": Mapping, "done": int, "entered": int}
     try:
-        masks = _check_content(state, net, total)
+        if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
+            raise Foreign(f"its {wrong[0]!r} is {type(state.get(wrong[0])).__name__}")
+        if not 0 <= state["done"] <= total:
+            raise Foreign(f"{state['done']} of {total} steps are done")
+        check_classes(state.get("classes"))
+        masks = check_masks(state["masks"], net)
     except Foreign as error:
         raise TrainingError(f"this is no state of a CoLoop: {error}") from error
     if lines := differences(state["configuration"], configuration):
         raise TrainingError(f"the state is of another loop ({'; '.join(lines)}): build the loop as it was")
     return masks
-
-
-def _check_content(state: Mapping[str, Any], net: SubnetModel, total: int) -> dict[str, Mask]:
-    kinds = {"configuration": Mapping, "masks": Mapping, "done": int, "entered": int}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
-        raise Foreign(f"its {wrong[0]!r} is {type(state.get(wrong[0])).__name__}")
-    if not 0 <= state["done"] <= total:
-        raise Foreign(f"{state['done']} of {total} steps are done")
-    check_classes(state.get("classes"))
-    return check_masks(state["masks"], net)

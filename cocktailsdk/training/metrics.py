@@ -213,34 +213,29 @@ def check_size(scores: Tensor, output: Any, target: Any) -> None:
     Raises:
         TrainingError: Says how many scores there are and how many were expected.
     """
-    if not scores.ndim or _is_plausible(scores, output, target):
+    lengths = _lengths(output, target)
+    if not scores.ndim or not lengths or len(scores) in lengths:
         return
-    examples = _lengths(output, target)
+    logits = output_tensor(output)
+    leaves = tensors_in(target) or ([] if logits is None else [logits])
+    if scores.numel() in {leaf.numel() for leaf in leaves}:
+        return
+    if isinstance(target, Tensor) and _is_choice(scores, target):
+        return
     found = f"{scores.numel()} score{'s' * (scores.numel() != 1)} (shape {tuple(scores.shape)})"
     raise TrainingError(
-        f"metric(output, target) returned {found} for a batch of {examples[0]} examples: return one number for each "
+        f"metric(output, target) returned {found} for a batch of {lengths[0]} examples: return one number for each "
         "example (or token, or pixel), whose mean is taken, or a scalar for the whole batch"
     )
 
 
-def _is_plausible(scores: Tensor, output: Any, target: Any) -> bool:
-    lengths = _lengths(output, target)
-    if not lengths or len(scores) in lengths:
-        return True
-    leaves = tensors_in(target) or [t for t in (output_tensor(output),) if t is not None]
-    if scores.numel() in {leaf.numel() for leaf in leaves}:
-        return True
-    return isinstance(target, Tensor) and _is_choice(scores, target)
-
-
 def _lengths(output: Any, target: Any) -> list[int]:
     """What may be the number of examples."""
-    leaves = [t for t in tensors_in(target) if t.ndim]
     if isinstance(target, Tensor) and target.ndim:
         return [len(target)]
-    logits = output_tensor(output)
-    own = [len(logits)] if logits is not None and logits.ndim else []
-    return [*([len(target)] if isinstance(target, tuple | list) else []), *map(len, leaves), *own]
+    parts = [*tensors_in(target), output_tensor(output)]
+    own = [len(target)] if isinstance(target, tuple | list) else []
+    return own + [len(part) for part in parts if part is not None and part.ndim]
 
 
 def _is_choice(scores: Tensor, target: Tensor) -> bool:

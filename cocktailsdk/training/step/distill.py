@@ -270,15 +270,15 @@ class Distillation:
         """
         if not self.weight:
             return loss
-        return (1 - self.weight) * loss + self.weight * self._soft(output, teacher, target, loss_fn)
-
-    def _soft(self, output: Any, teacher: Any, target: Any, loss_fn: LossFn | None) -> Float[Tensor, ""]:
-        if self.fn is not None:
-            return loss_of(output, teacher, self.fn, "distill_fn")
+        from_labels = (1 - self.weight) * loss
         student, dense = output_tensor(output), output_tensor(teacher)
-        if self.classes is None or student is None or dense is None:
+        if self.fn is not None:
+            soft = loss_of(output, teacher, self.fn, "distill_fn")
+        elif self.classes is None or student is None or dense is None:
             raise no_soft_loss(loss_fn, output)
-        return soft_cross_entropy(student, dense, target, self.classes)
+        else:
+            soft = soft_cross_entropy(student, dense, target, self.classes)
+        return from_labels + self.weight * soft
 
 
 def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
@@ -294,17 +294,16 @@ def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
 @contextmanager
 def untouched_buffers(model: nn.Module) -> Iterator[None]:
     """Let a forward pass in train mode leave no trace in the model's buffers (batch-norm statistics above all)."""
-    buffers = [
-        (module, name, buffer)
+    before = [
+        (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    before = [buffer.clone() for _, _, buffer in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for (module, name, buffer), value in zip(buffers, before, strict=True):
+            for module, name, buffer, value in before:
                 buffer.copy_(value)  # in place: others hold this tensor
                 module._buffers[name] = buffer  # a forward pass may have put another tensor there

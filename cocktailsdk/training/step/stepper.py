@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -212,8 +212,6 @@ def _update(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
 
 def _union(net: SubnetModel, subnets: Sequence[str]) -> dict[str, Tensor]:
     """The masks of the weights that at least one of the subnets trains, where all of them mask some."""
-    first, *others = [net.mask_tensors(name) for name in subnets]
-    out = {name: mask for name, mask in first.items() if all(name in masks for masks in others)}
-    for masks in others:
-        out = {name: torch.maximum(mask, masks[name]) for name, mask in out.items()}
-    return out
+    every = [net.mask_tensors(name) for name in subnets]
+    shared = [name for name in every[0] if all(name in masks for masks in every)]
+    return {name: reduce(torch.maximum, [masks[name] for masks in every]) for name in shared}
