@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 from ..errors import TrainingError
 from .events import Saved, StepSkipped
 from .run_state import is_needed, run_state
 from .session import Session
-from .step.nan_guard import StepLocation, not_finite
+from .step.nan_guard import not_finite
 from .user_code import emit
 
-__all__ = ["check_finite", "emit_skipped", "nonfinite_error", "note_skipped", "save", "save_if_due", "save_if_late"]
+__all__ = ["check_finite", "emit_skipped", "nonfinite_error", "save", "save_if_due", "save_if_late"]
 
 log = logging.getLogger(__name__)
 
@@ -94,23 +91,8 @@ def nonfinite_error(session: Session, found: str) -> TrainingError:
     )
 
 
-def note_skipped(session: Session, place: StepLocation, losses: Mapping[str, Tensor]) -> None:
-    """Count a step that was left out.
-
-    Raises:
-        TrainingError: Too many were left out in a row.
-    """
-    assert session.skips is not None
-    session.history.skipped += 1
-    try:
-        name, value = session.skips.note(place, losses)
-    except TrainingError as error:
-        raise TrainingError(f"{error}. {session.store.standing}") from None
-    log.warning("left out a step %s: the loss of %s was %g, or its gradients were not finite", place, name, value)
-
-
 def emit_skipped(session: Session) -> None:
-    """Emit what :func:`note_skipped` counted, where the run can be resumed."""
+    """Emit the steps that were left out since the last call, where the run can be resumed."""
     if session.skips is not None and session.skips.waiting:
         # emptied first: the callbacks may end the run, and those steps are not reported twice
         waiting, session.skips.waiting = session.skips.waiting, []

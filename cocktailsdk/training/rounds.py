@@ -10,7 +10,7 @@ import torch
 
 from ..masks import Mask
 from ..patterns.base import DENSE
-from .checkpoints import check_finite, emit_skipped, nonfinite_error, note_skipped, save, save_if_due, save_if_late
+from .checkpoints import check_finite, emit_skipped, nonfinite_error, save, save_if_due, save_if_late
 from .evaluation import displayed, score
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
@@ -201,8 +201,10 @@ def _count(
     note_step(record, result.losses, made=result.made)
     if result.rejected:
         assert snapshot is not None
+        assert session.skips is not None
         snapshot.restore()
-        note_skipped(session, location, result.losses)
+        session.history.skipped += 1
+        session.skips.note(location, result.losses, session.store.standing)
         return
     if session.skips is not None:
         session.skips.in_a_row = 0

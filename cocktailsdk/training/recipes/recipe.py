@@ -98,14 +98,12 @@ class Recipe:
             raise self._error("finishing", "must be a share of the steps, in 0 … 1, below 1")
         if not self.finishing_rate > 0:
             raise self._error("finishing_rate", "must be above 0")
-        if self.finishing and (self.weights == "own" or self.rounds == "one"):
-            raise self._error(
-                "finishing", 'comes after the rounds\' shared weights are merged: 0 with rounds="one" or weights="own"'
-            )
-        if self.merges and (self.weights == "own" or self.rounds == "one"):
-            raise self._error(
-                "merging", 'needs rounds that share their weights: "none" with rounds="one" or weights="own"'
-            )
+        if self.weights == "own" or self.rounds == "one":
+            without = 'with rounds="one" or weights="own"'
+            if self.finishing:
+                raise self._error("finishing", f"comes after the rounds' shared weights are merged: 0 {without}")
+            if self.merges:
+                raise self._error("merging", f'needs rounds that share their weights: "none" {without}')
 
     def _error(self, name: str, rule: str) -> TrainingError:
         return TrainingError(f"recipe {self.name!r}: {name} {rule}, got {getattr(self, name)!r}")
