@@ -162,8 +162,8 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
     from cocktailsdk.training.options import default_optimizer
     from cocktailsdk.training.recipes.steps import DENSE_STEP
     from cocktailsdk.training.step.distill import Distillation
+    from cocktailsdk.training.step.engine import Stepper
     from cocktailsdk.training.step.execution import Execution, Precision
-    from cocktailsdk.training.step.stepper import Stepper
 
     net = plain_net(dtype=torch.float32)
     huge: list[float] = [1.0]

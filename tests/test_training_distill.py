@@ -13,8 +13,8 @@ from training_tiny import TinyNet, tiny_images, tiny_net, to_float
 
 from cocktailsdk.training.recipes import Step, SubnetPass
 from cocktailsdk.training.step.distill import Classes, Distillation, find_classes, soft_cross_entropy, untouched_buffers
+from cocktailsdk.training.step.engine import Stepper
 from cocktailsdk.training.step.execution import Execution
-from cocktailsdk.training.step.stepper import Stepper
 from cocktailsdk.utils.nested import default_forward
 
 

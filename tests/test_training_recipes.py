@@ -438,8 +438,8 @@ def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
 
 def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
     from cocktailsdk.training.step.distill import Classes, Distillation
+    from cocktailsdk.training.step.engine import Stepper
     from cocktailsdk.training.step.execution import Execution
-    from cocktailsdk.training.step.stepper import Stepper
     from cocktailsdk.utils.nested import default_forward
 
     for active in (True, False):
@@ -461,8 +461,8 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
 
 def test_gradients_of_several_passes_are_added_each_under_its_own_mask() -> None:
     from cocktailsdk.training.step.distill import Classes, Distillation
+    from cocktailsdk.training.step.engine import Stepper
     from cocktailsdk.training.step.execution import Execution
-    from cocktailsdk.training.step.stepper import Stepper
     from cocktailsdk.utils.nested import default_forward
 
     def gradients(*subnets: str) -> dict[str, torch.Tensor]:

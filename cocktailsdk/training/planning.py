@@ -22,7 +22,7 @@ from .evaluation import score
 from .optimization import Optimization
 from .recipes import Step, SubnetPass
 from .session import Session, load_tensors, model_tensors
-from .step.stepper import Stepper
+from .step.engine import Stepper
 
 __all__ = ["Costs", "Plan", "epochs_for", "measure", "plan"]
 

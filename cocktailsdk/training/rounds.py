@@ -20,10 +20,10 @@ from .round_plan import round_masks, step_of
 from .session import Session, load_tensors, model_tensors
 from .state.encoding import encode_masks
 from .state.history import RoundHistory
+from .step.engine import Stepper, StepResult
 from .step.hooks import HookCalls, StepContext
 from .step.nan_guard import StepLocation, StepSnapshot
 from .step.same_batch import SameBatch
-from .step.stepper import Stepper, StepResult
 from .user_code import emit, next_batches
 
 __all__ = ["train_rounds"]
