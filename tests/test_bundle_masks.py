@@ -19,7 +19,7 @@ from cocktailsdk.api import CocktailNet
 from cocktailsdk.bundle import write
 from cocktailsdk.bundle.mask_checks import check_masks
 from cocktailsdk.patterns import make_all_masks, parse_pattern, resolve_patterns
-from cocktailsdk.training.rivals.regrowth import regrown
+from cocktailsdk.training.rivals.alternating import regrown
 
 LEVELS = st.lists(st.floats(0, 1), min_size=1, max_size=3, unique_by=lambda s: round(s, 3)).map(sorted)
 

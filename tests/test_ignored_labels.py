@@ -16,8 +16,7 @@ from torch.nn import functional as F
 import cocktailsdk as cocktail
 from cocktailsdk.errors import TrainingError
 from cocktailsdk.training.metrics import accuracy, accuracy_of
-from cocktailsdk.training.step.distill import Classes, find_classes, soft_cross_entropy
-from cocktailsdk.training.step.ignored import counted, ignored_by
+from cocktailsdk.training.step.distill import Classes, counted, find_classes, ignored_by, soft_cross_entropy
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -27,8 +27,7 @@ from cocktailsdk.errors import TrainingError
 from cocktailsdk.report.run import NetworkRow, RunReport, read_report
 from cocktailsdk.training.left_out import check_trained, weight_sums
 from cocktailsdk.training.merge.alpha_search import choose_alpha
-from cocktailsdk.training.metrics import HeldOutLoss, Score, mean_score, readable
-from cocktailsdk.training.score_sizes import check_size
+from cocktailsdk.training.metrics import HeldOutLoss, Score, check_size, mean_score, readable
 from cocktailsdk.training.state.history import RoundHistory
 
 ALWAYS = settings(deadline=None, derandomize=True, max_examples=60)

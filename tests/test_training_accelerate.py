@@ -161,8 +161,9 @@ def test_half_precision_stays_inside_training_passes() -> None:
 def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
     from cocktailsdk.training.options import default_optimizer
     from cocktailsdk.training.recipes.steps import DENSE_STEP
-    from cocktailsdk.training.step.precision import Precision
-    from cocktailsdk.training.step.stepper import Stepper
+    from cocktailsdk.training.step.distill import Distillation
+    from cocktailsdk.training.step.engine import Stepper
+    from cocktailsdk.training.step.execution import Execution, Precision
 
     net = plain_net(dtype=torch.float32)
     huge: list[float] = [1.0]
@@ -173,7 +174,8 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target) * huge[0]
 
-    stepper = Stepper(net, lambda model, batch: (model(batch[0]), batch[1]), loss_fn, None, 0.0, None)
+    execution = Execution(net.model, lambda model, batch: (model(batch[0]), batch[1]))
+    stepper = Stepper(net, execution, loss_fn, Distillation(0.0))
     before = {n: p.detach().clone() for n, p in net.model.named_parameters()}
     scale = scaler.get_scale()
     huge[0] = 1e36  # times the scale it is infinite

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from training_tiny import TinyNet, tiny_images, tiny_net, to_float
 
 from cocktailsdk.training.recipes import Step, SubnetPass
-from cocktailsdk.training.step.distill import Classes, find_classes, soft_cross_entropy, untouched_buffers
-from cocktailsdk.training.step.stepper import Stepper
+from cocktailsdk.training.step.distill import Classes, Distillation, find_classes, soft_cross_entropy, untouched_buffers
+from cocktailsdk.training.step.engine import Stepper
+from cocktailsdk.training.step.execution import Execution
 from cocktailsdk.utils.nested import default_forward
 
 
@@ -22,9 +23,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return to_float(data.images), data.labels
 
 
-def stepper(net: Any, **options: Any) -> Stepper:
-    settings = {"loss_fn": F.cross_entropy, "distill_fn": None, "distill_weight": 0.5, "classes": Classes(1)}
-    return Stepper(net, default_forward, **{**settings, **options})
+def stepper(net: Any, loss_fn: Any = F.cross_entropy, **distillation: Any) -> Stepper:
+    taught = Distillation(**{"weight": 0.5, "classes": Classes(1), **distillation})
+    return Stepper(net, Execution(net.model, default_forward), loss_fn, taught)
 
 
 def step_of(name: str) -> Step:
@@ -80,9 +81,9 @@ def test_gradients_reach_only_kept_weights_but_decay_moves_all() -> None:
 
 def test_the_teacher_leaves_no_trace_in_weights_gradients_or_statistics() -> None:
     plain, taught = no_dropout(tiny_net()), no_dropout(tiny_net())
-    for net, options in ((plain, {"distill_weight": 0.0}), (taught, {"distill_fn": lambda s, t: 0 * s.sum()})):
+    for net, options in ((plain, {"weight": 0.0}), (taught, {"fn": lambda s, t: 0 * s.sum()})):
         # the same loss with and without a teacher's pass: (1-w) * L doubled, to undo the weight
-        double = options.get("distill_fn") is not None
+        double = "fn" in options
         loss_fn = (lambda o, y: 2 * F.cross_entropy(o, y)) if double else F.cross_entropy
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9)
         stepper(net, loss_fn=loss_fn, **options).step(step_of("channel@0.4"), [batch()], optimizer)

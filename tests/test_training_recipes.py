@@ -16,10 +16,9 @@ from cocktailsdk import TrainingError
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import Recipe, ScheduleContext, Step, SubnetPass, recipe_named, recipes
 from cocktailsdk.training.recipes.steps import Pivot, Sandwich, Single, rotation
-from cocktailsdk.training.rivals.alternating import Alternating
+from cocktailsdk.training.rivals.alternating import Alternating, correct_gradients
 from cocktailsdk.training.rivals.phases import Phases
-from cocktailsdk.training.rivals.regrowth import correct_gradients
-from cocktailsdk.training.step.resolution import resized
+from cocktailsdk.training.step.forward import resized
 
 PATTERNS: dict[str, Any] = {
     "imp": (cocktail.Unstructured(sparsities=[0.3, 0.5, 0.7]),),
@@ -438,15 +437,17 @@ def test_refilled_channels_are_those_with_most_surviving_weights() -> None:
 
 
 def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
-    from cocktailsdk.training.step.distill import Classes
-    from cocktailsdk.training.step.stepper import Stepper
+    from cocktailsdk.training.step.distill import Classes, Distillation
+    from cocktailsdk.training.step.engine import Stepper
+    from cocktailsdk.training.step.execution import Execution
     from cocktailsdk.utils.nested import default_forward
 
     for active in (True, False):
         net = tiny_net()
         net.train()
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-        stepper = Stepper(net, default_forward, F.cross_entropy, None, 0.5, Classes(1), active=active)
+        execution, taught = Execution(net.model, default_forward), Distillation(0.5, None, Classes(1))
+        stepper = Stepper(net, execution, F.cross_entropy, taught, active=active)
         batch = next(iter(tiny_loaders()[0]))
         stepper.step(Step((SubnetPass("dense"),)), [batch], optimizer)
         weight = net.model.conv2.weight
@@ -459,15 +460,17 @@ def test_active_updates_leave_masked_weights_and_their_momentum_alone() -> None:
 
 
 def test_gradients_of_several_passes_are_added_each_under_its_own_mask() -> None:
-    from cocktailsdk.training.step.distill import Classes
-    from cocktailsdk.training.step.stepper import Stepper
+    from cocktailsdk.training.step.distill import Classes, Distillation
+    from cocktailsdk.training.step.engine import Stepper
+    from cocktailsdk.training.step.execution import Execution
     from cocktailsdk.utils.nested import default_forward
 
     def gradients(*subnets: str) -> dict[str, torch.Tensor]:
         net = tiny_net()
         net.model.dropout.p = 0.0
         net.train()
-        stepper = Stepper(net, default_forward, F.cross_entropy, None, 0.5, Classes(1))
+        execution, taught = Execution(net.model, default_forward), Distillation(0.5, None, Classes(1))
+        stepper = Stepper(net, execution, F.cross_entropy, taught)
         optimizer = torch.optim.SGD(net.model.parameters(), lr=0.0)
         stepper.step(Step(tuple(map(SubnetPass, subnets))), [batch], optimizer)
         return {n: p.grad.clone() for n, p in net.model.named_parameters() if p.grad is not None}

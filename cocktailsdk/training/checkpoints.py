@@ -9,8 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import TrainingError
 from ..masks import Mask
 from ..utils.nested import to_device
@@ -21,7 +19,7 @@ from .session import Session, load_tensors, model_tensors
 from .state.compatibility import hook_states
 from .state.encoding import decode_masks, encode_masks, plain, written_before
 from .state.history import History, Position
-from .step.nan_guard import StepLocation, not_finite
+from .step.nan_guard import not_finite
 from .step.same_batch import SameBatch
 from .user_code import emit
 
@@ -30,7 +28,6 @@ __all__ = [
     "emit_skipped",
     "is_needed",
     "nonfinite_error",
-    "note_skipped",
     "restore",
     "run_state",
     "save",
@@ -114,23 +111,8 @@ def nonfinite_error(session: Session, found: str) -> TrainingError:
     )
 
 
-def note_skipped(session: Session, place: StepLocation, losses: Mapping[str, Tensor]) -> None:
-    """Count a step that was left out.
-
-    Raises:
-        TrainingError: Too many were left out in a row.
-    """
-    assert session.skips is not None
-    session.history.skipped += 1
-    try:
-        name, value = session.skips.note(place, losses)
-    except TrainingError as error:
-        raise TrainingError(f"{error}. {session.store.standing}") from None
-    log.warning("left out a step %s: the loss of %s was %g, or its gradients were not finite", place, name, value)
-
-
 def emit_skipped(session: Session) -> None:
-    """Emit what :func:`note_skipped` counted, where the run can be resumed."""
+    """Emit the steps that were left out since the last call, where the run can be resumed."""
     if session.skips is not None and session.skips.waiting:
         # emptied first: the callbacks may end the run, and those steps are not reported twice
         waiting, session.skips.waiting = session.skips.waiting, []

@@ -6,8 +6,8 @@ Whatever does not fit is refused here, before anything is trained.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def infer_task(model: nn.Module, batches: Iterable[Any], options: Options) -> Cl
             loss, or where distillation needs a ``distill_fn``.
     """
     output = classes = None
-    with _first(batches, "the loader") as found:
+    with closing(_from_first(batches, "the loader")) as found:
         for batch in itertools.islice(found, MOST_BATCHES):
             output, target, loss = _pass(model, inputs_of(batch), options)
             classes = find_classes(output, target, loss, options.loss_fn)
@@ -59,30 +59,19 @@ def infer_task(model: nn.Module, batches: Iterable[Any], options: Options) -> Cl
     return classes
 
 
-@contextmanager
-def _first(batches: Iterable[Any], what: str) -> Iterator[Iterable[Any]]:
+def _from_first(batches: Iterable[Any], what: str) -> Generator[Any]:
     """Batches of which the first ones are looked at."""
-
-    def each() -> Generator[Any]:
-        try:
-            iterator = iter(batches)
-            first = next(iterator, None)
-        except CocktailError:
-            raise
-        except Exception as error:
-            raise TrainingError(
-                f"{what} raised {type(error).__name__} ({one_line(error)}) for its first batch"
-            ) from error
-        if first is None:
-            raise TrainingError(f"{what} gave no batches")
-        yield first
-        yield from iterator
-
-    found = each()
     try:
-        yield found
-    finally:
-        found.close()
+        iterator = iter(batches)
+        first = next(iterator, None)
+    except CocktailError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"{what} raised {type(error).__name__} ({one_line(error)}) for its first batch") from error
+    if first is None:
+        raise TrainingError(f"{what} gave no batches")
+    yield first
+    yield from iterator
 
 
 def _pass(model: nn.Module, batch: Any, options: Options) -> tuple[Any, Any, Tensor]:
@@ -154,7 +143,7 @@ def try_metric(
 
     own = isinstance(metric, HeldOutLoss) or options.metric is None  # was chosen for the task that was inferred
     empty, bad = 0, 0
-    with _first(batches, names) as found:
+    with closing(_from_first(batches, names)) as found:
         for batch in found:
             try:
                 score = mean_score(model, [batch], forward, metric if own else judged, ranks, check=not own)

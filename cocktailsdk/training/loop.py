@@ -22,20 +22,18 @@ from ..utils.weight_caches import forget_derived
 from .data.batches import CachedBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums
-from .loop_finish import accuracy_metric, check_trained, measure_networks, restored_on_failure
-from .loop_plan import LoopPlan
-from .loop_state import check_loop_state
+from .loop_finish import accuracy_metric, check_trained, restored_on_failure
+from .loop_plan import LoopPlan, check_loop_state
 from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
-from .metrics import MetricFn
+from .metrics import MetricFn, mean_score
 from .recipes import Recipe
 from .settings import check_numbers
 from .state.encoding import encode_masks
 from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, find_classes
 from .step.engine import StepEngine
-from .step.execution import Execution
+from .step.execution import Execution, without_autocast
 from .step.forward import ForwardFn, detached
-from .step.precision import without_autocast
 from .step.same_batch import SameBatch
 
 __all__ = ["CoLoop"]
@@ -286,7 +284,14 @@ class CoLoop:
             held_out = None if val_loader is None else CachedBatches(val_loader, (self._seed, "held out"), device)
             if held_out is not None and metric is None:
                 metric = accuracy_metric(net, held_out, forward, self._distillation.classes)
-            measure_networks(net, [DENSE, *self._plan.names(self._plan.rounds)], batches, held_out, forward, metric)
+            net.statistics.clear()
+            net.metrics.clear()
+            for name in (DENSE, *self._plan.names(self._plan.rounds)):
+                net.recalibrate(name, batches, lambda model, batch: forward(model, batch)[0])
+                if held_out is not None and metric is not None:
+                    with net.using(name):
+                        score = mean_score(net.model, held_out, forward, metric, check=name == DENSE)
+                    net.metrics[name] = score.number
             note_training(net, self._configuration, train_loader)
         return net
 

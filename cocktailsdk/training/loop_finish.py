@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,31 +15,12 @@ from ..utils.modes import evaluating
 from .data.batches import CachedBatches
 from .ending import rescued_bundle
 from .left_out import first_few, weight_sums
-from .metrics import MetricFn, accuracy_of, mean_score
+from .metrics import MetricFn, accuracy_of
 from .step.distill import Classes, find_classes
 from .step.forward import ForwardFn
 from .step.nan_guard import not_finite
 
-__all__ = ["accuracy_metric", "check_trained", "measure_networks", "restored_on_failure"]
-
-
-def measure_networks(
-    net: SubnetModel,
-    names: Sequence[str],
-    batches: CachedBatches,
-    held_out: CachedBatches | None,
-    forward: ForwardFn,
-    metric: MetricFn | None,
-) -> None:
-    """Give networks statistics by training batches, and a metric where there is held-out data."""
-    net.statistics.clear()
-    net.metrics.clear()
-    for i, name in enumerate(names):
-        net.recalibrate(name, batches, lambda model, batch: forward(model, batch)[0])
-        if held_out is not None and metric is not None:
-            with net.using(name):
-                score = mean_score(net.model, held_out, forward, metric, check=not i)
-            net.metrics[name] = score.number
+__all__ = ["accuracy_metric", "check_trained", "restored_on_failure"]
 
 
 @contextmanager

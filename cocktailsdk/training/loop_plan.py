@@ -1,16 +1,20 @@
-"""Which step comes next in a loop of your own, and the masks of its round."""
+"""Which step comes next in a loop of your own, the masks of its round, and whether a saved state is of this loop."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 from ..errors import TrainingError
+from ..masks import Mask
 from ..net.subnet_model import SubnetModel
 from .budget import round_steps
 from .recipes import Recipe, ScheduleContext, Step
 from .round_plan import names_until, networks_of, round_masks, step_of
+from .state.compatibility import Foreign, check_classes, check_masks
+from .state.configuration import differences
 
-__all__ = ["LoopPlan"]
+__all__ = ["LoopPlan", "check_loop_state"]
 
 
 class LoopPlan:
@@ -32,15 +36,7 @@ class LoopPlan:
         TrainingError: There is no such start, or there are too few steps.
     """
 
-    def __init__(
-        self,
-        net: SubnetModel,
-        recipe: Recipe,
-        steps: int,
-        rounds: int | None,
-        start: Literal["scratch", "pretrained"],
-        seed: int,
-    ) -> None:
+    def __init__(self, net: SubnetModel, recipe: Recipe, steps: int, rounds: int | None, start: str, seed: int) -> None:
         if start not in ("scratch", "pretrained"):
             raise TrainingError(f'start must be "scratch" or "pretrained", got {start!r}')
         self._net, self._recipe, self._steps, self._seed = net, recipe, steps, seed
@@ -84,8 +80,7 @@ class LoopPlan:
         if not self.entered < round_ <= self.rounds:
             return False
         net = self._net
-        masks = round_masks(self._recipe, net, self._plan[round_ - 1], self.names(round_ - 1), round_, _no_dense_round)
-        for name, mask in masks.items():
+        for name, mask in round_masks(self._recipe, net, self._plan, round_, _no_dense_round).items():
             net.set_mask(name, mask)
         self.entered = round_
         return True
@@ -93,3 +88,36 @@ class LoopPlan:
 
 def _no_dense_round() -> None:
     raise TrainingError("the mask rule wants the weights that the dense round ended with, which CoLoop does not keep")
+
+
+def check_loop_state(state: Any, net: SubnetModel, configuration: Mapping[str, Any], total: int) -> dict[str, Mask]:
+    """See that a state is one of a loop.
+
+    Args:
+        state: What is to be loaded.
+        net: The loop's.
+        configuration: The loop's.
+        total: Its steps in all.
+
+    Returns:
+        The masks in it.
+
+    Raises:
+        TrainingError: It is not; says what differs.
+    """
+    if not isinstance(state, Mapping) or state.get("format") != 1:
+        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        raise TrainingError(f"this is no state of a CoLoop that this release reads: format {found!r}")
+    kinds = {"configuration": Mapping, "masks": Mapping, "done": int, "entered": int}
+    try:
+        if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
+            raise Foreign(f"its {wrong[0]!r} is {type(state.get(wrong[0])).__name__}")
+        if not 0 <= state["done"] <= total:
+            raise Foreign(f"{state['done']} of {total} steps are done")
+        check_classes(state.get("classes"))
+        masks = check_masks(state["masks"], net)
+    except Foreign as error:
+        raise TrainingError(f"this is no state of a CoLoop: {error}") from error
+    if lines := differences(state["configuration"], configuration):
+        raise TrainingError(f"the state is of another loop ({'; '.join(lines)}): build the loop as it was")
+    return masks

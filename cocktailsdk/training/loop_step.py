@@ -101,27 +101,19 @@ def recipe_for_loops(recipe: str | Recipe) -> Recipe:
         TrainingError: It does what a loop cannot; says what.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
-    if what := _needs_trainer(recipe):
-        raise beyond(recipe, what)
+    needs_trainer = {
+        "merges its rounds": recipe.merges,
+        "rewinds the weights": recipe.rewind and recipe.rounds == "levels",
+        "keeps several sets of weights": recipe.weights == "own",
+        "keeps statistics of every network while it trains": recipe.statistics == "separate",
+        "keeps masked weights unchanged while the optimizer steps": recipe.update == "active",
+        "changes learning rates": recipe.finishing_rate != 1,
+        "has hooks, which change masks, gradients or the optimizer inside rounds": len(recipe.step_hooks()) > 0,
+    }
+    for what, needed in needs_trainer.items():
+        if needed:
+            raise beyond(recipe, what)
     return recipe
-
-
-def _needs_trainer(recipe: Recipe) -> str | None:
-    if recipe.merges:
-        return "merges its rounds"
-    if recipe.rewind and recipe.rounds == "levels":
-        return "rewinds the weights"
-    if recipe.weights == "own":
-        return "keeps several sets of weights"
-    if recipe.statistics == "separate":
-        return "keeps statistics of every network while it trains"
-    if recipe.update == "active":
-        return "keeps masked weights unchanged while the optimizer steps"
-    if recipe.finishing_rate != 1:
-        return "changes learning rates"
-    if len(recipe.step_hooks()):
-        return "has hooks, which change masks, gradients or the optimizer inside rounds"
-    return None
 
 
 def beyond(recipe: Recipe, what: str) -> TrainingError:

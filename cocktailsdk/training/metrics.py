@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..utils.modes import evaluating
+from ..utils.nested import tensors_in
 from .distributed.ranks import SINGLE, Ranks
 from .distributed.sharing import part_of
-from .score_sizes import check_size
-from .step.distill import Classes
+from .step.distill import Classes, counted
 from .step.forward import ForwardFn, LossFn, loss_of, output_tensor
-from .step.ignored import counted
 
 __all__ = [
     "HeldOutLoss",
@@ -202,3 +201,54 @@ def mean_score(
     number = total.item()
     value = Fraction(number) / count if math.isfinite(number) else NOT_FINITE
     return Score(value, Fraction(1) if boolean else None, count)
+
+
+def check_size(scores: Tensor, output: Any, target: Any) -> None:
+    """Refuse scores that are neither one number for the batch nor one for each example, token or pixel.
+
+    Metrics may leave out labels, ignored ones above all. Where the target has labels for tokens or pixels, all sizes
+    are taken that a choice of labels is likely to have; where it has one for each example, only those without the
+    negative labels, or of hits without one class.
+
+    Raises:
+        TrainingError: Says how many scores there are and how many were expected.
+    """
+    lengths = _lengths(output, target)
+    if not scores.ndim or not lengths or len(scores) in lengths:
+        return
+    logits = output_tensor(output)
+    leaves = tensors_in(target) or ([] if logits is None else [logits])
+    if scores.numel() in {leaf.numel() for leaf in leaves}:
+        return
+    if isinstance(target, Tensor) and _is_choice(scores, target):
+        return
+    found = f"{scores.numel()} score{'s' * (scores.numel() != 1)} (shape {tuple(scores.shape)})"
+    raise TrainingError(
+        f"metric(output, target) returned {found} for a batch of {lengths[0]} examples: return one number for each "
+        "example (or token, or pixel), whose mean is taken, or a scalar for the whole batch"
+    )
+
+
+def _lengths(output: Any, target: Any) -> list[int]:
+    """What may be the number of examples."""
+    if isinstance(target, Tensor) and target.ndim:
+        return [len(target)]
+    parts = [*tensors_in(target), output_tensor(output)]
+    own = [len(target)] if isinstance(target, tuple | list) else []
+    return own + [len(part) for part in parts if part is not None and part.ndim]
+
+
+def _is_choice(scores: Tensor, target: Tensor) -> bool:
+    """Whether scores are likely those of a choice of labels."""
+    size, hits, each = scores.numel(), scores.dtype.is_floating_point is False, target.numel() == len(target)
+    if scores.ndim > 1 or size > target.numel() or target.is_floating_point():
+        return False
+    if not each and (hits or 2 * size >= target.numel()):
+        return True
+    views = [target] if target.ndim < 2 else [target, target[..., 1:]]  # language models predict the next token
+    for labels in views:
+        kept = labels[labels >= 0]
+        without_one = {kept.numel() - int(n) for n in kept.unique(return_counts=True)[1]} if hits or not each else set()
+        if size in {labels.numel(), kept.numel(), *without_one}:
+            return True
+    return False

@@ -25,8 +25,8 @@ from .recipes import Recipe, recipe_named
 from .round_plan import Plan
 from .schedules import ScheduleFactory, cosine_restarts
 from .settings import Settings, check_numbers, shortened
+from .step.execution import Precision
 from .step.forward import ForwardFn, LossFn
-from .step.precision import Precision
 
 __all__ = ["Loaders", "OptimizerFactory", "Options", "TrainerArguments", "build_options", "default_optimizer"]
 

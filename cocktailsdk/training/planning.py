@@ -22,7 +22,7 @@ from .evaluation import score
 from .optimization import Optimization
 from .recipes import Step, SubnetPass
 from .session import Session, load_tensors, model_tensors
-from .step.stepper import Stepper
+from .step.engine import Stepper
 
 __all__ = ["Costs", "Plan", "epochs_for", "measure", "plan"]
 
@@ -159,7 +159,8 @@ def measure(session: Session) -> Costs:
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     statistics, metrics = dict(net.statistics), dict(net.metrics)
     optimization = Optimization.begin(net.model, options, options.first_round, session.device)
-    stepper = Stepper.of(net, options, session.classes, execution=session.execution)
+    assert session.execution is not None
+    stepper = Stepper.of(net, session.execution, options, session.classes)
     batches = list(itertools.islice(session.data.recalibration, options.gradient_accumulation_steps))
     names = [names[0] for names in session.networks(options.rounds).values() if names]
 

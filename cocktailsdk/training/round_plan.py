@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import TrainingError
 from ..masks import Mask
@@ -10,10 +10,8 @@ from ..net.subnet_model import SubnetModel
 from ..patterns.base import Subnet
 from .recipes import Pruning, Recipe, ScheduleContext, Step
 from .recipes.steps import DENSE_STEP
-from .step.hook_calls import StepHooks
-from .step.hooks import StepHook
 
-__all__ = ["Plan", "hooks_of", "names_until", "networks_of", "round_masks", "step_of"]
+__all__ = ["Plan", "names_until", "networks_of", "round_masks", "step_of"]
 
 Plan = Sequence[Mapping[str, tuple[Subnet, ...]]]
 """The subnets of every round after the dense one, by pattern."""
@@ -48,34 +46,23 @@ def step_of(recipe: Recipe, context: ScheduleContext, last: int) -> Step:
     return schedule(context)
 
 
-def hooks_of(hooks: StepHooks, context: ScheduleContext, last: int) -> tuple[StepHook, ...]:
-    """The hooks of the step that :func:`step_of` chooses: no schedule is called for a dense round."""
-    return hooks.of(scheduled=any(context.subnets.values()), finishing=context.round > last)
-
-
 def round_masks(
-    recipe: Recipe,
-    net: SubnetModel,
-    subnets: Mapping[str, tuple[Subnet, ...]],
-    before: Collection[str],
-    round_: int,
-    load_dense: Callable[[], None],
+    recipe: Recipe, net: SubnetModel, plan: Plan, round_: int, load_dense: Callable[[], None]
 ) -> dict[str, Mask]:
     """Masks of the subnets that are new in a round, by the recipe's rule; they are not set.
 
     Args:
         recipe: Of the run.
         net: With the weights that the round before ended with.
-        subnets: The round's, by pattern.
-        before: Names of those that have a mask of this run.
-        round_: Its number, for errors.
+        plan: The subnets of every round.
+        round_: The round's number, from 1.
         load_dense: Loads the weights that the dense round ended with.
 
     Raises:
         TrainingError: The rule makes others.
     """
-    new = frozenset(s.name for row in subnets.values() for s in row if s.name not in before)
-    masks = recipe.mask_rule(Pruning(net, subnets, new, load_dense))
+    new = frozenset(names_until(net, plan, round_)) - frozenset(names_until(net, plan, round_ - 1))
+    masks = recipe.mask_rule(Pruning(net, plan[round_ - 1], new, load_dense))
     if set(masks) != new:
         raise TrainingError(
             f"recipe {recipe.name!r}: its mask rule must make masks of {', '.join(sorted(new)) or 'nothing'} "

@@ -10,21 +10,20 @@ import torch
 
 from ..masks import Mask
 from ..patterns.base import DENSE
-from .checkpoints import check_finite, emit_skipped, nonfinite_error, note_skipped, save, save_if_due, save_if_late
+from .checkpoints import check_finite, emit_skipped, nonfinite_error, save, save_if_due, save_if_late
 from .evaluation import displayed, score
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
 from .optimization import Optimization
 from .recipes import ScheduleContext, Step
-from .round_plan import hooks_of, round_masks
+from .round_plan import round_masks, step_of
 from .session import Session, load_tensors, model_tensors
 from .state.encoding import encode_masks, to_cpu
 from .state.history import RoundHistory
-from .step.hook_calls import HookCalls
-from .step.hooks import StepContext
+from .step.engine import Stepper, StepResult
+from .step.hooks import HookCalls, StepContext
 from .step.nan_guard import StepLocation, StepSnapshot
 from .step.same_batch import SameBatch
-from .step.stepper import Stepper, StepResult
 from .user_code import emit, next_batches
 
 __all__ = ["train_rounds"]
@@ -36,7 +35,8 @@ REWIND = "rewind"
 
 def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
     """Train the remaining rounds of a phase, from wherever the run stands."""
-    stepper = Stepper.of(session.net, session.options, session.classes, session.execution)
+    assert session.execution is not None
+    stepper = Stepper.of(session.net, session.execution, session.options, session.classes)
     stepper.allows = None if session.skips is None else session.skips.allows
     while session.position.phase == phase:
         if session.position.entered:
@@ -75,14 +75,13 @@ def _enter_round(session: Session) -> None:
     session.losses = {}
     if options.recipe.statistics == "separate":
         session.net.statistics.clear()
-    names = [name for names in session.networks(k).values() for name in names]
-    session.history.rounds.append(RoundHistory(k, names, made={}))
     context = session.context_at(k, 0)
-    for hook in hooks_of(session.hooks, context, options.rounds):
+    session.history.rounds.append(RoundHistory(k, [*context.names], made={}))
+    for hook in session.hooks.of(context, options.rounds):
         hook.on_round_start(context)
     _keep_rewind_point(session)
     save(session)
-    emit(session, RoundStarted(k, tuple(names), len(options.epochs_of(k))))
+    emit(session, RoundStarted(k, context.names, len(options.epochs_of(k))))
 
 
 def _resume_round(session: Session) -> None:
@@ -102,8 +101,7 @@ def _make_masks(session: Session, k: int) -> dict[str, Mask]:
     def load_dense() -> None:
         load_tensors(net.model, session.store.get(REWIND if options.first_round else "round-00"))
 
-    masks = round_masks(options.recipe, net, session.plan[k - 1], session.names(k - 1), k, load_dense)
-    masks = session.broadcast_masks(masks)
+    masks = session.broadcast_masks(round_masks(options.recipe, net, session.plan, k, load_dense))
     for name, mask in masks.items():
         net.set_mask(name, mask)
     return masks
@@ -133,12 +131,12 @@ def _train_round(session: Session, stepper: Stepper) -> None:
         for i in range(position.step, steps):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
             context = session.context_at(k, number)
-            step = session.step_at(k, number)
+            step = step_of(options.recipe, context, options.rounds)
             if not shared.follows(step):
                 shared.clear()
                 batches, at = next_batches(session)
             hooks = _hooks(session, step, context)
-            hooks.call("before_step")
+            hooks("before_step")
             # after the hooks, so that whatever they draw leaves the step's own random numbers as they are
             session.seed("step", k, position.epoch, i, *session.rank_key)
             location = StepLocation(k, position.epoch, i, at, session.history.steps)
@@ -187,7 +185,7 @@ def _hooks(session: Session, step: Step, context: ScheduleContext) -> HookCalls:
         changed=session.remade.add,
         snapshot=lambda name: _snapshot_weights(session, name),
     )
-    return HookCalls(hooks_of(session.hooks, context, session.options.rounds), step_context)
+    return HookCalls(session.hooks.of(context, session.options.rounds), step_context)
 
 
 def _snapshot_weights(session: Session, name: str) -> None:
@@ -204,8 +202,10 @@ def _count(
     note_step(record, result.losses, made=result.made)
     if result.rejected:
         assert snapshot is not None
+        assert session.skips is not None
         snapshot.restore()
-        note_skipped(session, location, result.losses)
+        session.history.skipped += 1
+        session.skips.note(location, result.losses, session.store.standing)
         return
     if session.skips is not None:
         session.skips.in_a_row = 0
@@ -272,7 +272,7 @@ def _measure(session: Session, k: int) -> dict[str, float]:
     if session.data.held_out is None:
         return {}
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
-    names = dict.fromkeys([DENSE, *(n for names in session.networks(k).values() for n in names)])
+    names = dict.fromkeys([DENSE, *session.context_at(k, 0).names])
     tracked = dict(net.statistics)
     try:
         metrics = {name: displayed(session, score(session, name).value) for name in names}

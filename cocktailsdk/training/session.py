@@ -36,7 +36,7 @@ from .state.history import History, Position
 from .state.store import Store
 from .step.distill import Classes
 from .step.execution import Execution
-from .step.hook_calls import StepHooks
+from .step.hooks import StepHooks
 from .step.nan_guard import SECONDS, LossWatch, Skips
 from .timing import Timing
 

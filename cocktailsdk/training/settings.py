@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import TrainingError
 from .step.distill import DistillFn
+from .step.execution import MixedPrecision
 from .step.forward import ForwardFn
-from .step.precision import MixedPrecision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -50,8 +50,8 @@ from .state.history import History
 from .state.provenance import note_training
 from .state.store import FolderStore, MemoryStore, Store
 from .step.distill import Classes
+from .step.execution import without_autocast
 from .step.forward import LossFn
-from .step.precision import without_autocast
 from .user_code import LoaderFailed, emit
 
 __all__ = ["CoTrainer"]

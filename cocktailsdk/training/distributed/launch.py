@@ -17,7 +17,7 @@ from ...errors import TrainingError
 from ...utils.devices import available_device
 from ...utils.fsdp import reshard_after_forward, sharded
 from ...utils.optional import require
-from ..step.precision import MixedPrecision, Precision
+from ..step.execution import MixedPrecision, Precision
 from .ranks import SINGLE, ProcessRanks, Ranks
 
 if TYPE_CHECKING:

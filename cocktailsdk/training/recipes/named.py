@@ -17,7 +17,8 @@ __all__ = ["recipe_named", "recipes"]
 
 PAPER = Recipe(name="paper")
 COCKTAIL = replace(PAPER, name="cocktail", rewind=False, merging="none", finishing=0.5)
-US_NET = Recipe(name="us-net", schedule=Sandwich(), masks="own", rounds="one", distill=1.0, merging="none")
+ONE_ROUND = Recipe(name="one round", masks="own", rounds="one", distill=False, merging="none")
+US_NET = replace(ONE_ROUND, name="us-net", schedule=Sandwich(), distill=1.0)
 
 _ALL = (
     COCKTAIL,
@@ -30,25 +31,13 @@ _ALL = (
     replace(PAPER, name="paper-no-rewinding", rewind=False),
     replace(PAPER, name="paper-no-distillation", distill=False),
     # its rivals
-    Recipe(
-        name="ac/dc",
-        schedule=Phases(),
-        masks="own",
-        rounds="one",
-        distill=False,
-        update="active",
-        merging="none",
-        weights="own",
-        takes="subnet",
-    ),
-    Recipe(
+    replace(ONE_ROUND, name="ac/dc", schedule=Phases(), update="active", weights="own", takes="subnet"),
+    replace(
+        ONE_ROUND,
         name="ast",
         schedule=Alternating(),
         masks="layerwise",
-        rounds="one",
-        distill=False,
         statistics="separate",
-        merging="none",
         takes="pattern",
         only=("unstructured", "n:m"),
     ),

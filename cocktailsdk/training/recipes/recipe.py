@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
-from ..step.hook_calls import StepHooks
-from ..step.hooks import StepHook
+from ..step.hooks import StepHook, StepHooks
 from .masks import MASK_RULES, MaskRule
 from .steps import SCHEDULES, StepSchedule
 
@@ -81,19 +80,9 @@ class Recipe:
     hooks: tuple[StepHook, ...] = ()
 
     def __post_init__(self) -> None:
-        choices: dict[str, Sequence[str]] = {
-            "rounds": ("levels", "one"),
-            "update": ("all", "active"),
-            "statistics": ("shared", "separate"),
-            "merging": ("global", "layerwise", "gradient", "none"),
-            "weights": ("shared", "own"),
-            "takes": ("any", "pattern", "subnet"),
-        }
-        known: dict[str, Sequence[str]] = {
-            "schedule": tuple(SCHEDULES),
-            "finishing_schedule": tuple(SCHEDULES),
-            "masks": tuple(MASK_RULES),
-        }
+        hints = get_type_hints(Recipe)
+        choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        known = {"schedule": SCHEDULES, "finishing_schedule": SCHEDULES, "masks": MASK_RULES}
         for name, allowed in {**choices, **known}.items():
             value = getattr(self, name)
             if name in known and callable(value):
@@ -109,14 +98,12 @@ class Recipe:
             raise self._error("finishing", "must be a share of the steps, in 0 … 1, below 1")
         if not self.finishing_rate > 0:
             raise self._error("finishing_rate", "must be above 0")
-        if self.finishing and (self.weights == "own" or self.rounds == "one"):
-            raise self._error(
-                "finishing", 'comes after the rounds\' shared weights are merged: 0 with rounds="one" or weights="own"'
-            )
-        if self.merges and (self.weights == "own" or self.rounds == "one"):
-            raise self._error(
-                "merging", 'needs rounds that share their weights: "none" with rounds="one" or weights="own"'
-            )
+        if self.weights == "own" or self.rounds == "one":
+            without = 'with rounds="one" or weights="own"'
+            if self.finishing:
+                raise self._error("finishing", f"comes after the rounds' shared weights are merged: 0 {without}")
+            if self.merges:
+                raise self._error("merging", f'needs rounds that share their weights: "none" {without}')
 
     def _error(self, name: str, rule: str) -> TrainingError:
         return TrainingError(f"recipe {self.name!r}: {name} {rule}, got {getattr(self, name)!r}")

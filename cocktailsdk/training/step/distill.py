@@ -1,10 +1,14 @@
 """Dynamic distillation: the dense network, as it stands, teaches the sparse ones (paper, section 3.2).
 
+Which labels a loss leaves out (``ignore_index``) is read from the loss function, or seen from what it computed.
+
 On a sparse step the loss is ``(1-w) L(S(x), y) + w L(S(x), softmax(D(x)))`` with ``w = 0.5`` and temperature 1.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,12 +21,13 @@ from torch.nn import functional as F
 
 from ...errors import TrainingError
 from .forward import LossFn, loss_of, output_tensor
-from .ignored import counted, ignored_by, ignored_by_value
 
-__all__ = ["Classes", "DistillFn", "Distillation", "find_classes", "soft_cross_entropy", "untouched_buffers"]
+__all__ = ["Classes", "DistillFn", "Distillation", "counted", "find_classes", "soft_cross_entropy", "untouched_buffers"]
 
 VOID = 255
 """The label of pixels without a class in most segmentation sets."""
+LOOKS = 1024
+"""So many labels of a first batch are tried, one after the other, as the one that a loss leaves out."""
 DistillFn = Callable[[Any, Any], Tensor]
 
 
@@ -58,6 +63,24 @@ class Classes:
         return counted(target, self.size, self.ignored)
 
 
+def counted(labels: Int[Tensor, "..."], classes: int | None, ignored: int | None) -> Bool[Tensor, "..."]:
+    """Which labels count.
+
+    A label below 0 or beyond the last class can be no error: cross-entropy raises for it, unless it is told to leave
+    such labels out.
+
+    Args:
+        labels: Integer labels.
+        classes: How many classes there are; ``None`` if unknown.
+        ignored: A label that the loss leaves out, although it may be a class.
+    """
+    labels = labels.long()  # in 8 bits, -100 would be 156
+    counts = labels >= 0
+    if classes is not None:
+        counts = counts & (labels < classes)
+    return counts if ignored is None else counts & (labels != ignored)
+
+
 def find_classes(
     output: Any, target: Any, loss: Float[Tensor, ""] | None, loss_fn: LossFn | None = None
 ) -> Classes | None:
@@ -85,38 +108,23 @@ def find_classes(
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         return None
     ignored = ignored_by(loss_fn)
-    fits = []
+    fits: dict[Classes, list[int]] = {}  # with the labels beyond the last class
     for classes in (Classes(1), Classes(-1), Classes(-1, shift=True)):
         if classes.axis == -1 and logits.ndim == 2:
             continue  # the same as axis 1
         shape = list(logits.shape)
         size = shape.pop(classes.axis)
-        if shape == list(target.shape) and _in_range(target, size):
-            fits.append(replace(classes, ignored=ignored, size=size))
-    sure = len(fits) == 1 and _beyond(target, fits[0].size) in (None, ignored, VOID)
-    best = fits[0] if sure else _closest(fits, logits, target, loss)
+        if shape == list(target.shape):
+            beyond = target.long()[target.long() >= size].unique().tolist()
+            if len(beyond) <= 1:  # one such value may be what the loss leaves out
+                fits[replace(classes, ignored=ignored, size=size)] = beyond
+    sure = len(fits) == 1 and next(iter(fits.values())) in ([], [ignored], [VOID])
+    best = next(iter(fits)) if sure else _closest([*fits], logits, target, loss)
     if best is None or loss is None or (ignored is not None and 0 <= ignored < (best.size or 0)):
         return best
     # a wrapper may leave out a class, whatever the index of the loss that it wraps
-    seen = _seen(best, logits, target, float(loss.detach()))
+    seen = _ignored_by_value(best, logits, target, float(loss.detach()))
     return best if seen is None else replace(best, ignored=seen)
-
-
-def _seen(classes: Classes, logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: float) -> int | None:
-    """The class that the loss leaves out, if it is a cross-entropy read so."""
-    return ignored_by_value(*classes.positions(logits.detach().float(), target), loss)
-
-
-def _in_range(target: Int[Tensor, "..."], size: int) -> bool:
-    """Whether labels are classes, or negative, or one value beyond, which the loss may leave out."""
-    beyond = target[target.long() >= size]
-    return not beyond.numel() or bool((beyond == beyond[0]).all())
-
-
-def _beyond(target: Int[Tensor, "..."], size: int | None) -> int | None:
-    """The largest label, if it is beyond the last class."""
-    most = int(target.max()) if target.numel() else -1
-    return most if size is not None and most >= size else None
 
 
 def _closest(
@@ -132,7 +140,7 @@ def _closest(
     off = {classes: abs(_cross_entropy(logits, target, classes) - wanted) for classes in fits}
     best = min(fits, key=off.__getitem__)
     if not off[best] <= 1e-5 * abs(wanted) + 1e-7:  # also where all labels are ignored, and nothing is known
-        seen = [replace(c, ignored=v) for c in fits if (v := _seen(c, logits, target, wanted)) is not None]
+        seen = [replace(c, ignored=v) for c in fits if (v := _ignored_by_value(c, logits, target, wanted)) is not None]
         if len(seen) == 1:
             return seen[0]
     return best if off[best] <= 1e-2 * abs(wanted) + 1e-4 else None
@@ -143,6 +151,72 @@ def _cross_entropy(logits: Float[Tensor, "..."], target: Int[Tensor, "..."], cla
     rows, labels = classes.positions(logits.detach().float(), target)
     counts = classes.counted(labels)
     return float(F.cross_entropy(rows[counts], labels[counts]))
+
+
+def ignored_by(loss_fn: Any) -> int | None:
+    """The ``ignore_index`` of a loss function: an attribute, an argument that is bound, or a default value.
+
+    ``functools.partial``, bound methods and modules that hold the loss are followed.
+
+    Returns:
+        ``None`` where it cannot be read, as in a ``lambda``, or parts of the loss differ.
+    """
+    if isinstance(loss_fn, functools.partial):
+        bound: Any = loss_fn.keywords.get("ignore_index")
+        return bound if _is_label(bound) else ignored_by(loss_fn.func)
+    own: Any = getattr(loss_fn, "ignore_index", None)
+    if _is_label(own):
+        return int(own)
+    if isinstance(loss_fn, nn.Module):
+        parts: list[Any] = [getattr(module, "ignore_index", None) for module in loss_fn.modules()]
+        found = {int(value) for value in parts if _is_label(value)}
+        return found.pop() if len(found) == 1 else None
+    if inspect.ismethod(loss_fn):
+        return ignored_by(loss_fn.__self__)
+    try:
+        parameter = inspect.signature(loss_fn).parameters.get("ignore_index")
+    except (TypeError, ValueError):
+        return None
+    return parameter.default if parameter is not None and _is_label(parameter.default) else None
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@torch.no_grad()
+def _ignored_by_value(
+    classes: Classes, logits: Float[Tensor, "..."], target: Int[Tensor, "..."], loss: float
+) -> int | None:
+    """The class that a mean cross-entropy leaves out, seen from its value.
+
+    Args:
+        classes: How both are read.
+        logits: Of a batch.
+        target: Its labels; those out of range do not count anyway.
+        loss: What the loss function made of both.
+
+    Returns:
+        ``None`` where the loss is the mean over all labels in range, or is none of these means (class weights, label
+        smoothing).
+    """
+    rows, labels = classes.positions(logits.float(), target)
+    counts = counted(labels, rows.shape[-1], None)
+    if not bool(counts.any()) or loss - loss != 0:
+        return None
+    labels = labels[counts].long()
+    each = F.cross_entropy(rows[counts].double(), labels, reduction="none")
+
+    def close(value: Tensor) -> bool:
+        return abs(float(value) - loss) <= 1e-5 * abs(loss) + 1e-7
+
+    if close(each.mean()):
+        return None
+    present = labels.unique()
+    if len(present) > LOOKS:
+        return None
+    fits = [int(v) for v in present if bool((labels != v).any()) and close(each[labels != v].mean())]
+    return fits[0] if len(fits) == 1 else None
 
 
 def soft_cross_entropy(
@@ -196,15 +270,15 @@ class Distillation:
         """
         if not self.weight:
             return loss
-        return (1 - self.weight) * loss + self.weight * self._soft(output, teacher, target, loss_fn)
-
-    def _soft(self, output: Any, teacher: Any, target: Any, loss_fn: LossFn | None) -> Float[Tensor, ""]:
-        if self.fn is not None:
-            return loss_of(output, teacher, self.fn, "distill_fn")
+        from_labels = (1 - self.weight) * loss
         student, dense = output_tensor(output), output_tensor(teacher)
-        if self.classes is None or student is None or dense is None:
+        if self.fn is not None:
+            soft = loss_of(output, teacher, self.fn, "distill_fn")
+        elif self.classes is None or student is None or dense is None:
             raise no_soft_loss(loss_fn, output)
-        return soft_cross_entropy(student, dense, target, self.classes)
+        else:
+            soft = soft_cross_entropy(student, dense, target, self.classes)
+        return from_labels + self.weight * soft
 
 
 def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
@@ -220,17 +294,16 @@ def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
 @contextmanager
 def untouched_buffers(model: nn.Module) -> Iterator[None]:
     """Let a forward pass in train mode leave no trace in the model's buffers (batch-norm statistics above all)."""
-    buffers = [
-        (module, name, buffer)
+    before = [
+        (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    before = [buffer.clone() for _, _, buffer in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for (module, name, buffer), value in zip(buffers, before, strict=True):
+            for module, name, buffer, value in before:
                 buffer.copy_(value)  # in place: others hold this tensor
                 module._buffers[name] = buffer  # a forward pass may have put another tensor there

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,16 +17,55 @@ from ...utils.fsdp import sharded, shards
 from ...utils.modes import modes_restored, train_as_handed
 from ...utils.nested import default_forward, split
 from ...utils.optional import require
+from ...utils.weight_caches import forget_derived
 from ..distributed.ranks import SINGLE, Ranks
 from ..distributed.sharing import examples, inputs_of
 from .distill import Classes, untouched_buffers
-from .forward import ForwardFn, LossFn, loss_of
-from .precision import FULL, Precision
+from .forward import ForwardFn, LossFn, loss_of, mapped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Execution"]
+__all__ = ["Execution", "MixedPrecision", "Precision", "without_autocast"]
+
+
+MixedPrecision = Literal["bf16", "fp16"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what training passes compute.
+
+    Attributes:
+        name: ``"bf16"``, ``"fp16"``, or ``None`` for the weights' own.
+    """
+
+    name: MixedPrecision | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in (None, *_DTYPES):
+            raise TrainingError(f'mixed_precision must be None, "bf16" or "fp16", got {self.name!r}')
+
+    def passes(self, run: Callable[[], tuple[Any, Any]], device: torch.device) -> tuple[Any, Any]:
+        """A forward pass under autocast, its output in single precision, so that losses are."""
+        if self.name is None:
+            return run()
+        forget_derived()  # inside an autocast of the caller's, leaving this one would not drop casts of older weights
+        with torch.autocast(device.type, _DTYPES[self.name]):
+            output, target = run()
+        return mapped(output, _single), target
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler | None:
+        """What scales losses such that small gradients do not vanish in 16 bits; only fp16 needs it."""
+        return torch.amp.GradScaler(device.type) if self.name == "fp16" else None
+
+
+FULL = Precision()
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class _Pass(nn.Module):
@@ -232,3 +272,14 @@ def synchronised_norms(model: nn.Module, device: torch.device) -> list[Any]:
             "leave it out, and every process uses its own examples' statistics while it trains"
         )
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and type(m) is not nn.SyncBatchNorm]
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Leave the caller's autocast, under which masks, statistics and merging would be computed in 16 bits."""
+    inside = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if inside else nullcontext():
+        try:
+            yield
+        finally:
+            forget_derived()  # the caller's context may have kept casts of weights that have changed

@@ -6,7 +6,9 @@ steps that it chooses. :mod:`cocktailsdk.training.rivals` has AC/DC and AST, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,3 +152,58 @@ class StepContext:
             TrainingError: Some weights are not finite.
         """
         self._snapshot(name)
+
+
+@dataclass(frozen=True)
+class HookCalls:
+    """The hooks of one step, to be called by the name of a method and its arguments after the context."""
+
+    hooks: Sequence[StepHook]
+    context: StepContext
+
+    def __call__(self, method: str, *arguments: Any) -> None:
+        """Call a method of all hooks."""
+        for hook in self.hooks:
+            getattr(hook, method)(self.context, *arguments)
+
+
+class StepHooks:
+    """A run's own copies of a recipe's hooks.
+
+    Args:
+        schedule: The step schedule of the rounds.
+        finishing_schedule: That of finishing.
+        hooks: Those that the recipe names.
+    """
+
+    def __init__(self, schedule: Any, finishing_schedule: Any, hooks: Sequence[StepHook]) -> None:
+        self._schedules = [
+            copy.deepcopy(s) if isinstance(s, StepHook) else None for s in (schedule, finishing_schedule)
+        ]
+        self._others = tuple(copy.deepcopy(hook) for hook in hooks)
+
+    @property
+    def _all(self) -> list[StepHook]:
+        return [*filter(None, self._schedules), *self._others]
+
+    def of(self, context: ScheduleContext, last: int) -> tuple[StepHook, ...]:
+        """The hooks of a step: for a dense round no schedule is called, so none is among them.
+
+        Args:
+            context: Where the run stands.
+            last: Number of the last round before finishing.
+        """
+        own = self._schedules[context.round > last] if any(context.subnets.values()) else None
+        return self._others if own is None else (own, *self._others)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The states of all."""
+        return [hook.state_dict() for hook in self._all]
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        for hook, state in zip(self._all, states, strict=True):
+            hook.load_state_dict(state)
+
+    def __len__(self) -> int:
+        return len(self._all)

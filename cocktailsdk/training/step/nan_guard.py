@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ...utils.norms import running_norms
 from ..recipes.steps import Step
 
 __all__ = ["LossWatch", "Skips", "StepLocation", "StepSnapshot", "all_finite", "not_finite"]
+
+log = logging.getLogger(__name__)
 
 LIMIT = 256
 SECONDS = 5.0
@@ -174,8 +177,13 @@ class Skips:
         gradients = [] if scaled else [p.grad for p in self._parameters if p.grad is not None]
         return all_finite([*losses.values(), *gradients])
 
-    def note(self, location: StepLocation, losses: Mapping[str, Float[Tensor, ""]]) -> tuple[str, float]:
-        """Count a skipped step; gives the network to blame and its loss.
+    def note(self, location: StepLocation, losses: Mapping[str, Float[Tensor, ""]], standing: str) -> None:
+        """Count a skipped step, and log the network to blame and its loss.
+
+        Args:
+            location: Of the step.
+            losses: By network.
+            standing: What is said of the last state, where the run stops.
 
         Raises:
             TrainingError: Too many were skipped in a row.
@@ -188,6 +196,8 @@ class Skips:
             raise TrainingError(
                 f'{self.in_a_row} steps in a row were left out (on_nan="skip"), the last {location}, since the loss of '
                 f"{name} was {value} or its gradients were not finite: lower the learning rate, or look for values in "
-                "the data that are not finite"
+                f"the data that are not finite. {standing}"
             )
-        return name, value
+        log.warning(
+            "left out a step %s: the loss of %s was %g, or its gradients were not finite", location, name, value
+        )
