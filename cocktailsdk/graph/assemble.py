@@ -182,20 +182,9 @@ def _weights(ctx: Context) -> tuple[Weight, ...]:
     return tuple(out)
 
 
-_MOVES = {
-    "reshape",
-    "view",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "alias",
-    "dropout",
-    "contiguous",
-    "clone",
-    "to",
-    "_to_copy",
-    *FAKE_QUANTIZATION,
-}
+_MOVES = FAKE_QUANTIZATION.union(
+    "reshape view flatten squeeze unsqueeze alias dropout contiguous clone to _to_copy".split()  # noqa: SIM905
+)
 """Ops that pass a value on unchanged."""
 
 

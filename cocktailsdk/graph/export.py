@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import operator
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -301,8 +300,6 @@ def module_of(node: fx.Node) -> str:
 
 def op_name(node: fx.Node) -> str:
     """An op's base name, without the mark of in-place ops."""
-    if node.target is operator.getitem:
-        return "getitem"
     name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
     return name if name.startswith("__") else name.rstrip("_")
 

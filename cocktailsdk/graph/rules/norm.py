@@ -38,14 +38,13 @@ def _viewed(f: Field, view: Sequence[int]) -> Int64[Tensor, "..."]:
     return f.labels.reshape(tuple(view)) if rank == 1 else f.labels[(None,) * (len(view) - rank)]
 
 
-@rule(
-    "batch_norm",
-    "_batch_norm_with_update",
-    "native_batch_norm",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-    "instance_norm",
-)
+BY_CHANNEL = """
+    batch_norm _batch_norm_with_update native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm
+    instance_norm
+""".split()  # noqa: SIM905
+
+
+@rule(*BY_CHANNEL)
 def batch_norm(ctx: Context, node: fx.Node) -> Result:
     """Batch norm (in eval mode, with running statistics) and instance norm: each channel by itself."""
     x = node.args[0]
@@ -188,18 +187,9 @@ def scaled_by(ctx: Context, v: Any, g: Any, axis: int | None) -> str | None:
     return None
 
 
-AROUND_NORM = {
-    "layer_norm",
-    "rms_norm",
-    "permute",
-    "contiguous",
-    "transpose",
-    "to",
-    "_to_copy",
-    "alias",
-    "clone",
-    "type_as",
-}
+AROUND_NORM = frozenset(
+    "layer_norm rms_norm permute contiguous transpose to _to_copy alias clone type_as".split()  # noqa: SIM905
+)
 
 
 def replaceable(ctx: Context, node: fx.Node) -> int | None:

@@ -100,15 +100,7 @@ def repeat(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@rule(
-    "roll",
-    "flip",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "channel_shuffle",
-    "unfold",
-    "rot90",
-)
+@rule("roll", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "rot90")
 def executed(ctx: Context, node: fx.Node) -> Result:
     """Any other movement whose arguments are constants: run on labels of full size."""
     shape = ctx.shape(node.args[0])
