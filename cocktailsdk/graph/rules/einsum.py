@@ -36,9 +36,8 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
 
     current, present = _spelled(ctx.fields(operands[0]), inputs[0], letters), set(inputs[0])
     if len(operands) == 1:
-        current = mixed(ctx, current, [letters.index(c) for c in inputs[0] if c not in out], absent_zeros_count=False)[
-            0
-        ]
+        summed = [letters.index(c) for c in inputs[0] if c not in out]
+        current, _ = mixed(ctx, current, summed, absent_zeros_count=False)
     for i, (operand, own) in enumerate(zip(operands[1:], inputs[1:], strict=True), start=1):
         other = _spelled(ctx.fields(operand), own, letters)
         # Operands are multiplied from left to right, as torch.einsum does unless opt_einsum finds another order. A
@@ -55,8 +54,8 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
                 a, b = consume(ctx, current, other, d, d, batch=every)
                 current, other = tuple(a), tuple(b)
             else:
-                current = mixed(ctx, current, [d], absent_zeros_count=False)[0]
-                other = mixed(ctx, other, [d], absent_zeros_count=False)[0]
+                current, _ = mixed(ctx, current, [d], absent_zeros_count=False)
+                other, _ = mixed(ctx, other, [d], absent_zeros_count=False)
         shapes = [tuple(sizes[c] if c in s and c in later else 1 for c in letters) for s in (present, set(own))]
         present = present.union(own) & later
         shape = [sizes[c] if c in present else 1 for c in letters]
