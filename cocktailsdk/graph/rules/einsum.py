@@ -7,12 +7,11 @@ from math import prod
 from string import ascii_letters
 from typing import Any
 
-from jaxtyping import Int64
-from torch import Tensor, fx
+from torch import fx
 
 from ..export import module_of
 from ..labels import Fields
-from .contraction import consume
+from .contraction import consume, crossing
 from .elementwise import any_zero, unified
 from .reduction import mixed
 from .registry import Context, Product, Result, WeightUse, rule
@@ -116,15 +115,9 @@ def _count(
     ctx: Context, node: fx.Node, weight: str | None, macs: int, current: Fields, other: Fields, second: bool
 ) -> None:
     """Notes the multiply-adds, with what they shrink by besides the weight's own elements."""
+    fields: Fields = (*current, *other)
     if weight is not None:
         mine, across = (other, current) if second else (current, other)
-        seen_dims = frozenset().union(*(f.dims for f in mine))
-        fields: Fields = tuple(f for f in across if not f.dims & seen_dims)
-    else:
-        seen_dims, fields = frozenset(), (*current, *other)
-    factors: list[Int64[Tensor, "..."]] = []
-    for f in fields:
-        if not f.dims & seen_dims:
-            seen_dims |= f.dims
-            factors.append(f.labels)
-    ctx.products.append(Product(node, module_of(node), weight, macs, tuple(factors)))
+        own_dims = frozenset().union(*(f.dims for f in mine))
+        fields = tuple(f for f in across if not f.dims & own_dims)
+    ctx.products.append(Product(node, module_of(node), weight, macs, crossing((f, f.dims) for f in fields)))

@@ -12,7 +12,7 @@ from ..export import module_of, op_name
 from ..labels import Field, Fields
 from .op_sets import ADDITIVE, FAKE_QUANTIZATION, KEEP_ZERO, LOSE_ZERO
 from .registry import Context, Result, rule
-from .zero_sources import zero_sources
+from .weights import zero_sources
 
 
 def unify(

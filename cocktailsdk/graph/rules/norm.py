@@ -14,7 +14,7 @@ from ..export import module_of, op_name
 from ..labels import Field, Fields
 from .elementwise import unified
 from .registry import Context, Result, argument, rule
-from .zero_sources import zero_sources
+from .weights import zero_sources
 
 
 def _affine(

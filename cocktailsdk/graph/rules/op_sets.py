@@ -1,4 +1,4 @@
-"""Names of ATen ops by what they do to zeros and to shapes, for the rules and for :mod:`.zero_sources`.
+"""Names of ATen ops by what they do to zeros and to shapes, for the rules and for :mod:`.weights`.
 
 The tables stand apart from the rules, so that both sides import them and neither imports the other.
 """

@@ -92,7 +92,7 @@ class Context:
         unmaskable: By name, why elements of a weight cannot be masked.
         operands: Nodes of weights that are computed from a parameter, by the parameter's name.
         scales: Factors that follow the division of a weight by its own norm, by the weight's name.
-        zero_sources: Per node, the parameters whose zeros are its zeros (see :mod:`.zero_sources`).
+        zero_sources: Per node, the parameters whose zeros are its zeros (see :mod:`.weights`).
         training: Whether the call that is being read is one of training mode alone.
         training_uses: Parameters contracted with activations in training mode alone, by name.
     """
