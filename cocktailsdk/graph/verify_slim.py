@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..errors import SlimError
+from ..errors import SlimError, described
 from ..utils.modes import evaluating
 from .compare import (
     NARROWED,
     SINGLE,
     Precision,
+    RefuseEmptyHeads,
     doubled,
     failing_module,
     first_difference,
@@ -29,7 +30,6 @@ from .compare import (
 from .copies import duplicate_in_double
 from .coupling import Coupling, Node
 from .cut import Cutter
-from .empty_heads import RefuseEmptyHeads
 from .module_fixes import ModuleFixes, Options, assign
 from .relabel import check_labels
 from .rewrite import rewritten
@@ -99,11 +99,10 @@ def verify_slim(
             with precision, _Outputs(masked, [*options, *scopes]) as outputs:
                 want = tensors_in(masked(*args, **kwargs))
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else "no message"
             at = failing_module(masked, args, kwargs) or "its own forward"
             raise SlimError(
                 f"{type(model).__name__} does not run in float64, in which slim is compared with masked "
-                f"({type(error).__name__}: {reason}; in {at!r}). "
+                f"({described(error)}; in {at!r}). "
                 "Choose an implementation of this module that does."
             ) from error
         if not want and not scopes:
@@ -122,12 +121,11 @@ def verify_slim(
                     output = slim(*args, **kwargs)
             got = tensors_in(output)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else "no message"
             where = failing_module(slim, args, kwargs)
             before = first_difference(masked, slim, args, kwargs, survivors)
             known = f", after going wrong in {before!r}" if before else ""
             raise SlimError(
-                f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
+                f"the slim {type(model).__name__} does not run ({described(error)}); it fails in "
                 f"{where or 'its own forward'!r}{known}. An attribute that this module reshapes or splits by could not "
                 "be fixed: exclude it (exclude_modules=[...]) or register an adapter for its class.",
                 module=before or where,
@@ -279,14 +277,9 @@ class _Settling:
             got = tensors_in(run())
         except Exception:  # wrong sizes raise all kinds of errors
             return False
-        expected = self._expected(path)
-        return expected is None or relative_error(got[:1], expected, expected) <= NARROWED
-
-    def _expected(self, path: str) -> list[Tensor] | None:
-        """The first tensor that the module should return: the masked output without removed channels."""
         wanted = self._outputs.seen.get(path)
         expected = self._survivors.returned(path, wanted[0]) if wanted else None
-        return None if expected is None else [expected]
+        return expected is None or relative_error(got[:1], [expected], [expected]) <= NARROWED
 
 
 class _Survivors:
@@ -308,8 +301,11 @@ class _Survivors:
 
     def __call__(self, path: str, value: Tensor, is_input: bool) -> Tensor:
         """What is left of a tensor that a module is given first (or else returns first)."""
-        node = self._inputs.get(path, {}).get(tuple(value.shape)) if is_input else self._returned.get(path)
-        return value if node is None or node.shape != tuple(value.shape) else surviving(value, node, self._keep)
+        if not is_input:
+            left = self.returned(path, value)
+            return value if left is None else left
+        node = self._inputs.get(path, {}).get(tuple(value.shape))
+        return value if node is None else surviving(value, node, self._keep)
 
     def returned(self, path: str, value: Tensor) -> Tensor | None:
         """What is left of what a module returns, or ``None`` where that is not known."""
