@@ -218,16 +218,15 @@ def with_training(
     except Exception as error:  # for want of targets, or where control flow depends on values
         why = described(error)
         log.info("training mode of %s cannot be followed: %s", type(model).__name__, why)
-    if any(p.is_meta for p in model.parameters()):
-        return Unreached(_widths(model, unread), why)
-    copy = duplicate(model)
-    try:
-        with torch.no_grad(), in_training(copy), seeded_rng():
-            copy(*args, **dict(kwargs or {}))
-    except Exception as error:
-        why = described(error)
-        return Unreached(_widths(model, unread), why)
-    return Unreached({}, why)
+    if not any(p.is_meta for p in model.parameters()):
+        copy = duplicate(model)
+        try:
+            with torch.no_grad(), in_training(copy), seeded_rng():
+                copy(*args, **dict(kwargs or {}))
+            return Unreached({}, why)
+        except Exception as error:
+            why = described(error)
+    return Unreached(_widths(model, unread), why)
 
 
 def _widths(model: nn.Module, unread: Idle) -> dict[str, frozenset[int]]:

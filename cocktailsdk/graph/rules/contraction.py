@@ -49,19 +49,11 @@ def consume(
             ctx.labels.join(*_face(f, partner, left_dim, right_dim, pairs))
             if f.dims != {left_dim}:
                 # Both also vary along paired dimensions (heads): what is left there goes on to the result.
-                rest, other = ctx.labels.collapse(f, [left_dim]), ctx.labels.collapse(partner, [right_dim])
-                if rest is not None:
-                    passing_left.append(rest)
-                if other is not None:
-                    passing_right.append(other)
+                passing_left += ctx.collapse([f], {left_dim})
+                passing_right += ctx.collapse([partner], {right_dim})
         else:
-            rest = ctx.labels.collapse(f, [left_dim])
-            if rest is not None:
-                passing_left.append(rest)
-    for g in along_right:
-        rest = ctx.labels.collapse(g, [right_dim])
-        if rest is not None:
-            passing_right.append(rest)
+            passing_left += ctx.collapse([f], {left_dim})
+    passing_right += ctx.collapse(along_right, {right_dim})
     return passing_left, passing_right
 
 
@@ -69,15 +61,15 @@ def _face(
     f: Field, g: Field, left_dim: int, right_dim: int, pairs: dict[int, int]
 ) -> tuple[Int64[Tensor, "..."], Int64[Tensor, "..."]]:
     """Both fields' labels with their varying dimensions in the same order."""
-    order = [d for d in range(f.labels.dim()) if d in f.dims]
-    left = f.labels.permute(*order, *(d for d in range(f.labels.dim()) if d not in f.dims)).reshape(
-        [f.labels.shape[d] for d in order]
-    )
+    order = sorted(f.dims)
     there = [right_dim if d == left_dim else pairs[d] for d in order]
-    right = g.labels.permute(*there, *(d for d in range(g.labels.dim()) if d not in there)).reshape(
-        [g.labels.shape[d] for d in there]
-    )
-    return left, right
+    return _arranged(f.labels, order), _arranged(g.labels, there)
+
+
+def _arranged(labels: Int64[Tensor, "..."], order: Sequence[int]) -> Int64[Tensor, "..."]:
+    """Labels with these dimensions alone, in this order; they vary along no other."""
+    others = (d for d in range(labels.dim()) if d not in order)
+    return labels.permute(*order, *others).reshape([labels.shape[d] for d in order])
 
 
 @rule("linear", "addmm", "_addmm_activation")

@@ -249,11 +249,7 @@ def stack(ctx: Context, node: fx.Node) -> Result:
     """Tensors along a new dimension."""
     dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
     parts = [moved(ctx.fields(p), lambda labels: labels.unsqueeze(dim)) for p in node.args[0]]  # type: ignore[union-attr]
-    shapes = []
-    for p in node.args[0]:  # type: ignore[union-attr]
-        shape = list(ctx.shape(p))
-        shape.insert(dim, 1)
-        shapes.append(tuple(shape))
+    shapes = [(*shape[:dim], 1, *shape[dim:]) for shape in map(ctx.shape, node.args[0])]  # type: ignore[arg-type]
     return concatenated(ctx, parts, shapes, dim)
 
 

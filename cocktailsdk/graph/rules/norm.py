@@ -96,9 +96,7 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
             )
             out.append(f)
         else:
-            collapsed = ctx.labels.collapse(f, f.dims & inside)
-            if collapsed is not None:
-                out.append(collapsed)
+            out += ctx.collapse([f], inside)
     view = (1,) * (rank - n) + tuple(shape[rank - n :])
     fields, _ = _affine(ctx, tuple(out), shape, [weight, bias], view)
     masked = isinstance(weight, fx.Node) and (name == "rms_norm" or bias is None or isinstance(bias, fx.Node))
@@ -124,9 +122,7 @@ def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int
             ctx.counted.add(module_of(node))
             across.append(f.with_zero(False))
         else:
-            collapsed = ctx.labels.collapse(f, f.dims - {1})
-            if collapsed is not None:
-                per_row.append(collapsed)
+            per_row += ctx.collapse([f], f.dims - {1})
     rows, _ = _affine(ctx, tuple(per_row), shape, node.args[1:3], view)
     bias = len(node.args) > 2 and isinstance(node.args[2], fx.Node)
     zero = {f.dims: f.zero for f in per_row}
@@ -257,24 +253,21 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
     eps: Any = node.args[-1] if native else argument(node, "eps")
     view = (1, shape[1]) + (1,) * (len(shape) - 2)
     joined: list[Field] = []
-    for f in ctx.fields(x):
-        positions = [d for d in f.dims if d != 1]
-        collapsed = ctx.labels.collapse(f, positions) if positions else f
-        if collapsed is not None and 1 in collapsed.dims:
-            # One group has statistics over all channels, as LayerNorm has.
-            if groups == 1:
-                module = module_of(node)
-                others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
-                if not module or not collapsed.zero or others or ctx.runs_children(module):
-                    ctx.labels.stay(collapsed.labels)
-                    continue
-                ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
-            else:
-                # Statistics of a group over fewer of its channels would differ, so the channels of a group go together.
-                rows = collapsed.labels.reshape(groups, -1)
-                ctx.labels.join(rows, rows[:, :1])
-        if collapsed is not None:
-            joined.append(collapsed)
+    positions = [d for d in range(len(shape)) if d != 1]
+    for f in (g for field in ctx.fields(x) for g in ctx.collapse([field], positions)):
+        # One group has statistics over all channels, as LayerNorm has.
+        if groups == 1 and 1 in f.dims:
+            module = module_of(node)
+            others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
+            if not module or not f.zero or others or ctx.runs_children(module):
+                ctx.labels.stay(f.labels)
+                continue
+            ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
+        elif 1 in f.dims:
+            # Statistics of a group over fewer of its channels would differ, so the channels of a group go together.
+            rows = f.labels.reshape(groups, -1)
+            ctx.labels.join(rows, rows[:, :1])
+        joined.append(f)
     out, affine = _affine(ctx, tuple(joined), shape, [weight, bias], view)
     out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
     return (out, (), ()) if native else out

@@ -36,9 +36,7 @@ def mixed(
         elif f.dims <= mixed_dims and f.zero and not absent_zeros_count:
             continue  # a sum over channels that are truly zero: nothing to join, nothing goes on
         else:
-            collapsed = ctx.labels.collapse(f, f.dims & mixed_dims)
-            if collapsed is not None:
-                out.append(collapsed)
+            out += ctx.collapse([f], mixed_dims)
     return tuple(out), mixed_dims
 
 

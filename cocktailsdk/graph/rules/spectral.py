@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..labels import Fields
-from .elementwise import all_zero, combine
+from .elementwise import all_zero, combine, first_zero
 from .movement import moved
 from .reduction import mixed
 from .registry import Context, Result, argument, rule
@@ -39,7 +39,7 @@ def pair(ctx: Context, node: fx.Node) -> Result:
 @rule("polar")
 def polar(ctx: Context, node: fx.Node) -> Result:
     """Radius and angle: zero where the radius is."""
-    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: row[0] is not None and row[0].zero)
+    return combine(ctx, node.args[:2], ctx.shape(node), first_zero)
 
 
 @rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft")
