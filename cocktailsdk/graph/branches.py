@@ -167,7 +167,7 @@ class _Zeros:
 
     def _made(self, node: fx.Node) -> bool:
         op, args, sources = op_name(node), [*node.args, None, None, None, None], node.all_input_nodes
-        if op == "mul":
+        if op in ("mul", "matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum"):
             return any(self.zero(a) for a in sources)
         if op in ("add", "sub"):
             return len(sources) == 2 and all(self.zero(a) for a in sources)
@@ -185,10 +185,6 @@ class _Zeros:
         if op == "linear" or op.startswith("conv"):
             return (self.zero(args[0]) or self.zero(args[1])) and (args[2] is None or self.zero(args[2]))
         if op == "_weight_norm":  # masked as a whole, its scale is zero and its direction is not
-            return (
-                self.zero(args[0])
-                and self._finder.ctx.scales.get(str(self._finder.ctx.tensor_name(args[0])), _NONE).name != ""
-            )
-        if op in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum"):
-            return any(self.zero(a) for a in sources)
+            ctx = self._finder.ctx
+            return self.zero(args[0]) and ctx.scales.get(str(ctx.tensor_name(args[0])), _NONE).name != ""
         return op in _KEEPS_ZERO and self.zero(args[0])

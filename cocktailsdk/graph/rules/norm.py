@@ -83,26 +83,25 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     inside = set(range(rank - n, rank))
     out: list[Field] = []
     axis = replaceable(ctx, node)
+    # Called as a function inside other code: the module's forward is rewritten to count absent channels.
+    called_inside = name == "layer_norm" and module_of(node) != ""
     for f in ctx.fields(x):
         if not f.dims & inside:
             out.append(f)
-        # Called as a function inside other code: the module's forward is rewritten to count absent channels.
-        elif f.dims == {rank - 1} and n == 1 and f.zero and axis is None and name == "layer_norm" and module_of(node):
-            ctx.counted.add(module_of(node))
-            out.append(f)
-        elif f.dims == {rank - 1} and n == 1 and f.zero and axis is not None:
-            ctx.norms[module_of(node)] = Norm(
-                "rms" if name == "rms_norm" else "layer", axis, shape[-1], argument(node, "eps")
-            )
+        elif f.dims == {rank - 1} and n == 1 and f.zero and (axis is not None or called_inside):
+            if axis is None:
+                ctx.counted.add(module_of(node))
+            else:
+                kind = "rms" if name == "rms_norm" else "layer"
+                ctx.norms[module_of(node)] = Norm(kind, axis, shape[-1], argument(node, "eps"))
             out.append(f)
         else:
             out += ctx.collapse([f], inside)
     view = (1,) * (rank - n) + tuple(shape[rank - n :])
-    fields, _ = _affine(ctx, tuple(out), shape, [weight, bias], view)
-    masked = isinstance(weight, fx.Node) and (name == "rms_norm" or bias is None or isinstance(bias, fx.Node))
+    fields, affine = _affine(ctx, tuple(out), shape, [weight, bias], view)
     # RMSNorm subtracts no mean, so a zero stays zero even without a masked weight.
-    zero_without_bias = name == "rms_norm"
-    fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
+    zero = affine or name == "rms_norm"
+    fields = tuple(f.with_zero(zero and bool(f.dims & inside)) for f in fields)
     several = not hasattr(node.meta["val"], "shape")
     return (fields, (), ()) if several else fields
 
