@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
@@ -94,9 +95,9 @@ def verify_slim(
     scopes = [path for path in cutter.trace.scopes if path]
     with evaluating(masked, clear_caches=True), evaluating(slim, clear_caches=True), torch.no_grad():
         apply_masks(masked, cutter.coupling, cutter.removed)
-        precision = Precision()
+        precision, outputs = Precision(), _Outputs()
         try:
-            with precision, _Outputs(masked, [*options, *scopes]) as outputs:
+            with precision, outputs.recorded(masked, [*options, *scopes]):
                 want = tensors_in(masked(*args, **kwargs))
         except Exception as error:
             at = failing_module(masked, args, kwargs) or "its own forward"
@@ -173,27 +174,24 @@ def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class _Outputs:
-    """Records inputs and outputs of some modules of the masked model at their first call."""
+    """Inputs and outputs of some modules of the masked model at their first call."""
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self) -> None:
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.seen: dict[str, list[Tensor]] = {}
-        self._model, self._paths = model, paths
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> _Outputs:
-        for path in self._paths:
+    @contextmanager
+    def recorded(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+        """While it is entered, the model's modules of these paths are recorded."""
+        with ExitStack() as hooks:
+            for path in paths:
 
-            def hook(_m: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
-                self.inputs.setdefault(path, (args, kwargs))
-                self.seen.setdefault(path, tensors_in(out))
+                def hook(_m: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
+                    self.inputs.setdefault(path, (args, kwargs))
+                    self.seen.setdefault(path, tensors_in(out))
 
-            self._hooks.append(self._model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for h in self._hooks:
-            h.remove()
+                hooks.enter_context(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+            yield
 
 
 class _Settling:
