@@ -67,3 +67,8 @@ class BundleError(CocktailError):
 
 class TrainingError(CocktailError):
     """Training cannot start or go on."""
+
+
+def described(error: BaseException) -> str:
+    """Any error in a message of ours: its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import cocktailsdk as cocktail
 from cocktailsdk.graph import couple
-from cocktailsdk.graph.empty_heads import RefuseEmptyHeads
+from cocktailsdk.graph.compare import RefuseEmptyHeads
 from cocktailsdk.graph.export import export
 from cocktailsdk.graph.grouped_mm import ExportableGroups, grouped_mm
 

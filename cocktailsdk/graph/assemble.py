@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from .labels import MUST_STAY, Field
 from .reasons import stays
 from .rules import Context
 from .rules.op_sets import FAKE_QUANTIZATION
-from .rules.zero_sources import zero_sources
+from .rules.weights import zero_sources
 from .weight_graph import weight_graph
 
 __all__ = ["Made", "assemble", "making_axes"]
@@ -47,6 +48,11 @@ class _Units:
 
     of_label: Int64[Tensor, " labels"]
     runs: tuple[_Run, ...]
+
+    def fields(self, labels: Iterable[Int64[Tensor, "..."]]) -> tuple[Int64[Tensor, "..."], ...]:
+        """Labels as unit fields; without those of which everything stays."""
+        found = (self.of_label[each] for each in labels)
+        return tuple(units for units in found if bool((units != STAYS).any()))
 
 
 def _number(root: Int64[Tensor, " labels"], made: Sequence[Made], parts: Sequence[Int64[Tensor, "..."]]) -> _Units:
@@ -126,12 +132,10 @@ def assemble(ctx: Context) -> Coupling:
 
     fields: dict[str, tuple[Tensor, ...]] = {}
     for name, axis_fields in ctx.named_axes.items():
-        unit_fields = tuple(u for f in axis_fields if bool(((u := units.of_label[f.labels]) != STAYS).any()))
+        unit_fields = units.fields(f.labels for f in axis_fields)
         if unit_fields:
             fields[name] = unit_fields
-    producers = tuple(
-        Producer(m.name, m.axis, u) for m in made if bool(((u := units.of_label[m.labels]) != STAYS).any())
-    )
+    producers = tuple(Producer(m.name, m.axis, u) for m in made for u in units.fields([m.labels]))
     return Coupling(
         weights=_weights(ctx),
         producers=producers,
@@ -164,38 +168,14 @@ def _weights(ctx: Context) -> tuple[Weight, ...]:
     out = []
     for use in ctx.uses.values():
         role = "first convolution" if use.name == first else "classifier" if use.name in last else ""
-        shape = ctx.exported.shapes[use.name]
-        out.append(
-            Weight(
-                use.name,
-                use.module,
-                use.op,
-                shape,
-                use.out_axis,
-                use.in_axis,
-                use.groups,
-                macs[use.name],
-                role,
-                ctx.unmaskable.get(use.name, ""),
-            )
-        )
+        shape, unmaskable = ctx.exported.shapes[use.name], ctx.unmaskable.get(use.name, "")
+        out.append(Weight(**asdict(use), shape=shape, macs=macs[use.name], role=role, unmaskable=unmaskable))
     return tuple(out)
 
 
-_MOVES = {
-    "reshape",
-    "view",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "alias",
-    "dropout",
-    "contiguous",
-    "clone",
-    "to",
-    "_to_copy",
-    *FAKE_QUANTIZATION,
-}
+_MOVES = FAKE_QUANTIZATION.union(
+    "reshape view flatten squeeze unsqueeze alias dropout contiguous clone to _to_copy".split()  # noqa: SIM905
+)
 """Ops that pass a value on unchanged."""
 
 
@@ -259,13 +239,8 @@ def _names(makers: Sequence[frozenset[str]]) -> list[str]:
     seen: dict[str, int] = {}
     for weights in makers:
         paths = sorted(w.rpartition(".")[0] or w for w in weights)
-        common = paths[0].split(".")
-        for p in paths[1:]:
-            parts = p.split(".")
-            n = next(
-                (i for i, (x, y) in enumerate(zip(common, parts, strict=False)) if x != y), min(len(common), len(parts))
-            )
-            common = common[:n]
+        levels = zip(*(path.split(".") for path in paths), strict=False)
+        common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
         name = ".".join(common) or "stream"
         seen[name] = seen.get(name, 0) + 1
         out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
@@ -292,11 +267,7 @@ def _unprunable(ctx: Context, made: Sequence[Made], units: _Units, why: Mapping[
 
 
 def _contractions(ctx: Context, units: _Units) -> tuple[Contraction, ...]:
-    out = []
-    for p in ctx.products:
-        factors = tuple(u for f in p.factors if bool(((u := units.of_label[f]) != STAYS).any()))
-        out.append(Contraction(p.module, p.weight, p.macs, factors))
-    return tuple(out)
+    return tuple(Contraction(p.module, p.weight, p.macs, units.fields(p.factors)) for p in ctx.products)
 
 
 def _trace(ctx: Context, units: _Units, made: Sequence[Made], root: Int64[Tensor, " labels"]) -> Trace:
@@ -308,7 +279,7 @@ def _trace(ctx: Context, units: _Units, made: Sequence[Made], root: Int64[Tensor
         shape = shape_of(node)
         unit_fields: tuple[Tensor, ...] = ()
         if shape is not None and all(isinstance(f, Field) for f in result):
-            unit_fields = tuple(u for f in result if bool(((u := units.of_label[f.labels]) != STAYS).any()))  # type: ignore[union-attr]
+            unit_fields = units.fields(f.labels for f in result)  # type: ignore[union-attr]
         inputs = tuple(a.name for a in node.all_input_nodes if a.op == "call_function" and ctx.in_trace(a))
         nodes.append(Node(node.name, op_name(node), module_of(node), shape, unit_fields, inputs, within(node)))
     pads = {m: _padding(ctx, m) for m in ctx.pads}

@@ -7,64 +7,19 @@ from dataclasses import dataclass
 from torch import fx
 
 from .coupling import Scale
-from .export import shape_of, within
+from .export import op_name, shape_of, within
 from .rules import Context
 from .training_mode import training_only
 
 __all__ = ["Residual", "residuals"]
 
 _KEEPS_ZERO = frozenset(
-    {
-        "_to_copy",
-        "abs",
-        "adaptive_avg_pool2d",
-        "alias",
-        "avg_pool2d",
-        "chunk",
-        "clone",
-        "contiguous",
-        "div",
-        "dropout",
-        "elu",
-        "expand",
-        "feature_dropout",
-        "flatten",
-        "flip",
-        "gelu",
-        "getitem",
-        "hardswish",
-        "index_select",
-        "leaky_relu",
-        "mean",
-        "mish",
-        "movedim",
-        "narrow",
-        "neg",
-        "permute",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "prelu",
-        "relu",
-        "reshape",
-        "roll",
-        "select",
-        "silu",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "sum",
-        "swapaxes",
-        "t",
-        "tanh",
-        "to",
-        "transpose",
-        "type_as",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    }
+    """
+    _to_copy abs adaptive_avg_pool2d alias avg_pool2d chunk clone contiguous div dropout elu expand feature_dropout
+    flatten flip gelu getitem hardswish index_select leaky_relu mean mish movedim narrow neg permute pixel_shuffle
+    pixel_unshuffle prelu relu reshape roll select silu slice split split_with_sizes squeeze sum swapaxes t tanh to
+    transpose type_as unbind unflatten unsqueeze view
+    """.split()  # noqa: SIM905
 )
 """Ops whose result is zero where their first operand is, whatever the others are."""
 
@@ -103,20 +58,15 @@ def residuals(ctx: Context) -> tuple[Residual, ...]:
     finder = _Finder(ctx)
     found = []
     for node in finder.order:
-        if node.op == "call_function" and _op(node) in ("add", "sub") and len(node.all_input_nodes) == 2:
+        if node.op == "call_function" and op_name(node) in ("add", "sub") and len(node.all_input_nodes) == 2:
             first, second = node.all_input_nodes
             pairs = ((first, second), (second, first))
-            for stream, end in pairs[:1] if _op(node) == "sub" else pairs:
+            for stream, end in pairs[:1] if op_name(node) == "sub" else pairs:
                 branch = finder.branch(node, stream, end)
                 if branch is not None:
                     found.append(branch)
                     break
     return tuple(b for b in found if not any(other.nodes < b.nodes for other in found))
-
-
-def _op(node: fx.Node) -> str:
-    name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-    return name if name.startswith("__") else name.rstrip("_")
 
 
 class _Finder:
@@ -144,7 +94,7 @@ class _Finder:
     def _live(self, node: fx.Node) -> set[fx.Node]:
         """The calls that read a node, without those whose results nothing reads and checks of its metadata."""
         users = (u for u in node.users if not training_only(u))
-        return {u for u in users if u not in self.ctx.dead and not _op(u).startswith("_assert")}
+        return {u for u in users if u not in self.ctx.dead and not op_name(u).startswith("_assert")}
 
     def branch(self, node: fx.Node, stream: fx.Node, end: fx.Node) -> Residual | None:
         """The branch that a sum of these two operands ends, if it is one."""
@@ -184,13 +134,13 @@ class _Finder:
         while pending:
             term = pending.pop()
             terms |= 1 << self.place[term]
-            if term.op == "call_function" and _op(term) == "add":
+            if term.op == "call_function" and op_name(term) == "add":
                 pending += term.all_input_nodes
         return terms
 
     def _modules(self, nodes: set[fx.Node]) -> tuple[str, ...]:
         calls = [n for n in self.order if n.op == "call_function" and n not in self.ctx.dead]
-        outside = {path for n in calls if n not in nodes and not _op(n).startswith("_assert") for path in within(n)}
+        outside = {path for n in calls if n not in nodes and not op_name(n).startswith("_assert") for path in within(n)}
         largest = (next((path for path in within(n) if path not in outside), None) for n in calls if n in nodes)
         return tuple(dict.fromkeys(path for path in largest if path is not None))
 
@@ -213,11 +163,11 @@ class _Zeros:
 
     def divides(self, node: fx.Node) -> bool:
         """Whether a call would be 0 / 0 (a spectral norm's)."""
-        return _op(node) in ("div", "divide", "true_divide") and self.zero(node.args[1])
+        return op_name(node) in ("div", "divide", "true_divide") and self.zero(node.args[1])
 
     def _made(self, node: fx.Node) -> bool:
-        op, args, sources = _op(node), [*node.args, None, None, None, None], node.all_input_nodes
-        if op == "mul":
+        op, args, sources = op_name(node), [*node.args, None, None, None, None], node.all_input_nodes
+        if op in ("mul", "matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum"):
             return any(self.zero(a) for a in sources)
         if op in ("add", "sub"):
             return len(sources) == 2 and all(self.zero(a) for a in sources)
@@ -235,10 +185,6 @@ class _Zeros:
         if op == "linear" or op.startswith("conv"):
             return (self.zero(args[0]) or self.zero(args[1])) and (args[2] is None or self.zero(args[2]))
         if op == "_weight_norm":  # masked as a whole, its scale is zero and its direction is not
-            return (
-                self.zero(args[0])
-                and self._finder.ctx.scales.get(str(self._finder.ctx.tensor_name(args[0])), _NONE).name != ""
-            )
-        if op in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum"):
-            return any(self.zero(a) for a in sources)
+            ctx = self._finder.ctx
+            return self.zero(args[0]) and ctx.scales.get(str(ctx.tensor_name(args[0])), _NONE).name != ""
         return op in _KEEPS_ZERO and self.zero(args[0])

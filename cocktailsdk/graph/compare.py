@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -18,6 +21,7 @@ __all__ = [
     "NARROWED",
     "SINGLE",
     "Precision",
+    "RefuseEmptyHeads",
     "doubled",
     "failing_module",
     "first_difference",
@@ -140,6 +144,23 @@ class Precision(TorchDispatchMode):
         return out
 
 
+class RefuseEmptyHeads(TorchFunctionMode):
+    """While it is entered, attention without heads raises a ``ValueError``.
+
+    The verification tries a slim module with several numbers of heads. All but one are wrong, and zero may be among
+    them. With ``enable_gqa=True`` PyTorch 2.11 divides by that zero, which kills the process (SIGFPE). Later versions
+    return zeros.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            operands = (*args[:3], *(kwargs.get(name) for name in ("query", "key", "value")))
+            if any(isinstance(t, Tensor) and t.dim() > 3 and t.shape[-3] == 0 for t in operands):
+                raise ValueError("attention without heads")
+        return func(*args, **kwargs)
+
+
 def narrowed(inputs: Any) -> Any:
     """Inputs in float32."""
     return tree_map(_single, inputs)
@@ -156,39 +177,29 @@ def _wide(value: Any) -> Any:
 def _record(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, list[Tensor], list[Tensor]]]:
     """Records inputs and outputs of every module, in order of completion, until the model ends or raises."""
     records: list[tuple[str, list[Tensor], list[Tensor]]] = []
-    hooks = [
-        m.register_forward_hook(
-            lambda _m, inputs, out, name=name: records.append((name, tensors_in(inputs), tensors_in(out)))
-        )
-        for name, m in hookable(model)
-    ]
-    try:
+    with suppress(Exception), ExitStack() as hooks:  # only used to see how far it came
+        for name, m in hookable(model):
+
+            def record(_m: nn.Module, inputs: Any, out: Any, name: str = name) -> None:
+                records.append((name, tensors_in(inputs), tensors_in(out)))
+
+            hooks.enter_context(m.register_forward_hook(record))
         with Precision():
             model(*args, **kwargs)
-    except Exception:  # only used to see how far it came
-        return records
-    finally:
-        for h in hooks:
-            h.remove()
     return records
 
 
 def failing_module(model: nn.Module, args: Any, kwargs: Any) -> str:
     """Path of the innermost module that raises."""
     entered: list[str] = []
-    hooks = []
-    for name, m in hookable(model):
-        hooks.append(m.register_forward_pre_hook(lambda _m, _i, name=name: entered.append(name)))
-        hooks.append(m.register_forward_hook(lambda _m, _i, _o: entered.pop() and None))
-    try:
+    with suppress(Exception), ExitStack() as hooks:
+        for name, m in hookable(model):
+            hooks.enter_context(m.register_forward_pre_hook(lambda _m, _i, name=name: entered.append(name)))
+            hooks.enter_context(m.register_forward_hook(lambda _m, _i, _o: entered.pop() and None))
         with Precision():
             model(*args, **kwargs)
-    except Exception:
-        return entered[-1] if entered else ""
-    finally:
-        for h in hooks:
-            h.remove()
-    return ""
+        return ""
+    return entered[-1] if entered else ""
 
 
 def first_difference(

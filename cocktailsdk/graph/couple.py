@@ -55,7 +55,7 @@ class Pass:
         unreached = Unreached({}, "")
         # Exporting a second time costs as much as the first. It is needed only if parameters are left that eval mode
         # does not read and the code asks for the mode.
-        if training or (unread.modules and reads_training(model)):
+        if training or (unread and reads_training(model)):
             both = with_training(model, exported, args, kwargs, unread)
             self.follows_training = isinstance(both, Exported)
             exported, unreached = (both, unreached) if isinstance(both, Exported) else (exported, both)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from jaxtyping import Bool, Int64
@@ -58,10 +59,7 @@ class Weight:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        n = 1
-        for s in self.shape:
-            n *= s
-        return n
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -377,14 +375,14 @@ class Coupling:
 
     def params(self, removed: Bool[Tensor, " units"] | None = None) -> int:
         """Number of parameters, or of those left when units go."""
-        total = sum(_numel(s) for s in self.shapes.values())
+        total = sum(prod(s) for s in self.shapes.values())
         if removed is None:
             return total
         is_removed = _with_stays(removed)
         for name, fields in self.fields.items():
             if name in self.shapes:
                 remaining, size = _count_remaining(fields, is_removed)
-                total -= (size - remaining) * (_numel(self.shapes[name]) // size)
+                total -= (size - remaining) * (prod(self.shapes[name]) // size)
         return total
 
     def flops(self, removed: Bool[Tensor, " units"] | None = None) -> int:
@@ -404,13 +402,6 @@ class Coupling:
                 remaining, size = remaining * part, size * of
             total += remaining // size
         return 2 * total
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
 
 
 def _with_stays(removed: Bool[Tensor, " units"]) -> Bool[Tensor, " units_and_one"]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
-import operator
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -90,11 +89,9 @@ def export(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
             f"{type(model).__name__} could not be exported on the example inputs ({failures['']}), nor could any of "
             "its submodules. Check that its control flow does not depend on tensor values."
         )
-    if "" in programs:
-        return with_modules(model, merge(model, programs, {}))
-    log.info(
-        "%s could not be exported (%s); following %d parts of it", type(model).__name__, failures[""], len(programs)
-    )
+    if "" not in programs:
+        why, parts = failures[""], len(programs)
+        log.info("%s could not be exported (%s); following %d parts of it", type(model).__name__, why, parts)
     return with_modules(model, merge(model, programs, failures))
 
 
@@ -161,19 +158,14 @@ def export_whole(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """The whole model. Of outputs that ``torch.export`` does not know (a language model's cache) only tensors count."""
     foreign: list[bool] = []
     # What torch.export says of such an output differs between versions, so the output itself is looked at.
-    hook = model.register_forward_hook(lambda _m, _inputs, output: foreign.append(_is_foreign(output)))
-    try:
+    with model.register_forward_hook(lambda _m, _inputs, output: foreign.append(_is_foreign(output))):
+        try:
+            return _program(model, inputs)
+        except Exception:
+            if not any(foreign):
+                raise
+    with model.register_forward_hook(lambda _m, _inputs, output: tuple(tensors_of(output))):
         return _program(model, inputs)
-    except Exception:
-        if not any(foreign):
-            raise
-    finally:
-        hook.remove()
-    hook = model.register_forward_hook(lambda _m, _inputs, output: tuple(tensors_of(output)))
-    try:
-        return _program(model, inputs)
-    finally:
-        hook.remove()
 
 
 def _is_foreign(output: Any) -> bool:
@@ -189,22 +181,20 @@ def _reason(error: Exception) -> str:
 def _recorded_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     """Records the inputs of every submodule in one run on real tensors."""
     recorded: dict[str, Inputs] = {}
-    hooks = [
-        m.register_forward_pre_hook(
-            lambda _m, a, k, path=path: recorded.setdefault(path, (a, k)) and None, with_kwargs=True
-        )
-        for path, m in hookable(model)
-        if path
-    ]
-    try:
-        model(*inputs[0], **inputs[1])
-    except Exception as error:
-        raise ExportFailed(
-            f"{type(model).__name__} does not run on the example inputs ({_reason(error)}). Pass inputs that it takes."
-        ) from error
-    finally:
-        for h in hooks:
-            h.remove()
+    with ExitStack() as hooks:
+        for path, m in hookable(model):
+
+            def record(_m: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                recorded.setdefault(path, (args, kwargs))
+
+            hooks.enter_context(m.register_forward_pre_hook(record, with_kwargs=True))
+        try:
+            model(*inputs[0], **inputs[1])
+        except Exception as error:
+            raise ExportFailed(
+                f"{type(model).__name__} does not run on the example inputs ({_reason(error)}). Pass inputs that it "
+                "takes."
+            ) from error
     return recorded
 
 
@@ -301,8 +291,6 @@ def module_of(node: fx.Node) -> str:
 
 def op_name(node: fx.Node) -> str:
     """An op's base name, without the mark of in-place ops."""
-    if node.target is operator.getitem:
-        return "getitem"
     name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
     return name if name.startswith("__") else name.rstrip("_")
 

@@ -69,13 +69,8 @@ class SlimLayerNorm(_SlimNorm):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Normalises ``x`` along its channel axis; shape and dtype stay."""
         axis = self.axis % x.dim()
-        # Half precision loses the mean of squares of large activations; torch's own norms accumulate in float32, too.
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        absent = self.channels - x.shape[axis]
-        mean = wide.sum(axis, keepdim=True) / self.channels
-        centred = wide - mean
-        variance = (centred.square().sum(axis, keepdim=True) + absent * mean.square()) / self.channels
-        return self._affine((centred * torch.rsqrt(variance + self._eps(x))).to(x.dtype), axis)
+        y = _standardised(_wide(x), (axis,), self.channels, self.channels - x.shape[axis], self._eps(x))
+        return self._affine(y.to(x.dtype), axis)
 
 
 class SlimRMSNorm(_SlimNorm):
@@ -84,7 +79,7 @@ class SlimRMSNorm(_SlimNorm):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Normalises ``x`` along its channel axis; shape and dtype stay."""
         axis = self.axis % x.dim()
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        wide = _wide(x)
         square = wide.square().sum(axis, keepdim=True) / self.channels
         return self._affine((wide * torch.rsqrt(square + self._eps(x))).to(x.dtype), axis)
 
@@ -94,14 +89,25 @@ class SlimGroupNorm(_SlimNorm):
 
     def forward(self, x: Float[Tensor, "batch channels ..."]) -> Float[Tensor, "batch channels ..."]:
         """Normalises each sample over channels and positions; shape and dtype stay."""
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        dims = tuple(range(1, x.dim()))
-        positions = wide[0, 0].numel()
+        positions = x.shape[2:].numel()
         count, absent = self.channels * positions, (self.channels - x.shape[1]) * positions
-        mean = wide.sum(dims, keepdim=True) / count
-        centred = wide - mean
-        variance = (centred.square().sum(dims, keepdim=True) + absent * mean.square()) / count
-        return self._affine((centred * torch.rsqrt(variance + self._eps(x))).to(x.dtype), 1)
+        y = _standardised(_wide(x), tuple(range(1, x.dim())), count, absent, self._eps(x))
+        return self._affine(y.to(x.dtype), 1)
+
+
+def _wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    # Half precision loses the mean of squares of large activations; torch's own norms accumulate in float32, too.
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _standardised(
+    x: Float[Tensor, "..."], dims: tuple[int, ...], count: int, absent: int, eps: float
+) -> Float[Tensor, "..."]:
+    """``x`` less its mean, divided by its standard deviation; of the ``count`` elements the absent ones are zero."""
+    mean = x.sum(dims, keepdim=True) / count
+    centred = x - mean
+    variance = (centred.square().sum(dims, keepdim=True) + absent * mean.square()) / count
+    return centred * torch.rsqrt(variance + eps)
 
 
 def mean_of_all(x: Float[Tensor, "..."], dim: tuple[int, ...], keepdim: bool, share: float) -> Float[Tensor, "..."]:
@@ -146,11 +152,7 @@ def layer_norm_of_all(
     channels: int,
 ) -> Float[Tensor, "... channels"]:
     """LayerNorm over the last dimension that counts absent channels as zeros; see :class:`SlimLayerNorm`."""
-    mean = x.sum(-1, keepdim=True) / channels
-    centred = x - mean
-    absent = channels - x.shape[-1]
-    variance = (centred.square().sum(-1, keepdim=True) + absent * mean.square()) / channels
-    y = centred * torch.rsqrt(variance + eps)
+    y = _standardised(x, (-1,), channels, channels - x.shape[-1], eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 

@@ -27,20 +27,11 @@ __all__ = ["ModuleFixes", "Options", "Value", "assign", "fix_modules"]
 Value = int | tuple[int, ...] | list[int]
 """Types of attributes that code takes sizes from."""
 
-READS_SIZES = {
-    "view",
-    "reshape",
-    "unflatten",
-    "expand",
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "repeat",
-    "slice",
-    "narrow",
-    "mean",
-    "_unsafe_view",
-}
+READS_SIZES = frozenset(
+    """
+    view reshape unflatten expand split split_with_sizes chunk repeat slice narrow mean _unsafe_view
+    """.split()  # noqa: SIM905
+)
 """Ops whose arguments a module's code takes from numbers."""
 
 Options = dict[str, dict[str, list[Value]]]

@@ -127,12 +127,10 @@ def traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             # The order of placeholders becomes the order of arguments of the generated forward, which must be the
             # original's.
             first.prepend(node)
-            optional = optional or parameters[name].default is not inspect.Parameter.empty
-            node.args = (
-                (parameters[name].default,) if parameters[name].default is not inspect.Parameter.empty else node.args
-            )
+            if parameters[name].default is not inspect.Parameter.empty:
+                node.args, optional = (parameters[name].default,), True
             # Python allows no argument without a default after one with a default.
-            if optional and not node.args:
+            elif optional and not node.args:
                 node.args = (None,)
         else:
             optional = True

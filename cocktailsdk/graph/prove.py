@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..errors import CocktailError, ExportFailed, SlimError
+from ..errors import CocktailError, ExportFailed, SlimError, described
 from ..utils.undo import unchanged
 from .couple import Pass
 from .coupling import Coupling
@@ -57,9 +57,8 @@ def couple(
         except CocktailError:
             raise
         except Exception as error:  # a model's own code may do anything, and its classes may not even be copied
-            reason = (str(error).splitlines() or ["no message"])[0]
             raise ExportFailed(
-                f"{type(model).__name__} could not be followed ({type(error).__name__}: {reason}). If the model runs "
+                f"{type(model).__name__} could not be followed ({described(error)}). If the model runs "
                 "on the example inputs, exclude the module that this comes from (exclude_modules=[...]) and report it."
             ) from error
 

@@ -13,7 +13,8 @@ it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -206,23 +207,14 @@ class _Check:
         """What the model returns, and the parts of it that were looked at apart; and how exactly it is known."""
         args, kwargs = self._inputs
         inside: list[Tensor] = []
-        hooks = [
-            self._model.get_submodule(path).register_forward_hook(lambda _m, _a, out: inside.extend(tensors_in(out)))
-            for path in self._scopes
-        ]
-        try:
+        with ExitStack() as hooks:
+            for path in self._scopes:
+                part = self._model.get_submodule(path)
+                hooks.enter_context(part.register_forward_hook(lambda _m, _a, out: inside.extend(tensors_in(out))))
             with evaluating(self._model, clear_caches=True), torch.no_grad(), Precision() as precision:
                 out = tensors_in(self._model(*args, **kwargs))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return out + inside, precision.limit
 
 
 def _tensors(model: nn.Module) -> Mapping[str, Tensor]:
-    return dict(_named(model))
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

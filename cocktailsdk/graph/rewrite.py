@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -116,6 +116,11 @@ def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
+def _call_instead(node: Any, function: Callable[..., Tensor], *args: Any) -> None:
+    """Lets a node call a function, whatever it called."""
+    node.op, node.target, node.args, node.kwargs = "call_function", function, args, {}
+
+
 def _share(dim: int | Sequence[int] | None, before: Sequence[int], now: Sequence[int]) -> tuple[tuple[int, ...], float]:
     """The dimensions that are reduced, and how much is left along them."""
     dims = tuple(range(len(before))) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
@@ -187,13 +192,10 @@ class _Editor:
         if expected is None:
             return
         first = 2 if name == "unflatten" else 1
-        if (
-            len(node.args) == first + 1
-            and isinstance(node.args[first], fx.Node)
-            and isinstance(self._wide[node.args[first]], tuple)
-        ):
-            node.args = (*node.args[:first], *self._parts(node, node.args[first]))
-        listed = len(node.args) == first + 1 and isinstance(node.args[first], (tuple, list))
+        alone = node.args[first] if len(node.args) == first + 1 else None
+        if isinstance(alone, fx.Node) and isinstance(self._wide[alone], tuple):
+            node.args = (*node.args[:first], *self._parts(node, alone))
+        listed = isinstance(alone, (tuple, list))
         sizes = node.args[first] if listed else node.args[first:]
         start = node.args[1] % self._wide[node.args[0]].dim() if name == "unflatten" else 0
         new = tuple(self._size(a, expected[start + i]) for i, a in enumerate(sizes))
@@ -228,11 +230,10 @@ class _Editor:
             return
         centred = _centred(call["input"], squared=True)
         keepdim = bool(call.get("keepdim", False))
-        node.op, node.kwargs = "call_function", {}
         if centred is None:
-            node.target, node.args = mean_of_all, (call["input"], dims, keepdim, share)
+            _call_instead(node, mean_of_all, call["input"], dims, keepdim, share)
         else:
-            node.target, node.args = variance_of_all, (centred, dims, keepdim, share, 0, False)
+            _call_instead(node, variance_of_all, centred, dims, keepdim, share, 0, False)
 
     def _deviation(self, node: Any, name: str) -> None:
         """A variance over channels goes on counting those there were."""
@@ -244,9 +245,9 @@ class _Editor:
         dims, share = _share(arguments.get("dim"), self._wide[node.args[0]].shape, self._values[node.args[0]].shape)
         if share != 1:
             correction = arguments.get("correction", int(arguments.get("unbiased", True)))
-            node.op, node.target, node.kwargs = "call_function", variance_of_all, {}
             source = _centred(node.args[0], squared=False) or node.args[0]
-            node.args = (source, dims, bool(arguments.get("keepdim", False)), share, correction, name == "std")
+            keepdim = bool(arguments.get("keepdim", False))
+            _call_instead(node, variance_of_all, source, dims, keepdim, share, correction, name == "std")
 
     def _narrow(self, node: Any) -> None:
         """A run of channels, told by its start and length."""
@@ -269,16 +270,16 @@ class _Editor:
         before, now = self._wide[call["input"]], self._values[call["input"]]
         if call.get("training") and before.dim() == 3 and before.shape[2] != now.shape[2]:
             share = now.shape[2] / before.shape[2]
-            node.op, node.target, node.kwargs = "call_function", standardised_of_all, {}
-            node.args = (call["input"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5), share)
+            affine = call.get("weight"), call.get("bias")
+            _call_instead(node, standardised_of_all, call["input"], *affine, call.get("eps", 1e-5), share)
 
     def _layer_norm(self, node: Any) -> None:
         """A LayerNorm inside other code goes on counting the channels there were."""
         call = _arguments(node, "input", "normalized_shape", "weight", "bias", "eps")
         before, now = self._wide[call["input"]].shape, self._values[call["input"]].shape
         if before[-1] != now[-1]:
-            node.op, node.target, node.kwargs = "call_function", layer_norm_of_all, {}
-            node.args = (call["input"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5), before[-1])
+            affine = call.get("weight"), call.get("bias")
+            _call_instead(node, layer_norm_of_all, call["input"], *affine, call.get("eps", 1e-5), before[-1])
 
     def _slices(self, node: Any) -> None:
         """Runs of channels begin and end where those that are left do."""
@@ -296,13 +297,11 @@ class _Editor:
             if isinstance(part, slice) and before[dim] != now[dim]:
                 bounds = (self._wide[v] if isinstance(v, fx.Node) else v for v in (part.start, part.stop, part.step))
                 start, stop, step = slice(*bounds).indices(before[dim])
-                if (start, stop, step) == (0, before[dim], 1):
-                    dim += 1
-                    continue
-                surviving = self._surviving(tuple(before), dim)
-                if surviving is None or step != 1:
-                    raise ValueError("a slice of channels that cannot be followed")
-                parts[i] = slice(int(surviving[:start].sum()), int(surviving[:stop].sum()))
+                if (start, stop, step) != (0, before[dim], 1):
+                    surviving = self._surviving(tuple(before), dim)
+                    if surviving is None or step != 1:
+                        raise ValueError("a slice of channels that cannot be followed")
+                    parts[i] = slice(int(surviving[:start].sum()), int(surviving[:stop].sum()))
             dim += 1
         node.args = (source, tuple(parts))
 

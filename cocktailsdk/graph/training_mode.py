@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..errors import described
 from ..utils.modes import modes_restored
 from .code_names import names_read
 from .determinism import seeded_rng
@@ -50,27 +51,20 @@ _INDIFFERENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Lin
 """PyTorch's modules that compute the same in both modes."""
 
 
-@dataclass(frozen=True)
-class Idle:
-    """Modules whose parameters the graph of eval mode does not read.
-
-    Attributes:
-        modules: Their paths, each with the parameters that are not read, by name.
-    """
-
-    modules: Mapping[str, tuple[str, ...]]
+Idle = Mapping[str, Sequence[str]]
+"""Paths of the modules whose parameters the graph of eval mode does not read, each with the names of these."""
 
 
 def idle(exported: Exported) -> Idle:
     """The modules whose parameters a whole exported model does not read; none where only parts were exported."""
     if exported.scopes != ("",):
-        return Idle({})
+        return {}
     read = {exported.tensors[n.name] for n in exported.graph.nodes if n.name in exported.tensors and n.users}
     out: dict[str, list[str]] = {}
     for name in exported.shapes:
         if name in exported.trainable and name not in read:
             out.setdefault(name.rpartition(".")[0], []).append(name)
-    return Idle({path: tuple(names) for path, names in out.items()})
+    return out
 
 
 def reads_training(model: nn.Module) -> bool:
@@ -222,25 +216,24 @@ def with_training(
     try:
         return joined(exported, followed(duplicate(model), args, kwargs))
     except Exception as error:  # for want of targets, or where control flow depends on values
-        why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        why = described(error)
         log.info("training mode of %s cannot be followed: %s", type(model).__name__, why)
-    if any(p.is_meta for p in model.parameters()):
-        return Unreached(_widths(model, unread), why)
-    copy = duplicate(model)
-    try:
-        with torch.no_grad(), in_training(copy), seeded_rng():
-            copy(*args, **dict(kwargs or {}))
-    except Exception as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-        return Unreached(_widths(model, unread), why)
-    return Unreached({}, why)
+    if not any(p.is_meta for p in model.parameters()):
+        copy = duplicate(model)
+        try:
+            with torch.no_grad(), in_training(copy), seeded_rng():
+                copy(*args, **dict(kwargs or {}))
+            return Unreached({}, why)
+        except Exception as error:
+            why = described(error)
+    return Unreached(_widths(model, unread), why)
 
 
 def _widths(model: nn.Module, unread: Idle) -> dict[str, frozenset[int]]:
     """How many channels modules whose parameters are not read take, as far as that shows in their shapes."""
     parameters = dict(model.named_parameters())
     out = {}
-    for path, names in unread.modules.items():
+    for path, names in unread.items():
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
             widths = {module.in_features}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
@@ -12,12 +13,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from ..errors import SlimError
+from ..errors import SlimError, described
 from ..utils.modes import evaluating
 from .compare import (
     NARROWED,
     SINGLE,
     Precision,
+    RefuseEmptyHeads,
     doubled,
     failing_module,
     first_difference,
@@ -29,7 +31,6 @@ from .compare import (
 from .copies import duplicate_in_double
 from .coupling import Coupling, Node
 from .cut import Cutter
-from .empty_heads import RefuseEmptyHeads
 from .module_fixes import ModuleFixes, Options, assign
 from .relabel import check_labels
 from .rewrite import rewritten
@@ -94,16 +95,15 @@ def verify_slim(
     scopes = [path for path in cutter.trace.scopes if path]
     with evaluating(masked, clear_caches=True), evaluating(slim, clear_caches=True), torch.no_grad():
         apply_masks(masked, cutter.coupling, cutter.removed)
-        precision = Precision()
+        precision, outputs = Precision(), _Outputs()
         try:
-            with precision, _Outputs(masked, [*options, *scopes]) as outputs:
+            with precision, outputs.recorded(masked, [*options, *scopes]):
                 want = tensors_in(masked(*args, **kwargs))
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else "no message"
             at = failing_module(masked, args, kwargs) or "its own forward"
             raise SlimError(
                 f"{type(model).__name__} does not run in float64, in which slim is compared with masked "
-                f"({type(error).__name__}: {reason}; in {at!r}). "
+                f"({described(error)}; in {at!r}). "
                 "Choose an implementation of this module that does."
             ) from error
         if not want and not scopes:
@@ -122,12 +122,11 @@ def verify_slim(
                     output = slim(*args, **kwargs)
             got = tensors_in(output)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else "no message"
             where = failing_module(slim, args, kwargs)
             before = first_difference(masked, slim, args, kwargs, survivors)
             known = f", after going wrong in {before!r}" if before else ""
             raise SlimError(
-                f"the slim {type(model).__name__} does not run ({type(error).__name__}: {reason}); it fails in "
+                f"the slim {type(model).__name__} does not run ({described(error)}); it fails in "
                 f"{where or 'its own forward'!r}{known}. An attribute that this module reshapes or splits by could not "
                 "be fixed: exclude it (exclude_modules=[...]) or register an adapter for its class.",
                 module=before or where,
@@ -175,27 +174,24 @@ def _dense_outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 class _Outputs:
-    """Records inputs and outputs of some modules of the masked model at their first call."""
+    """Inputs and outputs of some modules of the masked model at their first call."""
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self) -> None:
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.seen: dict[str, list[Tensor]] = {}
-        self._model, self._paths = model, paths
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> _Outputs:
-        for path in self._paths:
+    @contextmanager
+    def recorded(self, model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+        """While it is entered, the model's modules of these paths are recorded."""
+        with ExitStack() as hooks:
+            for path in paths:
 
-            def hook(_m: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
-                self.inputs.setdefault(path, (args, kwargs))
-                self.seen.setdefault(path, tensors_in(out))
+                def hook(_m: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
+                    self.inputs.setdefault(path, (args, kwargs))
+                    self.seen.setdefault(path, tensors_in(out))
 
-            self._hooks.append(self._model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for h in self._hooks:
-            h.remove()
+                hooks.enter_context(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+            yield
 
 
 class _Settling:
@@ -279,14 +275,9 @@ class _Settling:
             got = tensors_in(run())
         except Exception:  # wrong sizes raise all kinds of errors
             return False
-        expected = self._expected(path)
-        return expected is None or relative_error(got[:1], expected, expected) <= NARROWED
-
-    def _expected(self, path: str) -> list[Tensor] | None:
-        """The first tensor that the module should return: the masked output without removed channels."""
         wanted = self._outputs.seen.get(path)
         expected = self._survivors.returned(path, wanted[0]) if wanted else None
-        return None if expected is None else [expected]
+        return expected is None or relative_error(got[:1], [expected], [expected]) <= NARROWED
 
 
 class _Survivors:
@@ -308,8 +299,11 @@ class _Survivors:
 
     def __call__(self, path: str, value: Tensor, is_input: bool) -> Tensor:
         """What is left of a tensor that a module is given first (or else returns first)."""
-        node = self._inputs.get(path, {}).get(tuple(value.shape)) if is_input else self._returned.get(path)
-        return value if node is None or node.shape != tuple(value.shape) else surviving(value, node, self._keep)
+        if not is_input:
+            left = self.returned(path, value)
+            return value if left is None else left
+        node = self._inputs.get(path, {}).get(tuple(value.shape))
+        return value if node is None else surviving(value, node, self._keep)
 
     def returned(self, path: str, value: Tensor) -> Tensor | None:
         """What is left of what a module returns, or ``None`` where that is not known."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SlimError
+from ..errors import SlimError, described
 from .compare import Precision, failing_module, first_difference, relative_error, tensors_in
 from .determinism import ConstantRandom, seeded_rng
 from .training_mode import in_training, reads_training
@@ -48,7 +48,7 @@ def check_training(masked: nn.Module, slim: nn.Module, args: Sequence[Any], kwar
                 and _at(masked, args, kwargs) == _at(slim, args, kwargs)
             ):
                 return False  # it wants targets, say
-            raise _refused(slim, f"does not run ({type(error).__name__}: {_line(error)})", _at(slim, args, kwargs))
+            raise _refused(slim, f"does not run ({described(error)})", _at(slim, args, kwargs))
         if failed is not None:
             return False
         if relative_error(got, want, want) <= precision.limit:
@@ -75,10 +75,6 @@ def _outcome(model: nn.Module, args: Any, kwargs: Any, precision: Precision) -> 
 def _at(model: nn.Module, args: Any, kwargs: Any) -> str:
     with seeded_rng(), ConstantRandom():
         return failing_module(model, args, kwargs)
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else "no message"
 
 
 def _refused(slim: nn.Module, what: str, where: str) -> TrainingModeError:

@@ -244,8 +244,8 @@ def geometric_sparsities(rounds: int, rate: float) -> tuple[float, ...]:
 
 def checked_sparsities(
     pattern: str, sparsities: object, rounds: int, rate: float
-) -> tuple[tuple[float, ...], tuple[Subnet, ...]]:
-    """The sparsities of a nested pattern, ascending, and its subnets.
+) -> tuple[tuple[float, ...], tuple[Subnet, ...], dict[str, Any]]:
+    """The sparsities of a nested pattern, ascending, its subnets, and the part of its configuration that makes them.
 
     Raises:
         PatternError: Not numbers in [0, 1], none, not ascending, or two that would have one name.
@@ -256,6 +256,7 @@ def checked_sparsities(
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 < rate < 1.0:
             raise PatternError(f"{pattern}: rate must be a number between 0 and 1, not {rate!r}")
         values = geometric_sparsities(rounds, rate)
+        config: dict[str, Any] = {"rounds": rounds, "rate": rate}
     else:
         try:
             sequence = [sparsities] if isinstance(sparsities, int | float) else list(sparsities)  # type: ignore[call-overload]
@@ -271,8 +272,9 @@ def checked_sparsities(
             raise PatternError(
                 f"{pattern}: sparsities must ascend, since each mask contains the one before; found {list(values)}"
             )
+        config = {"sparsities": list(values)}
     subnets = tuple(Subnet(level_name(pattern, s), pattern, s) for s in values)
     for a, b in itertools.pairwise(subnets):
         if a.name == b.name:
             raise PatternError(f"{pattern}: sparsities {a.sparsity} and {b.sparsity} would both be named {a.name!r}")
-    return values, subnets
+    return values, subnets, config

@@ -16,7 +16,7 @@ from ..graph import Weight
 from ..masks import Mask
 from ..masks.tiles import covered_by_tiles, tiles, untiles
 from .base import UMG, Pattern, Subnet, checked_sparsities, level_of
-from .checking import refuse, weight_masks
+from .checking import covered_share, refuse, weight_masks, zeros_among_covered
 from .ranking import drop_smallest
 from .registry import register_pattern
 
@@ -61,9 +61,7 @@ class Block(Pattern):
             raise PatternError(f"{self.name}: scope must be 'global' or 'layer', not {scope!r}")
         self.rows, self.columns = sides
         self.scope = scope
-        self._fixed = sparsities is not None
-        self._rounds, self._rate = rounds, rate
-        self.sparsities, named = checked_sparsities(self._title(), sparsities, rounds, rate)
+        self.sparsities, named, self._levels = checked_sparsities(self._title(), sparsities, rounds, rate)
         options = {"block": [self.rows, self.columns]}
         self._subnets = tuple(replace(s, pattern=self.name, options=options) for s in named)
 
@@ -105,9 +103,7 @@ class Block(Pattern):
     def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """Zeros among the weights covered, which is the share of blocks that are gone."""
         del subnet
-        total = sum(covered_by_tiles(w, self.rows, self.columns) for w in umg.eligible)
-        zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
-        return zeros / total if total else 0.0
+        return zeros_among_covered(mask, umg, self._covered)
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
         """Exactly ``round(sparsity * n)`` of the n blocks go, each as a whole, and what fills no block is kept.
@@ -117,7 +113,7 @@ class Block(Pattern):
         """
         total = gone = unsure = 0
         for weight, keep, hidden in weight_masks(subnet, mask, umg):
-            count = covered_by_tiles(weight, self.rows, self.columns) // (self.rows * self.columns)
+            count = self._covered(weight) // (self.rows * self.columns)
             lost, open_ = (0, 0) if keep is None else self._gone(subnet, weight, keep, hidden)
             if self.scope == "layer":
                 self._check_count(subnet, f"{weight.name!r}", count, lost, open_)
@@ -145,13 +141,14 @@ class Block(Pattern):
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of eligible weights that lie in full blocks."""
         del subnet, mask
-        total = sum(w.numel for w in umg.eligible)
-        return sum(covered_by_tiles(w, self.rows, self.columns) for w in umg.eligible) / total if total else 0.0
+        return covered_share(umg, self._covered)
+
+    def _covered(self, weight: Weight) -> int:
+        return covered_by_tiles(weight, self.rows, self.columns)
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
-        levels = {"sparsities": list(self.sparsities)} if self._fixed else {"rounds": self._rounds, "rate": self._rate}
-        return {**self._size(), **levels, "scope": self.scope}
+        return {**self._size(), **self._levels, "scope": self.scope}
 
     def _size(self) -> dict[str, Any]:
         return {"size": [self.rows, self.columns]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,25 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from ..errors import PatternError
-from ..graph import Coupling, Group
+from ..graph import Coupling, Group, Producer
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .checking import check_units
-from .magnitudes import row_sums
+from .magnitudes import Terms, row_sums
 from .registry import pattern_class, register_pattern
 
 AUTO_MULTIPLE = 8  # what GPUs' matrix units want
 AUTO_CHANNELS = 256  # groups at least this wide
 
 
-def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
+def whole_sums(umg: UMG, producer: Producer, terms: Terms) -> Float64[Tensor, " rows"]:
+    """The sum of each of a producer's rows, where its values are whole."""
+    return row_sums(producer.weight, umg.values[producer.weight], producer.axis, terms)
+
+
+def unit_scores(
+    umg: UMG, beta: float, sums: Callable[[UMG, Producer, Terms], Float64[Tensor, " rows"]] = whole_sums
+) -> Float64[Tensor, " units"]:
     """Importance of every channel unit (paper, Section 3.2, with units in place of channels).
 
     A row C of a producer has the score β‖m_u⊙C‖₁ + (1-β)‖m_nm⊙C‖₁ on unmasked weights, divided by the mean over
@@ -35,6 +42,7 @@ def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
     Args:
         umg: ``made`` may hold masks of patterns with a term.
         beta: Weight of the unstructured term, in [0, 1].
+        sums: How a producer's rows are summed.
 
     Returns:
         On the CPU.
@@ -48,14 +56,14 @@ def unit_scores(umg: UMG, beta: float) -> Float64[Tensor, " units"]:
         has_unit = producer.units >= 0
         if not bool(has_unit.any()):
             continue
-        norms = row_sums(producer.weight, umg.values[producer.weight], producer.axis, terms)
+        norms = sums(umg, producer, terms)
         mean = float(norms.mean())
         if mean > 0.0:
             scores.index_add_(0, producer.units[has_unit], norms[has_unit] / mean)
     return scores
 
 
-def terms_of(umg: UMG, beta: float) -> list[tuple[float, Mapping[str, Bool[Tensor, "..."]]]]:
+def terms_of(umg: UMG, beta: float) -> Terms:
     """What magnitudes are weighed by: the share of each mask made this round that enters the score, and its elements.
 
     One share of 1 without elements where no mask enters.
@@ -147,9 +155,7 @@ class Channel(Pattern):
         beta: float = 0.8,
         round_to: int | str | None = "auto",
     ) -> None:
-        self._fixed = sparsities is not None
-        self._rounds, self._rate = rounds, rate
-        self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
+        self.sparsities, self._subnets, self._levels = checked_sparsities(self.name, sparsities, rounds, rate)
         self.beta = checked_beta(self.name, beta)
         self.round_to = checked_round_to(round_to)
 
@@ -180,8 +186,7 @@ class Channel(Pattern):
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
-        levels = {"sparsities": list(self.sparsities)} if self._fixed else {"rounds": self._rounds, "rate": self._rate}
-        return {**levels, "beta": self.beta, "round_to": self.round_to}
+        return {**self._levels, "beta": self.beta, "round_to": self.round_to}
 
 
 def checked_beta(pattern: str, beta: object) -> float:

@@ -6,7 +6,7 @@ every pattern counts what its masks keep when a bundle is saved and when it is l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Never
 
 from jaxtyping import Bool
@@ -17,7 +17,7 @@ from ..graph import Group, Weight
 from ..masks import Mask
 from .base import UMG, Subnet
 
-__all__ = ["check_units", "element_masks", "refuse", "weight_masks"]
+__all__ = ["check_units", "covered_share", "refuse", "weight_masks", "zeros_among_covered"]
 
 
 def refuse(subnet: Subnet, why: str) -> Never:
@@ -29,8 +29,10 @@ def refuse(subnet: Subnet, why: str) -> Never:
     raise PatternError(f"the mask of {subnet.name!r} is not one that its pattern makes: {why}")
 
 
-def element_masks(subnet: Subnet, mask: Mask, umg: UMG) -> dict[str, Bool[Tensor, "..."]]:
-    """The element masks of a pattern that masks eligible weights and nothing else.
+def weight_masks(
+    subnet: Subnet, mask: Mask, umg: UMG
+) -> Iterator[tuple[Weight, Bool[Tensor, "..."] | None, Bool[Tensor, "..."] | None]]:
+    """Every eligible weight with its mask (``None``: nothing is masked) and what is hidden of it (``UMG.hidden``).
 
     Raises:
         PatternError: The mask removes channel units, or masks a tensor that is not eligible.
@@ -40,20 +42,21 @@ def element_masks(subnet: Subnet, mask: Mask, umg: UMG) -> dict[str, Bool[Tensor
     odd = set(mask.elements) - {w.name for w in umg.eligible}
     if odd:
         refuse(subnet, f"{min(odd)!r} is masked, which is no eligible weight")
-    return dict(mask.elements)
-
-
-def weight_masks(
-    subnet: Subnet, mask: Mask, umg: UMG
-) -> Iterator[tuple[Weight, Bool[Tensor, "..."] | None, Bool[Tensor, "..."] | None]]:
-    """Every eligible weight with its mask (``None``: nothing is masked) and what is hidden of it (``UMG.hidden``).
-
-    Raises:
-        PatternError: As :func:`element_masks`.
-    """
-    masks = element_masks(subnet, mask, umg)
     for weight in umg.eligible:
-        yield weight, masks.get(weight.name), umg.hidden.get(weight.name)
+        yield weight, mask.elements.get(weight.name), umg.hidden.get(weight.name)
+
+
+def covered_share(umg: UMG, covered: Callable[[Weight], int]) -> float:
+    """The share of the eligible weights' elements that a pattern can touch, from how many those of each weight are."""
+    total = sum(w.numel for w in umg.eligible)
+    return sum(covered(w) for w in umg.eligible) / total if total else 0.0
+
+
+def zeros_among_covered(mask: Mask, umg: UMG, covered: Callable[[Weight], int]) -> float:
+    """The share that a mask zeroes of the elements that its pattern can touch."""
+    total = sum(covered(w) for w in umg.eligible)
+    zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
+    return zeros / total if total else 0.0
 
 
 def check_units(subnet: Subnet, mask: Mask, groups: dict[Group, int]) -> None:

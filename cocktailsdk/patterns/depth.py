@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from ..graph import EXCLUDED, Branch, Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .channel import checked_beta, terms_of
-from .checking import refuse
-from .magnitudes import row_sums
+from .checking import covered_share, refuse
+from .magnitudes import Terms, row_sums
 from .registry import register_pattern
 
 __all__ = ["Depth", "branch_scores", "removable_branches"]
@@ -41,7 +41,7 @@ def branch_scores(umg: UMG, branches: Sequence[Branch], beta: float) -> list[flo
     return [sum(_strength(weights[n], umg.values[n], terms) for n in b.weights) / len(b.weights) for b in branches]
 
 
-def _strength(weight: Weight, value: Tensor, terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> float:
+def _strength(weight: Weight, value: Tensor, terms: Terms) -> float:
     total = float(row_sums(weight.name, value, weight.out_axis, terms).sum())
     outputs = weight.shape[weight.out_axis] * (weight.groups if weight.op == "conv_transpose" else 1)
     return total / weight.numel * math.sqrt(weight.numel / outputs)
@@ -71,9 +71,7 @@ class Depth(Pattern):
     def __init__(
         self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.1, beta: float = 0.8
     ) -> None:
-        self._fixed = sparsities is not None
-        self._rounds, self._rate = rounds, rate
-        self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
+        self.sparsities, self._subnets, self._levels = checked_sparsities(self.name, sparsities, rounds, rate)
         self.beta = checked_beta(self.name, beta)
 
     def subnets(self) -> tuple[Subnet, ...]:
@@ -130,10 +128,8 @@ class Depth(Pattern):
         """The share of the eligible weights that lie in branches."""
         del subnet, mask
         within = {n for b in removable_branches(umg.coupling, umg.eligible) for n in b.weights}
-        total = sum(w.numel for w in umg.eligible)
-        return sum(w.numel for w in umg.eligible if w.name in within) / total if total else 0.0
+        return covered_share(umg, lambda weight: weight.numel if weight.name in within else 0)
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
-        levels = {"sparsities": list(self.sparsities)} if self._fixed else {"rounds": self._rounds, "rate": self._rate}
-        return {**levels, "beta": self.beta}
+        return {**self._levels, "beta": self.beta}

@@ -56,9 +56,7 @@ class Heads(Pattern):
     def __init__(
         self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.1, beta: float = 0.8
     ) -> None:
-        self._fixed = sparsities is not None
-        self._rounds, self._rate = rounds, rate
-        self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
+        self.sparsities, self._subnets, self._levels = checked_sparsities(self.name, sparsities, rounds, rate)
         self.beta = checked_beta(self.name, beta)
 
     def subnets(self) -> tuple[Subnet, ...]:
@@ -108,5 +106,4 @@ class Heads(Pattern):
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
-        levels = {"sparsities": list(self.sparsities)} if self._fixed else {"rounds": self._rounds, "rate": self._rate}
-        return {**levels, "beta": self.beta}
+        return {**self._levels, "beta": self.beta}

@@ -18,6 +18,7 @@ from ..errors import PatternError
 
 __all__ = [
     "Scratch",
+    "Terms",
     "infinity_bits",
     "magnitude_bits",
     "nan_error",
@@ -125,19 +126,18 @@ def _flat(tensor: Tensor, limit: int) -> Iterator[Tensor]:
             yield from _flat(part, limit)
 
 
-def row_sums(
-    name: str,
-    value: Float[Tensor, "..."],
-    axis: int,
-    terms: Sequence[tuple[float, Mapping[str, Bool[Tensor, "..."]]]],
-) -> Float64[Tensor, " rows"]:
+Terms = Sequence[tuple[float, Mapping[str, Bool[Tensor, "..."]]]]
+"""Shares and masks by weight name each, by which magnitudes are weighed; a weight without a mask counts whole."""
+
+
+def row_sums(name: str, value: Float[Tensor, "..."], axis: int, terms: Terms) -> Float64[Tensor, " rows"]:
     """The sum of each row's magnitudes under masks, weighed: ``Σ share · ‖mask ⊙ row‖₁`` over the terms.
 
     Args:
         name: The weight's.
         value: Its values.
         axis: Along which the rows are told apart.
-        terms: A share and masks by weight name each; a weight without a mask counts whole.
+        terms: The terms of the sum.
 
     Returns:
         On the CPU, summed in double precision.

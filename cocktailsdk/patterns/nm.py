@@ -15,7 +15,7 @@ from ..graph import Weight
 from ..masks import Mask
 from ..masks.tiles import covered_by_runs, runs, split_inputs
 from .base import UMG, Pattern, Subnet
-from .checking import refuse, weight_masks
+from .checking import covered_share, refuse, weight_masks, zeros_among_covered
 from .magnitudes import Scratch, infinity_bits, magnitude_bits, nan_error, piece_size, ranked_dtype
 from .registry import register_pattern
 
@@ -191,9 +191,7 @@ class NM(Pattern):
 
     def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """Zeros among the weights covered."""
-        total = sum(covered_by_runs(w, subnet.options["m"]) for w in umg.eligible)
-        zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
-        return zeros / total if total else 0.0
+        return zeros_among_covered(mask, umg, lambda weight: self._covered(weight, subnet.options["m"]))
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
         """Every run keeps exactly N weights, and remainders are kept whole.
@@ -213,8 +211,11 @@ class NM(Pattern):
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of eligible weights that lie in full runs of M."""
         del mask
-        total = sum(w.numel for w in umg.eligible)
-        return sum(covered_by_runs(w, subnet.options["m"]) for w in umg.eligible) / total if total else 0.0
+        return covered_share(umg, lambda weight: self._covered(weight, subnet.options["m"]))
+
+    def _covered(self, weight: Weight, m: int) -> int:
+        """How many elements of a weight lie in full runs."""
+        return covered_by_runs(weight, m)
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""

@@ -99,10 +99,7 @@ class Product(Pattern):
     def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """``1 - (1 - s₁)(1 - s₂)`` of what the factors count in their parts of the mask."""
         first, a, second, b = self._parts[subnet.name]
-        assert mask.removed is not None
-        remaining = Remaining(umg.coupling, mask.removed)
-        weights = {w.name: w for w in umg.eligible}
-        inner = Mask({n: remaining.slice(weights[n], k) for n, k in mask.elements.items()})
+        remaining, inner = _inner(mask, umg)
         one = first.exact_sparsity(a, Mask(removed=mask.removed), umg)
         return 1.0 - (1.0 - one) * (1.0 - second.exact_sparsity(b, inner, _seen(remaining, umg)))
 
@@ -117,8 +114,7 @@ class Product(Pattern):
         odd = set(mask.elements) - weights.keys()
         if mask.removed is None or odd:
             refuse(subnet, f"{min(odd)!r} is masked, which is no eligible weight" if odd else "it removes no units")
-        remaining = Remaining(umg.coupling, mask.removed)
-        inner = Mask({n: remaining.slice(weights[n], k) for n, k in mask.elements.items()})
+        remaining, inner = _inner(mask, umg)
         for n, element_mask in inner.elements.items():
             if not torch.equal(remaining.spread(weights[n], element_mask), mask.elements[n]):
                 refuse(subnet, f"elements of {n!r} are kept that the removed units take")
@@ -136,10 +132,7 @@ class Product(Pattern):
     def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The share of the weights left by the first that the second can touch at all."""
         _, _, second, b = self._parts[subnet.name]
-        assert mask.removed is not None
-        remaining = Remaining(umg.coupling, mask.removed)
-        weights = {w.name: w for w in umg.eligible}
-        inner = Mask({n: remaining.slice(weights[n], k) for n, k in mask.elements.items()})
+        remaining, inner = _inner(mask, umg)
         return second.coverage(b, inner, _seen(remaining, umg))
 
     def config(self) -> dict[str, Any]:
@@ -176,6 +169,14 @@ class Product(Pattern):
             else:
                 pairs.append((first, second))
         return type(self)(pairs)
+
+
+def _inner(mask: Mask, umg: UMG) -> tuple[Remaining, Mask]:
+    """What a mask's removed units leave, and the second pattern's part of the mask, as that pattern sees it."""
+    assert mask.removed is not None
+    remaining = Remaining(umg.coupling, mask.removed)
+    weights = {w.name: w for w in umg.eligible}
+    return remaining, Mask({n: remaining.slice(weights[n], k) for n, k in mask.elements.items()})
 
 
 def _seen(remaining: Remaining, umg: UMG) -> UMG:

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from ..graph import Weight
+from ..graph import Producer, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet
-from .channel import Channel, removed_units, terms_of
-from .magnitudes import row_sums
+from .channel import Channel, removed_units, unit_scores
+from .magnitudes import Terms, row_sums
 from .nm import NM, nm_mask
 from .ranking import Shards, drop_smallest
 from .unstructured import Unstructured
@@ -93,7 +93,7 @@ def sharded_mask(pattern: Pattern, subnet: Subnet, umg: UMG) -> Mask:
         return Mask({w.name: _nm(w, values, n, m) for w in umg.eligible})
     if type(pattern) is Channel:
         previous = umg.previous.removed if umg.previous is not None else None
-        scores = _unit_scores(umg, values, pattern.beta)
+        scores = unit_scores(umg, pattern.beta, _row_sums)
         return Mask(removed=removed_units(scores, umg.coupling, subnet.sparsity, previous, pattern.round_to))
     return pattern.mask(subnet, umg)
 
@@ -119,27 +119,13 @@ def _nm(weight: Weight, values: ShardedValues, n: int, m: int) -> Bool[Tensor, "
     return values.gathered(weight.name, part, tuple(weight.shape))
 
 
-def _unit_scores(umg: UMG, values: ShardedValues, beta: float) -> Float64[Tensor, " units"]:
-    """As :func:`~cocktailsdk.patterns.channel.unit_scores`, of sums over the rows of all processes."""
-    scores = torch.zeros(umg.coupling.n_units, dtype=torch.float64)
-    terms = terms_of(umg, beta)
-    for producer in umg.coupling.producers:
-        has_unit = producer.units >= 0
-        if not bool(has_unit.any()):
-            continue
-        norms = _norms(producer.weight, producer.axis, values, terms, int(producer.units.numel()))
-        mean = float(norms.mean())
-        if mean > 0.0:
-            scores.index_add_(0, producer.units[has_unit], norms[has_unit] / mean)
-    return scores
-
-
-def _norms(
-    name: str, axis: int, values: ShardedValues, terms: list[tuple[float, Mapping[str, Tensor]]], count: int
-) -> Float64[Tensor, " out"]:
+def _row_sums(umg: UMG, producer: Producer, terms: Terms) -> Float64[Tensor, " rows"]:
+    """The sum of each of a producer's rows, over the rows of all processes."""
+    values, name, axis = umg.values, producer.weight, producer.axis
+    assert isinstance(values, ShardedValues)
     value = values.own(name)
     mine = [(share, {name: values.mine(name, of[name])} if name in of else {}) for share, of in terms]
-    out = torch.zeros(count, dtype=torch.float64)
+    out = torch.zeros(producer.units.numel(), dtype=torch.float64)
     if value.numel():
         sums = row_sums(name, value, axis, mine)
         rows = values.rows(name)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ..graph import Weight
 from ..masks import Mask
 from ..masks.tiles import covered_by_tiles, tiles, untiles
 from .base import UMG, Subnet
@@ -57,13 +58,6 @@ class Transposable(NM):
             out[w.name] = untiles(w, best_squares(parts, n).cpu(), True)
         return Mask(out)
 
-    def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
-        """Zeros among the weights covered."""
-        m = subnet.options["m"]
-        total = sum(covered_by_tiles(w, m, m) for w in umg.eligible)
-        zeros = sum(int((~mask.elements[w.name]).sum()) for w in umg.eligible if w.name in mask.elements)
-        return zeros / total if total else 0.0
-
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
         """Every row and column of every tile keeps exactly N weights, and what fills no tile is kept whole.
 
@@ -75,12 +69,9 @@ class Transposable(NM):
             parts = [None if t is None else tiles(weight, t, m, m) for t in (keep, hidden)]
             check_runs(subnet, weight, (keep, hidden), parts, covered_by_tiles(weight, m, m), n)
 
-    def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
-        """The share of eligible weights that lie in full tiles of M x M."""
-        del mask
-        m = subnet.options["m"]
-        total = sum(w.numel for w in umg.eligible)
-        return sum(covered_by_tiles(w, m, m) for w in umg.eligible) / total if total else 0.0
+    def _covered(self, weight: Weight, m: int) -> int:
+        """How many elements of a weight lie in full tiles of M x M."""
+        return covered_by_tiles(weight, m, m)
 
     @classmethod
     def parse(cls, spec: str) -> Self | None:

@@ -31,9 +31,7 @@ class Unstructured(Pattern):
     term = "unstructured"
 
     def __init__(self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.2) -> None:
-        self._fixed = sparsities is not None
-        self._rounds, self._rate = rounds, rate
-        self.sparsities, self._subnets = checked_sparsities(self.name, sparsities, rounds, rate)
+        self.sparsities, self._subnets, self._levels = checked_sparsities(self.name, sparsities, rounds, rate)
 
     def subnets(self) -> tuple[Subnet, ...]:
         """Its subnetworks, from the least sparse to the most."""
@@ -66,6 +64,4 @@ class Unstructured(Pattern):
 
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
-        if self._fixed:
-            return {"sparsities": list(self.sparsities)}
-        return {"rounds": self._rounds, "rate": self._rate}
+        return dict(self._levels)

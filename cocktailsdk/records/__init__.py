@@ -6,9 +6,9 @@ Whatever is not listed is refused. While a model is built, a fence stops this th
 starting processes and asking at the terminal.
 """
 
-from .bounds import Bounds
 from .check import check_record
 from .fence import fenced
+from .kinds import Bounds
 from .tables import LIBRARIES, PASS, check_version, library
 
 __all__ = ["LIBRARIES", "PASS", "Bounds", "check_record", "check_version", "fenced", "library"]

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import AdapterError
-from .bounds import Bounds
-from .kinds import shown
+from .kinds import Bounds, shown
 from .tables import LIBRARIES, PASS, Entry, library
 from .trusted import check_trusted
 

@@ -1,4 +1,4 @@
-"""Kinds of values that a build record may hold.
+"""Kinds of values that a build record may hold, within the bounds that the bundle's tensors set.
 
 A kind is a function of a value and the bundle's bounds. It returns ``None`` for a value that it allows, else what it
 allows in words. Values are plain JSON: ``True`` is no number, and strings come from closed sets.
@@ -7,12 +7,37 @@ allows in words. Values are plain JSON: ``True`` is no number, and strings come 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
-from .bounds import MOST_LABELS, MOST_POSITIONS, Bounds
+__all__ = ["ACTIVATIONS", "KINDS", "MOST_POSITIONS", "Bounds", "Kind", "each_of", "number", "one_of", "shown"]
 
-__all__ = ["ACTIVATIONS", "KINDS", "Kind", "each_of", "shown"]
+MOST_POSITIONS = 1 << 24
+"""Of integers that no tensor's shape depends on: token numbers, positions of rotary embeddings."""
+
+MOST_LABELS = 1 << 16
+"""A configuration makes a dictionary of labels of the integer ``num_labels``."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the tensors of a bundle allow its build record to ask for: upper limits of the record's integers.
+
+    Attributes:
+        tensors: How many tensors the model has: no part of it is repeated more often.
+        largest: The largest dimension of any tensor: no layer is wider.
+    """
+
+    tensors: int = 100_000
+    largest: int = MOST_POSITIONS
+
+    @classmethod
+    def of(cls, shapes: Iterable[Sequence[int]]) -> Self:
+        """The limits for a model with tensors of these shapes. Empty tensors widen nothing: they take no bytes."""
+        full = [s for s in shapes if 0 not in s]
+        return cls(len(full), max((d for s in full for d in s), default=0))
+
 
 Kind = Callable[[Any, Bounds], str | None]
 
@@ -52,6 +77,16 @@ def number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high
 
 
+def whole(limits: Callable[[Bounds], tuple[int, int]], which: str = "") -> Kind:
+    """A whole number between limits that depend on the bundle."""
+
+    def kind(value: Any, bounds: Bounds) -> str | None:
+        low, high = limits(bounds)
+        return None if integer(value, low, high) else f"a whole number from {low} to {high}{which}"
+
+    return kind
+
+
 def one_of(names: Collection[str]) -> Kind:
     """A string of a set."""
 
@@ -89,14 +124,14 @@ def _flag(value: Any, bounds: Bounds) -> str | None:
     return None if type(value) is bool else "true or false"
 
 
-def _size(value: Any, bounds: Bounds) -> str | None:
-    high = bounds.largest
-    return None if integer(value, 0, high) else f"a whole number from 0 to {high}, the bundle's largest dimension"
-
-
-def _depth(value: Any, bounds: Bounds) -> str | None:
-    high = bounds.tensors
-    return None if integer(value, 0, high) else f"a whole number from 0 to {high}, the number of the bundle's tensors"
+_size = whole(lambda bounds: (0, bounds.largest), ", the bundle's largest dimension")
+_depth = whole(lambda bounds: (0, bounds.tensors), ", the number of the bundle's tensors")
+_stage_number = whole(lambda bounds: (-bounds.tensors, bounds.tensors))
+_count = whole(lambda bounds: (0, min(bounds.largest, MOST_LABELS)))
+_position = whole(lambda bounds: (0, MOST_POSITIONS))
+_token = whole(lambda bounds: (-1, MOST_POSITIONS))
+# Images and windows are larger than any tensor of a convolutional network.
+_extent = whole(lambda bounds: (1, max(4096, bounds.largest)))
 
 
 def _depths(value: Any, bounds: Bounds) -> str | None:
@@ -104,32 +139,6 @@ def _depths(value: Any, bounds: Bounds) -> str | None:
     wrong = each_of(_depth)(value, bounds)
     fits = wrong is None and sum(value) <= bounds.tensors
     return None if fits else wrong or f"a list of at most {bounds.tensors} in all, the number of the bundle's tensors"
-
-
-def _count(value: Any, bounds: Bounds) -> str | None:
-    high = min(bounds.largest, MOST_LABELS)
-    return None if integer(value, 0, high) else f"a whole number from 0 to {high}"
-
-
-def _position(value: Any, bounds: Bounds) -> str | None:
-    del bounds
-    return None if integer(value, 0, MOST_POSITIONS) else f"a whole number from 0 to {MOST_POSITIONS}"
-
-
-def _token(value: Any, bounds: Bounds) -> str | None:
-    del bounds
-    return None if integer(value, -1, MOST_POSITIONS) else f"a whole number from -1 to {MOST_POSITIONS}"
-
-
-def _extent(value: Any, bounds: Bounds) -> str | None:
-    # Images and windows are larger than any tensor of a convolutional network.
-    high = max(4096, bounds.largest)
-    return None if integer(value, 1, high) else f"a whole number from 1 to {high}"
-
-
-def _stage_number(value: Any, bounds: Bounds) -> str | None:
-    high = bounds.tensors
-    return None if integer(value, -high, high) else f"a whole number from -{high} to {high}"
 
 
 def _fraction(value: Any, bounds: Bounds) -> str | None:

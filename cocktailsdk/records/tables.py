@@ -43,13 +43,11 @@ class Library:
     """A library's table.
 
     Attributes:
-        name: Its name, as pip knows it.
         oldest: The first version that the table was tested with.
         newest: The last one; its patch releases are included where this has no patch number.
         entries: Entries by the name of a class or builder.
     """
 
-    name: str
     oldest: str
     newest: str
     entries: Mapping[str, Entry]
@@ -60,7 +58,7 @@ def library(name: str) -> Library:
     """The table of a library of :data:`LIBRARIES`."""
     table = tomllib.loads(files(__package__).joinpath(f"{name}.toml").read_text(encoding="utf-8"))
     entries = _configurations(table) if name == "transformers" else _builders(table)
-    return Library(name, table["oldest"], table["newest"], entries)
+    return Library(table["oldest"], table["newest"], entries)
 
 
 def check_version(name: str) -> None:

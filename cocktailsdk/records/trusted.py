@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import AdapterError
-from .bounds import MOST_POSITIONS, Bounds
-from .kinds import KINDS, number, shown
+from .kinds import KINDS, MOST_POSITIONS, Bounds, number, shown
 from .tables import PASS, library
 
 __all__ = ["check_trusted"]

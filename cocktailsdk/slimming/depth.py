@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -67,16 +68,11 @@ def _run(
 ) -> tuple[list[Tensor], dict[str, list[Any]]]:
     """What the model returns, and its branches' modules, call by call."""
     returned: dict[str, list[Any]] = {path: [] for b in branches for path in b.modules}
-    hooks = [
-        model.get_submodule(path).register_forward_hook(lambda _m, _a, out, path=path: returned[path].append(out))
-        for path in returned
-    ]
-    try:
-        with torch.no_grad():
-            return tensors_of(model(*args, **kwargs)), returned
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for path, outputs in returned.items():
+            module = model.get_submodule(path)
+            hooks.enter_context(module.register_forward_hook(lambda _m, _a, out, to=outputs: to.append(out)))
+        return tensors_of(model(*args, **kwargs)), returned
 
 
 def _replaced(

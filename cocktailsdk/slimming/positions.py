@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from ..errors import SlimError
+from ..errors import SlimError, described
 from ..graph.compare import (
     Precision,
     doubled,
@@ -85,10 +85,9 @@ def check_equal(model: nn.Module, slim: nn.Module, where: Where, inputs: Inputs,
             with precision:
                 got = tensors_in(slim(*args, **kwargs))
         except Exception as error:
-            reason = (str(error).splitlines() or ["no message"])[0]
             at = failing_module(slim, args, kwargs)
             raise SlimError(
-                f"{what} does not run ({type(error).__name__}: {reason}); it fails in {at or 'its own forward'!r}. "
+                f"{what} does not run ({described(error)}); it fails in {at or 'its own forward'!r}. "
                 f"Exclude what makes its channels (exclude_modules=[...]); {otherwise}",
                 module=at,
             ) from error

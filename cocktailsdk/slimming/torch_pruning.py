@@ -13,7 +13,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportFailed, PatternError, SlimError
+from ..errors import ExportFailed, PatternError, SlimError, described
 from ..graph.compare import doubled, leaves_of
 from ..graph.copies import duplicate_in_double
 from ..net.target_modules import Selection, some_of
@@ -75,10 +75,7 @@ def prune(
             history = _chosen(model, working, ratios, round_to, scope, ignored, importance)
             slim, where = _replayed(model, working, history)
     except Exception as error:  # it may raise anything
-        reason = (str(error).splitlines() or ["no message"])[0]
-        raise SlimError(
-            f"{_peer()} cannot prune {type(model).__name__} ({type(error).__name__}: {reason}); {_ADVICE}"
-        ) from error
+        raise SlimError(f"{_peer()} cannot prune {type(model).__name__} ({described(error)}); {_ADVICE}") from error
     if not history and (ratios.rest or any(share for _, share in ratios.layers)):
         raise SlimError(f"{_peer()} found nothing to remove from {type(model).__name__}; {_ADVICE}")
     check_equal(model, slim, where, inputs, f"what {_peer()} leaves of {type(model).__name__}", _ADVICE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from math import prod
 from typing import Any
 
@@ -48,19 +49,11 @@ def consume(
             ctx.labels.join(*_face(f, partner, left_dim, right_dim, pairs))
             if f.dims != {left_dim}:
                 # Both also vary along paired dimensions (heads): what is left there goes on to the result.
-                rest, other = ctx.labels.collapse(f, [left_dim]), ctx.labels.collapse(partner, [right_dim])
-                if rest is not None:
-                    passing_left.append(rest)
-                if other is not None:
-                    passing_right.append(other)
+                passing_left += ctx.collapse([f], {left_dim})
+                passing_right += ctx.collapse([partner], {right_dim})
         else:
-            rest = ctx.labels.collapse(f, [left_dim])
-            if rest is not None:
-                passing_left.append(rest)
-    for g in along_right:
-        rest = ctx.labels.collapse(g, [right_dim])
-        if rest is not None:
-            passing_right.append(rest)
+            passing_left += ctx.collapse([f], {left_dim})
+    passing_right += ctx.collapse(along_right, {right_dim})
     return passing_left, passing_right
 
 
@@ -68,15 +61,15 @@ def _face(
     f: Field, g: Field, left_dim: int, right_dim: int, pairs: dict[int, int]
 ) -> tuple[Int64[Tensor, "..."], Int64[Tensor, "..."]]:
     """Both fields' labels with their varying dimensions in the same order."""
-    order = [d for d in range(f.labels.dim()) if d in f.dims]
-    left = f.labels.permute(*order, *(d for d in range(f.labels.dim()) if d not in f.dims)).reshape(
-        [f.labels.shape[d] for d in order]
-    )
+    order = sorted(f.dims)
     there = [right_dim if d == left_dim else pairs[d] for d in order]
-    right = g.labels.permute(*there, *(d for d in range(g.labels.dim()) if d not in there)).reshape(
-        [g.labels.shape[d] for d in there]
-    )
-    return left, right
+    return _arranged(f.labels, order), _arranged(g.labels, there)
+
+
+def _arranged(labels: Int64[Tensor, "..."], order: Sequence[int]) -> Int64[Tensor, "..."]:
+    """Labels with these dimensions alone, in this order; they vary along no other."""
+    others = (d for d in range(labels.dim()) if d not in order)
+    return labels.permute(*order, *others).reshape([labels.shape[d] for d in order])
 
 
 @rule("linear", "addmm", "_addmm_activation")
@@ -91,7 +84,7 @@ def linear(ctx: Context, node: fx.Node) -> Result:
     macs = prod(ctx.shape(node)) * ctx.shape(x)[-1]
     # Labels across the contracted dimension (heads, experts) shrink the number of rows, and so the multiply-adds.
     across = [f.labels for f in ctx.fields(x) if len(ctx.shape(x)) - 1 not in f.dims]
-    _remember(ctx, node, w, "linear", (out_axis, in_axis), macs, across)
+    remember(ctx, node, w, "linear", (out_axis, in_axis), macs, across)
     passing, made = consume(ctx, ctx.fields(x), ctx.fields(w), len(ctx.shape(x)) - 1, in_axis)
     # A weight of one dimension makes no channels: the last dimension of the input disappears.
     if len(ctx.shape(w)) == 1:
@@ -101,13 +94,13 @@ def linear(ctx: Context, node: fx.Node) -> Result:
         labels = f.labels.movedim(out_axis, -1).reshape((1,) * (rank - 1) + (f.labels.shape[out_axis],))
         if labels.numel() > 1:
             out.append(f.with_labels(labels))
-    product = tuple(out) + tuple(f.with_labels(f.labels) for f in passing)
+    product = (*out, *passing)
     if bias is None:
         return product
     return unified(ctx, [(ctx.shape(node), product), (ctx.shape(bias), ctx.fields(bias))], ctx.shape(node), all_zero)
 
 
-def _remember(
+def remember(
     ctx: Context,
     node: fx.Node,
     w: Any,
@@ -116,14 +109,13 @@ def _remember(
     macs: int,
     factors: Sequence[Int64[Tensor, "..."]],
     groups: int = 1,
-) -> bool:
-    """Notes a contraction; of a weight also which it is. Returns whether it was one."""
+) -> None:
+    """Notes a contraction; of a weight also which it is."""
     module, weight = module_of(node), weight_of(ctx, w, *axes)
     ctx.products.append(Product(node, module, None if weight is None else weight[0], macs, tuple(factors)))
     if weight is not None:
         # The first use decides the axes of a weight that is used several times.
         ctx.uses.setdefault(weight[0], WeightUse(weight[0], module, op, weight[1], weight[2], groups))
-    return weight is not None
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -145,7 +137,7 @@ def convolution(ctx: Context, node: fx.Node) -> Result:
     macs = (prod(ctx.shape(x)) * wshape[1] if transposed else prod(shape) * wshape[1]) * prod(wshape[2:])
     xs = ctx.collapse(ctx.fields(x), _mixed(node, wshape, channel, transposed))
     across = [f.labels for f in xs if channel not in f.dims]
-    _remember(ctx, node, w, kind, (out_axis, in_axis), macs, across, groups)
+    remember(ctx, node, w, kind, (out_axis, in_axis), macs, across, groups)
     # Positions of the kernel never go, so labels along them are joined.
     ws = ctx.collapse(ctx.fields(w), range(2, len(wshape)))
     out_channels = shape[channel]
@@ -257,12 +249,12 @@ def matmul(ctx: Context, node: fx.Node) -> Result:
     macs = prod(ctx.shape(node)) * sa[-1]
     across = [f.labels for f in ctx.fields(a) if len(sa) - 1 not in f.dims]
     if weight_of(ctx, b, *axes) is not None:
-        _remember(ctx, node, b, "matmul", axes, macs, across)
+        remember(ctx, node, b, "matmul", axes, macs, across)
     elif weight_of(ctx, a, len(sa) - 2, len(sa) - 1) is not None:
         across = [f.labels for f in ctx.fields(b) if len(sb) - 2 not in f.dims]
-        _remember(ctx, node, a, "matmul", (len(sa) - 2, len(sa) - 1), macs, across)
+        remember(ctx, node, a, "matmul", (len(sa) - 2, len(sa) - 1), macs, across)
     else:
-        _remember(ctx, node, None, "matmul", axes, macs, _factors(ctx.fields(a), ctx.fields(b), sa, sb))
+        remember(ctx, node, None, "matmul", axes, macs, _factors(ctx.fields(a), ctx.fields(b), sa, sb))
     return product(ctx, ctx.fields(a), sa, ctx.fields(b), sb, ctx.shape(node))
 
 
@@ -284,18 +276,21 @@ def _of_vectors(ctx: Context, node: fx.Node, a: Any, b: Any) -> Fields:
 
 def _factors(fa: Fields, fb: Fields, sa: tuple[int, ...], sb: tuple[int, ...]) -> tuple[Int64[Tensor, "..."], ...]:
     """Label arrays whose shares multiply to the share of multiply-adds left."""
-    seen_dims: set[int] = set()
-    out = []
-    for f in fa:
-        if not f.dims & seen_dims:
-            seen_dims |= f.dims
-            out.append(f.labels)
     # Dimensions of b are renumbered to those of the product, plus one number for its columns, so that a shared batch
     # dimension is counted once.
     shift = len(sa) - len(sb)
     rank = len(sa)
-    for f in fb:
-        dims = {rank - 1 if d == len(sb) - 2 else (rank if d == len(sb) - 1 else d + shift) for d in f.dims}
+    renumbered = [
+        (f, {rank - 1 if d == len(sb) - 2 else (rank if d == len(sb) - 1 else d + shift) for d in f.dims}) for f in fb
+    ]
+    return crossing([*((f, f.dims) for f in fa), *renumbered])
+
+
+def crossing(fields: Iterable[tuple[Field, AbstractSet[int]]]) -> tuple[Int64[Tensor, "..."], ...]:
+    """Labels of the fields that share no dimension with one before, each given with its dimensions."""
+    seen_dims: set[int] = set()
+    out = []
+    for f, dims in fields:
         if not dims & seen_dims:
             seen_dims |= dims
             out.append(f.labels)
@@ -323,11 +318,7 @@ def product(ctx: Context, fa: Fields, sa: Sequence[int], fb: Fields, sb: Sequenc
 def attention(ctx: Context, node: fx.Node) -> Result:
     """Attention in one op: ``softmax(scale q kᵀ + mask) v``."""
     q, k, v = node.args[:3]
-    mask, scale, grouped = (
-        argument(node, "attn_mask"),
-        argument(node, "scale"),
-        bool(argument(node, "enable_gqa", False)),
-    )
+    mask, scale = argument(node, "attn_mask"), argument(node, "scale")
     sq, sk, sv = ctx.shape(q), ctx.shape(k), ctx.shape(v)
     fq, fk, fv = ctx.fields(q), ctx.fields(k), ctx.fields(v)
     rank = len(sq)
@@ -343,7 +334,7 @@ def attention(ctx: Context, node: fx.Node) -> Result:
     ctx.products.append(
         Product(node, module_of(node), None, per_head * (sq[-1] + sv[-1]), () if heads is None else (heads,))
     )
-    if grouped and sk[-3] != sq[-3]:
+    if argument(node, "enable_gqa", False) and sk[-3] != sq[-3]:
         # Grouped-query attention repeats each key and value head for its query heads inside the op. Doing the same to
         # the labels ties a key head to all the query heads that read it.
         times = sq[-3] // sk[-3]

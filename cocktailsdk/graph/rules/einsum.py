@@ -7,12 +7,11 @@ from math import prod
 from string import ascii_letters
 from typing import Any
 
-from jaxtyping import Int64
-from torch import Tensor, fx
+from torch import fx
 
 from ..export import module_of
 from ..labels import Fields
-from .contraction import consume
+from .contraction import consume, crossing
 from .elementwise import any_zero, unified
 from .reduction import mixed
 from .registry import Context, Product, Result, WeightUse, rule
@@ -36,9 +35,8 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
 
     current, present = _spelled(ctx.fields(operands[0]), inputs[0], letters), set(inputs[0])
     if len(operands) == 1:
-        current = mixed(ctx, current, [letters.index(c) for c in inputs[0] if c not in out], absent_zeros_count=False)[
-            0
-        ]
+        summed = [letters.index(c) for c in inputs[0] if c not in out]
+        current, _ = mixed(ctx, current, summed, absent_zeros_count=False)
     for i, (operand, own) in enumerate(zip(operands[1:], inputs[1:], strict=True), start=1):
         other = _spelled(ctx.fields(operand), own, letters)
         # Operands are multiplied from left to right, as torch.einsum does unless opt_einsum finds another order. A
@@ -55,8 +53,8 @@ def einsum(ctx: Context, node: fx.Node) -> Result:
                 a, b = consume(ctx, current, other, d, d, batch=every)
                 current, other = tuple(a), tuple(b)
             else:
-                current = mixed(ctx, current, [d], absent_zeros_count=False)[0]
-                other = mixed(ctx, other, [d], absent_zeros_count=False)[0]
+                current, _ = mixed(ctx, current, [d], absent_zeros_count=False)
+                other, _ = mixed(ctx, other, [d], absent_zeros_count=False)
         shapes = [tuple(sizes[c] if c in s and c in later else 1 for c in letters) for s in (present, set(own))]
         present = present.union(own) & later
         shape = [sizes[c] if c in present else 1 for c in letters]
@@ -117,15 +115,9 @@ def _count(
     ctx: Context, node: fx.Node, weight: str | None, macs: int, current: Fields, other: Fields, second: bool
 ) -> None:
     """Notes the multiply-adds, with what they shrink by besides the weight's own elements."""
+    fields: Fields = (*current, *other)
     if weight is not None:
         mine, across = (other, current) if second else (current, other)
-        seen_dims = frozenset().union(*(f.dims for f in mine))
-        fields: Fields = tuple(f for f in across if not f.dims & seen_dims)
-    else:
-        seen_dims, fields = frozenset(), (*current, *other)
-    factors: list[Int64[Tensor, "..."]] = []
-    for f in fields:
-        if not f.dims & seen_dims:
-            seen_dims |= f.dims
-            factors.append(f.labels)
-    ctx.products.append(Product(node, module_of(node), weight, macs, tuple(factors)))
+        own_dims = frozenset().union(*(f.dims for f in mine))
+        fields = tuple(f for f in across if not f.dims & own_dims)
+    ctx.products.append(Product(node, module_of(node), weight, macs, crossing((f, f.dims) for f in fields)))

@@ -12,7 +12,7 @@ from ..export import module_of, op_name
 from ..labels import Field, Fields
 from .op_sets import ADDITIVE, FAKE_QUANTIZATION, KEEP_ZERO, LOSE_ZERO
 from .registry import Context, Result, rule
-from .zero_sources import zero_sources
+from .weights import zero_sources
 
 
 def unify(
@@ -161,6 +161,11 @@ def any_zero(row: list[Field | None]) -> bool:
     return any(f is not None and f.zero for f in row)
 
 
+def first_zero(row: list[Field | None]) -> bool:
+    """The result is zero where the first operand is, whatever the others are."""
+    return all_zero(row[:1])
+
+
 @rule(*KEEP_ZERO)
 def keeps_zero(ctx: Context, node: fx.Node) -> Result:
     """One operand, f(0) = 0."""
@@ -198,7 +203,7 @@ def division(ctx: Context, node: fx.Node) -> Result:
         node.args[:2],
         ctx.shape(node),
         # 0 / 0 is NaN: the quotient is zero only if the denominator stays away from zero.
-        lambda row: row[0] is not None and row[0].zero and not any(f is not None and f.zero for f in row[1:]),
+        lambda row: first_zero(row) and not any_zero(row[1:]),
     )
     for f in ctx.fields(node.args[1]):
         if f.zero:
@@ -231,7 +236,7 @@ def power(ctx: Context, node: fx.Node) -> Result:
     # 0 ** 0 is 1 and 0 ** -1 is infinite; an exponent that is a tensor may be either.
     exponent = node.args[1]
     positive = bool(isinstance(exponent, (int, float)) and exponent > 0)
-    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: positive and all_zero(row[:1]))
+    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: positive and first_zero(row))
 
 
 @rule("clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold")
@@ -245,7 +250,7 @@ def clamp(ctx: Context, node: fx.Node) -> Result:
     numbers = all(b is None or isinstance(b, (int, float)) for b in (low, high))
     # `threshold(x, t, value)` has a replacement value, not an upper bound, in the same place.
     keeps = numbers and bool(low is None or low <= 0) and bool(high is None or high >= 0) and name != "threshold"  # type: ignore[operator]
-    return combine(ctx, _operands(node), ctx.shape(node), lambda row: bool(keeps) and all_zero(row[:1]))
+    return combine(ctx, _operands(node), ctx.shape(node), lambda row: bool(keeps) and first_zero(row))
 
 
 @rule("masked_fill")
@@ -253,15 +258,13 @@ def masked_fill(ctx: Context, node: fx.Node) -> Result:
     """Some positions are replaced by a number."""
     value = node.args[2]
     fills_zero = isinstance(value, (int, float)) and value == 0
-    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: fills_zero and row[0] is not None and row[0].zero)
+    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: fills_zero and first_zero(row))
 
 
 @rule("addcmul", "addcdiv")
 def addcmul(ctx: Context, node: fx.Node) -> Result:
     """A sum and a product in one."""
-    return combine(
-        ctx, node.args[:3], ctx.shape(node), lambda row: row[0] is not None and row[0].zero and any_zero(row[1:])
-    )
+    return combine(ctx, node.args[:3], ctx.shape(node), lambda row: first_zero(row) and any_zero(row[1:]))
 
 
 @rule("prelu", "_prelu_kernel")
@@ -274,7 +277,7 @@ def prelu(ctx: Context, node: fx.Node) -> Result:
     view = (1, n) + (1,) * (rank - 2)
     slopes = tuple(f.with_labels(f.labels.reshape(view)) for f in ctx.fields(slope))
     operands = [(ctx.shape(x), ctx.fields(x)), (view, slopes)]
-    return unified(ctx, operands, ctx.shape(node), lambda row: row[0] is not None and row[0].zero)
+    return unified(ctx, operands, ctx.shape(node), first_zero)
 
 
 @rule(*sorted(FAKE_QUANTIZATION))

@@ -6,10 +6,8 @@ from math import prod
 
 from torch import fx
 
-from ..export import module_of
-from .contraction import consume
-from .registry import Context, Product, Result, WeightUse, rule
-from .weights import weight_of
+from .contraction import consume, remember
+from .registry import Context, Result, rule
 
 
 @rule("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
@@ -19,12 +17,9 @@ def grouped_mm(ctx: Context, node: fx.Node) -> Result:
     macs = prod(ctx.shape(node)) * ctx.shape(x)[-1]
     if len(ctx.shape(x)) != 2 or len(ctx.shape(w)) != 3:  # the other forms of this op, in which rows are contracted
         ctx.labels.stay_all((*ctx.fields(x), *ctx.fields(w)))
-        ctx.products.append(Product(node, module_of(node), None, macs, ()))
+        remember(ctx, node, None, "matmul", (2, 1), macs, ())
         return ()
-    weight = weight_of(ctx, w, 2, 1)
-    ctx.products.append(Product(node, module_of(node), None if weight is None else weight[0], macs, ()))
-    if weight is not None:
-        ctx.uses.setdefault(weight[0], WeightUse(weight[0], module_of(node), "matmul", weight[1], weight[2], 1))
+    remember(ctx, node, w, "matmul", (2, 1), macs, ())
     passing, made = consume(ctx, ctx.collapse(ctx.fields(x), {0}), ctx.collapse(ctx.fields(w), {0}), 1, 1)
     out = [f.with_labels(f.labels.reshape(1, -1)) for f in made if f.dims == {2}]
     return (*out, *passing)

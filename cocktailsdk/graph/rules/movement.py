@@ -144,16 +144,12 @@ def slice_(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@movement_rule(
-    "chunk",
-    "split",
-    "split_with_sizes",
-    "tensor_split",
-    "split_copy",
-    "split_with_sizes_copy",
-    "unsafe_split",
-    "unsafe_chunk",
-)
+SPLITS = """
+    chunk split split_with_sizes tensor_split split_copy split_with_sizes_copy unsafe_split unsafe_chunk
+""".split()  # noqa: SIM905
+
+
+@movement_rule(*SPLITS)
 def split(ctx: Context, node: fx.Node) -> Result:
     """Parts along a dimension. Equal parts must lose the same positions; unequal ones get sizes of their own."""
     shape = ctx.shape(node.args[0])
@@ -164,10 +160,15 @@ def split(ctx: Context, node: fx.Node) -> Result:
     # in the code as a list, which the slim module gets with other numbers.
     if len(set(sizes)) > 1:
         return tuple(_run(ctx, fields, dim, sum(sizes[:i]), n) for i, n in enumerate(sizes))
+    return (equal_parts(ctx, fields, dim, len(sizes)),) * len(sizes)
+
+
+def equal_parts(ctx: Context, fields: Fields, dim: int, count: int) -> Fields:
+    """Fields of the first of several parts, all of which lose the same positions."""
     out = []
     for f in fields:
         if dim in f.dims:
-            parts = f.labels.unflatten(dim, (len(sizes), sizes[0]))
+            parts = f.labels.unflatten(dim, (count, -1))
             first = parts.select(dim, 0)
             ctx.labels.join(parts, first.unsqueeze(dim))
             if first.numel() == 1:
@@ -175,7 +176,7 @@ def split(ctx: Context, node: fx.Node) -> Result:
                 continue
             f = f.with_labels(first)
         out.append(f)
-    return (tuple(out),) * len(sizes)
+    return tuple(out)
 
 
 def _run(ctx: Context, fields: Fields, dim: int, start: int, length: int) -> Fields:
@@ -214,14 +215,12 @@ def uniform(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@movement_rule(
-    "_assert_tensor_metadata",
-    "_assert_async",
-    "_assert_scalar",
-    "sym_constrain_range",
-    "sym_constrain_range_for_size",
-    "sym_size",
-)
+CHECKS = """
+    _assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range sym_constrain_range_for_size sym_size
+""".split()  # noqa: SIM905
+
+
+@movement_rule(*CHECKS)
 def checks(ctx: Context, node: fx.Node) -> Result:
     """Assertions and sizes say nothing of channels."""
     return ()
@@ -250,11 +249,7 @@ def stack(ctx: Context, node: fx.Node) -> Result:
     """Tensors along a new dimension."""
     dim = int(argument(node, "dim", 0)) % len(ctx.shape(node))
     parts = [moved(ctx.fields(p), lambda labels: labels.unsqueeze(dim)) for p in node.args[0]]  # type: ignore[union-attr]
-    shapes = []
-    for p in node.args[0]:  # type: ignore[union-attr]
-        shape = list(ctx.shape(p))
-        shape.insert(dim, 1)
-        shapes.append(tuple(shape))
+    shapes = [(*shape[:dim], 1, *shape[dim:]) for shape in map(ctx.shape, node.args[0])]  # type: ignore[arg-type]
     return concatenated(ctx, parts, shapes, dim)
 
 

@@ -14,7 +14,7 @@ from ..export import module_of, op_name
 from ..labels import Field, Fields
 from .elementwise import unified
 from .registry import Context, Result, argument, rule
-from .zero_sources import zero_sources
+from .weights import zero_sources
 
 
 def _affine(
@@ -38,14 +38,13 @@ def _viewed(f: Field, view: Sequence[int]) -> Int64[Tensor, "..."]:
     return f.labels.reshape(tuple(view)) if rank == 1 else f.labels[(None,) * (len(view) - rank)]
 
 
-@rule(
-    "batch_norm",
-    "_batch_norm_with_update",
-    "native_batch_norm",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-    "instance_norm",
-)
+BY_CHANNEL = """
+    batch_norm _batch_norm_with_update native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm
+    instance_norm
+""".split()  # noqa: SIM905
+
+
+@rule(*BY_CHANNEL)
 def batch_norm(ctx: Context, node: fx.Node) -> Result:
     """Batch norm (in eval mode, with running statistics) and instance norm: each channel by itself."""
     x = node.args[0]
@@ -84,28 +83,25 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
     inside = set(range(rank - n, rank))
     out: list[Field] = []
     axis = replaceable(ctx, node)
+    # Called as a function inside other code: the module's forward is rewritten to count absent channels.
+    called_inside = name == "layer_norm" and module_of(node) != ""
     for f in ctx.fields(x):
         if not f.dims & inside:
             out.append(f)
-        # Called as a function inside other code: the module's forward is rewritten to count absent channels.
-        elif f.dims == {rank - 1} and n == 1 and f.zero and axis is None and name == "layer_norm" and module_of(node):
-            ctx.counted.add(module_of(node))
-            out.append(f)
-        elif f.dims == {rank - 1} and n == 1 and f.zero and axis is not None:
-            ctx.norms[module_of(node)] = Norm(
-                "rms" if name == "rms_norm" else "layer", axis, shape[-1], argument(node, "eps")
-            )
+        elif f.dims == {rank - 1} and n == 1 and f.zero and (axis is not None or called_inside):
+            if axis is None:
+                ctx.counted.add(module_of(node))
+            else:
+                kind = "rms" if name == "rms_norm" else "layer"
+                ctx.norms[module_of(node)] = Norm(kind, axis, shape[-1], argument(node, "eps"))
             out.append(f)
         else:
-            collapsed = ctx.labels.collapse(f, f.dims & inside)
-            if collapsed is not None:
-                out.append(collapsed)
+            out += ctx.collapse([f], inside)
     view = (1,) * (rank - n) + tuple(shape[rank - n :])
-    fields, _ = _affine(ctx, tuple(out), shape, [weight, bias], view)
-    masked = isinstance(weight, fx.Node) and (name == "rms_norm" or bias is None or isinstance(bias, fx.Node))
+    fields, affine = _affine(ctx, tuple(out), shape, [weight, bias], view)
     # RMSNorm subtracts no mean, so a zero stays zero even without a masked weight.
-    zero_without_bias = name == "rms_norm"
-    fields = tuple(f.with_zero((masked or zero_without_bias) and bool(f.dims & inside)) for f in fields)
+    zero = affine or name == "rms_norm"
+    fields = tuple(f.with_zero(zero and bool(f.dims & inside)) for f in fields)
     several = not hasattr(node.meta["val"], "shape")
     return (fields, (), ()) if several else fields
 
@@ -125,9 +121,7 @@ def _of_a_batch(ctx: Context, node: fx.Node, fields: Fields, shape: Sequence[int
             ctx.counted.add(module_of(node))
             across.append(f.with_zero(False))
         else:
-            collapsed = ctx.labels.collapse(f, f.dims - {1})
-            if collapsed is not None:
-                per_row.append(collapsed)
+            per_row += ctx.collapse([f], f.dims - {1})
     rows, _ = _affine(ctx, tuple(per_row), shape, node.args[1:3], view)
     bias = len(node.args) > 2 and isinstance(node.args[2], fx.Node)
     zero = {f.dims: f.zero for f in per_row}
@@ -188,18 +182,9 @@ def scaled_by(ctx: Context, v: Any, g: Any, axis: int | None) -> str | None:
     return None
 
 
-AROUND_NORM = {
-    "layer_norm",
-    "rms_norm",
-    "permute",
-    "contiguous",
-    "transpose",
-    "to",
-    "_to_copy",
-    "alias",
-    "clone",
-    "type_as",
-}
+AROUND_NORM = frozenset(
+    "layer_norm rms_norm permute contiguous transpose to _to_copy alias clone type_as".split()  # noqa: SIM905
+)
 
 
 def replaceable(ctx: Context, node: fx.Node) -> int | None:
@@ -267,24 +252,21 @@ def group_norm(ctx: Context, node: fx.Node) -> Result:
     eps: Any = node.args[-1] if native else argument(node, "eps")
     view = (1, shape[1]) + (1,) * (len(shape) - 2)
     joined: list[Field] = []
-    for f in ctx.fields(x):
-        positions = [d for d in f.dims if d != 1]
-        collapsed = ctx.labels.collapse(f, positions) if positions else f
-        if collapsed is not None and 1 in collapsed.dims:
-            # One group has statistics over all channels, as LayerNorm has.
-            if groups == 1:
-                module = module_of(node)
-                others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
-                if not module or not collapsed.zero or others or ctx.runs_children(module):
-                    ctx.labels.stay(collapsed.labels)
-                    continue
-                ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
-            else:
-                # Statistics of a group over fewer of its channels would differ, so the channels of a group go together.
-                rows = collapsed.labels.reshape(groups, -1)
-                ctx.labels.join(rows, rows[:, :1])
-        if collapsed is not None:
-            joined.append(collapsed)
+    positions = [d for d in range(len(shape)) if d != 1]
+    for f in (g for field in ctx.fields(x) for g in ctx.collapse([field], positions)):
+        # One group has statistics over all channels, as LayerNorm has.
+        if groups == 1 and 1 in f.dims:
+            module = module_of(node)
+            others = [n for n in ctx.nodes_of(module) if n is not node and _op(n) not in AROUND_NORM]
+            if not module or not f.zero or others or ctx.runs_children(module):
+                ctx.labels.stay(f.labels)
+                continue
+            ctx.norms[module] = Norm("group", 1, shape[1], float(eps))
+        elif 1 in f.dims:
+            # Statistics of a group over fewer of its channels would differ, so the channels of a group go together.
+            rows = f.labels.reshape(groups, -1)
+            ctx.labels.join(rows, rows[:, :1])
+        joined.append(f)
     out, affine = _affine(ctx, tuple(joined), shape, [weight, bias], view)
     out = tuple(f.with_zero(affine and 1 in f.dims) for f in out)
     return (out, (), ()) if native else out

@@ -1,4 +1,4 @@
-"""Names of ATen ops by what they do to zeros and to shapes, for the rules and for :mod:`.zero_sources`.
+"""Names of ATen ops by what they do to zeros and to shapes, for the rules and for :mod:`.weights`.
 
 The tables stand apart from the rules, so that both sides import them and neither imports the other.
 """
@@ -34,13 +34,9 @@ RESHAPES = """
 """Ops that change the shape and keep the order of elements."""
 
 FAKE_QUANTIZATION = frozenset(
-    {
-        "_fused_moving_avg_obs_fq_helper",
-        "fake_quantize_per_channel_affine",
-        "fake_quantize_per_channel_affine_cachemask",
-        "fake_quantize_per_tensor_affine",
-        "fake_quantize_per_tensor_affine_cachemask",
-        "fused_moving_avg_obs_fake_quant",
-    }
+    """
+    fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask fake_quantize_per_tensor_affine
+    fake_quantize_per_tensor_affine_cachemask fused_moving_avg_obs_fake_quant _fused_moving_avg_obs_fq_helper
+    """.split()  # noqa: SIM905
 )
 """Zero is a point of every affine grid, so a zero weight stays zero."""

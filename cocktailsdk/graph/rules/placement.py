@@ -46,21 +46,10 @@ def index(ctx: Context, node: fx.Node) -> Result:
         if booleans or not together:
             ctx.labels.stay_all(ctx.fields(source))
             return ()
-        rank = max(ranks)
-        out = []
-        for f in ctx.fields(source):
-            for d in chosen:
-                if f is not None:
-                    f = ctx.labels.collapse(f, [d]) if d in f.dims else f  # type: ignore[assignment]
-            if f is not None:
-                labels = f.labels
-                for _ in chosen:
-                    labels = labels.squeeze(chosen[0])
-                # The indexed dimensions become those of the index, wherever the first of them was.
-                for _ in range(rank):
-                    labels = labels.unsqueeze(chosen[0])
-                out.append(f.with_labels(labels))
-        return tuple(out)
+        # The indexed dimensions become those of the index, wherever the first of them was.
+        start, stop, new = chosen[0], chosen[-1] + 1, (1,) * max(ranks)
+        fields = ctx.collapse(ctx.fields(source), chosen)
+        return moved(fields, lambda labels: labels.reshape((*labels.shape[:start], *new, *labels.shape[stop:])))
     if name == "index_select":
         return ctx.collapse(ctx.fields(source), {int(node.args[1]) % len(shape)})  # type: ignore[arg-type]
     for operand in node.all_input_nodes:
@@ -100,15 +89,7 @@ def repeat(ctx: Context, node: fx.Node) -> Result:
     return tuple(out)
 
 
-@rule(
-    "roll",
-    "flip",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "channel_shuffle",
-    "unfold",
-    "rot90",
-)
+@rule("roll", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "rot90")
 def executed(ctx: Context, node: fx.Node) -> Result:
     """Any other movement whose arguments are constants: run on labels of full size."""
     shape = ctx.shape(node.args[0])

@@ -11,6 +11,7 @@ from torch import fx
 from ..export import module_of
 from ..labels import Field, Fields
 from .elementwise import all_zero, combine
+from .movement import equal_parts
 from .registry import Context, Result, argument, rule
 
 
@@ -35,9 +36,7 @@ def mixed(
         elif f.dims <= mixed_dims and f.zero and not absent_zeros_count:
             continue  # a sum over channels that are truly zero: nothing to join, nothing goes on
         else:
-            collapsed = ctx.labels.collapse(f, f.dims & mixed_dims)
-            if collapsed is not None:
-                out.append(collapsed)
+            out += ctx.collapse([f], mixed_dims)
     return tuple(out), mixed_dims
 
 
@@ -75,32 +74,19 @@ def _centred(ctx: Context, value: Any, dims: list[int], *, squared: bool) -> fx.
     return x if same and isinstance(x, fx.Node) else None
 
 
-@rule(
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "prod",
-    "any",
-    "all",
-    "var",
-    "std",
-    "norm",
-    "linalg_norm",
-    "linalg_vector_norm",
-    "logsumexp",
-    "nansum",
-    "nanmean",
-    "argmax",
-    "argmin",
-    "count_nonzero",
-)
+_NORMS = ("norm", "linalg_norm", "linalg_vector_norm")
+
+_KEEP_ZERO = ("sum", "mean", "amax", "amin", "prod", *_NORMS, "nansum", "var", "std", "nanmean")
+"""Reductions whose result is zero where all that they combine is."""
+
+
+@rule(*_KEEP_ZERO, "any", "all", "logsumexp", "argmax", "argmin", "count_nonzero")
 def reduction(ctx: Context, node: fx.Node) -> Result:
     """Values combined along dimensions, which then go."""
     name = node.target._opname  # type: ignore[union-attr]
     dims = _reduced_dims(ctx, node)
     # Sums and norms do not change with absent zeros; means, extremes and products do.
-    counts = name not in ("sum", "norm", "linalg_norm", "linalg_vector_norm", "nansum")
+    counts = name not in ("sum", "nansum", *_NORMS)
     source = ctx.fields(node.args[0])
     if name in ("mean", "var", "std") and module_of(node):
         centred = _centred(ctx, node.args[0], dims, squared=name == "mean")
@@ -110,30 +96,9 @@ def reduction(ctx: Context, node: fx.Node) -> Result:
             ctx.counted.add(module_of(node))
             counts = False
             source = tuple(f.with_zero(f.zero or f.dims in zero) for f in source)
-    fields, mixed_dims = mixed(ctx, source, dims, absent_zeros_count=counts)
-    keep = bool(argument(node, "keepdim", False))
-    keeps_zero = name in (
-        "sum",
-        "mean",
-        "amax",
-        "amin",
-        "prod",
-        "norm",
-        "linalg_norm",
-        "linalg_vector_norm",
-        "nansum",
-        "var",
-        "std",
-        "nanmean",
-    )
-    out = []
-    for f in fields:
-        labels = f.labels
-        if not keep:
-            for d in sorted(mixed_dims, reverse=True):
-                labels = labels.squeeze(d)
-        out.append(Field(labels, f.zero and keeps_zero))
-    return tuple(out)
+    fields, _ = mixed(ctx, source, dims, absent_zeros_count=counts)
+    gone = () if argument(node, "keepdim", False) else tuple(dims)
+    return tuple(Field(f.labels.squeeze(gone), f.zero and name in _KEEP_ZERO) for f in fields)
 
 
 @rule("cosine_similarity")
@@ -161,31 +126,18 @@ def selection(ctx: Context, node: fx.Node) -> Result:
     last = -1 if name in ("topk", "sort", "kthvalue", "mode", "median") else None
     dims = argument(node, "dim", last)
     dims = list(range(rank)) if dims is None else [int(d) % rank for d in ([dims] if isinstance(dims, int) else dims)]
-    fields, mixed_dims = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
-    out = []
-    for f in fields:
-        labels = f.labels
-        if first.dim() < rank:
-            for d in sorted(mixed_dims, reverse=True):
-                labels = labels.squeeze(d)
-        out.append(Field(labels, f.zero and name in ("max", "min")))
-    values = tuple(out)
+    fields, _ = mixed(ctx, ctx.fields(source), dims, absent_zeros_count=True)
+    gone = tuple(dims) if first.dim() < rank else ()
+    values = tuple(Field(f.labels.squeeze(gone), f.zero and name in ("max", "min")) for f in fields)
     return (values, tuple(f.with_zero(False) for f in values)) if several else values
 
 
-@rule(
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "_safe_softmax",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "argsort",
-    "glu_backward",
-    "_fft_c2c",
-)
+ALONG = """
+    softmax log_softmax _softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp argsort glu_backward _fft_c2c
+""".split()  # noqa: SIM905
+
+
+@rule(*ALONG)
 def along(ctx: Context, node: fx.Node) -> Result:
     """Values mixed along a dimension that stays."""
     source = node.args[0]
@@ -222,18 +174,5 @@ def spatial(ctx: Context, node: fx.Node) -> Result:
 @rule("glu")
 def glu(ctx: Context, node: fx.Node) -> Result:
     """One half gates the other: the same positions go from both."""
-    source = node.args[0]
-    rank = len(ctx.shape(source))
-    dim = int(argument(node, "dim", -1)) % rank
-    out = []
-    for f in ctx.fields(source):
-        if dim in f.dims:
-            halves = f.labels.unflatten(dim, (2, -1))
-            first = halves.select(dim, 0)
-            ctx.labels.join(halves, first.unsqueeze(dim))
-            if first.numel() == 1:
-                ctx.labels.stay(first)
-                continue
-            f = f.with_labels(first)
-        out.append(f)
-    return tuple(out)
+    dim = int(argument(node, "dim", -1)) % len(ctx.shape(node.args[0]))
+    return equal_parts(ctx, ctx.fields(node.args[0]), dim, 2)

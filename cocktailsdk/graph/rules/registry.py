@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Int64
@@ -92,7 +93,7 @@ class Context:
         unmaskable: By name, why elements of a weight cannot be masked.
         operands: Nodes of weights that are computed from a parameter, by the parameter's name.
         scales: Factors that follow the division of a weight by its own norm, by the weight's name.
-        zero_sources: Per node, the parameters whose zeros are its zeros (see :mod:`.zero_sources`).
+        zero_sources: Per node, the parameters whose zeros are its zeros (see :mod:`.weights`).
         training: Whether the call that is being read is one of training mode alone.
         training_uses: Parameters contracted with activations in training mode alone, by name.
     """
@@ -119,8 +120,6 @@ class Context:
     training_uses: dict[str, WeightUse] = field(default_factory=dict)
     _axes: dict[str, Fields] = field(default_factory=dict)
     _depends: dict[fx.Node, bool] = field(default_factory=dict)
-    _by_module: dict[tuple[str, bool], list[fx.Node]] | None = None
-    _parents: set[str] | None = None
 
     def fields(self, value: Any) -> Fields:
         """The fields of an operand; none for constants and user inputs."""
@@ -204,22 +203,22 @@ class Context:
         """Whether a call is of eval mode, or of a module that runs in training mode alone."""
         return not node.meta.get("training") or (module_of(node), False) not in self._calls
 
-    @property
+    @cached_property
     def _calls(self) -> Mapping[tuple[str, bool], list[fx.Node]]:
-        if self._by_module is None:
-            self._by_module = {}
-            for node in self.exported.graph.nodes:
-                if node.op == "call_function":
-                    key = module_of(node), bool(node.meta.get("training"))
-                    self._by_module.setdefault(key, []).append(node)
-        return self._by_module
+        out: dict[tuple[str, bool], list[fx.Node]] = {}
+        for node in self.exported.graph.nodes:
+            if node.op == "call_function":
+                out.setdefault((module_of(node), bool(node.meta.get("training"))), []).append(node)
+        return out
 
     def runs_children(self, module: str) -> bool:
         """Whether a module calls modules of its own that run anything."""
-        if self._parents is None:
-            nodes = (node for node in self.exported.graph.nodes if node.op == "call_function")
-            self._parents = {path for node in nodes for path in within(node)[:-1]}
         return module in self._parents
+
+    @cached_property
+    def _parents(self) -> frozenset[str]:
+        nodes = (node for node in self.exported.graph.nodes if node.op == "call_function")
+        return frozenset(path for node in nodes for path in within(node)[:-1])
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:

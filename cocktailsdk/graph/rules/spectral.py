@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..labels import Fields
-from .elementwise import all_zero, combine
+from .elementwise import all_zero, combine, first_zero
 from .movement import moved
 from .reduction import mixed
 from .registry import Context, Result, argument, rule
@@ -24,9 +24,9 @@ def to_real(ctx: Context, node: fx.Node) -> Result:
     return moved(ctx.fields(node.args[0]), lambda labels: labels.unsqueeze(-1))
 
 
-@rule("real", "imag", "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg")
+@rule("real", "imag", "angle", "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg")
 def parts(ctx: Context, node: fx.Node) -> Result:
-    """A part of each number, or its conjugate."""
+    """A part of each number (the angle of zero is zero), or its conjugate."""
     return ctx.fields(node.args[0])
 
 
@@ -39,13 +39,7 @@ def pair(ctx: Context, node: fx.Node) -> Result:
 @rule("polar")
 def polar(ctx: Context, node: fx.Node) -> Result:
     """Radius and angle: zero where the radius is."""
-    return combine(ctx, node.args[:2], ctx.shape(node), lambda row: row[0] is not None and row[0].zero)
-
-
-@rule("angle")
-def angle(ctx: Context, node: fx.Node) -> Result:
-    """The angle of zero is zero."""
-    return ctx.fields(node.args[0])
+    return combine(ctx, node.args[:2], ctx.shape(node), first_zero)
 
 
 @rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft")
