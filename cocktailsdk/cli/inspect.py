@@ -128,7 +128,7 @@ def inspect_model(
 def _chosen(found: Inspection, names: list[str]) -> list[ChannelGroup]:
     """Groups by their names, or by what a name with ``*`` fits; all where none is named."""
     from ..errors import CocktailError
-    from ..inspection.layer_names import nearest
+    from ..utils.layer_names import nearest
 
     if not names:
         return list(found.groups)

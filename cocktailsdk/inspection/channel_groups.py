@@ -11,8 +11,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from ..graph import STAYS, Coupling, Group, Node, Weight
+from ..utils.layer_names import owner
 from .findings import ChannelGroup, Slice
-from .layer_names import owner
 
 __all__ = ["channel_groups"]
 

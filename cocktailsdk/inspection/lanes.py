@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..graph import Stay
+from ..utils.layer_names import folded, pattern_of
 from .findings import ChannelGroup, Findings, Layer
-from .layer_names import folded, pattern_of
 
 __all__ = ["Fold", "Lane", "Row", "arranged"]
 

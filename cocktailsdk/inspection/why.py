@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import CocktailError
 from ..graph import Link, Stay
+from ..utils.layer_names import folded, nearest, owner
 from .findings import Findings, Layer
-from .layer_names import folded, nearest, owner
 
 __all__ = ["Answer", "Why", "why"]
 

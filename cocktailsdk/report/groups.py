@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..inspection import ChannelGroup, Inspection, Slice, Why
-from ..inspection.layer_names import folded, owner, pattern_of
+from ..utils.layer_names import folded, owner, pattern_of
 from .inspection import UNPROVEN
 from .numbers import count_text, flops_text
 

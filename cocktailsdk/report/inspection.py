@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..inspection import ChannelGroup, Inspection, Layer, Saving
-from ..inspection.layer_names import folded, pattern_of
+from ..utils.layer_names import folded, pattern_of
 from .numbers import count_text, flops_text, percent_text, shape_text
 from .tables import STYLES, plain_table
 

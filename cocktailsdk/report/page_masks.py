@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..inspection.layer_names import folded, pattern_of
+from ..utils.layer_names import folded, pattern_of
 from .course_charts import rounds_of
 from .run import RunReport
 
