@@ -14,20 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..patterns import Subnet
-from ..training.events import (
-    AlphaChosen,
-    EpochEnded,
-    Event,
-    Finished,
-    MergeProgress,
-    MergeStarted,
-    NetworkFinished,
-    RoundEnded,
-    RoundStarted,
-    Saved,
-    StepDone,
-    TrainingStarted,
-)
+from ..training import events
 from .numbers import count_text, duration_text, percent_text
 from .progress import Progress
 from .tables import STYLES
@@ -38,7 +25,7 @@ __all__ = ["LineView", "LiveView", "RunView", "run_view_for"]
 class RunView(Protocol):
     """What draws a run: a callback for :class:`~cocktailsdk.CoTrainer`, and a context to draw in."""
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take an event."""
 
     def __enter__(self) -> Self:
@@ -70,10 +57,10 @@ class LiveView:
         self.progress = Progress()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self.picture)
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take an event; what is drawn follows by itself."""
         self.progress.take(event)
-        if isinstance(event, Saved) and event.interrupted:
+        if isinstance(event, events.Saved) and event.interrupted:
             self.note(f"state saved in {event.path.parent}")
 
     def __enter__(self) -> Self:
@@ -171,30 +158,30 @@ class LineView:
         self._console.print(Text(text), soft_wrap=True)
         self._last_line = self._clock()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take an event; say it, or what it leads to, where it is time to."""
         p = self.progress
         p.take(event)
         match event:
-            case TrainingStarted():
+            case events.TrainingStarted():
                 how = "going on" if event.resumed or event.done_steps else "starting"
                 rounds = f"{event.rounds} round{'s' * (event.rounds != 1)} after the dense one"
                 self.note(f"{how}: {rounds}, step {event.done_steps:,} of {event.total_steps:,}")
-            case RoundStarted():
+            case events.RoundStarted():
                 self.note(f"round {event.round}: {', '.join(('dense', *event.networks))}, {event.epochs} epochs")
-            case RoundEnded():
+            case events.RoundEnded():
                 shown = ", ".join(f"{n} {m:.4f}" for n, m in event.metrics.items())
                 self.note(f"round {event.round} ended: {shown or 'no held-out data'}")
-            case MergeStarted():
+            case events.MergeStarted():
                 self.note(f"merging {event.rounds} rounds, {count_text(event.candidates)} candidates")
-            case AlphaChosen():
+            case events.AlphaChosen():
                 self.note(f"round {event.round} merged: alpha {event.alpha:g}, held-out mean {event.metric:.4f}")
-            case Finished():
+            case events.Finished():
                 self.note(f"trained in {duration_text(event.seconds)}")
-            case Saved():
+            case events.Saved():
                 if event.interrupted:
                     self.note(f"state saved in {event.path.parent}")
-            case StepDone() | EpochEnded() | MergeProgress() | NetworkFinished():
+            case events.StepDone() | events.EpochEnded() | events.MergeProgress() | events.NetworkFinished():
                 if self._clock() - self._last_line >= self._every:
                     remaining = "" if p.remaining is None else f", {duration_text(p.remaining)} left"
                     rate = f", {p.rate:.1f} steps/s" if p.phase == "training" else ""
