@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.grouping import grouped
+from ..utils.layer_names import few
 from .chart import Chart, Mark, Series, Table
 from .numbers import bytes_text, count_text, flops_text, percent_text
 from .run import NetworkRow, RunReport
@@ -103,9 +105,6 @@ def _chart(
     dense = next((r for r in rows if r.pattern == "dense"), None)
     dense_cost = costs[dense.name] if dense is not None else 0.0
     best = front(costs, {r.name: r.metric for r in rows}, report.metric_mode)
-    patterns: dict[str, list[NetworkRow]] = {}
-    for row in rows:
-        patterns.setdefault(row.pattern, []).append(row)
 
     def description(row: NetworkRow) -> str:
         relative = dense_cost and row is not dense
@@ -119,24 +118,13 @@ def _chart(
         ]
         return "\n".join(lines)
 
-    def drawn(of: list[NetworkRow]) -> list[NetworkRow]:
-        return [r for r in of if math.isfinite(r.metric)]
-
-    series = tuple(
-        Series(
-            pattern,
-            pattern,
-            tuple(Mark(costs[r.name], scale * r.metric, description(r), strong=r.name in best) for r in drawn(of)),
-            tuple((costs[r.name], scale * r.metric) for r in drawn(of))
-            if _joined(pattern, [costs[r.name] for r in of])
-            else (),
-            networks=tuple(r.name for r in of),
-        )
-        for pattern, of in patterns.items()
-    )
-    shown = sorted(best, key=lambda n: costs[n])
-    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
-    many = f"; on the front: {', '.join(shown[:5])}{more}"
+    series = []
+    for pattern, of in grouped((row.pattern, row) for row in rows).items():
+        drawn = [r for r in of if math.isfinite(r.metric)]
+        marks = tuple(Mark(costs[r.name], scale * r.metric, description(r), strong=r.name in best) for r in drawn)
+        line = tuple((m.x, m.y) for m in marks) if _joined(pattern, [costs[r.name] for r in of]) else ()
+        series.append(Series(pattern, pattern, marks, line, networks=tuple(r.name for r in of)))
+    shown = few(sorted(best, key=lambda n: costs[n]), 5)
     table = Table(
         ("network", report.metric_name, cost, "of dense", "on the front"),
         tuple(
@@ -155,10 +143,10 @@ def _chart(
     return Chart(
         name=name,
         title=title,
-        summary=f"Test {report.metric_name} of {len(rows)} networks against {cost}{many}.",
+        summary=f"Test {report.metric_name} of {len(rows)} networks against {cost}; on the front: {shown}.",
         x=cost,
         y=f"test {label}",
-        series=series,
+        series=tuple(series),
         table=table,
         level=None if dense is None or not math.isfinite(dense.metric) else (scale * dense.metric, "dense"),
     )

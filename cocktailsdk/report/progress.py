@@ -27,11 +27,9 @@ class Progress:
         rate: Steps per second.
         judged: Of merging, candidates judged; of measuring, networks done.
         to_judge: Of how many.
-        resumed: Whether the run goes on from a saved state.
         metrics: Latest held-out metric by network.
         losses: Latest mean training loss by network.
         alphas: The share chosen by round.
-        seconds: Training time over all calls, when done.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -45,11 +43,9 @@ class Progress:
     rate: float = 0.0
     judged: int = 0
     to_judge: int = 0
-    resumed: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     alphas: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
     _began: float = 0.0
     _phase_began: float = 0.0
 
@@ -62,7 +58,7 @@ class Progress:
             case events.TrainingStarted():
                 self._enter("training")
                 self.rounds, self.epochs, self.round = event.rounds, event.epochs, event.first_round
-                self.done_steps, self.total_steps, self.resumed = event.done_steps, event.total_steps, event.resumed
+                self.done_steps, self.total_steps = event.done_steps, event.total_steps
             case events.RoundStarted():
                 self._enter("training")
                 self.round, self.epochs, self.epoch = event.round, event.epochs, 0
@@ -92,7 +88,6 @@ class Progress:
             case events.Finished():
                 self._enter("done")
                 self.metrics.update(event.metrics)
-                self.seconds = event.seconds
             case events.Saved():
                 pass
 
