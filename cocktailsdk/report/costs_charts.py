@@ -71,14 +71,13 @@ def cost_charts(report: RunReport, folder: Path, profiles: Sequence[DeviceProfil
     """
     by_name = {r.name: r for r in report.networks}
     size: Mapping[str, int] = report.masks.get("bytes", {})
-    charts = [
-        _chart(report, folder, "flops", "Computation", "FLOPs", {n: r.flops for n, r in by_name.items()}, flops_text),
-        _chart(report, folder, "bytes", "Storage", "bytes", {n: size[n] for n in by_name if n in size}, bytes_text)
-        if size
-        else _chart(
-            report, folder, "parameters", "Storage", "parameters", {n: r.params for n, r in by_name.items()}, count_text
-        ),
-    ]
+    flops, params = ({n: getattr(r, what) for n, r in by_name.items()} for what in ("flops", "params"))
+    charts = [_chart(report, folder, "flops", "Computation", "FLOPs", flops, flops_text)]
+    if size:
+        stored = {n: size[n] for n in by_name if n in size}
+        charts.append(_chart(report, folder, "bytes", "Storage", "bytes", stored, bytes_text))
+    else:
+        charts.append(_chart(report, folder, "parameters", "Storage", "parameters", params, count_text))
     for i, profile in enumerate(profiles):
         device = profile.machine.get("device", "?")
         where = profile.machine.get("processor", device) if device == "cpu" else device

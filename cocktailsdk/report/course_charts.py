@@ -132,33 +132,23 @@ def merge_charts(report: RunReport) -> list[Chart]:
     merged = report.history.get("merged", ())
     values = {k: value for k, value in enumerate(merged, 2) if value is not None}
     scale, label = scale_of(report)
+    alphas = list(enumerate(report.alphas, 2))
+    marks = []
+    for k, a in alphas:
+        told = f"\nheld-out mean {metric_text(report, values[k])}" if k in values else ""
+        marks.append(Mark(k, a, f"round {k}: α {a:g}{told}"))
     chosen = Chart(
         name="alphas",
         title="Chosen share α by round",
         summary="The share kept of what was merged before, chosen when each round was merged in: "
-        + ", ".join(f"round {k} {a:g}" for k, a in enumerate(report.alphas, 2))
+        + ", ".join(f"round {k} {a:g}" for k, a in alphas)
         + ". At 1 the round's own weights were rejected.",
         x="round",
         y="α kept of what was merged before",
-        series=(
-            Series(
-                "α",
-                "",
-                tuple(
-                    Mark(
-                        k,
-                        a,
-                        f"round {k}: α {a:g}"
-                        + (f"\nheld-out mean {metric_text(report, values[k])}" if k in values else ""),
-                    )
-                    for k, a in enumerate(report.alphas, 2)
-                ),
-                tuple((float(k), a) for k, a in enumerate(report.alphas, 2)),
-            ),
-        ),
+        series=(Series("α", "", tuple(marks), tuple((m.x, m.y) for m in marks)),),
         table=Table(
             ("round", "α", f"mean held-out {report.metric_name}"),
-            tuple((f"{k}", f"{a:g}", metric_text(report, values.get(k))) for k, a in enumerate(report.alphas, 2)),
+            tuple((f"{k}", f"{a:g}", metric_text(report, values.get(k))) for k, a in alphas),
         ),
         integer_x=True,
         y_range=(0.0, 1.08),
