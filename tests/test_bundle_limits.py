@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError, CocktailError
 from cocktailsdk.bundle.files import _to_json, read_meta
-from cocktailsdk.cli.completing import networks
 from cocktailsdk.cli.console import messages, results
 from cocktailsdk.cli.main import app
+from cocktailsdk.cli.options import networks
 from cocktailsdk.io.values import quoted
 from cocktailsdk.printable import all_printable, printable
 

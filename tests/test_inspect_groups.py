@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import cocktailsdk as cocktail
 from cocktailsdk.errors import AdapterError, CocktailError
 from cocktailsdk.inspection import Inspection
-from cocktailsdk.inspection.layer_names import folded, pattern_of
 from cocktailsdk.models import build_model
 from cocktailsdk.report.groups import groups_view
+from cocktailsdk.utils.layer_names import folded, pattern_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 X = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,8 @@ from rich.console import Console, RenderableType
 from typer.testing import CliRunner, Result
 
 from cocktailsdk import presets as presets_package
-from cocktailsdk.cli.completing import PRESETS, networks, presets
 from cocktailsdk.cli.main import app
+from cocktailsdk.cli.options import PRESETS, networks, presets
 from cocktailsdk.inspection import ChannelGroup, Eligibility, Inspection, Layer
 from cocktailsdk.report.inspection import MOST_LAYERS, REPEATED, inspection_view
 from cocktailsdk.report.tables import run_view

@@ -47,14 +47,14 @@ class _Runner:
     Attributes:
         model: What torch runs; ``None`` in other runtimes.
         call: Runs it on inputs.
-        within: What must surround its runs.
         used: How many of its layers use what.
+        within: What must surround its runs.
     """
 
     model: nn.Module | None
     call: Callable[[Inputs], object]
-    within: Callable[[], contextlib.AbstractContextManager[Any]]
     used: dict[str, int]
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def bench(
@@ -128,7 +128,10 @@ def bench(
             runners[name] = _runner(net, name, runtime, Path(folder))
             report_progress(f"preparing {name}", 1)
         for size in sizes:
-            inputs = _on(example.fresh(size), device if runtime == "torch" else torch.device("cpu"))
+            inputs = example.fresh(size)
+            if runtime == "torch":
+                args, kwargs = to_device((inputs.args, inputs.kwargs), device)
+                inputs = replace(inputs, args=args, kwargs=kwargs)
             seen: dict[str, list[float]] = {n: [] for n in wanted}
             for turn in range(warmup + repeats):
                 for name in wanted:
@@ -201,15 +204,15 @@ def _runner(net: SubnetModel, name: str, runtime: str, folder: Path) -> _Runner:
         with contextlib.suppress(ExportFailed):  # most networks have no layer for which there is such a kernel
             dtype = next(net.model.parameters()).dtype
             kernels, _ = to_semi_structured(net, name, dtype=dtype, device=device_of(net.model))
-            used = use_counts(layers_used(net, name, kernels))
-            return _Runner(kernels, lambda i: kernels(*i.args, **i.kwargs), contextlib.nullcontext, used)
+            return _torch_runner(net, name, kernels)
     if mask is not None and (mask.removed is not None or mask.dropped(net.coupling)):
-        model = net.slim(name).eval()
-        used = use_counts(layers_used(net, name, model))
-        return _Runner(model, lambda i: model(*i.args, **i.kwargs), contextlib.nullcontext, used)
+        return _torch_runner(net, name, net.slim(name).eval())
     with net.using(name):
-        used = use_counts(layers_used(net, name, net.model))
-    return _Runner(net.model, lambda i: net.model(*i.args, **i.kwargs), lambda: net.using(name), used)
+        return replace(_torch_runner(net, name, net.model), within=lambda: net.using(name))
+
+
+def _torch_runner(net: SubnetModel, name: str, model: nn.Module) -> _Runner:
+    return _Runner(model, lambda i: model(*i.args, **i.kwargs), use_counts(layers_used(net, name, model)))
 
 
 def _exported(net: SubnetModel, name: str, suffix: str, folder: Path) -> _Runner:
@@ -219,12 +222,7 @@ def _exported(net: SubnetModel, name: str, suffix: str, folder: Path) -> _Runner
     run = format_of(file).runner(file, job, torch.get_num_threads())
     assert run is not None
     used = use_counts(layers_used(net, name, job.model))
-    return _Runner(None, lambda i: run(i.named()), contextlib.nullcontext, used)
-
-
-def _on(inputs: Inputs, device: torch.device) -> Inputs:
-    args, kwargs = to_device((inputs.args, inputs.kwargs), device)
-    return replace(inputs, args=args, kwargs=kwargs)
+    return _Runner(None, lambda i: run(i.named()), used)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +12,8 @@ from ..errors import CocktailError
 from ..utils.optional import check_installed
 from .bundles import bundle_folder
 from .checks import check_device, check_subnets, output_file
-from .completing import networks
 from .console import command, log_to, messages, print_json, results
-from .options import AsData, Bundle, Model, TrustBuildRecord
+from .options import AsData, Bundle, Device, Model, TrustBuildRecord, networks
 
 __all__ = ["bench_bundle"]
 
@@ -52,7 +49,7 @@ def bench_bundle(
     threads: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Processor threads.", show_default="PyTorch's own choice")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")] = None,
+    device: Device = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Say for every layer what the hardware uses of its sparsity.")
     ] = False,
@@ -80,6 +77,7 @@ def bench_bundle(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..choosing import bench, layers_used, read_profile
+    from ..utils.settings import computing_threads
     from .nets import load_net
 
     keep = read_profile(target) if names and target.is_file() else None
@@ -101,7 +99,7 @@ def bench_bundle(
         bars.update(bar, completed=done, total=total, what=what)
 
     try:
-        with _threads(threads):
+        with computing_threads(threads):
             profile = bench(
                 net,
                 names,
@@ -145,17 +143,3 @@ def bench_bundle(
         soft_wrap=True,
     )
     screen.print(f"profile: {file}", soft_wrap=True)
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """As many threads for a while."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        if wanted is not None:
-            torch.set_num_threads(wanted)
-        yield
-    finally:
-        torch.set_num_threads(before)

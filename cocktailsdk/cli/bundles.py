@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..bundle.files import is_bundle
 from ..errors import BundleError
+from ..report.run import RunReport, read_report
 
-__all__ = ["bundle_folder", "run_folder"]
+__all__ = ["bundle_folder", "run_report"]
 
 MARK = "bundle.json"
 
@@ -26,6 +27,6 @@ def bundle_folder(path: Path) -> Path:
     raise BundleError(f"{path} holds no bundle ({MARK} is neither in it nor in {path / 'bundle'})")
 
 
-def run_folder(bundle: Path) -> Path:
-    """The folder in which a bundle's run would have left its report."""
-    return bundle.resolve().parent
+def run_report(bundle: Path) -> RunReport | None:
+    """The report of the run that made a bundle; ``None`` where it is not beside the bundle."""
+    return read_report(bundle.resolve().parent)

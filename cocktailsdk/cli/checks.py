@@ -12,7 +12,7 @@ from ..errors import CocktailError, ExportFailed, SubnetError, TrainingError
 from ..utils.nearest import loose, no_subnet, shown
 from ..utils.optional import check_installed
 from .bundles import bundle_folder
-from .completing import PRESETS
+from .options import PRESETS
 
 __all__ = [
     "FORMATS",
@@ -143,8 +143,8 @@ def check_format(path: Path, *, int8: bool, fixed_batch: bool) -> None:
         raise ExportFailed("--fixed-batch does not apply to .safetensors, which holds no graph: leave it out")
 
 
-def input_file(path: Path, option: str) -> Path:
-    """A file that is read.
+def input_file(path: Path, option: str) -> None:
+    """See that a file can be read.
 
     Raises:
         CocktailError: It is not there, is no file, or cannot be read.
@@ -153,13 +153,11 @@ def input_file(path: Path, option: str) -> Path:
         raise CocktailError(f"{option} {path}: no such file")
     if path.is_dir():
         raise CocktailError(f"{option} {path} is a folder; give a file")
-    if not os.access(path, os.R_OK):
-        raise CocktailError(f"{option} {path} cannot be read: permission denied")
-    return path
+    _readable(path, option, os.R_OK)
 
 
-def input_folder(path: Path, option: str) -> Path:
-    """A folder that is read.
+def input_folder(path: Path, option: str) -> None:
+    """See that a folder can be read.
 
     Raises:
         CocktailError: It is not there, is no folder, or cannot be read.
@@ -168,9 +166,12 @@ def input_folder(path: Path, option: str) -> Path:
         raise CocktailError(f"{option} {path}: no such folder")
     if not path.is_dir():
         raise CocktailError(f"{option} {path} is a file; give a folder")
-    if not os.access(path, os.R_OK | os.X_OK):
+    _readable(path, option, os.R_OK | os.X_OK)
+
+
+def _readable(path: Path, option: str, rights: int) -> None:
+    if not os.access(path, rights):
         raise CocktailError(f"{option} {path} cannot be read: permission denied")
-    return path
 
 
 def output_file(path: Path | None, option: str) -> None:

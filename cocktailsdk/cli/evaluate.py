@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .bundles import bundle_folder, run_folder
+from .bundles import bundle_folder, run_report
 from .checks import check_preset, check_subnets
-from .completing import networks
 from .console import command, log_to, messages, print_json, results
-from .options import AsData, Bundle
+from .options import AsData, Bundle, Data, networks
 
 __all__ = ["evaluate"]
 
@@ -29,9 +27,7 @@ def evaluate(
     preset: Annotated[
         str | None, typer.Option(help="Whose model and test data to use.", show_default="as the run had it")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the images; the digits need none.", show_default=False)
-    ] = None,
+    data: Data = None,
     model: Annotated[str | None, typer.Option(help="The preset's model.", show_default="as the run had it")] = None,
     as_json: AsData = False,
 ) -> None:
@@ -39,9 +35,7 @@ def evaluate(
     log_to(messages())
     folder = bundle_folder(bundle)
 
-    from ..report.run import read_report
-
-    report = read_report(run_folder(folder))
+    report = run_report(folder)
     if preset is None:
         if report is None:
             raise typer.BadParameter(
@@ -52,7 +46,7 @@ def evaluate(
     check_preset(preset, data=data, model=model)
     check_subnets(folder, names or [])
 
-    from .measure import measure, takes_model
+    from .nets import measure, takes_model
 
     if model is None and report is not None and report.preset == preset and takes_model(preset):
         model = report.model

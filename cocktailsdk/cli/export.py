@@ -10,9 +10,8 @@ import typer
 from ..errors import CocktailError
 from .bundles import bundle_folder
 from .checks import check_format, check_subnets, input_folder, output_file
-from .completing import networks
 from .console import command, log_to, messages, print_json, results
-from .options import AsData, Bundle, Model, TrustBuildRecord
+from .options import AsData, Bundle, Model, TrustBuildRecord, networks
 
 __all__ = ["export_subnet"]
 
@@ -57,14 +56,10 @@ def export_subnet(
         input_folder(data, "--data")
 
     from ..exporting import format_of
-    from .nets import load_net
+    from .nets import load_net, preset_batches
 
     format_of(path)  # before anything is built
-    options = {}
-    if int8:
-        from .nets import preset_batches
-
-        options = preset_batches(bundle, data)
+    options = preset_batches(bundle, data) if int8 else {}
     net = load_net(bundle, model, trust_build_record)
     report = net.export(name, path, int8=int8, dynamic_batch=not fixed_batch, **options)
     if as_json:

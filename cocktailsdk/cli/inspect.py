@@ -94,8 +94,7 @@ def inspect_model(
         raise CocktailError(f"--svg {svg} would hold an SVG drawing; write it to {svg.with_suffix('.svg')}")
 
     from ..inspection import inspect
-    from .inputs import inputs_for
-    from .sizes import build
+    from .models import build, inputs_for
 
     built: nn.Module = build(model, meta)
     args, kwargs = inputs_for(built, sizes)
@@ -127,8 +126,7 @@ def inspect_model(
 
 def _chosen(found: Inspection, names: list[str]) -> list[ChannelGroup]:
     """Groups by their names, or by what a name with ``*`` fits; all where none is named."""
-    from ..errors import CocktailError
-    from ..inspection.layer_names import nearest
+    from ..utils.layer_names import nearest
 
     if not names:
         return list(found.groups)
@@ -145,8 +143,6 @@ def _check_views(*, full: bool, groups: bool, group: bool, why: bool, svg: bool,
     Raises:
         CocktailError: One has none.
     """
-    from ..errors import CocktailError
-
     if as_json and (groups or full):
         option = "--groups" if groups else "--full"
         raise CocktailError(f"{option} is for the tables, and --json prints all: leave one of them out")

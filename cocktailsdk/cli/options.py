@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, each in one place."""
+"""Arguments and options that several commands take, and what shells offer for them; nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsData", "Bundle", "Model", "TrustBuildRecord"]
+from ..errors import CocktailError
+
+__all__ = ["PRESETS", "AsData", "Bundle", "Data", "Device", "Model", "TrustBuildRecord", "networks", "presets"]
 
 AsData = Annotated[bool, typer.Option("--json", help="Print the same as data.")]
 
@@ -31,3 +33,31 @@ TrustBuildRecord = Annotated[
         "bundles whose maker you trust.",
     ),
 ]
+
+Data = Annotated[Path | None, typer.Option(help="Folder of the images; the digits need none.", show_default=False)]
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")]
+
+PRESETS = ("digits", "cifar10", "fashion-mnist")
+"""Names of the presets, as the package of presets has them."""
+
+
+def presets(incomplete: str) -> list[str]:
+    """Presets that begin so."""
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def networks(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Networks of the bundle given before that begin so."""
+    from ..bundle.files import read_meta
+    from ..bundle.listing import listed_subnets
+    from .bundles import bundle_folder
+
+    bundle = ctx.params.get("bundle")
+    if bundle is None:
+        return []
+    try:
+        subnets = listed_subnets(read_meta(bundle_folder(Path(bundle)))[1])
+        return [s["name"] for s in subnets if s["name"].startswith(incomplete) and s["name"].isprintable()]
+    except (CocktailError, OSError):  # a half-typed path, say: there is nothing to offer
+        return []

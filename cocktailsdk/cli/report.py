@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import TrainingError
 from ..utils.optional import check_installed
 from .checks import input_file, input_folder, output_file, output_folder
 from .console import command, log_to, messages, print_json, results
@@ -93,8 +94,6 @@ def report_run(
 
 def _home(folder: Path) -> None:
     """See that a run's folder is there and can be read."""
-    from ..errors import TrainingError
-
     if not folder.exists():
         raise TrainingError(f"{folder} does not exist; give the folder of a finished run")
     if folder.is_dir():
@@ -105,7 +104,6 @@ def _home(folder: Path) -> None:
 
 def _read(folder: Path, profiles: list[Path] | None) -> ReportedRun:
     """A run, its report read, with the device profiles given, or else those that lie in its folder."""
-    from ..errors import TrainingError
     from ..report.page import ReportedRun
     from ..report.run import read_report
 

@@ -6,8 +6,8 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..report.recorded import recorded
 from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
 from ..training.events import Callback, Event
 from ..utils.optional import installed, missing
+from ..utils.settings import computing_threads
 
 __all__ = ["BUNDLE", "PICTURE", "train_preset"]
 
@@ -114,18 +115,10 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
+def _threads(most: int | None) -> AbstractContextManager[None]:
     """At most so many threads for a while, unless the user has said how many."""
-    before = torch.get_num_threads()
-    if wanted is None or wanted >= before or "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    fewer = most is not None and most < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ
+    return computing_threads(most if fewer else None)
 
 
 def _command(name: str, **options: Any) -> str:

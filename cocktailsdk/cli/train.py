@@ -12,8 +12,8 @@ import typer
 from ..errors import TrainingError
 from ..utils.optional import check_installed
 from .checks import check_device, check_preset, output_folder
-from .completing import presets
 from .console import INTERRUPTED, TERMINATED, command, log_to, messages, print_json, results
+from .options import Data, Device, presets
 
 __all__ = ["train"]
 
@@ -33,9 +33,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; the same command goes on in it.", show_default="runs/PRESET")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the images; the digits need none.", show_default=False)
-    ] = None,
+    data: Data = None,
     model: Annotated[
         str | None, typer.Option(help="resnet20 or resnet18, for the image sets.", show_default=False)
     ] = None,
@@ -53,7 +51,7 @@ def train(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.", show_default="the preset's")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …", show_default="cpu")] = None,
+    device: Device = None,
     tensorboard: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write TensorBoard scalars there, as the run goes.", show_default=False),

@@ -58,8 +58,8 @@ class Format(Protocol):
 
     suffix: str
     title: str
-    packages: tuple[str, ...]
-    extra: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
 
     def write(self, job: Job, file: Path) -> None:
         """Write the network; beside the file others that belong to it may be written."""

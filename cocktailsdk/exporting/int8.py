@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportFailed
+from ..utils.nested import default_forward
 from ..utils.optional import require
 from .deviation import deviation
 from .export_report import Int8Report
@@ -180,8 +181,6 @@ class _Reader:
 
 def _filled(job: Job, batch: Any) -> dict[str, Tensor]:
     """A batch's inputs by name, found as training and evaluation do."""
-    from ..utils.nested import default_forward
-
     seen: list[dict[str, Tensor]] = []
 
     def take(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,7 +200,6 @@ def _metric(run: Run, job: Job, data: Data) -> float | None:
     if data.evaluation is None:
         return None
     from ..training.metrics import accuracy, mean_score
-    from ..utils.nested import default_forward
 
     metric = data.metric or accuracy
     return mean_score(_Running(run, job), data.evaluation, default_forward, metric).number

@@ -13,7 +13,7 @@ from ..utils.optional import require
 from .formats import Job, Run
 from .program import first_line, quiet
 
-__all__ = ["OnnxFormat", "session"]
+__all__ = ["OnnxFormat"]
 
 LARGEST = 1_900_000_000
 """Bytes of tensors above which they lie in a file of their own; protocol buffers end at 2 GiB."""
@@ -55,7 +55,22 @@ class OnnxFormat:
 
     def runner(self, file: Path, job: Job, threads: int | None = None) -> Run:
         """A session on the CPU."""
-        return session(file, threads)
+        onnxruntime = require("onnxruntime", "running ONNX files", error=ExportFailed)
+        options = onnxruntime.SessionOptions()
+        # 3 is ERROR: warnings about unused initializers and graph optimisations mean nothing to users.
+        options.log_severity_level = 3
+        if threads is not None:
+            # One operator at a time, so that `threads` is the number of busy threads.
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        loaded = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        takes = [i.name for i in loaded.get_inputs()]
+        gives = [o.name for o in loaded.get_outputs()]
+
+        def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            values = loaded.run(None, {n: inputs[n].contiguous().numpy() for n in takes})
+            return {n: torch.from_numpy(v) for n, v in zip(gives, values, strict=True)}
+
+        return run
 
     def constants(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """Initializers and constants."""
@@ -76,23 +91,3 @@ class OnnxFormat:
         """onnxruntime."""
         onnxruntime = require("onnxruntime", "running ONNX files", error=ExportFailed)
         return f"onnxruntime {onnxruntime.__version__}"
-
-
-def session(file: Path, threads: int | None = None) -> Run:
-    """A network in onnxruntime, on the CPU."""
-    onnxruntime = require("onnxruntime", "running ONNX files", error=ExportFailed)
-    options = onnxruntime.SessionOptions()
-    # 3 is ERROR: warnings about unused initializers and graph optimisations mean nothing to users.
-    options.log_severity_level = 3
-    if threads is not None:
-        # One operator at a time, so that `threads` is the number of busy threads.
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    loaded = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    takes = [i.name for i in loaded.get_inputs()]
-    gives = [o.name for o in loaded.get_outputs()]
-
-    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = loaded.run(None, {n: inputs[n].contiguous().numpy() for n in takes})
-        return {n: torch.from_numpy(v) for n, v in zip(gives, values, strict=True)}
-
-    return run

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["named_outputs", "plain", "plain_outputs"]
+__all__ = ["named_outputs", "plain_outputs"]
 
 SINGLE = "output"
 """The name of an output that has none."""
@@ -23,16 +23,13 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     return {name or SINGLE: tensor for name, tensor in _walk(output, "")}
 
 
-def plain(output: Any) -> Any:
-    """A tensor as it is, anything else as the mapping of :func:`named_outputs`."""
-    return output if isinstance(output, Tensor) else named_outputs(output)
-
-
 @contextmanager
 def plain_outputs(model: nn.Module) -> Iterator[None]:
-    """Inside, a model returns :func:`plain` outputs."""
+    """Inside, a model returns a tensor as it is, and anything else as the mapping of :func:`named_outputs`."""
     # A hook instead of a wrapper module, so that names of parameters in the exported file stay those of the model.
-    hook = model.register_forward_hook(lambda _model, _inputs, output: plain(output))
+    hook = model.register_forward_hook(
+        lambda _model, _inputs, output: output if isinstance(output, Tensor) else named_outputs(output)
+    )
     try:
         yield
     finally:

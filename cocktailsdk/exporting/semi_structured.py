@@ -187,9 +187,13 @@ def to_semi_structured(
         reasons = dict.fromkeys(layer.reason for layer in layers) or {"it has no linear layer": None}
         raise ExportFailed(f"no layer of {name!r} can run on a 2:4 kernel: {'; '.join(reasons)}")
     inputs = Inputs.of(net.model, *net.example)
-    args, kwargs = torch.utils._pytree.tree_map(
-        lambda v: _moved(v, device, dtype) if isinstance(v, Tensor) else v, (inputs.args, inputs.kwargs)
-    )
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    args, kwargs = torch.utils._pytree.tree_map(moved, (inputs.args, inputs.kwargs))
     with torch.no_grad():
         wanted = named_outputs(model(*args, **kwargs))
         inputs_of = _layer_inputs(model, [layer.module for layer in layers if layer.eligible], args, kwargs)
@@ -270,10 +274,6 @@ def _others(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         n for n, p in model.named_parameters() if n not in linear and p.ndim > 1 and bool((p.detach() == 0).any())
     )
-
-
-def _moved(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

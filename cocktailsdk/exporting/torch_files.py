@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.tensors import read_tensors
-from .formats import Job, Run
+from .formats import Format, Job, Run
 from .plain_outputs import named_outputs
 from .program import quiet
 
@@ -27,13 +27,11 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-class ExportedProgramFormat:
+class ExportedProgramFormat(Format):
     """PyTorch's own graph file; ``torch.export.load(path).module()`` runs it without the model's code."""
 
     suffix = ".pt2"
     title = "torch.export"
-    packages: tuple[str, ...] = ()
-    extra = ""
 
     def write(self, job: Job, file: Path) -> None:
         """Write the program."""
@@ -69,13 +67,11 @@ class ExportedProgramFormat:
         return f"torch {torch.__version__}"
 
 
-class SafetensorsFormat:
+class SafetensorsFormat(Format):
     """The slim model's tensors by their names; ``load_state_dict`` of a slim model takes them."""
 
     suffix = ".safetensors"
     title = "tensors of the plain slim model"
-    packages: tuple[str, ...] = ()
-    extra = ""
 
     def write(self, job: Job, file: Path) -> None:
         """Write the tensors."""

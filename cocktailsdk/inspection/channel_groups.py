@@ -11,8 +11,9 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from ..graph import STAYS, Coupling, Group, Node, Weight
+from ..utils.grouping import grouped
+from ..utils.layer_names import owner
 from .findings import ChannelGroup, Slice
-from .layer_names import owner
 
 __all__ = ["channel_groups"]
 
@@ -47,16 +48,17 @@ def channel_groups(model: nn.Module, coupling: Coupling) -> tuple[ChannelGroup, 
     weighed = _Weighed(coupling, runs)
     out = []
     for i, g in enumerate(coupling.groups):
-        slices = tuple(_slice(model, coupling, g, tensor, axes, kind) for tensor, axes, kind in _touched(g))
+        touched = dict.fromkeys((t.tensor, t.axes, t.kind) for t in g.touches)
+        slices = tuple(_slice(model, coupling, g, *at) for at in touched)
         params, flops = weighed.first_unit(i)
         what, unit = _unit(g, slices, heads.get(i), i in streams, weights)
-        losing = {kind: [s.tensor for s in slices if s.kind == kind] for kind in ("rows", "entries", "columns")}
+        losing = grouped((s.kind, s.tensor) for s in slices)
         out.append(
             ChannelGroup(
                 name=g.name,
                 units=g.size,
                 channels=g.channels,
-                **{kind: tuple(dict.fromkeys(tensors)) for kind, tensors in losing.items()},
+                **{kind: tuple(dict.fromkeys(losing.get(kind, ()))) for kind in ("rows", "entries", "columns")},
                 kind=what,
                 unit=unit,
                 slices=slices,
@@ -65,10 +67,6 @@ def channel_groups(model: nn.Module, coupling: Coupling) -> tuple[ChannelGroup, 
             )
         )
     return tuple(out)
-
-
-def _touched(g: Group) -> Iterable[tuple[str, tuple[int, ...], str]]:
-    return dict.fromkeys((t.tensor, t.axes, t.kind) for t in g.touches)
 
 
 def _slice(model: nn.Module, coupling: Coupling, g: Group, tensor: str, axes: tuple[int, ...], kind: str) -> Slice:
@@ -130,10 +128,7 @@ class _Runs:
 def _attention(coupling: Coupling, runs: _Runs) -> dict[int, _Heads]:
     """By group, how attention sees it; groups that it does not see are left out."""
     nodes = coupling.trace.nodes if coupling.trace is not None else ()
-    users: dict[str, list[Node]] = {}
-    for node in nodes:
-        for source in node.inputs:
-            users.setdefault(source, []).append(node)
+    users = grouped((source, node) for node in nodes for source in node.inputs)
     out: dict[int, _Heads] = {}
     for node in nodes:
         fused = node.op == "scaled_dot_product_attention"
@@ -186,10 +181,7 @@ class _Weighed:
         self._coupling = coupling
         self._tensors = [{t.tensor for t in g.touches} for g in coupling.groups]
         self._products: list[list[int]] = [[] for _ in coupling.groups]
-        of_weight: dict[str, list[int]] = {}
-        for g, tensors in enumerate(self._tensors):
-            for name in tensors:
-                of_weight.setdefault(name, []).append(g)
+        of_weight = grouped((name, g) for g, tensors in enumerate(self._tensors) for name in tensors)
         for at, c in enumerate(coupling.contractions):
             groups = set(of_weight.get(c.weight or "", ()))
             for units in c.factors:

@@ -20,6 +20,7 @@ from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
 from ..net.tracing import Example, example_of
 from ..utils.devices import device_of
+from ..utils.grouping import grouped
 from ..utils.modes import evaluating
 from ..utils.nested import to_device
 from ..utils.undo import unchanged
@@ -111,28 +112,16 @@ def _followed(model: nn.Module, inputs: tuple[str, ...], coupling: Coupling, sel
     if not kept and not coupling.weights and any(True for _ in model.parameters()):
         kept = (Kept("", NOTHING_RETURNED),)
     reasons = {k.where: k.reason for k in kept}
-    made: dict[str, list[str]] = {}
-    read: dict[str, list[str]] = {}
-    for g in coupling.groups:
-        for touch in g.touches:
-            by = {"rows": made, "columns": read}.get(touch.kind)
-            if by is not None:
-                by.setdefault(touch.tensor, []).append(g.name)
-    layers = tuple(
-        _layer(
-            w,
-            selection.why_not(w) or "",
-            tuple(dict.fromkeys(made.get(w.name, ()))),
-            tuple(dict.fromkeys(read.get(w.name, ()))),
-            reasons.get(w.name, ""),
-        )
-        for w in coupling.weights
-    )
+    touched = grouped(((touch.kind, touch.tensor), g.name) for g in coupling.groups for touch in g.touches)
+    layers = []
+    for w in coupling.weights:
+        made, read = (tuple(dict.fromkeys(touched.get((kind, w.name), ()))) for kind in ("rows", "columns"))
+        layers.append(_layer(w, selection.why_not(w) or "", made, read, reasons.get(w.name, "")))
     return Inspection(
         model=type(model).__name__,
         inputs=inputs,
         followed=True,
-        layers=layers,
+        layers=tuple(layers),
         groups=channel_groups(model, coupling),
         kept=kept,
         params=coupling.params(),
@@ -159,15 +148,15 @@ def kept_whole(coupling: Coupling) -> tuple[Kept, ...]:
     made = {k.where for k in coupling.kept}
     axes = {w.name: w.out_axis for w in coupling.weights}
     nearest = {s.tensor: s for s in stays if s.tensor in made and s.axis == axes.get(s.tensor, 1)}
-    out = []
-    for k in coupling.kept:
+
+    def caused(k: Kept) -> Kept:
         stay = nearest.get(k.where)
         if stay is None:
-            out.append(k)
-            continue
+            return k
         share = "" if stay.positions == stay.of else f"{stay.positions} of {stay.of} channels: "
-        out.append(Kept(k.where, share + stay.reason))
-    return tuple(out)
+        return Kept(k.where, share + stay.reason)
+
+    return tuple(map(caused, coupling.kept))
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -175,10 +164,7 @@ def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _every(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _layer(w: Weight, why_not: str, groups: tuple[str, ...], reads: tuple[str, ...], kept: str) -> Layer:

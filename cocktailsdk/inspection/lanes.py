@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..graph import Stay
+from ..utils.layer_names import folded, pattern_of, short
 from .findings import ChannelGroup, Findings, Layer
-from .layer_names import folded, pattern_of
 
 __all__ = ["Fold", "Lane", "Row", "arranged"]
 
@@ -119,7 +119,7 @@ def _rows(found: Findings) -> tuple[list[Row], dict[str, str]]:
                 key = _family(stay)
                 reasons.setdefault(key, stay.reason)
                 lanes.append(key)
-        name = tensor.removesuffix(".weight")
+        name = short(tensor)
         shape = found.tensors.get(tensor, layer.shape if layer is not None else ())
         reason = "" if kept is None else kept.reason
         if not found.followed:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
+from ..utils.layer_names import few
 from .findings import ChannelGroup, Findings
 from .lanes import Fold, Lane, Row, arranged
 
@@ -18,6 +18,9 @@ GREY, INK, FAINT, PAPER = "#9a9a9a", "#1f2328", "#6e7781", "#ffffff"
 ROW, COLUMN, LEFT, TOP = 24, 22, 28, 92
 CHARACTER = 6.7
 """Width of a character of the drawing's font at 11 px."""
+
+LISTED = 4
+"""Groups that a tooltip names."""
 
 STYLE = (
     "text{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:#1f2328}"
@@ -178,15 +181,11 @@ def _tooltip(row: Row) -> str:
     lines = [row.name]
     makes, reads = ([k for k in keys if not k.startswith("stays: ")] for keys in (row.makes, row.reads))
     if makes:
-        lines.append(f"makes the channels of {_list(makes)}")
+        lines.append(f"makes the channels of {few(makes, LISTED)}")
     if reads:
-        lines.append(f"reads the channels of {_list(reads)}")
+        lines.append(f"reads the channels of {few(reads, LISTED)}")
     if row.kept:
         lines.append(f"kept: {row.kept}")
     if row.layer is not None:
         lines.append(f"{row.layer.params:,} parameters, {row.layer.flops:,} FLOPs")
     return "\n".join(lines)
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

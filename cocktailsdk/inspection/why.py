@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import CocktailError
 from ..graph import Link, Stay
+from ..utils.grouping import grouped
+from ..utils.layer_names import few, folded, nearest, owner, short
 from .findings import Findings, Layer
-from .layer_names import folded, nearest, owner
 
 __all__ = ["Answer", "Why", "why"]
 
@@ -73,9 +74,7 @@ class Why:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        same: dict[str, list[str]] = {}
-        for a in self.answers:
-            same.setdefault(a.text, []).append(a.where)
+        same = grouped((a.text, a.where) for a in self.answers)
         return "\n".join([*(f"{_subject(where)}: {text}" for text, where in same.items()), *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def _answer(found: Findings, tensor: str, axis: int, side: str, kind: str, modul
     groups = tuple(dict.fromkeys(g for g, _ in slices))
     if kind == "entries" and (any(s.kind == "rows" for _, s in slices) or (stay is not None and tensor in stay.makers)):
         kind, side = "rows", "output channels"  # an embedding
-    where = tensor.removesuffix(".weight") if kind != "entries" else tensor
+    where = short(tensor) if kind != "entries" else tensor
     what = side if kind != "entries" or len(found.tensors[tensor]) == 1 else f"positions along axis {axis}"
     if stay is not None and kind == "columns" and stay.module == module and not stay.chain and not stay.makers:
         text = (
@@ -157,7 +156,7 @@ def _answer(found: Findings, tensor: str, axis: int, side: str, kind: str, modul
 
 
 def _sentence(found: Findings, of: int, side: str, groups: Sequence[str], stay: Stay | None) -> str:
-    goes = f"with the group{'s' if len(groups) > 1 else ''} {_some(folded(groups))}"
+    goes = f"with the group{'s' if len(groups) > 1 else ''} {few(folded(groups), NAMED)}"
     if len(groups) == 1:
         group = next(g for g in found.groups if g.name == groups[0])
         goes += f" ({group.units} units; a unit is {group.unit})"
@@ -177,18 +176,18 @@ def _cause(stay: Stay, side: str) -> str:
         text = f"they are {stay.reason}" if stay.reason.startswith("an output") else stay.reason
     else:
         first = chain[0]
-        text = f"they are {_tie(first, side)} {_tensor(first)} (in {first.module or 'the model'})"
+        text = f"they are {_tie(first, side)} {short(first.tensor)} (in {first.module or 'the model'})"
         if len(chain) > 2:
-            text += f", and so on through {len(chain) - 2} more to those of {_tensor(chain[-1])}"
+            text += f", and so on through {len(chain) - 2} more to those of {short(chain[-1].tensor)}"
         elif len(chain) == 2:
             last = chain[1]
-            text += f", which are {_tie(last, side)} {_tensor(last)} (in {last.module or 'the model'})"
+            text += f", which are {_tie(last, side)} {short(last.tensor)} (in {last.module or 'the model'})"
         end = f"are {stay.reason}" if stay.reason.startswith("an output") else f"stay: {stay.reason}"
         text += f", which {end}"
     others = [m for m in stay.makers if m != stay.tensor]
     tail = ""
     if others:
-        names = _some(folded(_weight(m) for m in others))
+        names = few(folded(short(m) for m in others), NAMED)
         tail = f" The same channels are made by {len(others)} other weight{'s' if len(others) > 1 else ''}: {names}."
     return f"{text}.{tail}"
 
@@ -215,33 +214,19 @@ def _tie(link: Link, side: str) -> str:
     return f"{TIES.get(link.op, f'tied by {link.op} to')} those of"
 
 
-def _tensor(link: Link) -> str:
-    return _weight(link.tensor)
-
-
-def _weight(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
-    return ", ".join(every[:NAMED]) + more
-
-
 def _notes(layer: Layer) -> list[str]:
     out = []
     if not layer.unstructured.eligible:
-        out.append(f"{_weight(layer.name)}: no single weights go (unstructured, N:M): {layer.unstructured.reason}.")
+        out.append(f"{short(layer.name)}: no single weights go (unstructured, N:M): {layer.unstructured.reason}.")
     elif not layer.nm.eligible:
-        out.append(f"{_weight(layer.name)}: no N:M: {layer.nm.reason}.")
+        out.append(f"{short(layer.name)}: no N:M: {layer.nm.reason}.")
     return out
 
 
 def _contents(name: str, inside: Sequence[Layer]) -> str:
-    unprunable = [_weight(la.name) for la in inside if not la.groups]
+    unprunable = [short(la.name) for la in inside if not la.groups]
     groups = dict.fromkeys(g for la in inside for g in la.groups)
     text = f"{name}: the output channels of its weights ({len(inside)}) "
-    text += f"go with the groups {_some(folded(groups))}" if groups else "stay"
-    rest = f"; those of {_some(folded(unprunable))} stay" if unprunable and groups else ""
+    text += f"go with the groups {few(folded(groups), NAMED)}" if groups else "stay"
+    rest = f"; those of {few(folded(unprunable), NAMED)} stay" if unprunable and groups else ""
     return f"{text}{rest}."

@@ -17,15 +17,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import TrainingError
-from . import cifar10, digits, fashion_mnist
+from . import digits
 from .base import Loaders, Prepared, Preset
+from .images import cifar10_preset, fashion_mnist_preset
 
 __all__ = ["PRESETS", "Loaders", "Prepared", "Preset", "get_preset"]
 
 PRESETS: dict[str, Callable[..., Preset]] = {
     "digits": digits.preset,
-    "cifar10": cifar10.preset,
-    "fashion-mnist": fashion_mnist.preset,
+    "cifar10": cifar10_preset,
+    "fashion-mnist": fashion_mnist_preset,
 }
 """Makers of presets by name."""
 

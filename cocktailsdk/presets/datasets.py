@@ -10,7 +10,7 @@ import gzip
 import io
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class Images:
         return Images(self.images[which], self.labels[which])
 
 
+@dataclass(eq=False)
 class TensorLoader:
     """Mini-batches ``(images, labels)`` of tensors that are in memory.
 
@@ -57,22 +58,16 @@ class TensorLoader:
         drop_last: Whether a smaller last batch is left out.
     """
 
-    def __init__(
-        self,
-        data: Images,
-        batch_size: int,
-        transform: Callable[[Tensor], Tensor],
-        *,
-        shuffle: bool = False,
-        drop_last: bool = False,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.data = data
-        self.batch_size = batch_size
-        self.transform = transform
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+    data: Images
+    batch_size: int
+    transform: Callable[[Tensor], Tensor]
+    _: KW_ONLY
+    shuffle: bool = False
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def __len__(self) -> int:
         n = len(self.data)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.optim import SGD
@@ -39,10 +37,6 @@ def _load(path: Path | None) -> Loaders:
     )
 
 
-def _optimizer(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    return SGD(parameters, lr=0.2, momentum=0.9, weight_decay=5e-4, fused=True)
-
-
 def preset() -> Preset:
     """The preset."""
     return Preset(
@@ -56,7 +50,7 @@ def preset() -> Preset:
         patterns=("unstructured", "n:m", Channel(round_to=1)),
         training={
             "recipe": "paper",
-            "optimizer": _optimizer,
+            "optimizer": partial(SGD, lr=0.2, momentum=0.9, weight_decay=5e-4, fused=True),
             "schedule": cosine(warmup=0.05),
             "epochs": 20,
             "rounds": RoundSettings(rewind_epoch=3),

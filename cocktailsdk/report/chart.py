@@ -83,8 +83,7 @@ class Chart:
         y: What is up.
         series: What is drawn.
         level: A horizontal line, and what it is.
-        log_x: Whether the axis is logarithmic.
-        log_y: Likewise.
+        log_y: Whether the upward axis is logarithmic.
         integer_x: Whether the values to the right are whole numbers.
         splits: Vertical lines: where one thing ends and the next begins.
         y_range: Fixed limits.
@@ -99,7 +98,6 @@ class Chart:
     series: tuple[Series, ...]
     table: Table
     level: tuple[float, str] | None = None
-    log_x: bool = False
     log_y: bool = False
     integer_x: bool = False
     splits: tuple[float, ...] = ()

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.grouping import grouped
+from ..utils.layer_names import few
 from .chart import Chart, Mark, Series, Table
 from .numbers import bytes_text, count_text, flops_text, percent_text
 from .run import NetworkRow, RunReport
@@ -69,14 +71,13 @@ def cost_charts(report: RunReport, folder: Path, profiles: Sequence[DeviceProfil
     """
     by_name = {r.name: r for r in report.networks}
     size: Mapping[str, int] = report.masks.get("bytes", {})
-    charts = [
-        _chart(report, folder, "flops", "Computation", "FLOPs", {n: r.flops for n, r in by_name.items()}, flops_text),
-        _chart(report, folder, "bytes", "Storage", "bytes", {n: size[n] for n in by_name if n in size}, bytes_text)
-        if size
-        else _chart(
-            report, folder, "parameters", "Storage", "parameters", {n: r.params for n, r in by_name.items()}, count_text
-        ),
-    ]
+    flops, params = ({n: getattr(r, what) for n, r in by_name.items()} for what in ("flops", "params"))
+    charts = [_chart(report, folder, "flops", "Computation", "FLOPs", flops, flops_text)]
+    if size:
+        stored = {n: size[n] for n in by_name if n in size}
+        charts.append(_chart(report, folder, "bytes", "Storage", "bytes", stored, bytes_text))
+    else:
+        charts.append(_chart(report, folder, "parameters", "Storage", "parameters", params, count_text))
     for i, profile in enumerate(profiles):
         device = profile.machine.get("device", "?")
         where = profile.machine.get("processor", device) if device == "cpu" else device
@@ -103,9 +104,6 @@ def _chart(
     dense = next((r for r in rows if r.pattern == "dense"), None)
     dense_cost = costs[dense.name] if dense is not None else 0.0
     best = front(costs, {r.name: r.metric for r in rows}, report.metric_mode)
-    patterns: dict[str, list[NetworkRow]] = {}
-    for row in rows:
-        patterns.setdefault(row.pattern, []).append(row)
 
     def description(row: NetworkRow) -> str:
         relative = dense_cost and row is not dense
@@ -119,24 +117,13 @@ def _chart(
         ]
         return "\n".join(lines)
 
-    def drawn(of: list[NetworkRow]) -> list[NetworkRow]:
-        return [r for r in of if math.isfinite(r.metric)]
-
-    series = tuple(
-        Series(
-            pattern,
-            pattern,
-            tuple(Mark(costs[r.name], scale * r.metric, description(r), strong=r.name in best) for r in drawn(of)),
-            tuple((costs[r.name], scale * r.metric) for r in drawn(of))
-            if _joined(pattern, [costs[r.name] for r in of])
-            else (),
-            networks=tuple(r.name for r in of),
-        )
-        for pattern, of in patterns.items()
-    )
-    shown = sorted(best, key=lambda n: costs[n])
-    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
-    many = f"; on the front: {', '.join(shown[:5])}{more}"
+    series = []
+    for pattern, of in grouped((row.pattern, row) for row in rows).items():
+        drawn = [r for r in of if math.isfinite(r.metric)]
+        marks = tuple(Mark(costs[r.name], scale * r.metric, description(r), strong=r.name in best) for r in drawn)
+        line = tuple((m.x, m.y) for m in marks) if _joined(pattern, [costs[r.name] for r in of]) else ()
+        series.append(Series(pattern, pattern, marks, line, networks=tuple(r.name for r in of)))
+    shown = few(sorted(best, key=lambda n: costs[n]), 5)
     table = Table(
         ("network", report.metric_name, cost, "of dense", "on the front"),
         tuple(
@@ -155,10 +142,10 @@ def _chart(
     return Chart(
         name=name,
         title=title,
-        summary=f"Test {report.metric_name} of {len(rows)} networks against {cost}{many}.",
+        summary=f"Test {report.metric_name} of {len(rows)} networks against {cost}; on the front: {shown}.",
         x=cost,
         y=f"test {label}",
-        series=series,
+        series=tuple(series),
         table=table,
         level=None if dense is None or not math.isfinite(dense.metric) else (scale * dense.metric, "dense"),
     )

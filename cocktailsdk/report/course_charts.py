@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+from ..utils.grouping import grouped
 from .chart import Chart, Mark, Series, Table
 from .costs_charts import metric_text, scale_of
 from .run import RunReport
@@ -38,17 +40,14 @@ def course_charts(report: RunReport) -> list[Chart]:
 
 
 def _losses(rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) -> Chart:
-    lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    last: dict[tuple[str, int], float] = {}
-    at, splits = 0, []
-    for record in rounds:
-        for epoch in record["losses"]:
-            at += 1
-            for name, loss in epoch.items():
-                if loss is not None:
-                    lines.setdefault((name, record["round"]), []).append((at, loss))
-                    last[name, record["round"]] = loss
-        splits.append(at + 0.5)
+    epochs = [(record["round"], losses) for record in rounds for losses in record["losses"]]
+    lines = grouped(
+        ((name, k), (float(at), loss))
+        for at, (k, losses) in enumerate(epochs, 1)
+        for name, loss in losses.items()
+        if loss is not None
+    )
+    ends = list(accumulate(len(record["losses"]) for record in rounds))
     names = [n for n in patterns if any(n == name for name, _ in lines)]
     series = tuple(
         Series(
@@ -63,7 +62,7 @@ def _losses(rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) ->
     numbers = [record["round"] for record in rounds]
     table = Table(
         ("network", *(f"round {k}" for k in numbers)),
-        tuple((n, *(f"{last[n, k]:.4g}" if (n, k) in last else "" for k in numbers)) for n in names),
+        tuple((n, *(f"{lines[n, k][-1][1]:.4g}" if (n, k) in lines else "" for k in numbers)) for n in names),
         tuple(names),
         tuple(patterns[n] for n in names),
     )
@@ -71,29 +70,24 @@ def _losses(rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) ->
     return Chart(
         name="losses",
         title="Training loss by epoch",
-        summary=f"Mean training loss of {len(names)} networks over {at} epochs in {len(rounds)} rounds.",
+        summary=f"Mean training loss of {len(names)} networks over {len(epochs)} epochs in {len(rounds)} rounds.",
         x="epoch (lines between rounds)",
         y="training loss",
         series=series,
         table=table,
         log_y=min(values) > 0 and max(values) > LOG_FROM * min(values),
         integer_x=True,
-        splits=tuple(splits[:-1]),
+        splits=tuple(end + 0.5 for end in ends[:-1]),
     )
 
 
 def _held_out(report: RunReport, rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) -> Chart:
     scale, label = scale_of(report)
-    points: dict[str, list[tuple[int, float]]] = {}
-    for record in rounds:
-        for name, value in record["metrics"].items():
-            if value is not None:
-                points.setdefault(name, []).append((record["round"], value))
     end = max((record["round"] for record in rounds), default=0) + 1
     ended = any(r.held_out is not None for r in report.networks)
-    for row in report.networks:
-        if row.held_out is not None and math.isfinite(row.held_out):
-            points.setdefault(row.name, []).append((end, row.held_out))
+    found = [(name, (record["round"], value)) for record in rounds for name, value in record["metrics"].items()]
+    found += [(row.name, (end, row.held_out)) for row in report.networks]
+    points = grouped((name, (k, v)) for name, (k, v) in found if v is not None and (k < end or math.isfinite(v)))
     names = [n for n in patterns if n in points]
 
     def when(k: int) -> str:
@@ -138,33 +132,23 @@ def merge_charts(report: RunReport) -> list[Chart]:
     merged = report.history.get("merged", ())
     values = {k: value for k, value in enumerate(merged, 2) if value is not None}
     scale, label = scale_of(report)
+    alphas = list(enumerate(report.alphas, 2))
+    marks = []
+    for k, a in alphas:
+        told = f"\nheld-out mean {metric_text(report, values[k])}" if k in values else ""
+        marks.append(Mark(k, a, f"round {k}: α {a:g}{told}"))
     chosen = Chart(
         name="alphas",
         title="Chosen share α by round",
         summary="The share kept of what was merged before, chosen when each round was merged in: "
-        + ", ".join(f"round {k} {a:g}" for k, a in enumerate(report.alphas, 2))
+        + ", ".join(f"round {k} {a:g}" for k, a in alphas)
         + ". At 1 the round's own weights were rejected.",
         x="round",
         y="α kept of what was merged before",
-        series=(
-            Series(
-                "α",
-                "",
-                tuple(
-                    Mark(
-                        k,
-                        a,
-                        f"round {k}: α {a:g}"
-                        + (f"\nheld-out mean {metric_text(report, values[k])}" if k in values else ""),
-                    )
-                    for k, a in enumerate(report.alphas, 2)
-                ),
-                tuple((float(k), a) for k, a in enumerate(report.alphas, 2)),
-            ),
-        ),
+        series=(Series("α", "", tuple(marks), tuple((m.x, m.y) for m in marks)),),
         table=Table(
             ("round", "α", f"mean held-out {report.metric_name}"),
-            tuple((f"{k}", f"{a:g}", metric_text(report, values.get(k))) for k, a in enumerate(report.alphas, 2)),
+            tuple((f"{k}", f"{a:g}", metric_text(report, values.get(k))) for k, a in alphas),
         ),
         integer_x=True,
         y_range=(0.0, 1.08),

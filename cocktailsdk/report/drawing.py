@@ -156,30 +156,21 @@ def _draw(chart: Chart, looks: Mapping[str, Look], limits: Limits | None) -> tup
         axes.autoscale_view()
     if chart.level is not None:
         axes.axhline(chart.level[0], color=INK, linestyle="--", linewidth=1.0)
-        placement: dict[str, Any] = {
-            "xycoords": axes.get_yaxis_transform(),
-            "textcoords": "offset points",
-            "va": "top",
-            "fontsize": 9,
-        }
-        axes.annotate(chart.level[1], (0.0, chart.level[0]), (4, -3), **placement)
+        left_end, at = axes.get_yaxis_transform(), (0.0, chart.level[0])
+        axes.annotate(chart.level[1], at, (4, -3), xycoords=left_end, textcoords="offset points", va="top", fontsize=9)
     for split in chart.splits:
         axes.axvline(split, color=GRID, linewidth=1.0)
     if chart.log_y:
         axes.set_yscale("log")
-    if chart.log_x:
-        axes.set_xscale("log")
-    elif chart.integer_x:
+    if chart.integer_x:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=7))
     else:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6))
         text = {"bytes": bytes_text, "FLOPs": count_text, "parameters": count_text}.get(chart.x)
+        if text is not None or chart.x == "milliseconds":
+            axes.set_xlim(left=0)
         if text is not None:
-            axes.set_xlim(left=0)
-            short = ticker.FuncFormatter(lambda v, _: text(v).replace(".00 ", " ").replace(".0 ", " "))
-            axes.xaxis.set_major_formatter(short)
-        elif chart.x == "milliseconds":
-            axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter(lambda v, _: text(v).replace(".00 ", " ").replace(".0 ", " "))
     if chart.y_range is not None:
         axes.set_ylim(*chart.y_range)
     axes.set_xlabel(chart.x)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..utils.grouping import grouped
 from .drawing import new_figure
-from .run import NetworkRow, RunReport
+from .run import RunReport
 
 __all__ = ["write_figure"]
 
@@ -22,10 +23,7 @@ def write_figure(report: RunReport, path: Path) -> None:
     figure = new_figure(figsize=(9.0, 4.2), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     dense = next((r for r in report.networks if r.pattern == "dense"), None)
-    patterns: dict[str, list[NetworkRow]] = {}
-    for row in report.networks:
-        if row is not dense:
-            patterns.setdefault(row.pattern, []).append(row)
+    patterns = grouped((row.pattern, row) for row in report.networks if row is not dense)
     further = [pattern for pattern in patterns if pattern not in _LOOKS]
     looks = {**_LOOKS, **{pattern: _OTHERS[i % len(_OTHERS)] for i, pattern in enumerate(further)}}
     for axes, field, label in ((left, "flops", "FLOPs"), (right, "params", "parameters kept")):
@@ -47,8 +45,7 @@ def write_figure(report: RunReport, path: Path) -> None:
         axes.set_xlabel(f"{label}, % of dense")
         axes.set_xlim(0, 105)
         axes.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel(f"test {report.metric_name}, %")
     left.set_title("What dense kernels compute", fontsize="medium")
     right.set_title("What is left of the weights", fontsize="medium")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..inspection import ChannelGroup, Inspection, Slice, Why
-from ..inspection.layer_names import folded, owner, pattern_of
-from .inspection import UNPROVEN
+from ..utils.grouping import grouped
+from ..utils.layer_names import folded, owner, pattern_of, short
+from .inspection import heading
 from .numbers import count_text, flops_text
 
 __all__ = ["groups_view", "why_view"]
@@ -23,14 +24,8 @@ PLURALS = {"row": "rows", "entry": "entries", "column": "columns"}
 
 def groups_view(found: Inspection, groups: Sequence[ChannelGroup], reference: str) -> RenderableType:
     """Each group in a few lines; groups of repeated blocks once."""
-    title = Text.assemble(
-        (reference, "bold"), f" ({found.model}), {count_text(found.params)} parameters, {flops_text(found.flops)}"
-    )
     of = f"{len(groups)} of {len(found.groups)}" if len(groups) < len(found.groups) else str(len(groups))
-    count_line = Text(f"{of} channel groups; a unit goes or stays as one, wherever it occurs", style="dim")
-    parts: list[RenderableType] = [title, count_line]
-    if found.followed and not found.proven:
-        parts.append(Text(UNPROVEN, style="dim"))
+    parts = heading(found, reference, f"{of} channel groups; a unit goes or stays as one, wherever it occurs")
     parts.append(Text())
     for alike in _alike(groups):
         parts += [_heading(alike), Padding(_details(found, alike), (0, 0, 1, 2))]
@@ -47,12 +42,12 @@ def why_view(answers: Iterable[Why]) -> RenderableType:
 
 def _alike(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
     """Groups of repeated blocks, together."""
-    out: dict[object, list[ChannelGroup]] = {}
-    for g in groups:
-        slices = tuple(sorted({(pattern_of(s.tensor), s.kind, s.per_unit, s.of, s.stay) for s in g.slices}))
-        makers = len(g.rows)
-        out.setdefault((pattern_of(g.name), g.units, g.kind, g.unit, makers, slices), []).append(g)
-    return list(out.values())
+
+    def common(g: ChannelGroup) -> Hashable:
+        slices = frozenset((pattern_of(s.tensor), s.kind, s.per_unit, s.of, s.stay) for s in g.slices)
+        return pattern_of(g.name), g.units, g.kind, g.unit, len(g.rows), slices
+
+    return [*grouped((common(g), g) for g in groups).values()]
 
 
 def _heading(alike: Sequence[ChannelGroup]) -> Text:
@@ -69,37 +64,22 @@ def _details(found: Inspection, alike: Sequence[ChannelGroup]) -> RenderableType
     table.add_column(overflow="fold")
     one = f"one unit of {alike[0].name}" if len(alike) == 1 else "one unit of one of them"
     slices = [s for g in alike for s in g.slices]
-    for count, text in [*_rows(slices), *_entries(slices), *_columns(slices)]:
+    rows, columns = ([s for s in slices if s.kind == kind] for kind in ("rows", "columns"))
+    for count, text in [*_by_count(rows, "row"), *_entries(slices), *_by_count(columns, "column")]:
         table.add_row(count, text)
-    lines: list[RenderableType] = [Text(f"made by {_makers(alike)}; removing {one} removes"), table]
-    lines.append(Text(_saved(alike)))
-    lines += [Text(line) for line in _staying(found, alike)]
-    return Group(*lines)
-
-
-def _makers(alike: Sequence[ChannelGroup]) -> str:
-    count = len(alike[0].rows)
-    return "one layer" if count == 1 else f"{count} layers"
+    layers = len(alike[0].rows)
+    makers = "one layer" if layers == 1 else f"{layers} layers"
+    below = [_saved(alike), *_staying(found, alike)]
+    return Group(Text(f"made by {makers}; removing {one} removes"), table, *map(Text, below))
 
 
 def _counted(n: int, what: str) -> str:
     return f"{n} {what if n == 1 else PLURALS[what]}"
 
 
-def _by_count(slices: Iterable[Slice], what: str, prefix: str = "") -> list[tuple[str, str]]:
-    by_count: dict[int, list[str]] = {}
-    for s in slices:
-        by_count.setdefault(s.per_unit, []).append(s.tensor.removesuffix(".weight"))
-    counts = sorted(by_count.items(), reverse=True)
-    return [(_counted(n, what), f"of {prefix}{', '.join(folded(names))}") for n, names in counts]
-
-
-def _rows(slices: Sequence[Slice]) -> list[tuple[str, str]]:
-    return _by_count((s for s in slices if s.kind == "rows"), "row")
-
-
-def _columns(slices: Sequence[Slice]) -> list[tuple[str, str]]:
-    return _by_count((s for s in slices if s.kind == "columns"), "column")
+def _by_count(slices: Iterable[Slice], what: str) -> list[tuple[str, str]]:
+    counts = sorted(grouped((s.per_unit, short(s.tensor)) for s in slices).items(), reverse=True)
+    return [(_counted(n, what), f"of {', '.join(folded(names))}") for n, names in counts]
 
 
 def _entries(slices: Sequence[Slice]) -> list[tuple[str, str]]:
@@ -123,9 +103,7 @@ def _entries(slices: Sequence[Slice]) -> list[tuple[str, str]]:
         for n, m in sorted(biases.items(), reverse=True)
     ]
     for (n, kind), modules in norms.items():
-        parts: dict[str, list[str]] = {}
-        for module, names in modules.items():
-            parts.setdefault(_parts(names), []).append(module)
+        parts = grouped((_parts(names), module) for module, names in modules.items())
         out += [
             (_counted(n, "entry"), f"of the norm{'s' if len(m) > 1 else ''} {', '.join(folded(m))} ({kind}: {p})")
             for p, m in parts.items()
@@ -157,10 +135,8 @@ def _range(texts: Sequence[str]) -> str:
 def _staying(found: Inspection, alike: Sequence[ChannelGroup]) -> list[str]:
     """What stays of the weights' rows and columns that are touched, and why."""
     reasons = {(s.tensor, s.axis): s.reason for s in found.stays}
-    parts: dict[tuple[int, int, str, str], list[str]] = {}
-    for s in (s for g in alike for s in g.slices if s.stay and s.kind != "entries"):
-        reason = reasons.get((s.tensor, s.axes[0]), "")
-        parts.setdefault((s.stay, s.of, s.kind, reason), []).append(s.tensor.removesuffix(".weight"))
+    touched = (s for g in alike for s in g.slices if s.stay and s.kind != "entries")
+    parts = grouped(((s.stay, s.of, s.kind, reasons.get((s.tensor, s.axes[0]), "")), short(s.tensor)) for s in touched)
     return [
         f"{stay} of the {of} {kind} of {', '.join(folded(names))} stay: {reason}"
         for (stay, of, kind, reason), names in parts.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Group, RenderableType
@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..inspection import ChannelGroup, Inspection, Layer, Saving
-from ..inspection.layer_names import folded, pattern_of
+from ..utils.grouping import grouped
+from ..utils.layer_names import few, folded, pattern_of, short
 from .numbers import count_text, flops_text, percent_text, shape_text
 from .tables import STYLES, plain_table
 
-__all__ = ["UNPROVEN", "inspection_view"]
+__all__ = ["heading", "inspection_view"]
 
 T = TypeVar("T")
 
@@ -52,12 +53,7 @@ def inspection_view(found: Inspection, reference: str, *, full: bool = False) ->
         reference: What the model was called.
         full: Whether every layer of a large model is shown, instead of repeated blocks once.
     """
-    title = Text.assemble(
-        (reference, "bold"), f" ({found.model}), {count_text(found.params)} parameters, {flops_text(found.flops)}"
-    )
-    parts: list[RenderableType] = [title, Text(f"on {', '.join(found.inputs) or 'no inputs'}", style="dim")]
-    if found.followed and not found.proven:
-        parts.append(Text(UNPROVEN, style="dim"))
+    parts = heading(found, reference, f"on {', '.join(found.inputs) or 'no inputs'}")
     once = len(found.layers) > MOST_LAYERS and not full
     if once:
         parts.append(Text(REPEATED, style="dim"))
@@ -75,23 +71,32 @@ def inspection_view(found: Inspection, reference: str, *, full: bool = False) ->
     return Group(*parts)
 
 
+def heading(found: Inspection, reference: str, line: str) -> list[RenderableType]:
+    """The model in a line, another line below it, and whether what follows is proven."""
+    size = f"{count_text(found.params)} parameters, {flops_text(found.flops)}"
+    title = Text.assemble((reference, "bold"), f" ({found.model}), {size}")
+    unproven = [UNPROVEN] if found.followed and not found.proven else []
+    return [title, *(Text(text, style="dim") for text in (line, *unproven))]
+
+
 def _alike_groups(groups: Iterable[ChannelGroup]) -> list[list[ChannelGroup]]:
     """Groups of repeated blocks, together."""
-    out: dict[object, list[ChannelGroup]] = {}
-    for g in groups:
-        sizes = (len(g.rows), len(g.entries), len(g.columns))
-        out.setdefault((pattern_of(g.name), g.units, g.channels, g.kind, sizes), []).append(g)
-    return list(out.values())
+
+    def common(g: ChannelGroup) -> Hashable:
+        return pattern_of(g.name), g.units, g.channels, g.kind, len(g.rows), len(g.entries), len(g.columns)
+
+    return [*grouped((common(g), g) for g in groups).values()]
 
 
 def _alike_layers(layers: Iterable[Layer], numbers: dict[str, int]) -> list[list[Layer]]:
     """Layers of repeated blocks of which the same is to be said, together."""
-    out: dict[object, list[Layer]] = {}
-    for layer in layers:
+
+    def common(layer: Layer) -> Hashable:
         may = (layer.unstructured.eligible, layer.nm.eligible, tuple(layer.coverage.items()))
-        common = (layer.shape, layer.params, layer.flops, may, tuple(numbers[g] for g in layer.groups))
-        out.setdefault((pattern_of(layer.module or layer.name), common), []).append(layer)
-    return list(out.values())
+        together = tuple(numbers[g] for g in layer.groups)
+        return pattern_of(layer.module or layer.name), layer.shape, layer.params, layer.flops, may, together
+
+    return [*grouped((common(layer), layer) for layer in layers).values()]
 
 
 def _together(names: Iterable[str]) -> str:
@@ -123,32 +128,28 @@ def _groups(groups: Sequence[list[ChannelGroup]], numbers: dict[str, int]) -> Re
     names = [_together(g.name for g in alike) for alike in groups]
     for label, (g, *_) in _indented(names, groups, table, column=1):
         units = f"{g.units}" if g.channels == 1 else f"{g.units}x{g.channels}"
-        makers = f"{len(g.rows)} layers" if len(g.rows) > 1 else _few(map(_module, g.rows)).replace(g.name, "itself")
+        makers = f"{len(g.rows)} layers" if len(g.rows) > 1 else few(map(short, g.rows), 1).replace(g.name, "itself")
         block = g.name.removesuffix(label.strip()) if label != g.name else ""
-        readers = _few((_module(c).removeprefix(block) for c in g.columns), most=2 if block else NAMES_SHOWN)
+        readers = few((short(c).removeprefix(block) for c in g.columns), 2 if block else NAMES_SHOWN)
         table.add_row(str(numbers[g.name]), label, units, makers, f"{len(g.entries)}", readers)
     return table
 
 
 def _unpruned(found: Inspection) -> list[RenderableType]:
     """Reasons, each once, with what they keep."""
-    reasons: dict[str, list[str]] = {}
-    for layer in found.layers:
-        if found.followed and not layer.unstructured.eligible:
-            reasons.setdefault(f"not unstructured or N:M: {layer.unstructured.reason}", []).append(layer.module)
-        elif found.followed and not layer.nm.eligible:
-            reasons.setdefault(f"not N:M: {layer.nm.reason}", []).append(layer.module)
-    for entry in found.kept:
-        reason = f"channels: {entry.reason}" if entry.where else entry.reason
-        reasons.setdefault(reason, []).append(_module(entry.where))
-    alike: dict[str, list[str]] = {}
-    for reason in reasons:
-        alike.setdefault(pattern_of(reason), []).append(reason)
+    kept: list[tuple[str, str]] = []
+    for layer in found.layers if found.followed else ():
+        if not layer.unstructured.eligible:
+            kept.append((f"not unstructured or N:M: {layer.unstructured.reason}", layer.module))
+        elif not layer.nm.eligible:
+            kept.append((f"not N:M: {layer.nm.reason}", layer.module))
+    kept += [(f"channels: {k.reason}" if k.where else k.reason, short(k.where)) for k in found.kept]
+    reasons = grouped(kept)
     lines: list[RenderableType] = [Text("Kept whole", style="bold")]
-    for same in alike.values():
+    for same in grouped((pattern_of(reason), reason) for reason in reasons).values():
         names = folded(w for reason in same for w in reasons[reason] if w)
         common = ", ".join(folded(same))
-        lines.append(Text(f"{_few(names)}: {common}" if names else common))
+        lines.append(Text(f"{few(names, NAMES_SHOWN)}: {common}" if names else common))
     if not reasons:
         lines.append(Text("nothing"))
     return lines
@@ -186,16 +187,6 @@ def _sum_line(found: Inspection) -> Text:
         f"{percent_text(1 - channel.flops / found.flops, 0)} of the FLOPs.",
         style="bold",
     )
-
-
-def _module(tensor: str) -> str:
-    return tensor.removesuffix(".weight")
-
-
-def _few(names: Iterable[str], most: int = NAMES_SHOWN) -> str:
-    every = list(dict.fromkeys(names))
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more
 
 
 def _indented(names: Sequence[str], items: Iterable[T], table: Table, column: int = 0) -> Iterator[tuple[str, T]]:

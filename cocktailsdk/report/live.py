@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,52 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..patterns import Subnet
-from ..training.events import (
-    AlphaChosen,
-    EpochEnded,
-    Event,
-    Finished,
-    MergeProgress,
-    MergeStarted,
-    NetworkFinished,
-    RoundEnded,
-    RoundStarted,
-    Saved,
-    StepDone,
-    TrainingStarted,
-)
+from ..training import events
+from ..utils.grouping import grouped
 from .numbers import count_text, duration_text, percent_text
 from .progress import Progress
 from .tables import STYLES
 
 __all__ = ["LineView", "LiveView", "RunView", "run_view_for"]
-
-
-class RunView(Protocol):
-    """What draws a run: a callback for :class:`~cocktailsdk.CoTrainer`, and a context to draw in."""
-
-    def __call__(self, event: Event) -> None:
-        """Take an event."""
-
-    def __enter__(self) -> Self:
-        """Begin drawing."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End drawing, leaving the last picture."""
-
-    def note(self, text: str) -> None:
-        """Say a line."""
-
-
-def run_view_for(console: Console, title: str, subnets: Sequence[Subnet]) -> RunView:
-    """The view that suits a console.
-
-    Args:
-        console: Where to.
-        title: What is trained.
-        subnets: The networks, the dense one first.
-    """
-    return LiveView(console, title, subnets) if console.is_terminal else LineView(console, title)
 
 
 class LiveView:
@@ -70,10 +32,10 @@ class LiveView:
         self.progress = Progress()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self.picture)
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take an event; what is drawn follows by itself."""
         self.progress.take(event)
-        if isinstance(event, Saved) and event.interrupted:
+        if isinstance(event, events.Saved) and event.interrupted:
             self.note(f"state saved in {event.path.parent}")
 
     def __enter__(self) -> Self:
@@ -110,30 +72,26 @@ class LiveView:
         if p.phase == "training":
             figures.append(f"step {p.done_steps:,} of {p.total_steps:,}")
             figures.append(f"{p.rate:.1f} steps/s")
-        if p.phase != "training" and p.alphas:
-            chosen = " ".join(f"{a:g}" for a in p.alphas.values())
-            figures.append(f"alpha {chosen}")
+        elif p.alphas:
+            figures.append(f"alpha {' '.join(f'{a:g}' for a in p.alphas.values())}")
         return " · ".join(figures)
 
     def _metrics(self) -> RenderableType:
         """The latest held-out metrics, a column for each pattern; before there are any, the losses."""
         p = self.progress
         known, what = (p.metrics, "held out") if p.metrics else (p.losses, "loss")
-        columns: dict[str, list[Subnet]] = {}
-        for s in self._subnets:
-            columns.setdefault(s.pattern, []).append(s)
+        columns = grouped((s.pattern, s) for s in self._subnets)
         table = Table(box=None, pad_edge=False, expand=False, header_style="bold", padding=(0, 3, 0, 0))
         for pattern in columns:
-            table.add_column(
-                Text(f"{pattern} ({what})" if pattern == "dense" else pattern, style=STYLES.get(pattern, ""))
-            )
-        for row in range(max((len(c) for c in columns.values()), default=0)):
+            head = f"{pattern} ({what})" if pattern == "dense" else pattern
+            table.add_column(Text(head, style=STYLES.get(pattern, "")))
+        for row in zip_longest(*columns.values()):
             cells = []
-            for subnets in columns.values():
-                if row >= len(subnets):
+            for subnet in row:
+                if subnet is None:
                     cells.append(Text())
                     continue
-                name = subnets[row].name
+                name = subnet.name
                 label = name.partition("@")[2] or ("" if name == "dense" else name)
                 value = f"{known[name]:.4f}" if name in known else "·"
                 cells.append(Text.assemble((f"{label:<6}" if label else "", "dim"), value))
@@ -171,31 +129,46 @@ class LineView:
         self._console.print(Text(text), soft_wrap=True)
         self._last_line = self._clock()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take an event; say it, or what it leads to, where it is time to."""
         p = self.progress
         p.take(event)
         match event:
-            case TrainingStarted():
+            case events.TrainingStarted():
                 how = "going on" if event.resumed or event.done_steps else "starting"
                 rounds = f"{event.rounds} round{'s' * (event.rounds != 1)} after the dense one"
                 self.note(f"{how}: {rounds}, step {event.done_steps:,} of {event.total_steps:,}")
-            case RoundStarted():
+            case events.RoundStarted():
                 self.note(f"round {event.round}: {', '.join(('dense', *event.networks))}, {event.epochs} epochs")
-            case RoundEnded():
+            case events.RoundEnded():
                 shown = ", ".join(f"{n} {m:.4f}" for n, m in event.metrics.items())
                 self.note(f"round {event.round} ended: {shown or 'no held-out data'}")
-            case MergeStarted():
+            case events.MergeStarted():
                 self.note(f"merging {event.rounds} rounds, {count_text(event.candidates)} candidates")
-            case AlphaChosen():
+            case events.AlphaChosen():
                 self.note(f"round {event.round} merged: alpha {event.alpha:g}, held-out mean {event.metric:.4f}")
-            case Finished():
+            case events.Finished():
                 self.note(f"trained in {duration_text(event.seconds)}")
-            case Saved():
+            case events.Saved():
                 if event.interrupted:
                     self.note(f"state saved in {event.path.parent}")
-            case StepDone() | EpochEnded() | MergeProgress() | NetworkFinished():
+            case events.StepDone() | events.EpochEnded() | events.MergeProgress() | events.NetworkFinished():
                 if self._clock() - self._last_line >= self._every:
                     remaining = "" if p.remaining is None else f", {duration_text(p.remaining)} left"
                     rate = f", {p.rate:.1f} steps/s" if p.phase == "training" else ""
                     self.note(f"{p.headline()} ({percent_text(p.share, 0)}{rate}{remaining})")
+
+
+RunView = LiveView | LineView
+"""What draws a run: a callback for :class:`~cocktailsdk.CoTrainer`, and a context to draw in."""
+
+
+def run_view_for(console: Console, title: str, subnets: Sequence[Subnet]) -> RunView:
+    """The view that suits a console.
+
+    Args:
+        console: Where to.
+        title: What is trained.
+        subnets: The networks, the dense one first.
+    """
+    return LiveView(console, title, subnets) if console.is_terminal else LineView(console, title)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
-from ..inspection.layer_names import folded, pattern_of
+from ..utils.grouping import grouped
+from ..utils.layer_names import folded, pattern_of, short
 from .course_charts import rounds_of
 from .run import RunReport
 
@@ -87,20 +89,16 @@ class SparsityMap:
         self.pattern = pattern
         self.networks = sorted(names, key=lambda n: made.get(n, last))
         self.rounds = [f"round {made[n]}" if n in made else "" for n in self.networks]
-        self.layers = [str(layer["name"]).removesuffix(".weight") for layer in report.masks["layers"]]
+        self.layers = [short(str(layer["name"])) for layer in report.masks["layers"]]
         self.values: list[list[float | None]] = [[shares[n][i] for n in self.networks] for i in range(len(self.layers))]
 
     def by_block(self) -> tuple[list[str], list[list[float | None]]]:
         """Means over the layers of repeated blocks."""
-        blocks: dict[str, list[int]] = {}
-        for i, name in enumerate(self.layers):
-            blocks.setdefault(pattern_of(name), []).append(i)
-        names = [
-            ", ".join(folded(self.layers[i] for i in block)) + (f" ({len(block)})" if len(block) > 1 else "")
-            for block in blocks.values()
-        ]
-        columns = range(len(self.networks))
-        means = [[_mean([self.values[i][j] for i in block]) for j in columns] for block in blocks.values()]
+        names, means = [], []
+        for block in grouped((pattern_of(name), i) for i, name in enumerate(self.layers)).values():
+            many = f" ({len(block)})" if len(block) > 1 else ""
+            names.append(", ".join(folded(self.layers[i] for i in block)) + many)
+            means.append([_mean(column) for column in zip(*(self.values[i] for i in block), strict=True)])
         return names, means
 
 
@@ -148,17 +146,15 @@ def mask_overlap(report: RunReport) -> MaskOverlap | None:
 
 def between_patterns(report: RunReport) -> list[str]:
     """Mean overlap between each two patterns, beside chance's, in words."""
-    names, patterns = report.masks["names"], {r.name: r.pattern for r in report.networks}
-    pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for i, a in enumerate(names):
-        for j in range(i + 1, len(names)):
-            key = (patterns.get(a, ""), patterns.get(names[j], ""))
-            pairs.setdefault(key, []).append((report.masks["overlap"][i][j], report.masks["chance"][i][j]))
+    by_name = {r.name: r.pattern for r in report.networks}
+    overlap, chance = report.masks["overlap"], report.masks["chance"]
+    patterns = enumerate(by_name.get(name, "") for name in report.masks["names"])
+    pairs = grouped(((a, b), (overlap[i][j], chance[i][j])) for (i, a), (j, b) in combinations(patterns, 2))
     out = []
     for (a, b), of in pairs.items():
-        mean, chance = (sum(v[k] for v in of) / len(of) for k in (0, 1))
+        mean, by_chance = (sum(values) / len(of) for values in zip(*of, strict=True))
         who = f"{a} with {b}" if a != b else f"{a} among themselves"
-        out.append(f"{who}: {100 * mean:.0f} % on average, {100 * chance:.0f} % by chance")
+        out.append(f"{who}: {100 * mean:.0f} % on average, {100 * by_chance:.0f} % by chance")
     return out
 
 
@@ -166,15 +162,12 @@ def unpruned_layers(report: RunReport) -> list[tuple[str, str, str]] | None:
     """What no pattern may prune, of which layers, and why; ``None`` if the run did not record it."""
     if not report.kept and not report.masks:
         return None
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for entry in report.kept:
-        reasons.setdefault((entry["what"], entry["reason"]), []).append(entry["where"].removesuffix(".weight"))
+    reasons = grouped(((entry["what"], entry["reason"]), short(entry["where"])) for entry in report.kept)
     words = {"weights": "its weights (unstructured, N:M)", "channels": "its output channels"}
-    return [(words.get(what, what), _names(where), reason) for (what, reason), where in reasons.items()]
-
-
-def _names(where: Sequence[str]) -> str:
-    return ", ".join(folded(w for w in where if w)) or "the whole model"
+    return [
+        (words.get(what, what), ", ".join(folded(filter(None, where))) or "the whole model", reason)
+        for (what, reason), where in reasons.items()
+    ]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

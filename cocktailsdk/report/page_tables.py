@@ -85,15 +85,13 @@ def networks_of_both(a: RunReport, b: RunReport, labels: tuple[str, str]) -> Tab
 def _compared(
     a: RunReport, b: RunReport, name: str, one: NetworkRow | None, other: NetworkRow | None
 ) -> tuple[str, ...]:
+    both = (one, other)
     return (
         name,
-        metric_text(a, one.metric) if one else "–",
-        metric_text(b, other.metric) if other else "–",
+        *(metric_text(report, row.metric) if row else "–" for report, row in zip((a, b), both, strict=True)),
         _difference(a, one, other),
-        count_text(one.params) if one else "–",
-        count_text(other.params) if other else "–",
-        count_text(one.flops) if one else "–",
-        count_text(other.flops) if other else "–",
+        *(count_text(row.params) if row else "–" for row in both),
+        *(count_text(row.flops) if row else "–" for row in both),
     )
 
 

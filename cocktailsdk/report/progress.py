@@ -6,20 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..training.events import (
-    AlphaChosen,
-    EpochEnded,
-    Event,
-    Finished,
-    MergeProgress,
-    MergeStarted,
-    NetworkFinished,
-    RoundEnded,
-    RoundStarted,
-    Saved,
-    StepDone,
-    TrainingStarted,
-)
+from ..training import events
 
 __all__ = ["Progress"]
 
@@ -40,11 +27,9 @@ class Progress:
         rate: Steps per second.
         judged: Of merging, candidates judged; of measuring, networks done.
         to_judge: Of how many.
-        resumed: Whether the run goes on from a saved state.
         metrics: Latest held-out metric by network.
         losses: Latest mean training loss by network.
         alphas: The share chosen by round.
-        seconds: Training time over all calls, when done.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -58,55 +43,52 @@ class Progress:
     rate: float = 0.0
     judged: int = 0
     to_judge: int = 0
-    resumed: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     alphas: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
     _began: float = 0.0
     _phase_began: float = 0.0
 
     def __post_init__(self) -> None:
         self._began = self._phase_began = self.clock()
 
-    def take(self, event: Event) -> None:
+    def take(self, event: events.Event) -> None:
         """Learn from an event."""
         match event:
-            case TrainingStarted():
+            case events.TrainingStarted():
                 self._enter("training")
                 self.rounds, self.epochs, self.round = event.rounds, event.epochs, event.first_round
-                self.done_steps, self.total_steps, self.resumed = event.done_steps, event.total_steps, event.resumed
-            case RoundStarted():
+                self.done_steps, self.total_steps = event.done_steps, event.total_steps
+            case events.RoundStarted():
                 self._enter("training")
                 self.round, self.epochs, self.epoch = event.round, event.epochs, 0
-            case StepDone():
+            case events.StepDone():
                 self.round, self.epoch, self.rate = event.round, event.epoch, event.steps_per_second
                 self.done_steps, self.total_steps = event.done_steps, event.total_steps
-            case EpochEnded():
+            case events.EpochEnded():
                 self.round, self.epoch, self.rate = event.round, event.epoch + 1, event.steps_per_second
                 self.losses.update(event.losses)
-            case RoundEnded():
+            case events.RoundEnded():
                 self.metrics.update(event.metrics)
-            case MergeStarted():
+            case events.MergeStarted():
                 self._enter("merging")
                 self.judged, self.to_judge = 0, event.candidates
-            case MergeProgress():
+            case events.MergeProgress():
                 if self.phase != "merging":
                     self._enter("merging")
                 self.round, self.judged, self.to_judge = event.round, event.judged, event.total
-            case AlphaChosen():
+            case events.AlphaChosen():
                 self.alphas[event.round] = event.alpha
-            case NetworkFinished():
+            case events.NetworkFinished():
                 if self.phase != "measuring":
                     self._enter("measuring")
                 self.judged, self.to_judge = event.done, event.total
                 if event.metric is not None:
                     self.metrics[event.name] = event.metric
-            case Finished():
+            case events.Finished():
                 self._enter("done")
                 self.metrics.update(event.metrics)
-                self.seconds = event.seconds
-            case Saved():
+            case events.Saved():
                 pass
 
     def _enter(self, phase: str) -> None:

@@ -6,7 +6,7 @@ Made once, when the run is over, from the net itself; reading it needs neither t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,27 +61,30 @@ def mask_record(net: SubnetModel) -> dict[str, Any]:
         networks ``overlap``: of the eligible weights that either keeps, the share that both keep; and ``chance``: the
         same if each had drawn as many in every layer at random.
     """
+    import torch
+
     from ..patterns.base import DENSE
 
     coupling = net.coupling
     names = [n for n in net.names if n in net.masks]
     sparsity: dict[str, list[float]] = {n: [] for n in names}
     eligible = {w.name for w in net.eligible}
-    shared, chance, counts = _zeros(len(names)), _zeros(len(names)), [0.0] * len(names)
+    shared, chance = torch.zeros(2, len(names), len(names), dtype=torch.float64)
     for weight in coupling.weights:
         kept = [_mask_of(net, weight.name, weight.shape, net.masks[n]) for n in names]
         for name, keep in zip(names, kept, strict=True):
             share = 0.0 if keep is None else 1 - int(keep.sum()) / keep.numel()
             sparsity[name].append(round(share, DIGITS))
-        if weight.name in eligible:
-            _compare(kept, weight.shape, shared, chance, counts)
+        if weight.name in eligible and names:
+            _compare(kept, weight.shape, shared, chance)
+    counts = shared.diagonal().tolist()
     return {
         "layers": [{"name": w.name, "shape": list(w.shape)} for w in coupling.weights],
         "sparsity": sparsity,
         "bytes": {n: _bytes(net, net.masks.get(n)) for n in (DENSE, *names)},
         "names": names,
-        "overlap": _jaccard(shared, counts),
-        "chance": _jaccard(chance, counts),
+        "overlap": _jaccard(shared.tolist(), counts),
+        "chance": _jaccard(chance.tolist(), counts),
     }
 
 
@@ -105,13 +108,7 @@ def _mask_of(net: SubnetModel, name: str, shape: Sequence[int], mask: Mask) -> T
     return None if keep is None else keep.cpu().expand(tuple(shape))
 
 
-def _compare(
-    kept: Sequence[Tensor | None],
-    shape: Sequence[int],
-    shared: list[list[float]],
-    chance: list[list[float]],
-    counts: list[float],
-) -> None:
+def _compare(kept: Sequence[Tensor | None], shape: Sequence[int], shared: Tensor, chance: Tensor) -> None:
     """Add what each two of the networks keep of one weight, and what they would by chance."""
     import torch
 
@@ -119,18 +116,14 @@ def _compare(
     rows = slice(None, None, -(-count // OVERLAP_ELEMENTS)) if shape and count else slice(None)
     everything = torch.ones((), dtype=torch.bool).expand(tuple(shape))
     parts = [(everything if k is None else k)[rows].reshape(-1) for k in kept]
-    if not parts or not (n := parts[0].numel()):
-        return
-    both = torch.zeros(len(parts), len(parts), dtype=torch.float64)
-    for start in range(0, n, PIECE):
-        piece = torch.stack([p[start : start + PIECE] for p in parts]).float()
+    both = torch.zeros_like(shared)
+    for pieces in zip(*(part.split(PIECE) for part in parts), strict=True):
+        piece = torch.stack(pieces).float()
         both += (piece @ piece.T).double()
-    own = both.diagonal().tolist()
-    for i, line in enumerate(both.tolist()):
-        counts[i] += own[i]
-        for j, value in enumerate(line):
-            shared[i][j] += value
-            chance[i][j] += own[i] * own[j] / n if i != j else own[i]
+    shared += both
+    own = both.diagonal()
+    if count:
+        chance += (torch.outer(own, own) / len(parts[0])).diagonal_scatter(own)
 
 
 def _jaccard(shared: Sequence[Sequence[float]], counts: Sequence[float]) -> list[list[float]]:
@@ -144,22 +137,14 @@ def _jaccard(shared: Sequence[Sequence[float]], counts: Sequence[float]) -> list
 def _bytes(net: SubnetModel, mask: Mask | None) -> int:
     """Bytes of one network alone: the tensors' remaining values, and a bit for each weight that may be masked."""
     remaining = bits = 0
-    for name, size, shape in _tensors(net):
+    for name, tensor in (*net.model.named_parameters(), *net.model.named_buffers()):
+        size, shape = tensor.element_size(), tuple(tensor.shape)
         keep = None if mask is None else _mask_of(net, name, shape, mask)
         remaining += size * (math.prod(shape) if keep is None else int(keep.sum()))
         if mask is not None and name in mask.elements:
             units = _mask_of(net, name, shape, replace(mask, elements={}))
             bits += math.prod(shape) if units is None else int(units.sum())
     return remaining + -(-bits // 8)
-
-
-def _tensors(net: SubnetModel) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    for name, tensor in (*net.model.named_parameters(), *net.model.named_buffers()):
-        yield name, tensor.element_size(), tuple(tensor.shape)
-
-
-def _zeros(n: int) -> list[list[float]]:
-    return [[0.0] * n for _ in range(n)]
 
 
 def _rounded(value: Any) -> Any:

@@ -164,13 +164,10 @@ def dense_bytes(model: nn.Module | SubnetModel) -> int:
     """Bytes of a safetensors checkpoint of a model's ``state_dict``, each tensor once."""
     from safetensors.torch import save
 
+    from ..exporting.torch_files import own_tensors
+
     inner: Any = getattr(model, "model", model)
-    seen: dict[int, Any] = {}
-    state = {}
-    for name, tensor in inner.state_dict(keep_vars=True).items():
-        if seen.setdefault(id(tensor), name) == name:
-            state[name] = tensor.detach().cpu().contiguous()
-    return len(save(state))
+    return len(save({name: tensor.cpu().contiguous() for name, tensor in own_tensors(inner).items()}))
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self
@@ -41,7 +42,7 @@ class TensorBoard:
         check_installed("tensorboard", purpose="writing TensorBoard scalars", error=TrainingError)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make: Callable[[], Any] = lambda: SummaryWriter(fspath(folder))
+        self._make = partial(SummaryWriter, fspath(folder))
         self._writer: Any = None  # made where there is something to write
         self._first = self._epochs = self._rounds = 0
 
@@ -67,8 +68,6 @@ class TensorBoard:
                     _scalars(writer, "held_out", {event.name: event.metric}, self._rounds + 1)
             case Finished():
                 writer.flush()
-            case _:
-                pass
 
     def __enter__(self) -> Self:
         """The callback."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["forked", "settings_restored"]
+__all__ = ["computing_threads", "forked", "settings_restored"]
 
 
 @contextmanager
@@ -52,3 +52,15 @@ def settings_restored() -> Iterator[None]:
             for (read, write), value in zip(_MODES, before, strict=True):
                 if read() != value:
                     write(value)
+
+
+@contextmanager
+def computing_threads(wanted: int | None) -> Iterator[None]:
+    """Compute with so many threads for a while; with as many as before if ``None``."""
+    before = torch.get_num_threads()
+    try:
+        if wanted is not None:
+            torch.set_num_threads(wanted)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Names of many repeated layers in few words: ``layer2.{0..3}.bn2``."""
+"""Names of layers, and of many repeated layers in few words: ``layer2.{0..3}.bn2``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["folded", "nearest", "owner", "pattern_of"]
+__all__ = ["few", "folded", "nearest", "owner", "pattern_of", "short"]
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])|(?<=[A-Za-z_])\d+(?=\.)")
 """A part of a path that is a number, or a container's part that ends with one (``layer1.``, but not ``conv1``)."""
@@ -19,6 +19,18 @@ BLANK = "\0"
 def owner(tensor: str) -> str:
     """Path of the module that owns a parameter or buffer."""
     return tensor.rpartition(".")[0]
+
+
+def short(tensor: str) -> str:
+    """What a parameter is called where its layer is meant: ``conv1`` for ``conv1.weight``."""
+    return tensor.removesuffix(".weight")
+
+
+def few(names: Iterable[str], most: int) -> str:
+    """``a, b and 3 more``: each name once, at most so many of them."""
+    every = list(dict.fromkeys(names))
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
 
 
 def pattern_of(name: str) -> str:

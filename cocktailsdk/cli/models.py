@@ -1,7 +1,8 @@
-"""Inputs for models that are named on the command line."""
+"""Models that are named on the command line, and inputs for them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,14 +10,46 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..models import Inputs, example_inputs_for
+from ..models import Inputs, adapters, build_model, example_inputs_for
 from ..utils.modes import evaluating
 from ..utils.undo import unchanged
 
-__all__ = ["inputs_for"]
+__all__ = ["build", "inputs_for"]
+
+log = logging.getLogger(__name__)
+
+LARGEST = 10**9
+"""Models of more parameters are built without values, where nothing else is asked for."""
 
 SIDES = (224, 32, 28, 64)
 """Sides of images that are tried on a model of which nothing is known."""
+
+
+def build(reference: str, meta: bool | None) -> nn.Module:
+    """A model by its reference.
+
+    Args:
+        reference: As :func:`cocktailsdk.models.build_model` takes it.
+        meta: Whether to build it on the meta device, without values; ``None`` for large models of adapters only.
+
+    Raises:
+        AdapterError: The reference names nothing; says what comes near.
+    """
+    if meta is None and not any(a.owns(reference) for a in adapters().values()):
+        return build_model(reference)  # a user's factory is called once
+    if meta is False:
+        return build_model(reference)
+    try:
+        with torch.device("meta"):
+            model = build_model(reference)
+    except Exception as error:
+        if meta:
+            raise
+        log.info("%s cannot be built without values: %s", reference, error)
+        return build_model(reference)
+    if meta or sum(p.numel() for p in model.parameters()) > LARGEST:
+        return model
+    return build_model(reference)
 
 
 def inputs_for(model: nn.Module, sizes: Sequence[tuple[int, ...]] = ()) -> Inputs:
