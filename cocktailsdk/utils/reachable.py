@@ -22,14 +22,11 @@ from .snapshots import (
     AttributeSnapshot,
     BytesSnapshot,
     CacheSnapshot,
-    CellSnapshot,
     ClassSnapshot,
-    DequeSnapshot,
     DictSnapshot,
     GeneratorSnapshot,
     GlobalsSnapshot,
-    ListSnapshot,
-    SetSnapshot,
+    ItemsSnapshot,
     TensorSnapshot,
 )
 
@@ -109,15 +106,9 @@ class Walk:
         elif issubclass(kind, dict):
             snapshot = DictSnapshot(value)
             self._container(snapshot, snapshot.saved.values(), depth)
-        elif issubclass(kind, list):
-            of_list = ListSnapshot(value)
-            self._container(of_list, of_list.saved, depth)
-        elif issubclass(kind, set):
-            of_set = SetSnapshot(value)
-            self._container(of_set, of_set.saved, depth)
-        elif issubclass(kind, deque):
-            of_deque = DequeSnapshot(value)
-            self._container(of_deque, of_deque.saved, depth)
+        elif issubclass(kind, list | set | deque):
+            items = ItemsSnapshot(value)
+            self._container(items, items.saved, depth)
         elif issubclass(kind, tuple | frozenset):
             if len(value) <= LONGEST:
                 self._push(tuple(value), depth + 1)
@@ -132,7 +123,7 @@ class Walk:
         elif kind is MethodType:
             self._push((value.__self__, value.__func__), depth)
         elif kind is CellType:
-            cell = CellSnapshot(value)
+            cell = AttributeSnapshot(value, "cell_contents")
             self._container(cell, (cell.saved,), depth - 1)
         elif kind is functools.partial:
             self._push((value.func, value.args, value.keywords), depth)
