@@ -15,12 +15,10 @@ from torch import Tensor
 from ..errors import BundleError
 from ..graph import Coupling, Weight
 from ..io.values import items, keyed, more, quoted, text, texts
-from .bits import pack, unpack
-from .combinations import from_ranks, rank_bits, to_ranks
-from .layout import MaskLayout
+from .bits import from_levels, from_ranks, level_bits, pack, rank_bits, to_levels, to_ranks, unpack
 from .mask import Mask
-from .nested import from_levels, level_bits, to_levels
 from .remaining import Remaining
+from .tiles import MaskLayout
 
 __all__ = ["Entry", "decode_masks", "encode_masks"]
 
