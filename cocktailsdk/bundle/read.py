@@ -22,16 +22,14 @@ from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
 from ..printable import printable
 from ..utils.batchnorm import statistics_of
 from ..utils.nearest import no_subnet
-from .building import built, check_model
 from .couplings import read_coupling
 from .examples import remake
 from .files import SUBNETS_FILE, WEIGHTS_FILE, meta_of, open_tensors, opened
 from .hub import folder_of
 from .listing import listed_subnets
-from .mask_checks import check_masks
-from .model import all_tensors, fingerprint, stored_as, stored_names
+from .model import all_tensors, built, check_model, fingerprint, stored_as, stored_names
 from .statistics import read_statistics
-from .write import row
+from .write import check_masks, row
 
 log = logging.getLogger(__name__)
 
