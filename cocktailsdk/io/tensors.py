@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import TrainingError
 from .atomic import HashingWriter, Written, write_atomic
 
-__all__ = ["DTYPES", "READ_ERRORS", "read_shapes", "read_tensors", "write_tensors"]
+__all__ = ["DTYPES", "READ_ERRORS", "read_tensors", "write_tensors"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,18 +43,12 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 READ_ERRORS = (OSError, SafetensorError)
-"""Raised by :func:`read_tensors` and :func:`read_shapes`."""
+"""Raised by :func:`read_tensors`."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU."""
     return load_file(path)
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a file, from its header."""
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **options: Any) -> Written:

@@ -82,15 +82,8 @@ class Switcher:
         self.norms.abandon(None)
         self._preloaded.clear()
 
-    def restore_weights(self) -> None:
-        """Restore the dense weights."""
-        self._restore(self.weights)
-
-    def restore_statistics(self) -> None:
-        """Restore the dense statistics."""
-        self._restore(self.norms)
-
-    def _restore(self, backup: DenseBackup) -> None:
+    def restore(self, backup: DenseBackup) -> None:
+        """Restore the dense :attr:`weights`, or the dense statistics (:attr:`norms`)."""
         forget_derived()
         if not backup.swap_out():
             with self._count_own_writes(list(backup.values)):
