@@ -6,6 +6,7 @@ Bundles and run states hold masks in this form. ``docs/bundle-format.md`` has th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -76,13 +77,15 @@ def encode_masks(
     return encoder.entries, encoder.tensors
 
 
+@dataclass
 class _Encoder:
     """Entries and tensors, pattern by pattern."""
 
-    def __init__(self, coupling: Coupling, eligible: tuple[Weight, ...], base: Mapping[str, Mask]) -> None:
-        self.coupling, self.eligible, self.base = coupling, eligible, base
-        self.entries: list[Entry] = []
-        self.tensors: dict[str, Tensor] = {}
+    coupling: Coupling
+    eligible: tuple[Weight, ...]
+    base: Mapping[str, Mask]
+    entries: list[Entry] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, pattern: _Pattern, masks: Mapping[str, Mask]) -> None:
         """Add those of the masks that are of a pattern."""
@@ -220,7 +223,9 @@ def decode_masks(
     Raises:
         BundleError: Something does not fit.
     """
-    decoder = _Decoder(fetch, names, coupling, eligible, set(names) if wanted is None else set(wanted), base)
+    wanted = set(names if wanted is None else wanted)
+    nested_keys = () if base is None else ("within",)
+    decoder = _Decoder(fetch, frozenset(names), coupling, eligible, wanted, base or {}, nested_keys)
     known = [decoder.entry(e) for e in items(entries, "its masks")]
     for units in (True, False):  # what is left of weights depends on the units that are gone
         for e in known:
@@ -234,25 +239,21 @@ def decode_masks(
     return {n: Mask(decoder.elements.get(n, {}), decoder.removed.get(n)) for n in masked}
 
 
+@dataclass
 class _Decoder:
     """Masks from their entries, one entry after another."""
 
-    def __init__(
-        self,
-        fetch: Callable[[str], Tensor],
-        names: Sequence[str],
-        coupling: Coupling,
-        eligible: tuple[Weight, ...],
-        wanted: set[str],
-        base: Mapping[str, Mask] | None,
-    ) -> None:
-        self.fetch, self.names, self.wanted = fetch, frozenset(names), wanted
-        self.coupling, self.eligible = coupling, eligible
-        self.base, self.nested_keys = base or {}, () if base is None else ("within",)
-        self.elements: dict[str, dict[str, Tensor]] = {}
-        self.removed: dict[str, Tensor] = {}
-        self.has_elements: set[str] = set()
-        self.has_units: set[str] = set()
+    fetch: Callable[[str], Tensor]
+    names: Collection[str]
+    coupling: Coupling
+    eligible: tuple[Weight, ...]
+    wanted: set[str]
+    base: Mapping[str, Mask]
+    nested_keys: tuple[str, ...]
+    elements: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    removed: dict[str, Tensor] = field(default_factory=dict)
+    has_elements: set[str] = field(default_factory=set)
+    has_units: set[str] = field(default_factory=set)
 
     def entry(self, value: Any) -> Mapping[str, Any]:
         """An entry that has what it needs, of subnetworks that have no such mask yet."""

@@ -19,19 +19,6 @@ from ..graph import Weight
 from ..io.values import quoted
 from .bits import MAX_RUN
 
-__all__ = [
-    "MaskLayout",
-    "covered_by_runs",
-    "covered_by_tiles",
-    "matrices",
-    "runs",
-    "split_inputs",
-    "tiles",
-    "unmatrices",
-    "unruns",
-    "untiles",
-]
-
 
 def matrices(weight: Weight, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape as matrices of outputs by inputs.

@@ -85,7 +85,7 @@ class SwitchableModel(MaskedModel):
             self._activate(name, name)
             self._mask_cache.release()
             if self._active == DENSE:
-                self._switcher.release()
+                self._switcher.weights.release()  # the spare memory of statistics is small, and saves time
         return self
 
     def preload(self, *names: str) -> Self:

@@ -17,7 +17,7 @@ from ..utils.fsdp import reshard_after_forward
 from ..utils.modes import TrainingModes, modes_restored
 from ..utils.nested import default_forward
 from ..utils.norms import running_norms
-from ..utils.settings import forked
+from ..utils.undo import forked
 from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
 from .data.batches import CachedBatches

@@ -23,20 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from .writes import is_plain
 
-__all__ = [
-    "MISSING",
-    "ArraySnapshot",
-    "AttributeSnapshot",
-    "BytesSnapshot",
-    "CacheSnapshot",
-    "ClassSnapshot",
-    "DictSnapshot",
-    "GeneratorSnapshot",
-    "GlobalsSnapshot",
-    "ItemsSnapshot",
-    "TensorSnapshot",
-]
-
 MISSING: Any = object()
 """Stands for no value."""
 
