@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, BundleError
 from ..io.limits import MAX_BUILT_TENSORS, MAX_FLEETING_BYTES, max_modules
-from ..io.safetensors_reader import TensorFile
+from ..io.tensors import TensorFile
 from ..io.values import items, more, quoted, shortened
 from ..models import rebuilt
 from ..records import Bounds

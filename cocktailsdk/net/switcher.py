@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.device_cache import DeviceMasks, zero_masked
+from ..utils.batchnorm import norm_buffers
 from ..utils.fsdp import full_tensor, is_sharded
-from ..utils.norms import norm_buffers
 from ..utils.weight_caches import forget_derived
 from .dense_backup import DenseBackup, writing
 from .preloaded import MemorySwap, PreloadedStatistics, PreloadedSubnet

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError
 from ..graph.unsupported import is_scripted
+from ..utils.batchnorm import Norm
 from ..utils.fsdp import is_sharded, local, rows_of
-from ..utils.norms import Norm
 
 __all__ = ["Slot", "TensorTable"]
 

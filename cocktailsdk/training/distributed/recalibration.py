@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ...net.subnet_model import SubnetModel
 from ...patterns.base import DENSE
-from ...utils.modes import frozen_norms
-from ...utils.norms import running_norms
+from ...utils.batchnorm import frozen_norms, running_norms
 from .ranks import Ranks
 from .sharing import Part
 
