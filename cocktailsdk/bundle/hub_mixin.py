@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin
@@ -193,5 +193,4 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
         return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{text}")
 
     def _net(self) -> SubnetModel:
-        net: Any = self
-        return net
+        return cast(SubnetModel, self)

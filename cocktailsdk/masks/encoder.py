@@ -19,7 +19,7 @@ from ..io.values import items, keyed, more, quoted, text, texts
 from .bits import from_levels, from_ranks, level_bits, pack, rank_bits, to_levels, to_ranks, unpack
 from .mask import Mask
 from .remaining import Remaining
-from .tiles import MaskLayout
+from .tiles import MaskLayout, smallest_layout
 
 __all__ = ["Entry", "decode_masks", "encode_masks"]
 
@@ -118,7 +118,7 @@ class _Encoder:
 
     def _put_ranks(self, cells: _Cells, nm: tuple[int, int]) -> None:
         ranks = to_ranks(cells.values, nm[0])
-        assert ranks is not None  # _laid_out has counted them
+        assert ranks is not None  # smallest_layout() has counted them
         name = f"{cells.subnet}.runs"
         self.tensors[name] = pack(ranks, rank_bits(*nm))
         self.entries.append({"tensor": name, "runs": cells.subnet, **self._described(cells)})
@@ -160,26 +160,10 @@ class _Encoder:
             remaining = Remaining(self.coupling, mask.removed)
             slices = [remaining.slice(w, k) for w, k in zip(weights, keeps, strict=True)]
             if all(torch.equal(remaining.spread(w, s), k) for w, s, k in zip(weights, slices, keeps, strict=True)):
-                layout, values = _laid_out(subnet, [remaining.weight(w) for w in weights], slices)
+                layout, values = smallest_layout(subnet.options, [remaining.weight(w) for w in weights], slices)
                 return _Cells(subnet.name, layout, names, True, values)
-        layout, values = _laid_out(subnet, weights, keeps)
+        layout, values = smallest_layout(subnet.options, weights, keeps)
         return _Cells(subnet.name, layout, names, False, values)
-
-
-def _laid_out(subnet: _Subnet, weights: Sequence[Weight], keeps: Sequence[Tensor]) -> tuple[MaskLayout, Tensor]:
-    """The smallest layout that holds masks exactly, and the cells."""
-    try:
-        layout = MaskLayout.of(subnet.options)
-    except (BundleError, TypeError):  # options of a user's pattern that mean something else, or runs too long
-        layout = MaskLayout()
-    if layout != MaskLayout() and all(w.op for w in weights):
-        parts = [layout.encode(w, k) for w, k in zip(weights, keeps, strict=True)]
-        cells = torch.cat(parts)
-        if all(torch.equal(layout.decode(w, c), k) for w, c, k in zip(weights, parts, keeps, strict=True)) and (
-            layout.nm is None or bool((cells.sum(-1) == layout.nm[0]).all())
-        ):
-            return layout, cells
-    return MaskLayout(), torch.cat([k.reshape(-1) for k in keeps])
 
 
 def _base_cells(mask: Mask, layout: MaskLayout, weights: Sequence[Weight]) -> Bool[Tensor, " cells"] | None:

@@ -109,10 +109,6 @@ class PackedMasks(MasksByName):
         new._packed, new._table = packed, self._table.to(packed.device)
         return new
 
-    def emptied(self) -> PackedMasks:
-        """The names and shapes alone."""
-        return self.filled(self._packed[:0].clone())
-
     @property
     def nbytes(self) -> int:
         """Bytes that the packed masks take."""
@@ -176,9 +172,7 @@ class PackedMasks(MasksByName):
 
     def _unpacked(self, names: list[str]) -> list[Tensor]:
         """Masks that lie one after another, unpacked together."""
-        begin = self._begin[names[0]]
-        last = names[-1]
-        end = self.place(last).stop
+        begin, end = self._begin[names[0]], self.place(names[-1]).stop
         bits = unpack_bits(self._packed[begin:end], self._table)
         at = [8 * (self._begin[n] - begin) for n in names]
         return [bits[a : a + self._shapes[n].numel()].view(self._shapes[n]) for a, n in zip(at, names, strict=True)]
@@ -209,7 +203,7 @@ class Level(MasksByName):
     """
 
     def __init__(self, like: PackedMasks, planes: Sequence[UInt8[Tensor, " bytes"]], least: int) -> None:
-        self._layout = self._names = like.emptied()
+        self._layout = self._names = like.filled(like.bits[:0].clone())  # names and shapes alone
         self._planes, self._least = list(planes), least
 
     def __getitem__(self, name: str) -> Bool[Tensor, "..."]:

@@ -5,7 +5,7 @@ A weight's mask has a *cell* for each tile, run or element (:class:`MaskLayout`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
@@ -204,3 +204,27 @@ class MaskLayout:
             m = self.nm[1]
             return (covered_by_tiles(weight, m, m) if self.square else covered_by_runs(weight, m)) // m
         return weight.numel
+
+
+def smallest_layout(
+    options: Mapping[str, Any], weights: Sequence[Weight], keeps: Sequence[Tensor]
+) -> tuple[MaskLayout, Tensor]:
+    """The smallest layout that holds the masks of weights exactly, and their cells.
+
+    Args:
+        options: Of the subnetwork, which may say what its blocks or runs are.
+        weights: The weights.
+        keeps: Their masks.
+    """
+    try:
+        layout = MaskLayout.of(options)
+    except (BundleError, TypeError):  # options of a user's pattern that mean something else, or runs too long
+        layout = MaskLayout()
+    if layout != MaskLayout() and all(w.op for w in weights):
+        parts = [layout.encode(w, k) for w, k in zip(weights, keeps, strict=True)]
+        cells = torch.cat(parts)
+        if all(torch.equal(layout.decode(w, c), k) for w, c, k in zip(weights, parts, keeps, strict=True)) and (
+            layout.nm is None or bool((cells.sum(-1) == layout.nm[0]).all())
+        ):
+            return layout, cells
+    return MaskLayout(), torch.cat([k.reshape(-1) for k in keeps])

@@ -17,9 +17,9 @@ from ..graph.hook_weights import refresh_hook_weights
 from ..masks import Mask
 from ..patterns import DENSE, Subnet
 from ..utils.batchnorm import statistics_of
-from ..utils.weight_caches import forget_derived
 from .masked_model import MaskedModel
 from .rwlock import ReadWriteLock
+from .switcher import forget_derived
 from .tuners import MergeGuard, adapter_caches
 from .write_policy import Changes, changed_tensors, check_changes, is_from_training, write_error
 

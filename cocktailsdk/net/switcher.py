@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..masks.device_cache import DeviceMasks, zero_masked
 from ..utils.batchnorm import norm_buffers
 from ..utils.fsdp import full_tensor, is_sharded
-from ..utils.weight_caches import forget_derived
 from .dense_backup import DenseBackup, writing
 from .preloaded import MemorySwap, PreloadedStatistics, PreloadedSubnet
 from .tensor_table import TensorTable
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Switcher"]
+__all__ = ["Switcher", "forget_derived"]
 
 
 class Switcher:
@@ -267,3 +267,16 @@ class Switcher:
             if name in backup.values:
                 return backup.values[name]
         return self.tensors[name].detach()
+
+
+def forget_derived() -> None:
+    """Drop weights that ``torch.autocast`` has cast and that ``torch.nn.utils.parametrize.cached`` has computed.
+
+    Both keep what they computed from a parameter until their context ends, and do not look at it again. Inside one
+    context every subnetwork would otherwise compute with the weights of the first.
+    """
+    torch.clear_autocast_cache()
+    # There is no public way to clear this one. Where torch has it no more, `test_net_caches.py` will say so.
+    cache = getattr(parametrize, "_cache", None)
+    if cache:
+        cache.clear()

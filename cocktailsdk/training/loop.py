@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import SubnetError, TrainingError
 from ..net.subnet_model import SubnetModel
+from ..net.switcher import forget_derived
 from ..patterns.base import DENSE
 from ..utils.batchnorm import running_norms
 from ..utils.devices import device_of
@@ -18,7 +19,6 @@ from ..utils.fsdp import reshard_after_forward
 from ..utils.modes import TrainingModes, modes_restored
 from ..utils.nested import default_forward
 from ..utils.undo import forked
-from ..utils.weight_caches import forget_derived
 from .arguments import check_numbers
 from .data.batches import CachedBatches
 from .data.loader_state import refuse_spent

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TrainingError
-from ...utils.weight_caches import forget_derived
+from ...net.switcher import forget_derived
 from .forward import mapped
 
 __all__ = ["FULL", "MixedPrecision", "Precision", "without_autocast"]
