@@ -258,12 +258,11 @@ class TensorSnapshot:
         return changed
 
 
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ in nothing but their memory and its contents."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
+
+
 def _same_view(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same view of the same memory."""
-    return (
-        a.dtype == b.dtype
-        and a.device == b.device
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and (a.is_meta or a.data_ptr() == b.data_ptr())
-    )
+    return same_layout(a, b) and (a.is_meta or a.data_ptr() == b.data_ptr())
