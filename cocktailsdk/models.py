@@ -320,8 +320,7 @@ def _at_most(count: int | None) -> Iterator[None]:
 
 def _same_build(a: nn.Module, b: nn.Module) -> bool:
     def tensors(m: nn.Module) -> list[Any]:
-        named = [*m.named_parameters(), *m.named_buffers()]
-        return [(n, t.shape, t.dtype) for n, t in named]
+        return [(n, t.shape, t.dtype) for n, t in (*m.named_parameters(), *m.named_buffers())]
 
     return tensors(a) == tensors(b) and type(a) is type(b) and repr(a) == repr(b)
 

@@ -17,7 +17,7 @@ import cocktailsdk as cocktail
 from cocktailsdk import NM, Block, BundleError, Channel, Depth, Heads, Mask, Product, Transposable, Unstructured, Vector
 from cocktailsdk.api import CocktailNet
 from cocktailsdk.bundle import write
-from cocktailsdk.bundle.mask_checks import check_masks
+from cocktailsdk.bundle.write import check_masks
 from cocktailsdk.patterns import make_all_masks, parse_pattern, resolve_patterns
 from cocktailsdk.training.rivals.alternating import regrown
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import cocktailsdk as cocktail
-from cocktailsdk.utils.modes import TrainingModes, frozen_norms, train_as_handed
+from cocktailsdk.utils.batchnorm import frozen_norms
+from cocktailsdk.utils.modes import TrainingModes, train_as_handed
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [(X, torch.tensor([0, 1, 2, 3]))] * 2

@@ -16,9 +16,7 @@ from training_tiny import tiny_net, tiny_trainer
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError, Mask, Unstructured
 from cocktailsdk.masks import encoder
-from cocktailsdk.masks.bits import pack, unpack
-from cocktailsdk.masks.combinations import from_ranks, rank_bits, to_ranks
-from cocktailsdk.masks.nested import from_levels, level_bits, to_levels
+from cocktailsdk.masks.bits import from_levels, from_ranks, level_bits, pack, rank_bits, to_levels, to_ranks, unpack
 from cocktailsdk.patterns import rounds_of
 from cocktailsdk.training.state.compatibility import Foreign, check_masks
 from cocktailsdk.training.state.encoding import decode_masks, encode_masks

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_net
 
 from cocktailsdk.masks import Mask
-from cocktailsdk.masks.nested import Level, nested_levels
-from cocktailsdk.masks.packed import PackedMasks
+from cocktailsdk.masks.packed import Level, PackedMasks, nested_levels
 
 SHAPES = {"a": (5, 7), "b": (), "c": (3, 2, 9), "d": (0, 4)}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_net
 
-from cocktailsdk.masks import units as unit_masks
-from cocktailsdk.masks.units import UnitMasks
+from cocktailsdk.masks import device_cache
+from cocktailsdk.masks.device_cache import UnitMasks
 
 LEVELS = ("channel@0.1", "channel@0.469", "channel@0.651")
 
@@ -16,8 +16,8 @@ LEVELS = ("channel@0.1", "channel@0.469", "channel@0.651")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex128])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_rows_and_columns_become_zero_whatever_was_there(small, dtype, layout, monkeypatch):
-    monkeypatch.setattr(unit_masks, "_SMALL", small)
-    monkeypatch.setattr(unit_masks, "PIECE", 100)  # a few rows at a time
+    monkeypatch.setattr(device_cache, "_SMALL", small)
+    monkeypatch.setattr(device_cache, "PIECE", 100)  # a few rows at a time
     net = tiny_net()
     assert UnitMasks.fits(net.coupling)
     for level in LEVELS:

@@ -12,7 +12,7 @@ from cocktailsdk.training.data.batches import draw
 from cocktailsdk.training.randomness import seed_everything
 from cocktailsdk.training.schedules import cosine
 from cocktailsdk.training.step.distill import untouched_buffers
-from cocktailsdk.utils.settings import forked
+from cocktailsdk.utils.undo import forked
 
 EPOCHS, STEPS, WEIGHT = 2, 6, 0.5
 UNSTRUCTURED = ["unstructured@0.3", "unstructured@0.5", "unstructured@0.7"]

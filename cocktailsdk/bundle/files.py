@@ -1,9 +1,10 @@
-"""The files of a bundle: checked bytes in, whole folders out."""
+"""The files of a bundle: checked bytes in, whole folders out. Nothing here loads torch before it reads tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +17,13 @@ from ..errors import BundleError
 from ..io import open_regular, usual_mode
 from ..io.atomic import fsync
 from ..io.folders import Replaced, locate, new_folder, read_consistently
-from ..io.limits import MAX_JSON_BYTES, MAX_PIECES, MAX_TENSORS
-from ..io.values import integer, items, keyed, parse, quoted, text
+from ..io.limits import MAX_JSON_BYTES, MAX_PIECES, MAX_SUBNETS, MAX_TENSORS
+from ..io.values import distinct, integer, items, keyed, label, parse, quoted, text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..io.safetensors_reader import TensorFile
+    from ..io.tensors import TensorFile
 
 FORMAT = "cocktail-bundle"
 VERSION = 2
@@ -233,7 +234,7 @@ def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str, most: i
     Raises:
         BundleError: It cannot be read.
     """
-    from ..io.safetensors_reader import TensorFile
+    from ..io.tensors import TensorFile
 
     said = meta["files"][name]
     if meta["format_version"] == 1:  # one checksum for all of a file
@@ -248,6 +249,45 @@ def open_tensors(bundle: OpenBundle, meta: Mapping[str, Any], name: str, most: i
     if not all(_SUM.fullmatch(text(s, f"a checksum of {name}")) for s in sums):
         raise BundleError(f"the bundle has a checksum of {name} that is none")
     return TensorFile(bundle.folder / name, bundle.file(name), piece, sums, min(most, MAX_TENSORS))
+
+
+def listed_subnets(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The subnetworks as ``bundle.json`` lists them: name, pattern and sparsity, and options and metric if any.
+
+    Raises:
+        BundleError: There are too many, two of one name, or a value that makes no sense.
+    """
+    listed = items(meta.get("subnets"), "its subnets")
+    if len(listed) > MAX_SUBNETS:
+        raise BundleError(f"the bundle lists {len(listed)} subnets; at most {MAX_SUBNETS} are read")
+    for row in listed:
+        entry = keyed(row, "a subnet", ("name", "pattern", "sparsity"), ("options", "metric"))
+        text(entry["name"], "a subnet")
+        text(entry["pattern"], "the pattern of a subnet")
+        if type(entry["sparsity"]) not in (int, float) or not 0 <= entry["sparsity"] <= 1:
+            raise BundleError(f"the bundle gives {quoted(entry['sparsity'])} for a sparsity, not a number in [0, 1]")
+        options = entry.get("options", {})
+        keyed(options, "the options of a subnet", (), options if type(options) is dict else ())
+        _check_metric(entry.get("metric", 0.0))
+    distinct([row["name"] for row in listed], "its subnets")
+    return listed
+
+
+def model_class(meta: Mapping[str, Any]) -> str:
+    """The name of the model's class, for people.
+
+    Raises:
+        BundleError: There is none.
+    """
+    said = keyed(meta.get("model"), "what it says of the model", ("class", "fingerprint", "tensors"))
+    return label(said["class"], "the model's class")
+
+
+def _check_metric(value: Any) -> None:
+    finite = type(value) is float and math.isfinite(value)
+    finite |= type(value) is int and abs(value) < 2**1023  # as a float it is finite, too
+    if not finite and (type(value) is not str or value not in ("nan", "inf", "-inf")):
+        raise BundleError(f"the bundle gives {quoted(value)} for a metric")
 
 
 def _to_json(meta: Mapping[str, Any]) -> bytes:

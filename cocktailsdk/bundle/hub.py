@@ -11,7 +11,7 @@ from ..errors import BundleError
 from ..io.folders import locate
 from .files import FILES
 
-__all__ = ["folder_of"]
+__all__ = ["first_line", "folder_of"]
 
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -55,7 +55,11 @@ def folder_of(path: str | os.PathLike[str], **options: Any) -> Path:
             "with a network"
         ) from e
     except Exception as e:  # the client raises its own errors, its HTTP library's and the system's
-        lines = str(e).strip().splitlines() or ["no message"]
         raise BundleError(
-            f"{here} {path!r} could not be had from the Hugging Face hub ({type(e).__name__}: {lines[0]})"
+            f"{here} {path!r} could not be had from the Hugging Face hub ({type(e).__name__}: {first_line(e)})"
         ) from e
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says."""
+    return next(iter(str(error).strip().splitlines()), "no message")

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin
@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import BundleError
 from ..models import best_record
 from ..net.subnet_model import SubnetModel
+from .hub import first_line
 from .read import load_bundle
 from .write import save_bundle
 
@@ -148,7 +149,7 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
                 )
             except Exception as e:  # the client raises its own errors, its HTTP library's and the system's
                 raise BundleError(
-                    f"the bundle could not be pushed to {repo_id!r} ({type(e).__name__}: {_first_line(e)}). Is there a "
+                    f"the bundle could not be pushed to {repo_id!r} ({type(e).__name__}: {first_line(e)}). Is there a "
                     "network, is HF_HUB_OFFLINE unset, and have you logged in (hf auth login)?"
                 ) from e
 
@@ -192,10 +193,4 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
         return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{text}")
 
     def _net(self) -> SubnetModel:
-        net: Any = self
-        return net
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+        return cast(SubnetModel, self)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BundleError, CocktailError, PatternError, SubnetError
 from ..graph import Coupling
-from ..io.safetensors_reader import TensorFile
+from ..io.tensors import TensorFile
 from ..io.values import distinct, flag, integer, items, keyed, more, quoted, shortened, small, text, texts
 from ..masks.encoder import decode_masks
 from ..net.subnet_model import SubnetModel
@@ -22,16 +22,13 @@ from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
 from ..printable import printable
 from ..utils.batchnorm import statistics_of
 from ..utils.nearest import no_subnet
-from .building import built, check_model
 from .couplings import read_coupling
 from .examples import remake
-from .files import SUBNETS_FILE, WEIGHTS_FILE, meta_of, open_tensors, opened
+from .files import SUBNETS_FILE, WEIGHTS_FILE, listed_subnets, meta_of, open_tensors, opened
 from .hub import folder_of
-from .listing import listed_subnets
-from .mask_checks import check_masks
-from .model import all_tensors, fingerprint, stored_as, stored_names
+from .model import all_tensors, built, check_model, fingerprint, stored_as, stored_names
 from .statistics import read_statistics
-from .write import row
+from .write import check_masks, row
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Coupling
-from ..io.safetensors_reader import TensorFile
-from ..io.tensors import DTYPES
+from ..io.tensors import DTYPES, TensorFile
 from ..io.values import integer, items, keyed, quoted, text, texts
 from ..masks import Mask
 

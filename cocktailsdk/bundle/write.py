@@ -1,30 +1,32 @@
-"""From a net to a bundle."""
+"""From a net to a bundle, once its masks are what its patterns make."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import platform
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BundleError
+from ..errors import BundleError, PatternError
 from ..io.limits import MAX_EXAMPLE_ELEMENTS, MAX_EXAMPLE_VALUES
 from ..io.values import more
 from ..masks import Mask
 from ..masks.encoder import decode_masks, encode_masks
 from ..models import best_record
 from ..net.subnet_model import SubnetModel
-from ..patterns import DENSE, Subnet
+from ..patterns import DENSE, UMG, Pattern, Subnet
 from ..utils.fsdp import is_main, plain_class
+from ..version import __version__
 from .couplings import write_coupling
 from .examples import describe, elements, values
 from .files import write_folder
-from .mask_checks import check_masks
 from .model import all_tensors, fingerprint, stored_as, stored_names
-from .provenance import completed
 from .statistics import write_statistics
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
         },
         "build": _build(net.model),
         "stored": None if stored is None else str(stored).removeprefix("torch."),
-        "provenance": completed(net.provenance),
+        "provenance": _provenance(net.provenance),
         "patterns": [{"name": p.name, "config": p.config()} for p in net.patterns],
         "subnets": [{**row(net.subnet(n)), **_metric(net, n)} for n in net.names],
         "selection": {
@@ -95,6 +97,52 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
         weights[n] = _plain(n, net.dense_tensor(n), stored if n in parameters else None)
     if is_main(net.model):
         write_folder(path, meta, weights, {**packed, **measured, "units": units})
+
+
+def check_masks(patterns: Sequence[Pattern], masks: Mapping[str, Mask], umg: UMG, advice: str) -> None:
+    """See that every mask is one that its pattern makes; a right checksum says nothing of that.
+
+    Args:
+        patterns: The patterns.
+        masks: By subnetwork; those that are missing are not checked.
+        umg: The coupling, the eligible weights and the dense values.
+        advice: What to do about a wrong one.
+
+    Raises:
+        BundleError: One is not; names the subnetwork.
+    """
+    for pattern in patterns:
+        for subnet in pattern.subnets():
+            if subnet.name in masks:
+                _check(pattern, subnet, masks[subnet.name], umg, advice)
+
+
+def _check(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG, advice: str) -> None:
+    try:
+        pattern.check(subnet, mask, umg)
+    except PatternError as error:
+        exact = _before_rounding(pattern, subnet)
+        if exact is None:
+            raise BundleError(f"{error}; {advice}") from error
+        try:
+            pattern.check(exact, mask, umg)
+        except PatternError:
+            raise BundleError(f"{error}; {advice}") from error
+
+
+def _before_rounding(pattern: Pattern, subnet: Subnet) -> Subnet | None:
+    """The default level of a subnetwork's name.
+
+    ``finetune`` of release 0.1.0 recorded the sparsity that is in the name, with three decimals; the mask has the exact
+    one.
+    """
+    if len(pattern.subnets()) > 1:
+        return None
+    try:
+        levels = type(pattern)().subnets()
+    except (TypeError, PatternError):  # a pattern that needs arguments has no default levels
+        return None
+    return next((s for s in levels if s.name == subnet.name and s.sparsity != subnet.sparsity), None)
 
 
 def _build(model: nn.Module) -> dict[str, Any] | None:
@@ -153,6 +201,30 @@ def _metric(net: SubnetModel, name: str) -> dict[str, Any]:
         return {}
     value = float(net.metrics[name])
     return {"metric": value if math.isfinite(value) else str(value)}
+
+
+def _provenance(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a net's making, with the versions it was made with where nobody has named them.
+
+    Nothing of the moment and of the machine is in it: a run that was stopped and went on must write the same bytes as
+    one that never was.
+
+    Raises:
+        BundleError: It holds something else than JSON values.
+    """
+    versions = {"cocktailsdk": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    complete = {"versions": versions, **given}
+    if not _is_json(complete):
+        raise BundleError(f"net.provenance must hold JSON values with texts as keys, and holds {dict(given)!r:.200}")
+    return {key: json.loads(json.dumps(value)) for key, value in sorted(complete.items())}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _plain(name: str, t: Tensor, stored: torch.dtype | None) -> Tensor:

@@ -77,7 +77,7 @@ def bench_bundle(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..choosing import bench, layers_used, read_profile
-    from ..utils.settings import computing_threads
+    from ..utils.undo import computing_threads
     from .nets import load_net
 
     keep = read_profile(target) if names and target.is_file() else None

@@ -49,8 +49,7 @@ def presets(incomplete: str) -> list[str]:
 
 def networks(ctx: typer.Context, incomplete: str) -> list[str]:
     """Networks of the bundle given before that begin so."""
-    from ..bundle.files import read_meta
-    from ..bundle.listing import listed_subnets
+    from ..bundle.files import listed_subnets, read_meta
     from .bundles import bundle_folder
 
     bundle = ctx.params.get("bundle")

@@ -23,7 +23,7 @@ from ..report.recorded import recorded
 from ..report.run import RunReport, dense_bytes, network_rows, read_report, versions
 from ..training.events import Callback, Event
 from ..utils.optional import installed, missing
-from ..utils.settings import computing_threads
+from ..utils.undo import computing_threads
 
 __all__ = ["BUNDLE", "PICTURE", "train_preset"]
 

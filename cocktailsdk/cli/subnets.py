@@ -19,8 +19,7 @@ def list_subnets(
     log_to(messages())
     folder = bundle_folder(bundle)
 
-    from ..bundle.files import read_meta
-    from ..bundle.listing import listed_subnets, model_class
+    from ..bundle.files import listed_subnets, model_class, read_meta
 
     _, meta = read_meta(folder)
     subnets, made_from = listed_subnets(meta), model_class(meta)

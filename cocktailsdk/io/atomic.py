@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import TrainingError
-from .regular import open_regular
+from .files import open_regular
 
 __all__ = ["DiskFailed", "HashingWriter", "Written", "fsync", "remove_stale", "sha256_of", "write_atomic", "write_json"]
 

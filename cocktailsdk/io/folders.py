@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .atomic import fsync
-from .modes import file_mode, usual_folder
+from .files import file_mode, usual_folder
 
 __all__ = ["Replaced", "locate", "move_files", "new_folder", "read_consistently"]
 

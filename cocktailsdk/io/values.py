@@ -12,22 +12,6 @@ from ..errors import BundleError
 from ..printable import printable
 from .limits import MAX_JSON_VALUES
 
-__all__ = [
-    "distinct",
-    "flag",
-    "integer",
-    "items",
-    "keyed",
-    "label",
-    "more",
-    "parse",
-    "quoted",
-    "shortened",
-    "small",
-    "text",
-    "texts",
-]
-
 _LARGEST = 2**63 - 1
 
 

@@ -6,6 +6,7 @@ Bundles and run states hold masks in this form. ``docs/bundle-format.md`` has th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,12 +16,10 @@ from torch import Tensor
 from ..errors import BundleError
 from ..graph import Coupling, Weight
 from ..io.values import items, keyed, more, quoted, text, texts
-from .bits import pack, unpack
-from .combinations import from_ranks, rank_bits, to_ranks
-from .layout import MaskLayout
+from .bits import from_levels, from_ranks, level_bits, pack, rank_bits, to_levels, to_ranks, unpack
 from .mask import Mask
-from .nested import from_levels, level_bits, to_levels
 from .remaining import Remaining
+from .tiles import MaskLayout, smallest_layout
 
 __all__ = ["Entry", "decode_masks", "encode_masks"]
 
@@ -78,13 +77,15 @@ def encode_masks(
     return encoder.entries, encoder.tensors
 
 
+@dataclass
 class _Encoder:
     """Entries and tensors, pattern by pattern."""
 
-    def __init__(self, coupling: Coupling, eligible: tuple[Weight, ...], base: Mapping[str, Mask]) -> None:
-        self.coupling, self.eligible, self.base = coupling, eligible, base
-        self.entries: list[Entry] = []
-        self.tensors: dict[str, Tensor] = {}
+    coupling: Coupling
+    eligible: tuple[Weight, ...]
+    base: Mapping[str, Mask]
+    entries: list[Entry] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, pattern: _Pattern, masks: Mapping[str, Mask]) -> None:
         """Add those of the masks that are of a pattern."""
@@ -117,7 +118,7 @@ class _Encoder:
 
     def _put_ranks(self, cells: _Cells, nm: tuple[int, int]) -> None:
         ranks = to_ranks(cells.values, nm[0])
-        assert ranks is not None  # _laid_out has counted them
+        assert ranks is not None  # smallest_layout() has counted them
         name = f"{cells.subnet}.runs"
         self.tensors[name] = pack(ranks, rank_bits(*nm))
         self.entries.append({"tensor": name, "runs": cells.subnet, **self._described(cells)})
@@ -159,26 +160,10 @@ class _Encoder:
             remaining = Remaining(self.coupling, mask.removed)
             slices = [remaining.slice(w, k) for w, k in zip(weights, keeps, strict=True)]
             if all(torch.equal(remaining.spread(w, s), k) for w, s, k in zip(weights, slices, keeps, strict=True)):
-                layout, values = _laid_out(subnet, [remaining.weight(w) for w in weights], slices)
+                layout, values = smallest_layout(subnet.options, [remaining.weight(w) for w in weights], slices)
                 return _Cells(subnet.name, layout, names, True, values)
-        layout, values = _laid_out(subnet, weights, keeps)
+        layout, values = smallest_layout(subnet.options, weights, keeps)
         return _Cells(subnet.name, layout, names, False, values)
-
-
-def _laid_out(subnet: _Subnet, weights: Sequence[Weight], keeps: Sequence[Tensor]) -> tuple[MaskLayout, Tensor]:
-    """The smallest layout that holds masks exactly, and the cells."""
-    try:
-        layout = MaskLayout.of(subnet.options)
-    except (BundleError, TypeError):  # options of a user's pattern that mean something else, or runs too long
-        layout = MaskLayout()
-    if layout != MaskLayout() and all(w.op for w in weights):
-        parts = [layout.encode(w, k) for w, k in zip(weights, keeps, strict=True)]
-        cells = torch.cat(parts)
-        if all(torch.equal(layout.decode(w, c), k) for w, c, k in zip(weights, parts, keeps, strict=True)) and (
-            layout.nm is None or bool((cells.sum(-1) == layout.nm[0]).all())
-        ):
-            return layout, cells
-    return MaskLayout(), torch.cat([k.reshape(-1) for k in keeps])
 
 
 def _base_cells(mask: Mask, layout: MaskLayout, weights: Sequence[Weight]) -> Bool[Tensor, " cells"] | None:
@@ -222,7 +207,9 @@ def decode_masks(
     Raises:
         BundleError: Something does not fit.
     """
-    decoder = _Decoder(fetch, names, coupling, eligible, set(names) if wanted is None else set(wanted), base)
+    wanted = set(names if wanted is None else wanted)
+    nested_keys = () if base is None else ("within",)
+    decoder = _Decoder(fetch, frozenset(names), coupling, eligible, wanted, base or {}, nested_keys)
     known = [decoder.entry(e) for e in items(entries, "its masks")]
     for units in (True, False):  # what is left of weights depends on the units that are gone
         for e in known:
@@ -236,25 +223,21 @@ def decode_masks(
     return {n: Mask(decoder.elements.get(n, {}), decoder.removed.get(n)) for n in masked}
 
 
+@dataclass
 class _Decoder:
     """Masks from their entries, one entry after another."""
 
-    def __init__(
-        self,
-        fetch: Callable[[str], Tensor],
-        names: Sequence[str],
-        coupling: Coupling,
-        eligible: tuple[Weight, ...],
-        wanted: set[str],
-        base: Mapping[str, Mask] | None,
-    ) -> None:
-        self.fetch, self.names, self.wanted = fetch, frozenset(names), wanted
-        self.coupling, self.eligible = coupling, eligible
-        self.base, self.nested_keys = base or {}, () if base is None else ("within",)
-        self.elements: dict[str, dict[str, Tensor]] = {}
-        self.removed: dict[str, Tensor] = {}
-        self.has_elements: set[str] = set()
-        self.has_units: set[str] = set()
+    fetch: Callable[[str], Tensor]
+    names: Collection[str]
+    coupling: Coupling
+    eligible: tuple[Weight, ...]
+    wanted: set[str]
+    base: Mapping[str, Mask]
+    nested_keys: tuple[str, ...]
+    elements: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    removed: dict[str, Tensor] = field(default_factory=dict)
+    has_elements: set[str] = field(default_factory=set)
+    has_units: set[str] = field(default_factory=set)
 
     def entry(self, value: Any) -> Mapping[str, Any]:
         """An entry that has what it needs, of subnetworks that have no such mask yet."""

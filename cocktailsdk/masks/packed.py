@@ -1,16 +1,17 @@
-"""Masks of one bit an element, and how tensors are masked with them in place."""
+"""Masks of one bit an element, nested ones in fewer bits, and how tensors are masked with them in place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from .bits import PIECE, byte_table, pack_bits, packed_bytes, unpack_bits
+from .bits import PIECE, bit_planes, byte_table, pack_bits, packed_bytes, unpack_bits
 
-__all__ = ["PackedMasks", "number_type", "zero_by_numbers"]
+__all__ = ["Level", "PackedMasks", "nested_levels", "number_type", "zero_by_numbers"]
 
 _GROUP = 1 << 26  # elements unpacked at a time on an accelerator, where few large kernels are quicker than many
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,8 +40,23 @@ def zero_by_numbers(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         torch._foreach_mul_(views, factors)
 
 
-class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
-    """Masks by name, an eighth of a byte an element; each is unpacked anew whenever it is looked at.
+class MasksByName(Mapping[str, Bool[Tensor, "..."]]):
+    """Masks that are computed anew whenever they are looked at. ``_names`` has their names, in order, as keys."""
+
+    _names: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+class PackedMasks(MasksByName):
+    """Masks by name, an eighth of a byte an element; each begins with a byte of its own.
 
     Args:
         masks: Names and bool masks, one after another; all on one device.
@@ -48,6 +64,7 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
 
     def __init__(self, masks: Iterable[tuple[str, Bool[Tensor, "..."]]] = ()) -> None:
         self._shapes: dict[str, torch.Size] = {}
+        self._names = self._shapes
         self._begin: dict[str, int] = {}
         parts, at = [], 0
         for name, mask in masks:
@@ -60,15 +77,6 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
 
     def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
         return self.unpacked(name, self._packed[self.place(name)])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
 
     @property
     def bits(self) -> UInt8[Tensor, " bytes"]:
@@ -89,16 +97,17 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
         """Whether others are of the same names and shapes, in the same order, on the same device."""
         return self.device == other.device and list(self._shapes.items()) == list(other._shapes.items())
 
+    def packed(self) -> PackedMasks:
+        """These masks themselves; see :meth:`Level.packed`."""
+        return self
+
     def filled(self, packed: UInt8[Tensor, " bytes"]) -> PackedMasks:
         """Masks of the same names and shapes with other bits."""
         new = object.__new__(PackedMasks)
-        new._shapes, new._begin = self._shapes, self._begin
+        new._names = new._shapes = self._shapes
+        new._begin = self._begin
         new._packed, new._table = packed, self._table.to(packed.device)
         return new
-
-    def emptied(self) -> PackedMasks:
-        """The names and shapes alone."""
-        return self.filled(self._packed[:0].clone())
 
     @property
     def nbytes(self) -> int:
@@ -163,12 +172,68 @@ class PackedMasks(Mapping[str, Bool[Tensor, "..."]]):
 
     def _unpacked(self, names: list[str]) -> list[Tensor]:
         """Masks that lie one after another, unpacked together."""
-        begin = self._begin[names[0]]
-        last = names[-1]
-        end = self.place(last).stop
+        begin, end = self._begin[names[0]], self.place(names[-1]).stop
         bits = unpack_bits(self._packed[begin:end], self._table)
         at = [8 * (self._begin[n] - begin) for n in names]
         return [bits[a : a + self._shapes[n].numel()].view(self._shapes[n]) for a, n in zip(at, names, strict=True)]
+
+
+def nested_levels(masks: Sequence[PackedMasks]) -> list[Level] | None:
+    """The same masks as levels that share their bit planes.
+
+    Args:
+        masks: From the one that keeps most to the one that keeps least.
+
+    Returns:
+        One level a mask, or ``None`` where they are not nested, not of the same tensors, or so few that nothing is won.
+    """
+    if len(masks).bit_length() >= len(masks) or any(not masks[0].alike(m) for m in masks):
+        return None
+    planes = bit_planes([m.bits for m in masks])
+    return None if planes is None else [Level(masks[0], planes, i + 1) for i in range(len(masks))]
+
+
+class Level(MasksByName):
+    """One of several nested masks.
+
+    Args:
+        like: A mask of the same tensors.
+        planes: The bit planes of the counts, the lowest digit first.
+        least: The count from which on this mask keeps an element.
+    """
+
+    def __init__(self, like: PackedMasks, planes: Sequence[UInt8[Tensor, " bytes"]], least: int) -> None:
+        self._layout = self._names = like.filled(like.bits[:0].clone())  # names and shapes alone
+        self._planes, self._least = list(planes), least
+
+    def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
+        place = self._layout.place(name)
+        return self._layout.unpacked(name, self._compared([p[place] for p in self._planes]))
+
+    @property
+    def planes(self) -> tuple[UInt8[Tensor, " bytes"], ...]:
+        """The bit planes, which all levels share."""
+        return tuple(self._planes)
+
+    def packed(self) -> PackedMasks:
+        """This mask by itself, one bit an element."""
+        return self._layout.filled(self._compared(self._planes))
+
+    def _compared(self, planes: Sequence[UInt8[Tensor, " bytes"]]) -> UInt8[Tensor, " bytes"]:
+        """Where the count is not less than ``least``, for eight elements at a time.
+
+        Digits are compared from the highest on, while all before were equal. Where ``least`` has a 1 and the count a 0,
+        the count is less; where ``least`` has a 0 and the count a 1, it is more, and no later digit changes that.
+        """
+        less = torch.zeros_like(planes[0])
+        equal = torch.full_like(planes[0], 255)
+        for i in reversed(range(len(planes))):
+            if self._least >> i & 1:
+                less |= equal & ~planes[i]
+                equal &= planes[i]
+            else:
+                equal &= ~planes[i]
+        return less.bitwise_not_()
 
 
 class _Scratch:

@@ -94,7 +94,7 @@ def _warn(net: SubnetModel, pattern: Pattern, found: Mapping[str, float], umg: U
 
 def _coverage(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG) -> float:
     """The share of the model's weights that a pattern can prune."""
-    total = _total_weights(umg.coupling)
+    total = sum(prod(shape) for shape in umg.coupling.shapes.values() if len(shape) > 1)
     if not total:
         return 0.0
     if pattern.removes_units and type(pattern).coverage is Pattern.coverage:
@@ -110,10 +110,6 @@ def channel_coverage(coupling: Coupling) -> float:
     total = coupling.params()
     fixed = coupling.params(torch.ones(coupling.n_units, dtype=torch.bool))
     return 1.0 - fixed / total if total else 0.0
-
-
-def _total_weights(coupling: Coupling) -> int:
-    return sum(prod(shape) for shape in coupling.shapes.values() if len(shape) > 1)
 
 
 def _removes_nothing(mask: Mask) -> bool:

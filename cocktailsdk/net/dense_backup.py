@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.snapshots import same_layout
 from .preloaded import MemorySwap
 from .tensor_table import TensorTable
 from .write_watch import WriteWatch, same_values
@@ -106,7 +107,7 @@ class DenseBackup:
         with writing():
             for n in names:
                 now, dense = tensors[n].detach(), self.values[n]
-                if _same_layout(now, dense):
+                if same_layout(now, dense):
                     dense.copy_(now)
                 else:
                     self.values[n] = now.clone()
@@ -123,7 +124,7 @@ class DenseBackup:
                 t = None if self._watch is None else self._watch.tensors.get(n)
                 if self._swap is not None:
                     t = self._swap.tensor(n)
-                if t is None or not _same_layout(t, dense):
+                if t is None or not same_layout(t, dense):
                     continue
                 if masked is None or same_values(t.detach(), masked(n, dense)):
                     _set_memory(t, dense)
@@ -135,7 +136,7 @@ class DenseBackup:
         with writing():
             for n, dense in self.values.items():
                 t = tensors[n]
-                if n in self._replaced and _same_layout(t, dense):
+                if n in self._replaced and same_layout(t, dense):
                     if not self._preloaded:
                         self._spare[n] = t.data
                     _set_memory(t, dense)
@@ -154,7 +155,7 @@ class DenseBackup:
         with writing():
             for n in names:
                 t, spare = tensors[n], self._spare.pop(n, None)
-                if spare is None or not _same_layout(spare, t):
+                if spare is None or not same_layout(spare, t):
                     self.values[n] = t.detach().clone()
                 else:
                     self.values[n] = spare
@@ -184,7 +185,7 @@ class DenseBackup:
         out = {}
         for n in names:
             spare, t = self._spare.pop(n, None), tensors[n].detach()
-            out[n] = spare if spare is not None and _same_layout(spare, t) else torch.empty_like(t)
+            out[n] = spare if spare is not None and same_layout(spare, t) else torch.empty_like(t)
         return out
 
     def release(self) -> None:
@@ -203,10 +204,6 @@ def writing() -> Iterator[None]:
     # has turned it on.
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
 
 
 def _set_memory(tensor: Tensor, value: Tensor) -> None:

@@ -11,8 +11,7 @@ from ..errors import PatternError, SubnetError
 from ..graph import Coupling
 from ..masks import Mask
 from ..masks.device_cache import DeviceMaskCache, DeviceMasks, mask_bytes, zero_masked
-from ..masks.nested import Level, nested_levels
-from ..masks.packed import PackedMasks
+from ..masks.packed import Level, PackedMasks, nested_levels
 from ..patterns import DENSE, Subnet
 from ..utils.fsdp import local
 from ..utils.nearest import loose, no_subnet
@@ -133,8 +132,7 @@ class MaskedModel(nn.Module):
         masks = [self._masks.get(n) for n in names]
         elements = [m.elements for m in masks if m is not None and m.elements]
         if len(elements) == len(names) > 2:
-            packed = [e.packed() if isinstance(e, Level) else e for e in elements]
-            levels = nested_levels([e for e in packed if isinstance(e, PackedMasks)])
+            levels = nested_levels([e.packed() for e in elements if isinstance(e, Level | PackedMasks)])
             for name, level in zip(names, levels or (), strict=False):
                 self._masks[name] = Mask(level, self._masks[name].removed)
 

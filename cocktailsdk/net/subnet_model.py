@@ -15,9 +15,8 @@ from ..graph.weight_graph import run_weight_graph
 from ..masks import Mask
 from ..patterns import DENSE, UMG, Pattern, Subnet
 from ..patterns.sharded import ShardedValues, sharded_mask
-from ..utils.batchnorm import Forward, measure, statistics_of
+from ..utils.batchnorm import Forward, frozen_norms, measure, statistics_of
 from ..utils.fsdp import is_sharded, rows_of, total
-from ..utils.modes import frozen_norms
 from ..utils.undo import Snapshot, unchanged
 from .costs import SubnetReport, nonzero_macs, remaining_params, slim_flops
 from .switchable import SwitchableModel

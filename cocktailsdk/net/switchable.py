@@ -17,11 +17,11 @@ from ..graph.hook_weights import refresh_hook_weights
 from ..masks import Mask
 from ..patterns import DENSE, Subnet
 from ..utils.batchnorm import statistics_of
-from ..utils.weight_caches import forget_derived
 from .masked_model import MaskedModel
 from .rwlock import ReadWriteLock
+from .switcher import forget_derived
 from .tuners import MergeGuard, adapter_caches
-from .write_policy import Changes, changed_statistics, changed_weights, check_changes, is_from_training, write_error
+from .write_policy import Changes, changed_tensors, check_changes, is_from_training, write_error
 
 __all__ = ["SwitchableModel"]
 
@@ -85,7 +85,7 @@ class SwitchableModel(MaskedModel):
             self._activate(name, name)
             self._mask_cache.release()
             if self._active == DENSE:
-                self._switcher.release()
+                self._switcher.weights.release()  # the spare memory of statistics is small, and saves time
         return self
 
     def preload(self, *names: str) -> Self:
@@ -225,12 +225,12 @@ class SwitchableModel(MaskedModel):
         weights: list[str] = []
         if name != active and not switcher.weights.untouched():
             switcher.forget([active])  # the write went into the preloaded memory
-            weights = changed_weights(switcher, self._device_masks(active))
+            weights = changed_tensors(switcher, switcher.weights, self._device_masks(active))
         buffers: list[str] = []
         trained = False
         own = self._statistics_active
         if statistics not in (None, own) and not switcher.norms.untouched():
-            changed = changed_statistics(switcher, self.statistics.get(own, {}), self._norm_masks(own))
+            changed = changed_tensors(switcher, switcher.norms, self._norm_masks(own), self.statistics.get(own))
             buffers = [n for n in changed if not is_from_training(switcher, n.rpartition(".")[0])]
             trained = len(buffers) < len(changed)
         if (weights or buffers) and changes == "refuse":
@@ -255,7 +255,7 @@ class SwitchableModel(MaskedModel):
         if name != self._active:
             # Masks are looked up before the dense weights come back: if that fails, nothing has changed.
             masks = {} if name == DENSE or switcher.has_preloaded(name) else self._device_masks(name)
-            switcher.restore_weights()
+            switcher.restore(switcher.weights)
             self._merges.lift()
             self._active = DENSE  # in case the next lines fail
             if name != DENSE and not switcher.swap_in_weights(name):
@@ -276,7 +276,7 @@ class SwitchableModel(MaskedModel):
                 switcher.norms.watch(switcher.tensors)
 
     def _activate_statistics(self, name: str) -> None:
-        self._switcher.restore_statistics()
+        self._switcher.restore(self._switcher.norms)
         self._statistics_active = DENSE  # in case the next lines fail
         if name != DENSE:
             own = self.statistics.get(name, {})

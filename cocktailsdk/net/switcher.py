@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..masks.device_cache import DeviceMasks, zero_masked
+from ..utils.batchnorm import norm_buffers
 from ..utils.fsdp import full_tensor, is_sharded
-from ..utils.norms import norm_buffers
-from ..utils.weight_caches import forget_derived
 from .dense_backup import DenseBackup, writing
 from .preloaded import MemorySwap, PreloadedStatistics, PreloadedSubnet
 from .tensor_table import TensorTable
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Switcher"]
+__all__ = ["Switcher", "forget_derived"]
 
 
 class Switcher:
@@ -55,10 +55,6 @@ class Switcher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.watch()
-
-    def watch(self) -> None:
-        """Record the state of all tensors that differ from the dense ones, to detect writes by others later."""
         self.weights.watch(self.tensors)
         self.norms.watch(self.tensors)
 
@@ -82,15 +78,8 @@ class Switcher:
         self.norms.abandon(None)
         self._preloaded.clear()
 
-    def restore_weights(self) -> None:
-        """Restore the dense weights."""
-        self._restore(self.weights)
-
-    def restore_statistics(self) -> None:
-        """Restore the dense statistics."""
-        self._restore(self.norms)
-
-    def _restore(self, backup: DenseBackup) -> None:
+    def restore(self, backup: DenseBackup) -> None:
+        """Restore the dense :attr:`weights`, or the dense statistics (:attr:`norms`)."""
         forget_derived()
         if not backup.swap_out():
             with self._count_own_writes(list(backup.values)):
@@ -146,26 +135,24 @@ class Switcher:
         preloaded = None if subnet is None else subnet.statistics
         return preloaded is not None and preloaded.computed_from(statistics) and self.norms.swap_in(preloaded.swap)
 
-    def preload(self, name: str, masks: DeviceMasks, statistics: Mapping[str, Tensor]) -> bool:
+    def preload(self, name: str, masks: DeviceMasks, statistics: Mapping[str, Tensor]) -> None:
         """Compute a subnetwork's weights and statistics beside the dense ones, so that a switch only swaps memory.
 
-        What was preloaded before and is still right is kept.
+        What was preloaded before and is still right is kept. Tensors that cannot be swapped are left alone.
 
         Args:
             name: The subnetwork.
             masks: Its masks on the model's device.
             statistics: Its own statistics, as far as it has any.
-
-        Returns:
-            Whether its tensors can be swapped.
         """
         preloaded = self.preloaded(name)
         if preloaded is None:
             weights = self._preload_tensors([n for n in masks if n not in self.norm_buffers], masks, {})
             if weights is None:
-                return False
+                return
             preloaded = self._preloaded[name] = PreloadedSubnet(weights, None)
-        if preloaded.statistics is None or not self._statistics_current(preloaded.statistics, statistics):
+        own = preloaded.statistics
+        if own is None or not (own.computed_from(statistics) and self._swap_current(own.swap)):
             swap = None
             # Inference tensors have no version counter, so a later write to them could not be detected.
             if not any(t.is_inference() for t in statistics.values()):
@@ -173,7 +160,6 @@ class Switcher:
                 swap = self._preload_tensors(buffers, masks, statistics)
             own = None if swap is None else PreloadedStatistics(swap, statistics)
             self._preloaded[name] = dataclasses.replace(preloaded, statistics=own)
-        return True
 
     def _preload_tensors(
         self, names: Sequence[str], masks: DeviceMasks, replacements: Mapping[str, Tensor]
@@ -214,9 +200,6 @@ class Switcher:
 
     def _swap_current(self, swap: MemorySwap) -> bool:
         return swap.current() and swap.dense_at([self.dense_part(n) for n in swap.dense])
-
-    def _statistics_current(self, preloaded: PreloadedStatistics, statistics: Mapping[str, Tensor]) -> bool:
-        return preloaded.computed_from(statistics) and self._swap_current(preloaded.swap)
 
     def _drop_outdated(self, name: str) -> None:
         log.info("%s is no longer preloaded: the dense weights have changed since", name)
@@ -285,6 +268,15 @@ class Switcher:
                 return backup.values[name]
         return self.tensors[name].detach()
 
-    def release(self) -> None:
-        """Free spare memory of weights. That of statistics is small, and makes the next switch faster."""
-        self.weights.release()
+
+def forget_derived() -> None:
+    """Drop weights that ``torch.autocast`` has cast and that ``torch.nn.utils.parametrize.cached`` has computed.
+
+    Both keep what they computed from a parameter until their context ends, and do not look at it again. Inside one
+    context every subnetwork would otherwise compute with the weights of the first.
+    """
+    torch.clear_autocast_cache()
+    # There is no public way to clear this one. Where torch has it no more, `test_net_caches.py` will say so.
+    cache = getattr(parametrize, "_cache", None)
+    if cache:
+        cache.clear()

@@ -100,9 +100,8 @@ class Selection:
         return f"{role} (name it in target_modules to prune it)"
 
     def _is_eligible(self, w: Weight) -> bool:
-        return not w.unmaskable and self._targets(w)
-
-    def _targets(self, w: Weight) -> bool:
+        if w.unmaskable:
+            return False
         if self.exclude is not None and _match(self.exclude, w.module, w.name):
             return False
         by_default = not w.role and w.name not in self.adapters

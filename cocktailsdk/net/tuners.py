@@ -94,12 +94,9 @@ class _Refusal:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        layer = self._layer()
-        return _method(memo.get(id(layer), layer))
+        layer: Any = self._layer()
+        layer = memo.get(id(layer), layer)
+        return type(layer).merge.__get__(layer)
 
     def __reduce__(self) -> Any:
         return getattr, (self._layer(), "merge")  # found in the class: a file needs nothing of this package
-
-
-def _method(layer: Any) -> Any:
-    return type(layer).merge.__get__(layer)

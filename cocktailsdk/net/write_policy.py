@@ -10,11 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SubnetError
 from ..masks.device_cache import DeviceMasks, zero_masked
+from .dense_backup import DenseBackup
 from .switcher import Switcher
 from .target_modules import some_of
 from .write_watch import same_values
 
-__all__ = ["Changes", "changed_statistics", "changed_weights", "check_changes", "is_from_training", "write_error"]
+__all__ = ["Changes", "changed_tensors", "check_changes", "is_from_training", "write_error"]
 
 Changes = Literal["refuse", "keep", "discard"]
 """What is done with values that were written into a subnetwork's tensors while it was active."""
@@ -31,35 +32,21 @@ def check_changes(changes: Changes) -> Changes:
     return changes
 
 
-def changed_weights(switcher: Switcher, masks: DeviceMasks) -> list[str]:
-    """Names of the masked tensors that have other values than the active subnetwork gives them.
+def changed_tensors(
+    switcher: Switcher, backup: DenseBackup, masks: DeviceMasks, statistics: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Names of the tensors that have other values than the active subnetwork gives them.
 
     Args:
         switcher: With the subnetwork active.
+        backup: Its dense weights or statistics.
         masks: The subnetwork's.
+        statistics: The subnetwork's own, to which its masks apply in place of the dense ones.
     """
     changed = []
-    for name, dense in switcher.weights.values.items():
+    for name, dense in backup.values.items():
         now = switcher.tensors[name].detach()
-        expected = dense.to(now.device, now.dtype, copy=True)
-        zero_masked(masks, {name: expected})
-        if not same_values(expected, now):
-            changed.append(name)
-    return changed
-
-
-def changed_statistics(switcher: Switcher, statistics: Mapping[str, Tensor], masks: DeviceMasks) -> list[str]:
-    """Names of the norm buffers that have other values than the active subnetwork gives them.
-
-    Args:
-        switcher: With the subnetwork active.
-        statistics: The subnetwork's own.
-        masks: The subnetwork's.
-    """
-    changed = []
-    for name, dense in switcher.norms.values.items():
-        now = switcher.tensors[name].detach()
-        expected = statistics.get(name, dense).to(now.device, now.dtype, copy=True)
+        expected = (statistics or {}).get(name, dense).to(now.device, now.dtype, copy=True)
         if name in masks:
             zero_masked(masks, {name: expected})
         if not same_values(expected, now):

@@ -20,10 +20,10 @@ from ..graph.verify_slim import verify_slim
 from ..models import after_slim
 from ..net.subnet_model import SubnetModel
 from ..patterns import DENSE
+from ..utils.batchnorm import norm_buffers
 from ..utils.devices import device_of
 from ..utils.modes import evaluating
 from ..utils.nested import to_device
-from ..utils.norms import norm_buffers
 from ..utils.undo import unchanged
 from .subnets import traced_coupling
 

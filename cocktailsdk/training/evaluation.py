@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..patterns.base import DENSE
-from ..utils.modes import frozen_norms
-from ..utils.norms import running_norms
+from ..utils.batchnorm import frozen_norms, running_norms
 from .distributed.ranks import Ranks
 from .distributed.sharing import Part, inputs_of
 from .metrics import Score, mean_score, readable

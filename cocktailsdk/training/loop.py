@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..errors import SubnetError, TrainingError
 from ..net.subnet_model import SubnetModel
+from ..net.switcher import forget_derived
 from ..patterns.base import DENSE
+from ..utils.batchnorm import running_norms
 from ..utils.devices import device_of
 from ..utils.fsdp import reshard_after_forward
 from ..utils.modes import TrainingModes, modes_restored
 from ..utils.nested import default_forward
-from ..utils.norms import running_norms
-from ..utils.settings import forked
-from ..utils.weight_caches import forget_derived
+from ..utils.undo import forked
 from .data.batches import CachedBatches
 from .data.loader_state import refuse_spent
 from .left_out import weight_sums

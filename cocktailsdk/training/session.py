@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..masks import Mask
 from ..masks.packed import PackedMasks
 from ..net.subnet_model import SubnetModel
+from ..net.switcher import forget_derived
 from ..utils.fsdp import is_sharded, local, rows_of
 from ..utils.modes import TrainingModes
-from ..utils.weight_caches import forget_derived
 from .averaging import Average
 from .data.batches import CachedBatches, Stream
 from .distributed.ranks import Ranks, digest

@@ -16,7 +16,7 @@ from ..patterns.base import DENSE
 from ..utils.devices import device_of
 from ..utils.fsdp import sharded
 from ..utils.modes import modes_restored
-from ..utils.settings import forked
+from ..utils.undo import forked
 from .data.batches import CachedBatches
 from .data.loader_state import generator_states, refuse_spent, set_generator_states
 from .distributed.launch import connected, launched, shard

@@ -1,4 +1,4 @@
-"""Running statistics of norms, recalibrated for the network that is active."""
+"""Norms that keep running statistics: which they are, which are frozen, and recalibration for the active network."""
 
 from __future__ import annotations
 
@@ -13,11 +13,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CocktailError
 from .blame import MISFITS, blamed
-from .modes import evaluating, frozen_norms
+from .modes import evaluating, modes_restored, train_as_handed
 from .nested import form_of, outputs_of
-from .norms import Norm, running_norms
 
 Forward = Callable[[nn.Module, Any], Any]
+
+Norm = _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+"""Batch norms of any kind (synchronised ones too), and instance norms."""
+
+
+def running_norms(model: nn.Module) -> dict[str, Norm]:
+    """The norms that keep running statistics, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Norm) and m.running_mean is not None}
+
+
+def norm_buffers(model: nn.Module) -> tuple[str, ...]:
+    """Names of all their buffers, ``num_batches_tracked`` included."""
+    return tuple(f"{path}.{name}".lstrip(".") for path, m in running_norms(model).items() for name in m._buffers)
+
+
+def frozen_norms(model: nn.Module) -> dict[str, Norm]:
+    """The norms whose running statistics training leaves alone, by path.
+
+    Besides frozen modules, norms with ``momentum=0``, and those whose ``track_running_stats`` was set to false though
+    they have statistics.
+    """
+    with modes_restored(model):
+        train_as_handed(model)
+        return {
+            path: norm
+            for path, norm in running_norms(model).items()
+            if not norm.training or norm.momentum == 0 or not norm.track_running_stats
+        }
 
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
@@ -79,7 +106,7 @@ def measure(
         batches: Any iterable; every batch weighs the same.
         forward: How a batch is used, ``forward(model, batch)``; by default
             :func:`~cocktailsdk.utils.nested.outputs_of`.
-        frozen: Norms that keep theirs, by path; by default :func:`~cocktailsdk.utils.modes.frozen_norms`.
+        frozen: Norms that keep theirs, by path; by default :func:`frozen_norms`.
 
     Returns:
         The number of batches.

@@ -15,20 +15,6 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError
 
-__all__ = [
-    "full_tensor",
-    "is_main",
-    "is_sharded",
-    "like",
-    "local",
-    "plain_class",
-    "reshard_after_forward",
-    "rows_of",
-    "sharded",
-    "shards",
-    "total",
-]
-
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is one of which each process has a part."""
@@ -73,12 +59,15 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
     """A full tensor sharded as a parameter is; a tensor that needs no sharding as it is."""
     if not is_sharded(parameter) or is_sharded(value):
         return value
+    return _with_shard(parameter, value[rows_of(parameter)].to(local(parameter).device, copy=True))
+
+
+def _with_shard(tensor: Any, part: Tensor) -> Any:
+    """A tensor that is sharded as another, with a local shard of its own."""
     from torch.distributed.tensor import DTensor
 
-    typed: Any = parameter
-    part = value[rows_of(parameter)].to(local(parameter).device, copy=True)
     return DTensor.from_local(
-        part, typed.device_mesh, typed.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
@@ -90,15 +79,9 @@ def full_tensor(tensor: Tensor, part: Tensor | None = None) -> Shaped[Tensor, ".
         tensor: A tensor; one that is not sharded is returned as it is.
         part: Replaces the local shard.
     """
-    typed: Any = tensor
     if not is_sharded(tensor):
         return tensor.detach() if part is None else part
-    if part is not None:
-        from torch.distributed.tensor import DTensor
-
-        typed = DTensor.from_local(
-            part, typed.device_mesh, typed.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
+    typed: Any = tensor if part is None else _with_shard(tensor, part)
     full: Tensor = typed.detach().full_tensor()
     return full
 

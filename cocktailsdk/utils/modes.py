@@ -16,9 +16,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from .norms import Norm, running_norms
-
-__all__ = ["TrainingModes", "evaluating", "frozen_norms", "modes_restored", "train_as_handed"]
+__all__ = ["TrainingModes", "evaluating", "modes_restored", "train_as_handed"]
 
 
 class TrainingModes:
@@ -102,21 +100,6 @@ def _clear_caches(model: nn.Module) -> None:
         if any(isinstance(value, Tensor) for cache in dicts for value in cache.values()):
             module.train()
             module.eval()
-
-
-def frozen_norms(model: nn.Module) -> dict[str, Norm]:
-    """The norms whose running statistics training leaves alone, by path.
-
-    Besides frozen modules, norms with ``momentum=0``, and those whose ``track_running_stats`` was set to false though
-    they have statistics.
-    """
-    with modes_restored(model):
-        train_as_handed(model)
-        return {
-            path: norm
-            for path, norm in running_norms(model).items()
-            if not norm.training or norm.momentum == 0 or not norm.track_running_stats
-        }
 
 
 def _frozen_modules(model: nn.Module) -> list[nn.Module]:

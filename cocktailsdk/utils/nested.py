@@ -69,33 +69,32 @@ def _replaced(batch: Any, values: Mapping[str, Any]) -> Any:
     return new
 
 
+def _parts(batch: Any) -> list[Any]:
+    """What a container holds; nothing for all else."""
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, tuple | list):
+        return list(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+    return []
+
+
 def tensors_in(batch: Any) -> list[Tensor]:
     """All tensors in a batch, in order."""
     if isinstance(batch, Tensor):
         return [batch]
-    if isinstance(batch, Mapping):
-        return [tensor for value in batch.values() for tensor in tensors_in(value)]
-    if isinstance(batch, tuple | list):
-        return [tensor for value in batch for tensor in tensors_in(value)]
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return [tensor for f in dataclasses.fields(batch) for tensor in tensors_in(getattr(batch, f.name))]
-    return []
+    return [tensor for part in _parts(batch) for tensor in tensors_in(part)]
 
 
 def nbytes(batch: Any) -> int:
     """Bytes of all tensors and arrays in a batch."""
     if isinstance(batch, Tensor):
         return batch.numel() * batch.element_size()
-    if isinstance(batch, Mapping):
-        return sum(map(nbytes, batch.values()))
-    if isinstance(batch, tuple | list):
-        return sum(map(nbytes, batch))
     own = getattr(batch, "nbytes", None)
-    if isinstance(own, int):
+    if isinstance(own, int) and not isinstance(batch, Mapping | tuple | list):
         return own
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return sum(nbytes(getattr(batch, f.name)) for f in dataclasses.fields(batch))
-    return 0
+    return sum(map(nbytes, _parts(batch)))
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:

@@ -22,14 +22,11 @@ from .snapshots import (
     AttributeSnapshot,
     BytesSnapshot,
     CacheSnapshot,
-    CellSnapshot,
     ClassSnapshot,
-    DequeSnapshot,
     DictSnapshot,
     GeneratorSnapshot,
     GlobalsSnapshot,
-    ListSnapshot,
-    SetSnapshot,
+    ItemsSnapshot,
     TensorSnapshot,
 )
 
@@ -102,22 +99,14 @@ class Walk:
             if not torch.nn.parameter.is_lazy(value):
                 self.snapshots.append(TensorSnapshot(value))
                 self.tensors.append(value)
-                snapshot = DictSnapshot(vars(value))
-                self._container(snapshot, snapshot.saved.values(), depth)
+                self._dict(vars(value), depth)
         elif issubclass(kind, nn.Module):
             self._module(value, kind)
         elif issubclass(kind, dict):
-            snapshot = DictSnapshot(value)
-            self._container(snapshot, snapshot.saved.values(), depth)
-        elif issubclass(kind, list):
-            of_list = ListSnapshot(value)
-            self._container(of_list, of_list.saved, depth)
-        elif issubclass(kind, set):
-            of_set = SetSnapshot(value)
-            self._container(of_set, of_set.saved, depth)
-        elif issubclass(kind, deque):
-            of_deque = DequeSnapshot(value)
-            self._container(of_deque, of_deque.saved, depth)
+            self._dict(value, depth)
+        elif issubclass(kind, list | set | deque):
+            items = ItemsSnapshot(value)
+            self._container(items, items.saved, depth)
         elif issubclass(kind, tuple | frozenset):
             if len(value) <= LONGEST:
                 self._push(tuple(value), depth + 1)
@@ -132,7 +121,7 @@ class Walk:
         elif kind is MethodType:
             self._push((value.__self__, value.__func__), depth)
         elif kind is CellType:
-            cell = CellSnapshot(value)
+            cell = AttributeSnapshot(value, "cell_contents")
             self._container(cell, (cell.saved,), depth - 1)
         elif kind is functools.partial:
             self._push((value.func, value.args, value.keywords), depth)
@@ -163,6 +152,10 @@ class Walk:
         if len(values) <= LONGEST:
             self._push(values, depth + 1)
 
+    def _dict(self, value: dict[Any, Any], depth: int) -> None:
+        snapshot = DictSnapshot(value)
+        self._container(snapshot, snapshot.saved.values(), depth)
+
     def _module(self, module: nn.Module, kind: type) -> None:
         snapshot = DictSnapshot(vars(module))
         self.snapshots += [snapshot, AttributeSnapshot(module, "__class__")]
@@ -174,8 +167,7 @@ class Walk:
     def _object(self, value: Any, kind: type, depth: int) -> None:
         attributes = getattr(kind, "__dictoffset__", 0) and object.__getattribute__(value, "__dict__")
         if isinstance(attributes, dict):
-            snapshot = DictSnapshot(attributes)
-            self._container(snapshot, snapshot.saved.values(), depth)
+            self._dict(attributes, depth)
         self._in_slots(value, kind, depth)
         self._object_class(kind)
 
@@ -203,8 +195,7 @@ class Walk:
         namespace = function.__globals__
         if depth > NEAREST or str(namespace.get("__name__")).partition(".")[0] in _LIBRARIES:
             return
-        snapshot = DictSnapshot(vars(function))
-        self._container(snapshot, snapshot.saved.values(), depth)
+        self._dict(vars(function), depth)
         known = self._globals.get(id(namespace))
         if known is None:
             known = self._globals[id(namespace)] = GlobalsSnapshot(namespace)

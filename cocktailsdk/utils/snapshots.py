@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from operator import is_
-from types import CellType
 from typing import Any
 
 import numpy as np
@@ -23,23 +22,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .writes import is_plain
-
-__all__ = [
-    "MISSING",
-    "ArraySnapshot",
-    "AttributeSnapshot",
-    "BytesSnapshot",
-    "CacheSnapshot",
-    "CellSnapshot",
-    "ClassSnapshot",
-    "DequeSnapshot",
-    "DictSnapshot",
-    "GeneratorSnapshot",
-    "GlobalsSnapshot",
-    "ListSnapshot",
-    "SetSnapshot",
-    "TensorSnapshot",
-]
 
 MISSING: Any = object()
 """Stands for no value."""
@@ -80,48 +62,26 @@ class DictSnapshot:
         return True
 
 
-class ListSnapshot:
-    """A list."""
+class ItemsSnapshot:
+    """A list, a set or a deque."""
 
-    def __init__(self, thing: list[Any]) -> None:
-        self._thing, self.saved = thing, list(list.__iter__(thing))
-
-    def __call__(self) -> bool:
-        """Restore it."""
-        if list.__len__(self._thing) == len(self.saved) and _same(list.__iter__(self._thing), self.saved):
-            return False
-        list.__setitem__(self._thing, slice(None), self.saved)
-        return True
-
-
-class SetSnapshot:
-    """A set."""
-
-    def __init__(self, thing: set[Any]) -> None:
-        self._thing, self.saved = thing, list(set.__iter__(thing))
+    def __init__(self, thing: Any) -> None:
+        self._thing = thing
+        self._base = next(base for base in _FILL if issubclass(type(thing), base))
+        self.saved: list[Any] = list(self._base.__iter__(thing))
 
     def __call__(self) -> bool:
         """Restore it."""
-        if {id(v) for v in set.__iter__(self._thing)} == {id(v) for v in self.saved}:
+        order: Any = sorted if self._base is set else list  # the order of a set says nothing
+        if order(map(id, self._base.__iter__(self._thing))) == order(map(id, self.saved)):
             return False
-        set.clear(self._thing)
-        set.update(self._thing, self.saved)
+        self._base.clear(self._thing)
+        _FILL[self._base](self._thing, self.saved)
         return True
 
 
-class DequeSnapshot:
-    """A deque."""
-
-    def __init__(self, thing: deque[Any]) -> None:
-        self._thing, self.saved = thing, list(deque.__iter__(thing))
-
-    def __call__(self) -> bool:
-        """Restore it."""
-        if deque.__len__(self._thing) == len(self.saved) and _same(deque.__iter__(self._thing), self.saved):
-            return False
-        deque.clear(self._thing)
-        deque.extend(self._thing, self.saved)
-        return True
+_FILL: dict[Any, Callable[[Any, list[Any]], None]] = {list: list.extend, set: set.update, deque: deque.extend}
+"""By class, what puts items in."""
 
 
 class ArraySnapshot:
@@ -167,7 +127,11 @@ class GeneratorSnapshot:
 
 
 class AttributeSnapshot:
-    """One attribute that is kept outside ``__dict__``: a slot, or a module's class (lazy modules change theirs)."""
+    """One attribute that is kept outside ``__dict__``.
+
+    It is a slot, a module's class (lazy modules change theirs), or the contents of the cell that a function shares with
+    the function around it (``nonlocal``).
+    """
 
     def __init__(self, thing: Any, name: str) -> None:
         self._thing, self._name = thing, name
@@ -176,7 +140,7 @@ class AttributeSnapshot:
     def _now(self) -> Any:
         try:
             return object.__getattribute__(self._thing, self._name)
-        except AttributeError:
+        except (AttributeError, ValueError):  # a cell that nothing was assigned to yet has no contents
             return MISSING
 
     def __call__(self) -> bool:
@@ -188,30 +152,6 @@ class AttributeSnapshot:
                 object.__delattr__(self._thing, self._name)
             else:
                 object.__setattr__(self._thing, self._name, self.saved)
-        return True
-
-
-class CellSnapshot:
-    """What a function and the function around it share (``nonlocal``)."""
-
-    def __init__(self, thing: CellType) -> None:
-        self._thing = thing
-        self.saved = self._now()
-
-    def _now(self) -> Any:
-        try:
-            return self._thing.cell_contents
-        except ValueError:  # not assigned yet
-            return MISSING
-
-    def __call__(self) -> bool:
-        """Restore it."""
-        if self._now() is self.saved:
-            return False
-        if self.saved is MISSING:
-            del self._thing.cell_contents
-        else:
-            self._thing.cell_contents = self.saved
         return True
 
 
@@ -318,12 +258,11 @@ class TensorSnapshot:
         return changed
 
 
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ in nothing but their memory and its contents."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
+
+
 def _same_view(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same view of the same memory."""
-    return (
-        a.dtype == b.dtype
-        and a.device == b.device
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and (a.is_meta or a.data_ptr() == b.data_ptr())
-    )
+    return same_layout(a, b) and (a.is_meta or a.data_ptr() == b.data_ptr())

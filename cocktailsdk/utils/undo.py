@@ -1,19 +1,21 @@
-"""Running a user's model so that nothing is left of it."""
+"""Running a user's model so that nothing is left of it, in the model and in global state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .reachable import Walk
-from .settings import settings_restored
 from .snapshots import TensorSnapshot
 from .writes import Writes
 
-__all__ = ["Snapshot", "unchanged"]
+__all__ = ["Snapshot", "computing_threads", "forked", "unchanged"]
 
 
 class Snapshot:
@@ -48,6 +50,47 @@ class Snapshot:
 
 
 @contextmanager
+def forked() -> Iterator[None]:
+    """Put the global generators of torch, numpy and ``random`` back as they were, whatever happens inside."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    numpy, python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        np.random.set_state(numpy)
+        random.setstate(python)
+
+
+_MODES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (lambda: torch.is_autocast_enabled("cpu"), lambda on: torch.set_autocast_enabled("cpu", on)),
+    (lambda: torch.is_autocast_enabled("cuda"), lambda on: torch.set_autocast_enabled("cuda", on)),
+    (lambda: torch.backends.cudnn.benchmark, lambda on: setattr(torch.backends.cudnn, "benchmark", on)),
+    (lambda: torch.backends.cudnn.deterministic, lambda on: setattr(torch.backends.cudnn, "deterministic", on)),
+)
+"""What is read, and how it is set. ``torch.set_num_threads`` has a cost, so only what changed is set."""
+
+
+@contextmanager
+def _settings_restored() -> Iterator[None]:
+    """:func:`forked`, and the same for PyTorch's global modes."""
+    before = [read() for read, _ in _MODES]
+    with forked():
+        try:
+            yield
+        finally:
+            for (read, write), value in zip(_MODES, before, strict=True):
+                if read() != value:
+                    write(value)
+
+
+@contextmanager
 def unchanged(*roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyond: bool = True) -> Iterator[Snapshot]:
     """Inside, models may be run, traced and fail; afterwards they are what they were, attribute for attribute.
 
@@ -70,9 +113,21 @@ def unchanged(*roots: Any, but: Iterable[Tensor] = (), watch: bool = True, beyon
         The snapshot, to restore in between.
     """
     before = Snapshot(*roots, but=but, watch=watch, beyond=beyond)
-    with settings_restored():
+    with _settings_restored():
         try:
             with before.writes:
                 yield before
         finally:
             before.restore()
+
+
+@contextmanager
+def computing_threads(wanted: int | None) -> Iterator[None]:
+    """Compute with so many threads for a while; with as many as before if ``None``."""
+    before = torch.get_num_threads()
+    try:
+        if wanted is not None:
+            torch.set_num_threads(wanted)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -143,10 +143,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _writers(func):
-            for value in _written(func, args, kwargs):
-                for writes in self.listeners:
-                    writes.before(value)
+        for value in _written(func, args, kwargs):
+            for writes in self.listeners:
+                writes.before(value)
         return func(*args, **kwargs)
 
 
@@ -169,27 +168,23 @@ def _place(value: Tensor) -> Place | None:
 
 
 @cache
-def _writers(func: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of each argument that an operation writes."""
-    schema = getattr(func, "_schema", None)
-    if schema is None:  # a higher-order operator; what runs inside comes here by itself
-        return ()
-    return tuple(
+def _writers(func: Any) -> tuple[tuple[tuple[int, str], ...], int | None]:
+    """Position and name of each argument that an operation writes.
+
+    Also the position of the argument that says whether a norm updates its statistics, if there is one.
+    """
+    # A higher-order operator has no schema; what runs inside comes here by itself.
+    arguments = getattr(getattr(func, "_schema", None), "arguments", ())
+    writers = tuple(
         (i, a.name)
-        for i, a in enumerate(schema.arguments)
+        for i, a in enumerate(arguments)
         if (a.alias_info is not None and a.alias_info.is_write) or a.name in UNDECLARED
     )
-
-
-@cache
-def _training(func: Any) -> int | None:
-    """Position of the argument that says whether a norm updates its statistics."""
-    schema = getattr(func, "_schema", None)
-    return next((i for i, a in enumerate(schema.arguments) if a.name == "training"), None) if schema else None
+    return writers, next((i for i, a in enumerate(arguments) if a.name == "training"), None)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    writers, training = _writers(func), _training(func)
+    writers, training = _writers(func)
     if training is not None and not (args[training] if training < len(args) else kwargs.get("training")):
         return
     for i, name in writers:

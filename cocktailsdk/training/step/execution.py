@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import TrainingError
+from ...net.switcher import forget_derived
 from ...utils.fsdp import sharded, shards
 from ...utils.modes import modes_restored, train_as_handed
 from ...utils.nested import default_forward, split
 from ...utils.optional import require
-from ...utils.weight_caches import forget_derived
 from ..distributed.ranks import SINGLE, Ranks
 from ..distributed.sharing import examples, inputs_of
 from .distill import Classes, untouched_buffers

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...errors import TrainingError
 from ...masks import Mask
 from ...net.subnet_model import SubnetModel
+from ...utils.batchnorm import running_norms
 from ...utils.fsdp import local
-from ...utils.norms import running_norms
 from ..recipes.steps import Step
 
 __all__ = ["LossWatch", "Skips", "StepLocation", "StepSnapshot", "all_finite", "not_finite"]
