@@ -16,7 +16,7 @@ from cocktail_adapters.transformers_slim import Folded
 from torch import Tensor, nn
 
 import cocktailsdk as cocktail
-from cocktailsdk import adapters as registry
+from cocktailsdk import models as registry
 from cocktailsdk.errors import SlimError
 
 SMALL = {

@@ -117,7 +117,7 @@ def test_pretrained_weights_skip_round_zero(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no weights at"):
         get_preset("cifar10", weights=tmp_path / "none").build_model()
     (tmp_path / "bad").write_bytes(b"x" * 20)
-    with pytest.raises(TrainingError, match="no safetensors file"):
+    with pytest.raises(TrainingError, match="cannot be read as a safetensors file"):
         get_preset("cifar10", weights=tmp_path / "bad").build_model()
 
 

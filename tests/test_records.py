@@ -322,7 +322,7 @@ def test_an_unlisted_class_loads_by_trust_alone(tmp_path: Path, caplog: pytest.L
 def test_another_packages_adapter_never_rebuilds(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import test_adapters
 
-    from cocktailsdk import adapters as registry
+    from cocktailsdk import models as registry
 
     class Own(test_adapters.Own):
         name = "transformers"
