@@ -112,7 +112,9 @@ def best_squares(values: Float[Tensor, "tiles m m"], n: int) -> Bool[Tensor, "ti
 def _share_out(weights: Float[Tensor, "tiles m m"], keep: Bool[Tensor, "tiles m m"]) -> None:
     """Let each pair of rows share out, in place and at its best, the columns that one of them alone keeps."""
     for i, k in itertools.combinations(range(keep.shape[-1]), 2):
-        either = keep[:, i] ^ keep[:, k]
+        either = keep[:, i] ^ keep[:, k]  # one row keeps the column, the other does not
+        # Every row keeps N columns, so each of the two keeps half of these. Row i gets the half with the largest gain.
+        # -inf sorts all other columns behind; a stable sort breaks ties by position, the same on every device.
         gain = (weights[:, i] - weights[:, k]).masked_fill(~either, -torch.inf)
         order = gain.argsort(dim=-1, descending=True, stable=True)
         place = torch.arange(keep.shape[-1], device=keep.device).expand_as(order)

@@ -61,7 +61,7 @@ def open_session(
         make_generators(train, first)
     if state is not None or ranks.world > 1:
         set_generator_states(train, first)
-    if ranks.world > 1:
+    if ranks.world > 1:  # before anything is computed with the weights
         ranks.align(tensor for tensor in model_tensors(net.model).values() if not is_sharded(tensor))
     if state is None:
         found = infer_task(net.model, _recalibration(loaders, options, device), options)
