@@ -41,8 +41,8 @@ class Average:
         self._names, self._trained = list(parameters), _Trained(parameters.values())
         self._average = AveragedModel(self._trained, multi_avg_fn=self._blend)
         for value in self._average.parameters():
-            # In 16 bits, adding (1 - decay) of a small difference rounds to no change. AveragedModel (torch 2.14) copies
-            # parameters in their own dtype, and only .data changes the dtype of a parameter in place.
+            # In 16 bits, adding (1 - decay) of a small difference rounds to no change. AveragedModel (torch 2.14)
+            # copies parameters in their own dtype, and only .data changes a parameter's dtype in place.
             if value.element_size() < 4:
                 value.data = value.data.float()
         self._average.update_parameters(self._trained)  # the first update copies
