@@ -40,8 +40,8 @@ class CocktailNet(SubnetModel, HubMixin):
     def slim(self, name: str) -> nn.Module:
         """A plain copy of the subnetwork without its removed channels; verified against the masked model.
 
-        Single masked weights stay in the copy as zeros. The modules of dropped residual branches are removed. They stay,
-        masked, if the model's code does more with them than call them.
+        Single masked weights stay in the copy as zeros. The modules of dropped residual branches are removed. If the
+        model's code does more with such modules than call them, they stay and are masked.
 
         Raises:
             SubnetError: There is no such subnetwork.

@@ -42,7 +42,7 @@ def drop_between(
 
     Args:
         values: Tensors by name.
-        keep: What is kept so far, by name; tensors not in it are kept whole.
+        keep: What is kept so far, by name; tensors not in it are not masked yet.
         dtype: That they are compared in.
         count: How many of those kept go; at least one.
         kept: How many are kept so far.

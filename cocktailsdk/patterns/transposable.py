@@ -31,7 +31,7 @@ class Transposable(NM):
 
     The choice is the best there is: of all such masks the one that keeps the largest sum of magnitudes in every tile.
     Tiles hold M consecutive outputs by M consecutive inputs, at one kernel position of one convolution group. What
-    fills no tile stays whole and counts as not covered; the exact sparsity is that of the weights covered.
+    fills no tile is not pruned and counts as not covered; the exact sparsity is that of the weights covered.
 
     Args:
         n: Weights kept of each row and column.
@@ -59,7 +59,7 @@ class Transposable(NM):
         return Mask(out)
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
-        """Every row and column of every tile keeps exactly N weights, and what fills no tile is kept whole.
+        """Every row and column of every tile keeps exactly N weights, and what fills no tile is not pruned.
 
         Raises:
             PatternError: It is not so.
