@@ -102,7 +102,7 @@ def open_session(
         try_metric(net.model, held_out, options, session.metric, ranks)
     if ranks.world > 1 and session.execution is not None and session.position.phase != "done":
         # DDP compares the processes' weights when it wraps the model: they must be restored by now
-        session.execution.prepare(next(iter(session.data.recalibration)), options.loss_fn)
+        session.execution.wrap(next(iter(session.data.recalibration)), options.loss_fn)
     return session
 
 

@@ -12,7 +12,7 @@ from .chart import Chart, Mark, Series, Table
 from .costs_charts import metric_text, scale_of
 from .run import RunReport
 
-__all__ = ["course_charts", "merge_charts", "rounds_of"]
+__all__ = ["merge_charts", "rounds_of", "training_charts"]
 
 LOG_FROM = 20.0
 """Losses whose largest is so many times the smallest are drawn on a logarithmic axis."""
@@ -27,7 +27,7 @@ def rounds_of(report: RunReport) -> dict[str, int]:
     return found
 
 
-def course_charts(report: RunReport) -> list[Chart]:
+def training_charts(report: RunReport) -> list[Chart]:
     """Training loss by epoch and held-out metric by round, of every network; none where the run recorded neither."""
     rounds: Sequence[Mapping[str, Any]] = report.history.get("rounds", ())
     patterns = {r.name: r.pattern for r in report.networks}
