@@ -126,7 +126,7 @@ def _held_out(report: RunReport, rounds: Sequence[Mapping[str, Any]], patterns: 
 
 
 def merge_charts(report: RunReport) -> list[Chart]:
-    """The chosen share by round, and the metric along the line between merged and new weights."""
+    """The chosen α by round, and the metric along the line between merged and new weights."""
     if not report.alphas:
         return []
     merged = report.history.get("merged", ())
@@ -139,8 +139,8 @@ def merge_charts(report: RunReport) -> list[Chart]:
         marks.append(Mark(k, a, f"round {k}: α {a:g}{told}"))
     chosen = Chart(
         name="alphas",
-        title="Chosen share α by round",
-        summary="The share kept of what was merged before, chosen when each round was merged in: "
+        title="Chosen α by round",
+        summary="The interpolation coefficient α that was chosen when each round was merged in: "
         + ", ".join(f"round {k} {a:g}" for k, a in alphas)
         + ". At 1 the round's own weights were rejected.",
         x="round",
@@ -179,8 +179,8 @@ def _interpolation(report: RunReport, curves: Sequence[Mapping[str, Any]], scale
     return Chart(
         name="interpolation",
         title="Between merged and new weights",
-        summary="Mean held-out metric at each share α of the merged weights, a line for each round; the chosen shares "
-        "are large, and outlines are shares that were given up, at the most they could still have reached.",
+        summary="Mean held-out metric at each α, a line for each round. The chosen α has a large mark. Outlines are "
+        "values of α that were given up, at the most they could still have reached.",
         x="α kept of what was merged before",
         y=f"mean held-out {label}",
         series=tuple(series),
