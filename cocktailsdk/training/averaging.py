@@ -31,7 +31,9 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if sharded(model):
-            raise TrainingError("ema cannot average sharded weights (FSDP2): leave it out, or train with DDP")
+            raise TrainingError(
+                "ExecutionSettings.ema_decay cannot average sharded weights (FSDP2): leave it out, or train with DDP"
+            )
         self._model, self._decay = model, decay
         self.end()
 
