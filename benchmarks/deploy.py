@@ -7,7 +7,7 @@
 Torch eager, ``torch.compile``, onnxruntime and OpenVINO, all in float32 with as many threads, run the dense network and
 a subnetwork by turns; a figure is the median over turns of dense time by the subnetwork's. Channel networks are slim,
 the others hold zeros. Weights are random, which changes no time. Rows are kept one by one in
-``benchmarks/results/deploy.json``, exported networks in ``--files``, so that the same command goes on where it was
+``benchmarks/results/deploy.json``, exported networks in ``--files``, so that the same command resumes where it was
 stopped.
 """
 

@@ -8,8 +8,8 @@
         mutualnet --seeds 3 --steps 6000 --device cuda --jobs 1       whole images and the paper's backbones, on a GPU
 
 COCKTAIL_DATA names the folder that holds bccd/ and nuclei_dsb2018/. Tasks without "full" are for a processor. Every
-run is a process of its own; stopped at any moment (or by --minutes), the same command goes on where each run was. Rows
-are in benchmarks/results/detection.json.
+run is a process of its own; stopped at any moment (or by --minutes), the same command resumes each run where it was.
+Rows are in benchmarks/results/detection.json.
 """
 
 from __future__ import annotations

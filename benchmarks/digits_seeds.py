@@ -2,7 +2,7 @@
 
     python benchmarks/digits_seeds.py --seeds 5 --out runs/digits_seeds
 
-Each seed is a whole run (a minute or two). Stopped at any moment, the same command goes on; seeds that are done are
+Each seed is a whole run (a minute or two). Stopped at any moment, the same command resumes; seeds that are done are
 not run again. Results are in ``OUT/seeds.json``, and a table against the thresholds is printed.
 """
 

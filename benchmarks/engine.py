@@ -6,7 +6,7 @@
     python benchmarks/engine.py --table                  the table of what has been measured
 
 Every figure is a ratio against a rival measured in the same run, by turns. Each measurement is a process of its own and
-is kept once done, in ``benchmarks/results/engine.json``, so that the same command goes on where it was stopped. Ratios
+is kept once done, in ``benchmarks/results/engine.json``, so that the same command resumes where it was stopped. Ratios
 are medians over turns. Wall time is what counts; processor time, beside it, is steadier where others use the machine.
 """
 

@@ -8,7 +8,7 @@ any time. Each is then started again by the same command, and its folder compare
 alone: every byte of the bundle's files, the report but for seconds and versions, the history in the last state but
 for seconds, and what else lies there. To save time, runs are forks of one process that has imported the libraries.
 
-The moments are printed as a table and kept in benchmarks/results/kill_test.json; the same command goes on where it was
+The moments are printed as a table and kept in benchmarks/results/kill_test.json; the same command resumes where it was
 stopped, --fresh begins anew. Exits with 1 where a run differed.
 """
 

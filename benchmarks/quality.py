@@ -5,8 +5,8 @@
     python benchmarks/quality.py --task digits --steps 230 --seeds 1  a quick try, without data
     python benchmarks/quality.py --table                              the table of what has been run
 
-Every run is a process of its own. Stopped at any moment (or by ``--minutes``), the same command goes on where each run
-was. Rows are in ``benchmarks/results/quality.json``.
+Every run is a process of its own. Stopped at any moment (or by ``--minutes``), the same command resumes each run where
+it was. Rows are in ``benchmarks/results/quality.json``.
 """
 
 from __future__ import annotations

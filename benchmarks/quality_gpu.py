@@ -4,7 +4,7 @@
     python benchmarks/quality_gpu.py --data DATA --epochs-scale 0.1 --minutes 9 --recipe paper
     python benchmarks/quality_gpu.py --try        a few steps on random images, on whatever device there is
 
-The same command goes on until it says that it is done (exit status 0; 3 where there is more to do). bfloat16 autocast,
+Repeat the command until it says that it is done (exit status 0; 3 where there is more to do). bfloat16 autocast,
 channels_last, ``torch.compile``, images on the device. Rows are in ``benchmarks/results/quality_gpu.json``; the
 table shows them beside the paper's Table 2 and the drop from dense to the mean of each pattern (paper, Table 1). With
 the JPEG version of the images absolute accuracies are lower than the paper's, and drops are what can be compared.
@@ -185,7 +185,7 @@ def main() -> int:
             trainer, test = trainer_of(asked)
             net = trainer.fit()
         except KeyboardInterrupt:
-            console.print("saved; the same command goes on")
+            console.print("saved; the same command resumes")
             return 3
         signal.setitimer(signal.ITIMER_REAL, 0)
         device = torch.cuda.get_device_name() if asked.device.startswith("cuda") else platform.machine()

@@ -1,4 +1,4 @@
-"""The public face: ``sparsify``, ``from_pretrained`` and the object they give, assembled from everything below."""
+"""The public object: ``sparsify``, ``from_pretrained``, and the ``CocktailNet`` that they return."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ log = logging.getLogger(__name__)
 class CocktailNet(SubnetModel, HubMixin):
     """A dense network and its sparse subnetworks, which share its weights.
 
-    Made by :func:`sparsify` and :func:`from_pretrained`. All of :class:`~cocktailsdk.net.subnet_model.SubnetModel`, and
-    what needs more than the model: smaller models, files, other runtimes, budgets and the hub.
+    Made by :func:`sparsify` and :func:`from_pretrained`. It is a
+    :class:`~cocktailsdk.net.subnet_model.SubnetModel` that also makes smaller models, writes bundles and other
+    runtimes' files, picks a subnetwork by budget, and pushes to the hub.
     """
 
     def slim(self, name: str) -> nn.Module:
-        """A plain copy of the subnetwork with removed channels sliced away; checked to compute the same.
+        """A plain copy of the subnetwork without its removed channels; verified against the masked model.
 
-        Single masked weights stay as zeros in it. Modules of residual branches that are dropped are taken out, or stay,
-        masked, where the model's code wants more of them than to be called.
+        Single masked weights stay in the copy as zeros. The modules of dropped residual branches are removed. If the
+        model's code does more with such modules than call them, they stay and are masked.
 
         Raises:
             SubnetError: There is no such subnetwork.
-            SlimError: It cannot be made, or computes something else.
+            SlimError: The copy cannot be made, or its output differs from the masked model's.
         """
         from .slimming import slim_subnet
 
@@ -52,20 +53,20 @@ class CocktailNet(SubnetModel, HubMixin):
             return slim_subnet(self, self._require_mask(name))
 
     def views(self, subnets: str | Iterable[str] = "channel") -> Views:
-        """Channel subnetworks as slim models that all share one copy of the weights; checked as :meth:`slim` checks.
+        """Channel subnetworks as slim models that all share one copy of the weights; verified as by :meth:`slim`.
 
-        Going from one width to another is then a matter of calling another model, which runs at its true cost.
+        To change the width, call another of these models. Each runs at its true cost.
 
         Args:
-            subnets: A pattern's name, for all of its subnetworks, or names of some (``"dense"`` may be among them).
-                Each must remove whole channels alone, and of any two one must remove all that the other does.
+            subnets: The name of a pattern, for all of its subnetworks, or names of subnetworks (``"dense"`` may be
+                among them). They must remove whole channels only, and must be nested.
 
         Returns:
-            By name, the models, of the class of the user's own. See :class:`cocktailsdk.slimming.Views`.
+            The models by name, of the class of your own model. See :class:`cocktailsdk.slimming.Views`.
 
         Raises:
             SubnetError: There are no such subnetworks, or they are not nested.
-            SlimError: They cannot be made, or compute something else.
+            SlimError: The models cannot be made, or their output differs from the masked model's.
         """
         from .slimming import channel_views
 
@@ -94,25 +95,25 @@ class CocktailNet(SubnetModel, HubMixin):
         .safetensors   the plain slim model's tensors
         ============== ==================================================== ==========================================
 
-        What was written is loaded in its runtime and compared with torch on several inputs and batch sizes before it is
-        put in its place; if anything fails, no file is left, and one that was there before stays.
+        The new file is loaded in its runtime and compared with torch on several inputs and batch sizes. Only then does
+        it replace a file that was there before. If anything fails, no new file is left, and the old one stays.
 
         Args:
             name: The subnetwork.
             path: The file; its suffix chooses the format.
             int8: Quantize weights and activations with the runtime's own quantizer (``onnxruntime.quantization``,
-                ``nncf``). The report says how far the result is from the network before.
-            calibration: Batches of the usual forms from which the ranges of activations are taken. Models of mostly
-                linear layers can do without in onnxruntime.
+                ``nncf``). The report says how much the outputs change.
+            calibration: Batches from which the ranges of activations are taken. In onnxruntime, models of mostly linear
+                layers need none.
             evaluation: Batches with targets, on which the metric is measured before and after quantizing.
-            metric: ``metric(output, target)``, a tensor of scores; accuracy by default.
-            dynamic_batch: Whether the batch may have any size; otherwise that of the example inputs.
+            metric: ``metric(output, target)`` gives a tensor of scores. Default: accuracy.
+            dynamic_batch: Whether the batch may have any size. Otherwise it has the size of the example inputs.
 
         Raises:
-            ExportFailed: The suffix is not known, a package is missing, the model cannot be followed or written, or the
-                runtime computes something else than torch.
+            ExportFailed: The suffix is unknown, a package is missing, the model cannot be traced or written, or the
+                outputs of the runtime differ from torch's.
             SubnetError: There is no such subnetwork.
-            SlimError: It cannot be slimmed.
+            SlimError: The subnetwork cannot be slimmed.
         """
         from .exporting import export_subnet
 
@@ -141,22 +142,21 @@ class CocktailNet(SubnetModel, HubMixin):
     ) -> str:
         """The best subnetwork within a budget, by name.
 
-        The best has the best metric in :attr:`metrics`; those without one come after all that have one. Without
-        metrics, and between equal ones, it is the one that keeps most: most non-zero multiply-adds, then parameters,
-        then the fewest FLOPs.
+        Subnetworks are ranked by their metric in :attr:`metrics`; those without a metric come last. Equal ones are
+        ranked by non-zero multiply-adds (most first), then by parameters (most first), then by FLOPs (fewest first).
 
         Args:
-            max_latency_ms: Median milliseconds of one forward pass, as ``profile`` says.
+            max_latency_ms: Median milliseconds of one forward pass, as measured in ``profile``.
             max_flops: FLOPs (2 x multiply-adds) of one forward pass on the example inputs, as dense kernels run them.
             max_bytes: Bytes of the tensors of the plain slim model, zeros included.
-            pattern: Only networks of this pattern.
-            profile: What ``cocktail-cli bench`` measured on the device: a file, or what was read from one.
-            batch_size: The batch that ``max_latency_ms`` is for; by default the smallest in the profile.
-            metric_mode: ``"max"`` or ``"min"``: whether a larger or a smaller metric is better.
+            pattern: Only subnetworks of this pattern.
+            profile: Measurements by ``cocktail-cli bench`` on the device: a file, or a profile that was read from one.
+            batch_size: The batch size that ``max_latency_ms`` is for. Default: the smallest in the profile.
+            metric_mode: ``"max"`` if a larger metric is better, ``"min"`` if a smaller one is.
 
         Raises:
-            SubnetError: No network is within the budget; says which comes nearest and what it takes.
-            CocktailError: There is no profile where one is needed, or it was measured on other networks.
+            SubnetError: No subnetwork is within the budget; names the nearest one and its costs.
+            CocktailError: A profile is needed and missing, or was measured on other subnetworks.
         """
         from .choosing import pick
 
@@ -180,26 +180,26 @@ def sparsify(
     target_modules: Modules = None,
     exclude_modules: Modules = None,
 ) -> CocktailNet:
-    """Find a model's sparse subnetworks: a mask for every pattern and level, from the weights as they are.
+    """Make a model's sparse subnetworks: a mask for every pattern and level, from the current weights.
 
-    It works at once, without training; :class:`CoTrainer` then trains all of them together. The model's weights are not
-    changed.
+    This needs no training and does not change the model's weights. :class:`CoTrainer` then trains all subnetworks
+    together.
 
     Args:
-        model: Any module that ``torch.export`` can follow.
+        model: Any module that ``torch.export`` can trace, fully or in part.
         patterns: Names (``"unstructured"``), spec strings (``"2:4"``, ``"channel@0.3"``) or pattern objects.
-        example_inputs: Positional arguments of one forward pass (a single tensor is taken as one). Where none are
-            given, an adapter is asked for them.
-        example_kwargs: Keyword arguments of that pass.
-        target_modules: Which modules are eligible: a regular expression over the whole path, or a list of names and
-            suffixes. By default all convolution and linear weights but the first convolution and the classifier.
-        exclude_modules: Which are not; the same forms. They also keep their output channels.
+        example_inputs: Positional arguments of one forward pass, or a single tensor. Default: an adapter makes them.
+        example_kwargs: Keyword arguments of the same pass.
+        target_modules: The modules that may be pruned: a regular expression that matches the whole path, or a list of
+            names and suffixes. Default: all convolution and linear weights, without the first convolution and the
+            classifier.
+        exclude_modules: The modules that may not, in the same forms. They also keep their output channels.
 
     Raises:
-        PatternError: A pattern is not known or finds nothing to prune, or a selection names nothing. A pattern that can
-            touch less than a tenth of the weights, and a level that removes nothing, are logged as warnings.
-        AdapterError: No example inputs were given and none can be made.
-        ExportFailed: The model cannot be followed on the example inputs.
+        PatternError: A pattern is unknown or finds nothing to prune, or a selection matches no module. If a pattern can
+            touch less than a tenth of the weights, or a level removes nothing, a warning is logged.
+        AdapterError: No example inputs were given, and no adapter can make them.
+        ExportFailed: The model cannot be traced on the example inputs.
     """
     if isinstance(model, CocktailNet):
         raise PatternError("the model is a CocktailNet already; give its .model to sparsify it anew")
@@ -247,31 +247,32 @@ def from_pretrained(
 ) -> CocktailNet:
     """Load a bundle into a freshly built model.
 
-    No code is run from the files. Everything is checked before the model is touched: if this raises, the model is as
-    it was.
+    No code from the files is run. Everything is checked before the model is changed. If this raises, the model is as it
+    was.
 
     Args:
-        path: The bundle's folder, or its name on the Hugging Face hub (``"user/name"``, where no such folder exists).
-        model: Of the class and configuration that the bundle was made from; its weights are replaced in place, on the
-            device where they lie. It may be left out where the bundle records how to build it, for the
+        path: The bundle's folder. If there is no such folder, the bundle's name on the Hugging Face hub
+            (``"user/name"``).
+        model: A model of the class and configuration that the bundle was made from. Its weights are replaced in place,
+            on their device. Leave it out if the bundle records how to build the model. This works for the
             :mod:`listed <cocktailsdk.records>` classes of timm, torchvision and transformers, in tested versions.
-        subnets: Names of the subnetworks to read; by default all. The others' masks and statistics are not read from
-            the disk, and cannot be switched to.
+        subnets: Names of the subnetworks to read. Default: all. Masks and statistics of other subnetworks are not read
+            from the disk, and the net cannot switch to them.
         trust_build_record: Without a model, build any class of timm, torchvision and transformers that the bundle
             records, in any version. Set this for bundles of your own. Hub access, remote code and pickle stay off.
-        revision: Of the hub's repository a branch, tag or commit.
-        token: The hub's access token; by default the one that its client has stored.
-        cache_dir: Where the hub's client keeps what it fetched.
-        force_download: Whether it fetches again what it has.
-        local_files_only: Whether it fetches nothing.
+        revision: A branch, tag or commit of the repository on the hub.
+        token: The access token for the hub. Default: the token that the hub's client has stored.
+        cache_dir: The folder in which the hub's client caches downloads.
+        force_download: Whether to download files again that are in the cache.
+        local_files_only: Whether to use the cache only, and download nothing.
 
     Returns:
         A net with the dense network active.
 
     Raises:
-        BundleError: The bundle is damaged, of an unknown version, of an unregistered pattern, or of another model; or
-            it is not here, and the hub cannot be reached or has none of that name.
-        SubnetError: It has no subnetwork of a name in ``subnets``.
+        BundleError: The bundle is damaged, of an unknown version, of an unregistered pattern, or of another model. Or
+            it is neither here nor on the hub, or the hub cannot be reached.
+        SubnetError: The bundle has no subnetwork of a name in ``subnets``.
     """
     return load_bundle(
         path,

@@ -311,6 +311,7 @@ def _at_most(count: int | None) -> Iterator[None]:
         if count is not None and made > count:
             raise AdapterError(f"the record asks for more than {count} modules")
 
+    # The hook is one for the whole process: models that other threads build meanwhile call it too.
     handle = register_module_module_registration_hook(counted)
     try:
         yield

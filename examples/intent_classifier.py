@@ -8,7 +8,7 @@ without it, it is looked for in the folder `clinc150` of the one that the variab
 folder of a BERT and its tokenizer; without it, the package above, all-MiniLM-L6-v2 (22.7 M parameters), is asked.
 --tiny takes a small random BERT and made-up sentences instead, to try the script offline in half a minute.
 
-Ctrl-C saves, and the same command goes on. The folder then holds the bundle and report.json.
+Ctrl-C saves, and the same command resumes. The folder then holds the bundle and report.json.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ folder that the variable COCKTAIL_DATA names: a Llama of 260,032 parameters that
 sampled once at temperature 1. No network can then expect a lower perplexity than the dense one as it was given, and
 what a sparse network loses is its divergence from that.
 
-Ctrl-C saves, and the same command goes on. The folder then holds the bundle and report.json.
+Ctrl-C saves, and the same command resumes. The folder then holds the bundle and report.json.
 """
 
 from __future__ import annotations

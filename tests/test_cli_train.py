@@ -247,7 +247,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished: tuple[Path, Result]
     out, rest = process.communicate(timeout=400)  # on a busy machine
     assert process.returncode == 130, said + rest
     assert out == ""
-    assert "the same command goes on" in rest
+    assert "the same command resumes" in rest
     assert "Traceback" not in rest
     assert not (folder / "report.json").exists()
     done = run("train", "--preset", "digits", "--out", str(folder))
@@ -282,7 +282,7 @@ def test_sigterm_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = run("train", "--preset", "digits", "--out", str(folder))
     assert done.exit_code == 143, done.output
     assert "SIGTERM: finishing the current step and saving" in done.stderr
-    assert "stopped; the same command goes on from the state in" in done.stderr
+    assert "stopped; the same command resumes from the state in" in done.stderr
     assert calls[0] <= 12
 
 

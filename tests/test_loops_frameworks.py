@@ -167,4 +167,4 @@ def test_on_two_processes(tmp_path: Path) -> None:
         assert_identical(first["masks"], one["masks"])
         for key, tensor in one["weights"].items():
             torch.testing.assert_close(first["weights"][key], tensor, rtol=0, atol=ROUNDING)
-    assert "ema cannot average sharded weights" in first["refused"]
+    assert "ema_decay cannot average sharded weights" in first["refused"]

@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 
 from cocktailsdk.cli.main import app
 from cocktailsdk.report.costs_charts import command_for, cost_charts, front, metric_text, safe_name, scale_of
-from cocktailsdk.report.course_charts import course_charts, merge_charts, rounds_of
 from cocktailsdk.report.drawing import inline_svg, write_chart
 from cocktailsdk.report.figures import write_figures
 from cocktailsdk.report.looks import DARK, PAPER, looks_of
@@ -25,6 +24,7 @@ from cocktailsdk.report.page import ReportedRun, report_page
 from cocktailsdk.report.page_masks import sparsity_maps
 from cocktailsdk.report.page_tables import differences
 from cocktailsdk.report.run import NetworkRow, read_report
+from cocktailsdk.report.training_charts import merge_charts, rounds_of, training_charts
 
 RUN = Path("runs") / "digits"
 
@@ -130,7 +130,7 @@ def test_an_old_report_is_shown_with_what_it_has() -> None:
     assert "cocktail-cli bench" in page
     assert {c.name for c in cost_charts(OLD, RUN)} == {"flops", "parameters"}
     # its held-out metrics it has
-    assert [c.name for c in course_charts(OLD)] == ["held-out"]
+    assert [c.name for c in training_charts(OLD)] == ["held-out"]
 
 
 def test_names_are_text_wherever_they_come_from() -> None:
@@ -225,8 +225,8 @@ def test_charts_have_the_data_and_take_the_pages_colours() -> None:
     assert not re.search("#(?:1f2328|0072b2|ffffff)", svg)
     spots = {g.attrib["data-network"]: float(g.find("circle").attrib["cx"]) for g in marks}  # type: ignore[union-attr]
     assert spots["channel@0.5"] < spots["channel@0.25"] < spots["dense"]
-    assert {s.network for c in course_charts(REPORT) for s in c.series} == {"dense", *NAMES}
-    losses = course_charts(REPORT)[0]
+    assert {s.network for c in training_charts(REPORT) for s in c.series} == {"dense", *NAMES}
+    losses = training_charts(REPORT)[0]
     assert max(x for s in losses.series for x, _ in s.line) == 5
     alphas, curve = merge_charts(REPORT)
     assert [(m.x, m.y) for m in alphas.series[0].marks] == [(2, 0.4)]

@@ -167,6 +167,7 @@ class Randomised:
         state = scaled(dict(own.named_parameters(remove_duplicate=False)), folds)
         for at, module in native.named_modules():
             within = f"{at}." if at else ""
+            # Put into the module's own tables: its tensors have no memory (meta device) into which to copy.
             for name, old in module._parameters.items():
                 if old is not None:
                     module._parameters[name] = nn.Parameter(state[within + name].detach(), requires_grad=False)

@@ -5,7 +5,7 @@
     python benchmarks/zoo/run.py --table                  the table of what has been run
 
 Each model runs in a process of its own, one contender after the other. Rows go to a file of JSON lines as they come:
-stopped at any moment, the same command goes on with what is missing.
+stopped at any moment, the same command continues with what is missing.
 """
 
 from __future__ import annotations

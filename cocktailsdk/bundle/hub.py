@@ -44,15 +44,15 @@ def folder_of(path: str | os.PathLike[str], **options: Any) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(FILES), **options))
     except RepositoryNotFoundError as e:
         raise BundleError(
-            f"{here} the Hugging Face hub has no {path!r} that you may read: mend the path or name"
+            f"{here} the Hugging Face hub has no {path!r} that you may read: correct the path or name"
         ) from e
     except LocalEntryNotFoundError as e:
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the Hugging Face hub cannot be reached"
         if options.get("local_files_only"):
             why = "local_files_only was asked for"
         raise BundleError(
-            f"{here} no copy of the hub's {path!r} is in the local cache, and {why}: mend the path, or load it once "
-            "with a network"
+            f"{here} no copy of the hub's {path!r} is in the local cache, and {why}: correct the path, or load "
+            "it once with internet access"
         ) from e
     except Exception as e:  # the client raises its own errors, its HTTP library's and the system's
         raise BundleError(

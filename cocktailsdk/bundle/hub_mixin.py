@@ -174,6 +174,7 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
             **metadata: Of the card (``license``, ``datasets``, ``metrics``).
         """
         net = self._net()
+        # Private (huggingface_hub 2.4), and the one place where the mixin keeps the library's name and tags.
         data = type(self)._hub_mixin_info.model_card_data.to_dict()
         head = ModelCardData(**{**data, **metadata})
         rows = []

@@ -27,6 +27,7 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def stored_names(model: nn.Module) -> list[str]:
     """Those of :func:`all_tensors` that a checkpoint holds."""
+    # Private (torch 2.14). state_dict() would tell too, but it runs hooks of the user's model.
     fleeting = {
         f"{path}.{name}".lstrip(".") for path, m in model.named_modules() for name in m._non_persistent_buffers_set
     }

@@ -43,6 +43,7 @@ def write_statistics(
         if list(own) != buffers:
             buffers = entry["buffers"] = list(own)
         kept = _kept_entries(own, masks[name], coupling) if name in masks else {}
+        # Trimmed entries are read back as 0.0. Bytes are compared, since -0.0 equals 0.0 and would come back as 0.0.
         if kept and all(not own[b].cpu()[~k].view(-1).view(torch.uint8).any() for b, k in kept.items()):
             entry["trimmed"] = True
         else:

@@ -31,7 +31,7 @@ def train(
         str, typer.Option(help="digits, cifar10 or fashion-mnist.", show_default=False, autocompletion=presets)
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The run's folder; the same command goes on in it.", show_default="runs/PRESET")
+        Path | None, typer.Option(help="The run's folder; the same command resumes it.", show_default="runs/PRESET")
     ] = None,
     data: Data = None,
     model: Annotated[
@@ -61,7 +61,7 @@ def train(
     """Train one bundle of sparse networks, and measure every one of them.
 
     The folder then holds the bundle, report.json and, with matplotlib, a picture. Ctrl-C and SIGTERM save (exit codes
-    130 and 143); the same command goes on.
+    130 and 143); the same command resumes the run.
     """
     console = messages(main_process_only=True)
     log_to(console)
@@ -100,7 +100,7 @@ def train(
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         if code not in (INTERRUPTED, TERMINATED):
             raise
-        console.print(f"stopped; the same command goes on from the state in {folder / 'state'}", soft_wrap=True)
+        console.print(f"stopped; the same command resumes from the state in {folder / 'state'}", soft_wrap=True)
         raise typer.Exit(code) from None
     if report is None:  # another process has it
         return

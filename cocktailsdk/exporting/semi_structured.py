@@ -120,7 +120,8 @@ def eligible_linears(model: nn.Module, dtype: torch.dtype = torch.float16) -> li
     Returns:
         The layers in the order of the model's modules, each with a reason if not.
     """
-    # A sparse weight replaces the parameter in one module; the other module would keep the dense one.
+    # A sparse weight replaces the parameter in one module; the other module would keep the dense one. parameters()
+    # gives a shared one only once, so each module's own table is counted.
     tied = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     out = []
     for path, module in model.named_modules():

@@ -62,6 +62,7 @@ def duplicate_in_double(model: nn.Module) -> nn.Module:
     for module in made.modules():
         for tensor in _nested_tensors(vars(module)):
             if tensor.is_floating_point():
+                # In the same object: double() makes another one, and several containers may hold this one.
                 tensor.data = tensor.data.double()
     return made
 

@@ -21,7 +21,7 @@ def hook_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     with torch.no_grad():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
+            if isinstance(hook, BasePruningMethod):  # has no public name for the attribute (torch 2.14)
                 yield hook._tensor_name, hook.apply_mask(module)
             elif isinstance(hook, WeightNorm):
                 yield hook.name, hook.compute_weight(module)

@@ -21,7 +21,7 @@ class _Tracer(fx.Tracer):
 
     Args:
         module: The module.
-        given: Its inputs by name.
+        arguments: Its inputs by name.
     """
 
     # Buffers must be nodes too: a rewritten forward reads them from the slim module, where they are narrower.

@@ -148,7 +148,7 @@ class _Editor:
         wide: Every node's value in the original.
         values: The values in the slim copy, of the nodes done so far.
         own: What the whole model's trace says of the module's own calls.
-        around: The same with the calls that made what they are given.
+        nearby: The same, with the calls that made their inputs.
         keep: For each unit whether it stays; a last entry for what belongs to no unit.
     """
 

@@ -187,6 +187,7 @@ def nested_levels(masks: Sequence[PackedMasks]) -> list[Level] | None:
     Returns:
         One level a mask, or ``None`` where they are not nested, not of the same tensors, or so few that nothing is won.
     """
+    # n masks take n bits an element; their counts 0 … n take n.bit_length() bits
     if len(masks).bit_length() >= len(masks) or any(not masks[0].alike(m) for m in masks):
         return None
     planes = bit_planes([m.bits for m in masks])

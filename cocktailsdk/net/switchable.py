@@ -319,6 +319,8 @@ class SwitchableModel(MaskedModel):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            # From the tables: self.model would call this method again, without end, while they are not there yet (in
+            # __init__, or when copied and unpickled).
             model = self.__dict__.get("_modules", {}).get("model")
             if model is None or name == "model":
                 raise

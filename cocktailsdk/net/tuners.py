@@ -71,6 +71,7 @@ class MergeGuard:
 
     def arm(self, name: str) -> None:
         """Refuse from now on, in the name of a subnetwork."""
+        # An attribute of the instance hides the method of its class (peft 0.21); deleting it brings the method back.
         for layer in self._layers:
             layer.__dict__["merge"] = _Refusal(layer, name)
 

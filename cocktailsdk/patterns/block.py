@@ -27,7 +27,7 @@ class Block(Pattern):
 
     The weights are seen as matrices of outputs by inputs, one for each kernel position and convolution group, so that a
     block holds consecutive output and consecutive input channels at one kernel position. What fills no block, at a
-    matrix's last rows and columns, stays whole and counts as not covered. Exactly ``round(sparsity * n)`` of the n
+    matrix's last rows and columns, is not pruned and counts as not covered. Exactly ``round(sparsity * n)`` of the n
     blocks go, those of least L1 norm, ties by position.
 
     Args:

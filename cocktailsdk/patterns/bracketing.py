@@ -42,7 +42,7 @@ def drop_between(
 
     Args:
         values: Tensors by name.
-        keep: What is kept so far, by name; tensors not in it are kept whole.
+        keep: What is kept so far, by name; tensors not in it are not masked yet.
         dtype: That they are compared in.
         count: How many of those kept go; at least one.
         kept: How many are kept so far.
@@ -101,15 +101,16 @@ def _bounds(
         for part, k in pieces(value, keep.get(name), dtype):
             some = magnitude_bits(part[begin::step].contiguous(), Scratch())
             parts.append((some if k is None else some[k[begin::step]]).cpu())
-            begin = (begin - part.numel()) % step
+            begin = (begin - part.numel()) % step  # the stride goes on in the next piece, as in one long tensor
     sample = torch.cat(parts)
     n = sample.numel()
-    if n < 1 << 12:
+    if n < 1 << 12:  # the bracket would be too wide to save anything
         return None
     # the standard error of a share p among n independent draws is sqrt(p (1 - p) / n); 4 / n is for p near 0 and 1
     margin = _SIGMAS * sqrt(share * (1 - share) / n) + 4 / n
     ends = round((share - margin) * n), round((share + margin) * n)
     inner = [end - 1 for end in ends if 1 <= end <= n]
+    # Puts only these order statistics in their places: linear time, where sorting takes n log n.
     ordered = np.partition(sample.numpy(), inner) if inner else sample.numpy()
     low = int(ordered[ends[0] - 1]) if ends[0] >= 1 else 0
     high = int(ordered[ends[1] - 1]) if ends[1] <= n else infinity_bits(dtype)

@@ -68,7 +68,7 @@ def check_runs(
 
 
 def nm_mask(weight: Weight, value: Float[Tensor, "..."], n: int, m: int) -> Bool[Tensor, "..."]:
-    """Keep the N largest magnitudes of each run, ties by position; a remainder is kept whole.
+    """Keep the N largest magnitudes of each run, ties by position; a remainder is not pruned.
 
     Exact whatever the dtype. Besides the result it takes temporaries of up to ten MB.
 
@@ -140,7 +140,7 @@ class NM(Pattern):
     """N of every M consecutive input channels are kept, for each kernel position (paper, Section 3.2).
 
     Runs go along the input channels, as sparse tensor cores and NVIDIA's ASP read them. A remainder shorter than M
-    is kept whole and counts as not covered; the exact sparsity is that of the weights covered.
+    is not pruned and counts as not covered; the exact sparsity is that of the weights covered.
 
     Args:
         n: Weights kept of each run.
@@ -194,7 +194,7 @@ class NM(Pattern):
         return zeros_among_covered(mask, umg, lambda weight: self._covered(weight, subnet.options["m"]))
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
-        """Every run keeps exactly N weights, and remainders are kept whole.
+        """Every run keeps exactly N weights, and remainders are not pruned.
 
         Raises:
             PatternError: It is not so.

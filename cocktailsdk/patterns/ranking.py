@@ -65,7 +65,7 @@ def drop_smallest(
 
     Args:
         values: Tensors by name, on any devices.
-        keep: What is kept so far, by name, same shapes, on any device. Tensors not in it are kept whole.
+        keep: What is kept so far, by name, same shapes, on any device. Tensors not in it are not masked yet.
         count: How many more go; at most what is kept, over all ranks.
         shards: Where the tensors are slices of larger ones, how the ranks that hold them agree.
         kept: How many are kept so far, where that is known.
@@ -112,7 +112,7 @@ def histogram(
 
     Args:
         values: Tensors by name.
-        keep: What is kept so far, by name; tensors not in it are kept whole.
+        keep: What is kept so far, by name; tensors not in it are not masked yet.
         dtype: See :func:`ranked_dtype`.
         digit: The place: 0 for the first 16 bits (their first, the sign, is 0), 1 for the next.
         prefix: The bits before that place; only elements that begin with them are counted.

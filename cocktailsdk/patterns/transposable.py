@@ -31,7 +31,7 @@ class Transposable(NM):
 
     The choice is the best there is: of all such masks the one that keeps the largest sum of magnitudes in every tile.
     Tiles hold M consecutive outputs by M consecutive inputs, at one kernel position of one convolution group. What
-    fills no tile stays whole and counts as not covered; the exact sparsity is that of the weights covered.
+    fills no tile is not pruned and counts as not covered; the exact sparsity is that of the weights covered.
 
     Args:
         n: Weights kept of each row and column.
@@ -59,7 +59,7 @@ class Transposable(NM):
         return Mask(out)
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
-        """Every row and column of every tile keeps exactly N weights, and what fills no tile is kept whole.
+        """Every row and column of every tile keeps exactly N weights, and what fills no tile is not pruned.
 
         Raises:
             PatternError: It is not so.
@@ -112,7 +112,9 @@ def best_squares(values: Float[Tensor, "tiles m m"], n: int) -> Bool[Tensor, "ti
 def _share_out(weights: Float[Tensor, "tiles m m"], keep: Bool[Tensor, "tiles m m"]) -> None:
     """Let each pair of rows share out, in place and at its best, the columns that one of them alone keeps."""
     for i, k in itertools.combinations(range(keep.shape[-1]), 2):
-        either = keep[:, i] ^ keep[:, k]
+        either = keep[:, i] ^ keep[:, k]  # one row keeps the column, the other does not
+        # Every row keeps N columns, so each of the two keeps half of these. Row i gets the half with the largest gain.
+        # -inf sorts all other columns behind; a stable sort breaks ties by position, the same on every device.
         gain = (weights[:, i] - weights[:, k]).masked_fill(~either, -torch.inf)
         order = gain.argsort(dim=-1, descending=True, stable=True)
         place = torch.arange(keep.shape[-1], device=keep.device).expand_as(order)

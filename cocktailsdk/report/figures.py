@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ..utils.optional import check_installed
 from .costs_charts import cost_charts, safe_name
-from .course_charts import course_charts, merge_charts
 from .drawing import write_chart, write_matrix
 from .looks import looks_of
 from .page_masks import MOST_ROWS, sparsity_maps
 from .run import RunReport
+from .training_charts import merge_charts, training_charts
 
 if TYPE_CHECKING:
     from ..choosing.profile import DeviceProfile
@@ -40,7 +40,7 @@ def write_figures(
     check_installed("matplotlib", purpose="drawing figures")
     folder.mkdir(parents=True, exist_ok=True)
     looks, out = looks_of([report]), []
-    for chart in [*cost_charts(report, run, profiles), *course_charts(report), *merge_charts(report)]:
+    for chart in [*cost_charts(report, run, profiles), *training_charts(report), *merge_charts(report)]:
         for ending in formats:
             out.append(folder / f"{chart.name}{ending}")
             write_chart(chart, looks, out[-1])

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..utils.optional import check_installed
 from .chart import Chart
 from .costs_charts import cost_charts, metric_text
-from .course_charts import course_charts, merge_charts
 from .drawing import Limits, inline_svg, limits_of
 from .looks import DARK, GRID, INK, PAPER, Look, looks_of
 from .numbers import bytes_text, duration_text
@@ -20,6 +19,7 @@ from .page_masks import mask_overlap, sparsity_heat_maps, unpruned_layers
 from .page_tables import differing_settings, networks_of_both, networks_table
 from .rendering import asset, render
 from .run import RunReport
+from .training_charts import merge_charts, training_charts
 
 if TYPE_CHECKING:
     from ..choosing.profile import DeviceProfile
@@ -70,7 +70,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
         runs=[_run_values(run, prefix) for run, prefix in zip(runs, PREFIXES, strict=False)],
         compared=_compared(*runs) if len(runs) == 2 else None,
         cost_charts=_charts(runs, looks, lambda run: cost_charts(run.report, run.folder, run.profiles)),
-        training_charts=_charts(runs, looks, lambda run: course_charts(run.report)),
+        training_charts=_charts(runs, looks, lambda run: training_charts(run.report)),
         merging_charts=_charts(runs, looks, lambda run: merge_charts(run.report)),
     )
 

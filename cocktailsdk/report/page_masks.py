@@ -8,8 +8,8 @@ from itertools import combinations
 
 from ..utils.grouping import grouped
 from ..utils.layer_names import folded, pattern_of, short
-from .course_charts import rounds_of
 from .run import RunReport
+from .training_charts import rounds_of
 
 __all__ = ["MOST_ROWS", "SparsityMap", "mask_overlap", "sparsity_heat_maps", "sparsity_maps", "unpruned_layers"]
 

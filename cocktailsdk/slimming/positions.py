@@ -45,6 +45,7 @@ def filled(slim: nn.Module, model: nn.Module, where: Where) -> nn.Module:
     values, modules = named_tensors(model), dict(model.named_modules(remove_duplicate=False))
     for name, t in named_tensors(slim).items():
         value = values[name]
+        # By .data, which may change shape and dtype: the parameter stays the same object, so ties stay ties.
         t.data = value.detach().flatten()[where[name].flatten()].view(t.shape).clone()
         if isinstance(t, nn.Parameter):
             t.grad = None

@@ -210,7 +210,7 @@ def _run(view: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, A
             if not apart:
                 raise
             log.info("%s: the code of %r wants its weights in one piece", name, at)
-            for p in apart:
+            for p in apart:  # by .data: the parameter stays the same object, and no longer shares memory
                 p.data = p.detach().contiguous()
 
 

@@ -31,7 +31,9 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if sharded(model):
-            raise TrainingError("ema cannot average sharded weights (FSDP2): leave it out, or train with DDP")
+            raise TrainingError(
+                "ExecutionSettings.ema_decay cannot average sharded weights (FSDP2): leave it out, or train with DDP"
+            )
         self._model, self._decay = model, decay
         self.end()
 
@@ -41,6 +43,8 @@ class Average:
         self._names, self._trained = list(parameters), _Trained(parameters.values())
         self._average = AveragedModel(self._trained, multi_avg_fn=self._blend)
         for value in self._average.parameters():
+            # In 16 bits, adding (1 - decay) of a small difference rounds to no change. AveragedModel (torch 2.14)
+            # copies parameters in their own dtype, and only .data changes a parameter's dtype in place.
             if value.element_size() < 4:
                 value.data = value.data.float()
         self._average.update_parameters(self._trained)  # the first update copies

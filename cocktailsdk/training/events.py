@@ -167,7 +167,7 @@ class MergeProgress(Event):
 
     Attributes:
         round: The round whose weights are being merged in.
-        alpha: Share of the merged weights in the candidate.
+        alpha: Interpolation coefficient α, the weight of the merged weights in the candidate.
         judged: Networks judged so far, those that a bound made needless included.
         total: Of how many.
     """
@@ -184,7 +184,7 @@ class AlphaChosen(Event):
 
     Attributes:
         round: The round.
-        alpha: The share kept of what was merged before; 1 rejects the round's weights.
+        alpha: The interpolation coefficient α, the weight of what was merged before; 1 rejects the round's weights.
         metric: Mean held-out metric over the subnets of all rounds so far.
     """
 

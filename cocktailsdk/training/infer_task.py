@@ -45,7 +45,7 @@ def infer_task(model: nn.Module, batches: Iterable[Any], options: Options) -> Cl
 
     Raises:
         TrainingError: Without batches, where the loader, the model or the loss raises for the first batch, without a
-            loss, or where distillation needs a ``distill_fn``.
+            loss, or where distillation needs a ``DistillationSettings.loss_fn``.
     """
     output = classes = None
     with closing(_from_first(batches, "the loader")) as found:

@@ -45,10 +45,10 @@ LOOKS = 8
 class CoLoop:
     """The step schedule without the trainer: drops into a plain loop, Accelerate, Lightning or a transformers Trainer.
 
-    It says which network each step trains, makes every round's masks (paper, section 3.2) from the weights that the one
-    before ended with, switches the model in place, distils from the dense network, and masks gradients, with the step
-    engine of :class:`~cocktailsdk.CoTrainer`. The model, the optimizer, the data, forward and backward stay yours. With
-    the same batches, and a new optimizer for every round, the weights are the trainer's, bit for bit.
+    It says which network each step trains, makes every round's masks (paper, section 3.2), switches the model in place,
+    distils from the dense network, and masks gradients. It shares the step engine with
+    :class:`~cocktailsdk.CoTrainer`. The model, the optimizer, the data, forward and backward stay yours. With the same
+    batches, and a new optimizer for every round, the weights are the trainer's, bit for bit.
 
     Args:
         net: From :func:`~cocktailsdk.sparsify`; train ``net.model``, wrapped as you like. Its masks are made anew. A
@@ -62,7 +62,8 @@ class CoLoop:
             tensors, ``(inputs, target)`` and mappings.
         distill_fn: ``distill_fn(student_output, teacher_output) -> scalar``; by default soft cross-entropy of class
             logits.
-        distill_weight: Share of it in the loss of sparse steps, where the recipe names none; 0 for none.
+        distill_weight: Weight of the distillation loss on sparse steps, in [0, 1]. A recipe may set its own weight
+            instead, but 0 turns distillation off in every recipe.
         seed: Of what the recipe's schedule draws. Global generators are not seeded.
 
     Attributes:

@@ -61,7 +61,7 @@ def open_session(
         make_generators(train, first)
     if state is not None or ranks.world > 1:
         set_generator_states(train, first)
-    if ranks.world > 1:
+    if ranks.world > 1:  # before anything is computed with the weights
         ranks.align(tensor for tensor in model_tensors(net.model).values() if not is_sharded(tensor))
     if state is None:
         found = infer_task(net.model, _recalibration(loaders, options, device), options)
@@ -102,7 +102,7 @@ def open_session(
         try_metric(net.model, held_out, options, session.metric, ranks)
     if ranks.world > 1 and session.execution is not None and session.position.phase != "done":
         # DDP compares the processes' weights when it wraps the model: they must be restored by now
-        session.execution.prepare(next(iter(session.data.recalibration)), options.loss_fn)
+        session.execution.wrap(next(iter(session.data.recalibration)), options.loss_fn)
     return session
 
 

@@ -112,6 +112,8 @@ def epochs_for(session: Session, costs: Costs, hours: float) -> int:
             f"total_hours={hours} is too little: merging takes up to {_after(session, costs) / 3600:.2g} hours and one "
             f"epoch of every round {seconds(1) / 3600:.2g}"
         )
+    # Searched bit by bit, from a power of two above the estimate down. Dividing would not do: the epochs of finishing
+    # are rounded, so seconds() is not proportional.
     epochs, step = 1, max(1, 1 << math.floor(left / seconds(1)).bit_length())
     while step:
         if seconds(epochs + step) <= left:

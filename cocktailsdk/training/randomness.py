@@ -23,10 +23,10 @@ def seed_everything(*key: int | str) -> None:
         *key: What the seed stands for, say ``(seed, "step", round, epoch, step)``.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
-    seed = int.from_bytes(digest[:8], "little") >> 1
+    seed = int.from_bytes(digest[:8], "little") >> 1  # 63 bits: positive as a signed integer, too
     # not torch.manual_seed, which formats a stack trace whenever CUDA was not used yet: 80 us a call
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
+    np.random.seed(seed & 0xFFFFFFFF)  # NumPy takes 32 bits
     random.seed(seed)

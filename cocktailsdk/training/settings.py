@@ -1,12 +1,23 @@
-"""Settings of :class:`~cocktailsdk.CoTrainer` beyond its everyday arguments, in six groups by what they are about.
+"""Settings of :class:`~cocktailsdk.CoTrainer`, in six groups by subject.
 
-The arguments that most runs need are keywords of the trainer. The rest comes in groups, so that each is found by its
-subject, as in Lightning's plugins: where the teacher comes in, ``distillation=``; how rounds are made and merged,
-``rounds=``; how networks are measured, ``evaluation=``; how batches are used, ``batches=``; how an optimizer step is
-computed, ``execution=``; what the run writes and reports, ``output=``. Names are those of transformers, accelerate and
-timm where these have one (``max_grad_norm``, ``gradient_accumulation_steps``, ``ema_decay``).
+The arguments that most runs need are keywords of the trainer. All other settings are in groups, each with a keyword of
+its own:
 
-All groups are frozen: ``dataclasses.replace(settings, ...)`` makes a variant.
+================== ====================================
+keyword            settings of
+================== ====================================
+``distillation=``  how the dense network teaches
+``rounds=``        how rounds are made and merged
+``evaluation=``    how networks are measured
+``batches=``       how batches are used
+``execution=``     how an optimizer step is computed
+``output=``        what the run writes and reports
+================== ====================================
+
+Settings have the names that transformers, accelerate and timm use (``max_grad_norm``,
+``gradient_accumulation_steps``, ``ema_decay``).
+
+All groups are frozen. ``dataclasses.replace(settings, ...)`` makes a variant.
 
 Example:
     ```python
@@ -75,10 +86,10 @@ class DistillationSettings:
     """How the dense network teaches the subnetworks.
 
     Attributes:
-        weight: Weight of the distillation loss on sparse steps, in [0, 1], where the recipe sets none; the loss of the
-            labels gets the rest. 0 turns distillation off in every recipe.
+        weight: Weight of the distillation loss on sparse steps, in [0, 1]. The loss from the labels has the weight
+            ``1 - weight``. A recipe may set its own weight instead, but 0 turns distillation off in every recipe.
         loss_fn: ``loss_fn(student_output, teacher_output) -> scalar``. Default: soft cross-entropy, for classification
-            and language models with integer labels; other tasks need one, or ``weight=0``.
+            and language models with integer labels. Other tasks need their own function, or ``weight=0``.
     """
 
     weight: float = 0.5
@@ -91,16 +102,16 @@ class DistillationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
-    """How many rounds there are, where they begin, and how their weights are merged.
+    """How many rounds a run has, where they begin, and how their weights are merged.
 
     Attributes:
-        count: Rounds after round 0. Default: the largest number of levels of a pattern.
-        rewind_epoch: Where the recipe rewinds, rounds begin with the weights after so many epochs of round 0.
-            Default: 7 of 150 epochs, in proportion.
-        rewind_schedule: Whether optimizer and schedule are rewound too, which leaves a round ``epochs - rewind_epoch``
-            epochs. By default they begin anew with every round.
-        merge: Whether rounds are merged, where the recipe does. Otherwise the last round's weights are the result.
-        alphas: Interpolation coefficients that merging tries, each in (0, 1].
+        count: Number of rounds after round 0. Default: the largest number of levels of a pattern.
+        rewind_epoch: If the recipe rewinds, every round begins with the weights that round 0 had after this many
+            epochs. Default: 7 of 150 epochs, in proportion.
+        rewind_schedule: Whether the optimizer and its schedule are rewound too. A round then has
+            ``epochs - rewind_epoch`` epochs. By default both start anew in every round.
+        merge: Whether a recipe that merges rounds does so. If false, the last round's weights are the result.
+        alphas: Interpolation coefficients α that merging tries, each in (0, 1].
     """
 
     count: int | None = None
@@ -123,9 +134,9 @@ class EvaluationSettings:
     """How networks are measured.
 
     Attributes:
-        metric_mode: ``"max"`` where more of the metric is better, ``"min"`` where less is.
-        recalibration_batches: Training batches from which each network's batch-norm statistics are computed before it
-            is measured.
+        metric_mode: ``"max"`` if a larger metric is better, ``"min"`` if a smaller one is.
+        recalibration_batches: Number of training batches from which a network's batch-norm statistics are computed
+            before it is measured.
     """
 
     metric_mode: Literal["max", "min"] = "max"
@@ -141,13 +152,13 @@ class BatchSettings:
     """How the batches of the loaders are used.
 
     Attributes:
-        forward_fn: ``forward_fn(model, batch) -> (output, target)``. Default: tensors, ``(inputs, target)`` and
-            mappings are understood.
-        steps_per_epoch: Batches of an epoch. Default: the loader's length. The next epoch continues in the loader where
-            the last one stopped, so that every batch is used whatever the number.
-        shard_loader: Whether each batch of ``train_loader`` is divided among processes; ``False`` where the loader
-            gives each process its own part. Default: yes, unless the loader does that visibly (``DistributedSampler``,
-            loaders that Accelerate prepared).
+        forward_fn: ``forward_fn(model, batch) -> (output, target)``. Default: handles tensors, ``(inputs, target)`` and
+            mappings.
+        steps_per_epoch: Number of batches in an epoch. Default: the loader's length. Each epoch continues in the loader
+            where the last one stopped, so no batch is left out.
+        shard_loader: Whether each batch of ``train_loader`` is divided among processes. Set ``False`` if the loader
+            gives each process its own part. Default: divided, unless the loader has a ``DistributedSampler`` or was
+            prepared by Accelerate.
     """
 
     forward_fn: ForwardFn | None = None
@@ -164,22 +175,22 @@ class ExecutionSettings:
     """How an optimizer step is computed, on one process or several.
 
     Attributes:
-        accelerator: Your own ``accelerate.Accelerator``. Default: under ``torchrun`` and ``accelerate launch`` one is
-            made; see the page on several processes.
-        mixed_precision: ``"bf16"`` or ``"fp16"``: training passes compute in 16 bits. Weights, masks, statistics,
+        accelerator: Your own ``accelerate.Accelerator``. Default: one is made under ``torchrun`` and
+            ``accelerate launch``; see the page on several processes.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` computes training passes in 16 bits. Weights, masks, statistics,
             metrics and merging keep the weights' own precision. Default: the accelerator's.
-        gradient_accumulation_steps: Batches of an optimizer step, one after the other. Gradients are those of the mean
-            over all their examples. Default: the accelerator's ``gradient_accumulation_steps``, or 1.
-        max_grad_norm: Largest norm of all gradients of a step together; longer ones are scaled down to it. Default: no
-            limit.
-        ema_decay: Decay of an exponential moving average of the weights in (0, 1), say 0.999. Each round ends with the
-            average, which is measured, pruned, merged and trained on. It takes one more copy of the trained weights.
-            Default: no average.
-        sync_batch_norm: Whether batch norms of several processes on GPUs normalize by all processes' examples.
-        on_nan: What happens where a loss is NaN or infinite. ``"raise"`` stops the run; it finds which step it was
-            without waiting for the device in each. ``"skip"`` leaves the step out, also where only gradients are not
-            finite: weights, momentum and statistics stay. It waits for the device in every step, and stops the run
-            after 25 such steps in a row.
+        gradient_accumulation_steps: Number of batches in an optimizer step. Gradients are those of the mean over all
+            their examples. Default: the accelerator's ``gradient_accumulation_steps``, or 1.
+        max_grad_norm: Largest norm of all gradients of a step together; larger gradients are scaled down to this norm.
+            Default: no limit.
+        ema_decay: Decay of an exponential moving average of the weights, in (0, 1), for example 0.999. Each round ends
+            with the average, which is then measured, pruned, merged and trained further. The average takes one more
+            copy of the trained weights. Default: no average.
+        sync_batch_norm: Whether batch norms on several GPUs normalize by the examples of all processes.
+        on_nan: What happens if a loss is NaN or infinite. ``"raise"`` stops the run and names the step, without
+            waiting for the device in every step. ``"skip"`` leaves out the step, also if only gradients are not finite:
+            weights, momentum and statistics stay as they were. ``"skip"`` waits for the device in every step, and stops
+            the run after 25 skipped steps in a row.
     """
 
     accelerator: Accelerator | None = None
@@ -198,14 +209,16 @@ class ExecutionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What a run writes to ``out_dir`` and reports to ``callbacks``, and how often.
+    """How often a run saves to ``out_dir`` and reports to ``callbacks``.
 
     Attributes:
-        save_seconds: Least seconds between two saves at ends of epochs. Rounds always save.
-        save_minutes: Most minutes without a save: also within an epoch, in merging, and while networks are measured.
-        event_seconds: Least seconds between two events of single steps.
-        config: JSON values that describe what the trainer cannot see (the data, say). They are part of the fingerprint:
-            a run with another ``config`` does not resume.
+        save_seconds: At the end of an epoch, the run saves if this many seconds have passed since the last save. It
+            always saves at the end of a round.
+        save_minutes: After this many minutes without a save, the run saves within an epoch, while merging, and while it
+            measures networks.
+        event_seconds: Smallest number of seconds between two events that report progress within an epoch or a merge.
+        config: JSON values that describe what the trainer cannot see, for example the data. A run with another
+            ``config`` does not resume.
     """
 
     save_seconds: float = 10.0

@@ -1,6 +1,6 @@
-"""Packages that a base install lacks: imported when they are used, with the command that installs a missing one.
+"""Optional packages: imported when they are used. A missing one gives an error with the command that installs it.
 
-Nothing here imports torch, so that a command can check before it loads anything.
+Nothing here imports torch, so a command can check for packages before it loads anything.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ EXTRAS = {
     "uvicorn": "serving",
     "yaml": "detection",
 }
-"""For each optional module the extra of ``cocktailsdk`` that installs it. Others are installed by their own names."""
+"""Optional modules, and the extra of ``cocktailsdk`` that installs each. All others are installed by name."""
 
 
 def require(module: str, purpose: str, *, error: type[CocktailError] = CocktailError) -> Any:
     """Import a module of an optional package.
 
     Args:
-        module: Its full name, such as ``"matplotlib.figure"``.
-        purpose: What needs it, as the subject of an error message: ``"drawing figures"``.
-        error: Raised where the package is missing.
+        module: The module's full name, such as ``"matplotlib.figure"``.
+        purpose: What needs the module, as the subject of an error message: ``"drawing figures"``.
+        error: The class of error to raise if the package is missing.
 
     Returns:
         The module.
 
     Raises:
-        CocktailError: The package is not installed; says which command installs it.
+        CocktailError: The package is not installed. The message has the command that installs it.
     """
     check_installed(module.partition(".")[0], purpose=purpose, error=error)
     return importlib.import_module(module)
@@ -57,18 +57,18 @@ def check_installed(*packages: str, purpose: str, extra: str = "", error: type[C
     Args:
         packages: Names of their modules.
         purpose: What needs them, as the subject of an error message.
-        extra: The extra that installs all of them; by default those of :data:`EXTRAS`.
-        error: Raised where one is missing.
+        extra: The extra that installs all of them. Default: the extras in :data:`EXTRAS`.
+        error: The class of error to raise if one is missing.
 
     Raises:
-        CocktailError: One is not installed; says which command installs it.
+        CocktailError: One is not installed. The message has the command that installs it.
     """
     if message := missing(*packages, purpose=purpose, extra=extra):
         raise error(message)
 
 
 def missing(*packages: str, purpose: str, extra: str = "") -> str:
-    """Which of some packages are not installed, and the command that installs them; empty where all are."""
+    """An error message that names the packages that are not installed; empty if all are installed."""
     names = [p for p in packages if not installed(p)]
     if not names:
         return ""
@@ -78,14 +78,14 @@ def missing(*packages: str, purpose: str, extra: str = "") -> str:
 
 
 def install_command(*packages: str, extra: str = "") -> str:
-    """The command that installs packages: by an extra where one has them, else by their own names."""
+    """The command that installs packages: by extras if these have them, otherwise by name."""
     extras = {extra} if extra else {EXTRAS[p] for p in packages if p in EXTRAS}
     others = [] if extra else [p for p in packages if p not in EXTRAS]
     return " ".join(["pip install", *([f'"cocktailsdk[{",".join(sorted(extras))}]"'] if extras else []), *others])
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported, as far as can be seen without importing it."""
+    """Whether a package is installed; this does not import it."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):  # half-loaded, or part of a package that is not installed

@@ -223,7 +223,7 @@ def _entries(cache: Any) -> list[Any]:
     out: list[Any] = []
     for value in gc.get_referents(cache):
         out += [*value.keys(), *value.values()] if type(value) is dict else [value]
-    return [v for v in out if v is not cache.__wrapped__]
+    return [v for v in out if v is not cache.__wrapped__]  # the cached function is a referent too
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
     python examples/serving/train.py [FOLDER]
 
-Takes a few minutes on two cores; Ctrl-C saves, and the same command goes on.
+Takes a few minutes on two cores; Ctrl-C saves, and the same command resumes.
 """
 
 from __future__ import annotations

@@ -225,6 +225,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An op's argument by its schema name, whether it was given by position or by name."""
     if name in node.kwargs:
         return node.kwargs[name]
+    # Private, as _opname and _overloadname elsewhere in the rules: an OpOverload has no public ones (torch 2.14).
     schema = node.target._schema  # type: ignore[union-attr]
     for i, arg in enumerate(schema.arguments):
         if arg.name == name:

@@ -164,5 +164,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         out.update(name.encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
+            # As bytes: NumPy has no bfloat16, and -0.0 and 0.0 are to differ.
             out.update(flat.view(torch.uint8).numpy().data)
     return out.hexdigest()

@@ -1,4 +1,4 @@
-"""Merging the rounds' weights into one set (paper, section 3.3): which share of each is best, searched exactly."""
+"""Merging the rounds' weights into one set (paper, section 3.3): an exact search for the coefficients."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Cell = TypeVar("Cell", bound=Hashable)
 
 @dataclass(frozen=True)
 class Tried:
-    """A share that a search looked at.
+    """An interpolation coefficient α that a search tried.
 
     Attributes:
-        alpha: The share.
-        value: Mean metric over the networks; where it was given up, the most that it could still have been.
+        alpha: The coefficient.
+        value: Mean metric over the networks. If the search gave up early, an upper bound.
         whole: Whether everything was judged.
     """
 
@@ -34,13 +34,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        alpha: The chosen share.
-        value: Mean metric over the networks at that share.
-        scores: The score of every cell at that share.
-        tried: All shares, from the largest down.
+        alpha: The chosen coefficient.
+        value: Mean metric over the networks at this coefficient.
+        scores: The score of every cell at this coefficient.
+        tried: All coefficients, from the largest down.
     """
 
     alpha: float
@@ -59,17 +59,17 @@ def choose_alpha(
     order: Callable[[Mapping[Cell, Score]], Sequence[Cell]] | None = None,
     networks: int | None = None,
 ) -> Choice:
-    """The share with the best mean metric over networks; of equals the largest.
+    """The coefficient with the best mean metric over networks; of equal ones the largest.
 
-    What is judged at a time is a cell: a network, or a network on a part of the held-out set. The search is exhaustive
-    but for what cannot matter: once a share's cells judged so far, and the best that is possible for the rest, can no
-    longer beat the best share's sum, the rest are not judged. Sums are exact, so the choice is that of the full search.
-    Cells that lacked most at the share before come first, since they decide soonest.
+    A cell is a network, or a network on a part of the held-out set. Cells are judged one at a time. Once a coefficient
+    can no longer beat the best sum so far, even with the best possible scores in its other cells, these are not judged.
+    Sums are exact, so the result is that of the full search. The cells that lacked most at the coefficient before come
+    first, since they decide soonest.
 
     Args:
-        alphas: The shares, in any order.
+        alphas: The coefficients, in any order.
         cells: Whose scores are added up.
-        judge: ``judge(alpha, cell)``; called for one share after the other.
+        judge: ``judge(alpha, cell)``; called for one coefficient after the other.
         known: What was judged before, and need not be again. New results are added.
         judged: Called as ``judged(alpha, n)`` after every result, where ``n`` of all
             ``len(alphas) * len(cells)`` are settled.
@@ -127,7 +127,7 @@ def interpolate(
         merged: Parameters and buffers by name.
         other: The same names.
         alpha: At 1 the result is ``merged``, bit by bit.
-        shares: Of some layers shares of their own, by :func:`layer_of` their tensors' names.
+        shares: Coefficients of single layers in place of ``alpha``, by :func:`layer_of` the tensors' names.
 
     Returns:
         New tensors. Integer ones (counters, index tables) are those of ``merged``.

@@ -32,7 +32,7 @@ class Candidates:
 
     Where the metric counts hits, examples are regrouped once for the whole search, those first that round 1's networks
     miss most, and parts double in size: the first ones hold most misses, which is what decides. Statistics are
-    recalibrated once for each network and share, interpolation is done once for each share.
+    recalibrated once for each network and coefficient, weights interpolated once for each coefficient.
 
     Args:
         session: Of the run.
@@ -42,8 +42,8 @@ class Candidates:
 
     Attributes:
         layers: Modules that have parameters of their own.
-        proposed: Shares by layer, each under a number above 1 that stands for them where a share is asked for.
-        cells: All that is judged at a share.
+        proposed: Coefficients by layer, each set under a number above 1 that stands for the set as an ``alpha``.
+        cells: All that is judged at a coefficient.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Candidates:
         self._recalibration_bytes = session.ranks.from_main(lambda: sum(map(nbytes, guarded)))
 
     def choose(self, alphas: Sequence[float], judged: Callable[[float, int], None]) -> Choice:
-        """The best of some shares; see :func:`~.alpha_search.choose_alpha`."""
+        """The best of some coefficients; see :func:`~.alpha_search.choose_alpha`."""
         known = self.session.merging.scores
         return choose_alpha(alphas, self.cells, self.judge, known, judged, order=self.order, networks=len(self.names))
 
@@ -93,7 +93,7 @@ class Candidates:
         return own + (self._recalibration_bytes if cell[1] == 0 else 0) + 1
 
     def judge(self, alpha: float, cell: Cell) -> Score:
-        """A cell's share of the network's metric at a share of the merged weights."""
+        """A cell's part of the network's metric, at a coefficient of the merged weights."""
         session, (name, part) = self.session, cell
         if alpha != self._loaded:
             shares = self.proposed.get(alpha)

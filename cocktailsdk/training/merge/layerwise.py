@@ -1,4 +1,4 @@
-"""Beyond one share a round: a share for every layer, found by search or by gradient on the held-out set."""
+"""A coefficient for every layer in place of one a round, found by search or by gradient on the held-out set."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ __all__ = ["by_gradient", "by_layer", "descended", "refine"]
 
 Judged = Callable[[float, int], None]
 Shares = dict[str, float]
-STEPS = 200  # of descent on the shares of a round
-RATE = 0.02  # by which a share moves at most in one of them
+STEPS = 200  # of descent on the coefficients of a round
+RATE = 0.02  # by which a coefficient moves at most in a step
 
 
 def refine(candidates: Candidates, choice: Choice, judged: Judged) -> tuple[Shares, Choice]:
-    """Better shares than one for all layers, if the recipe asks for them and there are any.
+    """Look for coefficients by layer that are better than one for all layers, if the recipe asks for them.
 
-    Whatever is found has a higher mean held-out metric than the choice it began with, by the same exact comparison.
+    They are taken only if their mean held-out metric is higher, by the same exact comparison.
 
     Args:
         candidates: Of the round.
-        choice: The best share for all layers.
+        choice: The best coefficient for all layers.
         judged: Called after every result.
 
     Returns:
-        A share by layer, empty where one share is as good; and what it scores.
+        A coefficient by layer, empty if one for all is as good; and its scores.
     """
     how = {"layerwise": by_layer, "gradient": by_gradient}.get(candidates.session.options.recipe.merging)
     return ({}, choice) if how is None else how(candidates, choice, judged)
 
 
 def by_layer(candidates: Candidates, choice: Choice, judged: Judged) -> tuple[Shares, Choice]:
-    """Go through the layers once; each takes the next larger or smaller share where that is better."""
+    """Go through the layers once; each takes the next larger or smaller coefficient if that is better."""
     alphas = sorted(set(candidates.session.options.settings.rounds.alphas))
     at = alphas.index(choice.alpha)
     neighbours = alphas[max(at - 1, 0) : at] + alphas[at + 1 : at + 2]
     shares, best = dict.fromkeys(candidates.layers, choice.alpha), choice
-    keys = itertools.count(2)  # of candidates; no share is above 1
+    keys = itertools.count(2)  # of candidates; no coefficient is above 1
     for layer in candidates.layers:
         tried = {float(next(keys)): {**shares, layer: share} for share in neighbours}
         key, best = _best(candidates, best, tried, judged)
@@ -55,7 +55,7 @@ def by_layer(candidates: Candidates, choice: Choice, judged: Judged) -> tuple[Sh
 
 
 def by_gradient(candidates: Candidates, choice: Choice, judged: Judged) -> tuple[Shares, Choice]:
-    """Descend the networks' mean held-out loss along the layers' shares, from the share that is best for all."""
+    """Descend the networks' mean held-out loss along the layers' coefficients, from the best one for all layers."""
     shares = descended(candidates, choice.alpha)
     key, best = _best(candidates, choice, {2.0: shares}, judged)
     return ({} if key != 2.0 else shares), best
@@ -73,9 +73,9 @@ def _best(candidates: Candidates, best: Choice, tried: Mapping[float, Shares], j
 
 
 def descended(candidates: Candidates, alpha: float) -> Shares:
-    """Shares after a few steps of Adam; every step takes one network, and one held-out batch, in turn.
+    """Coefficients after a few steps of Adam; every step takes one network, and one held-out batch, in turn.
 
-    With weights w = a D + (1 - a) T in a layer, the loss moves with its share a by the gradient's product with D - T.
+    With weights w = α D + (1 - α) T in a layer, the derivative of the loss by α is the gradient's product with D - T.
     """
     session, names = candidates.session, candidates.names
     assert session.data.held_out is not None

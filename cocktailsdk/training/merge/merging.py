@@ -49,12 +49,12 @@ def merge_rounds(session: Session) -> None:
                 history.alphas.append(choice.alpha)
                 history.shares.append(layers)
                 history.merged.append(displayed(session, choice.value))
-                # at share 1 the next round's candidate is this one: its networks are judged already
+                # at α = 1 the next round's candidate is this one: its networks are judged already
                 session.merging.scores = {(1.0, cell): score for cell, score in choice.scores.items()}
             alpha = history.alphas[k - 2]
             merged = interpolate(merged, other, alpha, history.shares[k - 2])
             done += shares * len(session.names(k))
-            log.info("merged round %d with share %g: mean metric %.4f", k, alpha, history.merged[k - 2])
+            log.info("merged round %d with alpha %g: mean metric %.4f", k, alpha, history.merged[k - 2])
             save_if_due(session)
             emit(session, AlphaChosen(k, alpha, history.merged[k - 2]))
     else:

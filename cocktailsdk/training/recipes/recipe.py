@@ -31,8 +31,8 @@ class Recipe:
         rounds: ``"levels"``: a dense round, then one for every level (paper, section 3); ``"one"``: all networks
             together in a single round, their masks made from the weights that it begins with.
         rewind: Whether rounds begin from the rewind point (paper, section 3.1) or from where the one before ended.
-        distill: Share of the distillation loss on sparse passes: a number in [0, 1]; ``True`` for the trainer's
-            ``distill_weight``, ``False`` for none.
+        distill: Weight of the distillation loss on sparse passes, in [0, 1]; ``True`` for that of the trainer
+            (``DistillationSettings.weight``) or of ``CoLoop`` (``distill_weight``), ``False`` for none.
         update: On sparse steps momentum and weight decay go on moving masked weights (``"all"``, as the paper's code
             does) or leave them (``"active"``).
         statistics: Running batch-norm statistics while training are those of all networks (``"shared"``) or each
@@ -119,10 +119,10 @@ class Recipe:
         return SCHEDULES[s] if isinstance(s := self.finishing_schedule, str) else s
 
     def distillation(self, weight: float) -> float:
-        """Share of the distillation loss on sparse passes.
+        """Weight of the distillation loss on sparse passes.
 
         Args:
-            weight: The trainer's ``distill_weight``; at 0 there is no distillation in any recipe.
+            weight: The weight that the trainer or ``CoLoop`` was given; at 0 no recipe distils.
         """
         return weight if weight == 0 or self.distill is True else float(self.distill)
 

@@ -37,15 +37,15 @@ class History:
 
     Attributes:
         rounds: One for every round that has begun.
-        alphas: The share chosen when rounds 2, 3, … were merged in.
-        shares: Where layers have shares of their own, these by layer; empty where ``alphas`` holds for all.
-        merged: The mean held-out metric at each of these shares.
-        curves: By round what merging found at every share: ``{"round": 2, "points": [{"alpha": 0.9, "metric": 0.91},
-            {"alpha": 0.8, "bound": 0.9}, …]}``; where a share was given up, ``"bound"`` is how good the mean metric
+        alphas: The interpolation coefficients chosen when rounds 2, 3, … were merged in.
+        shares: Coefficients by layer, if layers have their own; empty where ``alphas`` holds for all.
+        merged: The mean held-out metric at each of these coefficients.
+        curves: By round what merging found at every α: ``{"round": 2, "points": [{"alpha": 0.9, "metric": 0.91},
+            {"alpha": 0.8, "bound": 0.9}, …]}``; where an α was given up, ``"bound"`` is how good the mean metric
             could still have been.
         judged: Recalibrated networks that merging evaluated, on all held-out batches or some.
         judged_batches: Held-out batches that they were evaluated on, where some could suffice.
-        reused: Networks not judged because the round before had judged them, at share 1.
+        reused: Networks not judged because the round before had judged them, at α = 1.
         to_judge: Networks that the full search would recalibrate and evaluate. What is neither judged nor reused could
             not matter: the bound said so before they were looked at.
         to_judge_batches: On how many batches, where some could suffice.

@@ -128,7 +128,7 @@ class Execution:
         if self.sharded and precision.name == "fp16":
             raise TrainingError('mixed_precision="fp16" cannot train sharded weights (FSDP2): take "bf16"')
 
-    def prepare(self, batch: Any, loss_fn: LossFn | None) -> None:
+    def wrap(self, batch: Any, loss_fn: LossFn | None) -> None:
         """Wrap the model for several processes; nothing else happens to it.
 
         Args:

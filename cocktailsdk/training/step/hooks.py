@@ -1,7 +1,8 @@
-"""Hooks of the step engine: what a method does between steps, besides training subnetworks.
+"""Hooks of the step engine: they change masks, gradients, weights and the optimizer between steps.
 
-A recipe names its hooks (``Recipe(hooks=(MyHook(),))``). A schedule that is a :class:`StepHook` itself is a hook of the
-steps that it chooses. :mod:`cocktailsdk.training.rivals` has AC/DC and AST, which are written with nothing else.
+A recipe names its hooks (``Recipe(hooks=(MyHook(),))``). If its schedule is a :class:`StepHook` too, the schedule's
+methods are called in the steps that it chooses. AC/DC and AST in :mod:`cocktailsdk.training.rivals` are written this
+way.
 """
 
 from __future__ import annotations
@@ -25,55 +26,58 @@ __all__ = ["StepContext", "StepHook"]
 
 
 class StepHook:
-    """Called at fixed places of every optimizer step; each method does nothing unless it is overridden.
+    """Base class of hooks. Every optimizer step calls these methods; override those that you need.
 
-    The order within one step: :meth:`before_step`, then for every subnet that the step trains its passes and
-    :meth:`after_backward`, then :meth:`before_update`, the optimizer, and :meth:`after_update`.
+    One step calls :meth:`before_step`. Then it trains each subnet and calls :meth:`after_backward` for it. Then it
+    calls :meth:`before_update`, steps the optimizer, and calls :meth:`after_update`.
 
-    Every run works on a copy of its own (``copy.deepcopy``), so attributes may hold what a hook keeps from step to
-    step. What must survive a resume goes into :meth:`state_dict`. With several processes, each calls its own copy in
-    the same order.
+    Every run works on its own copy of the hook (``copy.deepcopy``), so a hook may keep values in attributes from step
+    to step. Return those that a resumed run needs from :meth:`state_dict`. With several processes, each process calls
+    its own copy, in the same order.
     """
 
     def on_round_start(self, context: ScheduleContext) -> None:
-        """A round begins, its masks made and its optimizer new. Not called where a round is resumed."""
+        """A round begins: its masks are made and its optimizer is new. Not called when a round is resumed."""
 
     def before_step(self, context: StepContext) -> None:
-        """Before the first pass of a step. What is changed here stays, even if the step is skipped."""
+        """Before the first pass of a step. Changes made here stay, even if the step is skipped."""
 
     def after_backward(self, context: StepContext, subnet: str) -> None:
-        """After a subnet's passes over all batches of the step, the dense weights back in place.
+        """After a subnet's passes over all batches of the step. The dense weights are back in place.
 
-        The gradients of the weights that the subnet's mask covers are its own, not masked yet, summed over accumulated
-        batches and averaged over processes. Afterwards they are masked by the subnet's mask as it is then, and those
-        of the passes before are added. With ``mixed_precision="fp16"`` they are multiplied by the loss scale.
+        Parameters that have a mask in this subnet hold this subnet's gradients alone, summed over accumulated batches
+        and averaged over processes. They are not masked yet. When this method returns, they are masked by the subnet's
+        mask as it is then, and the gradients of the step's earlier subnets are added. With ``mixed_precision="fp16"``
+        they are multiplied by the loss scale.
         """
 
     def before_update(self, context: StepContext) -> None:
-        """All gradients are added, masked and unscaled; clipping and the optimizer come next."""
+        """After gradients are masked, added and unscaled; before they are clipped and the optimizer steps."""
 
     def after_update(self, context: StepContext) -> None:
-        """The optimizer has stepped. Not called for a skipped step (``on_nan="skip"``, an overflow in fp16)."""
+        """After the optimizer has stepped. Not called for a skipped step (``on_nan="skip"``, an overflow in fp16)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors and plain values, by name."""
+        """The values that a resumed run needs: tensors and plain values, by name."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, its tensors on the model's device."""
+        """Restore the values that :meth:`state_dict` returned. Tensors are on the model's device."""
 
 
 class StepContext:
     """One optimizer step, as its hooks see it.
 
-    Masks that are set here are those of the main process, saved with the run, and put back if the step is skipped.
+    Change masks by its methods. All processes then get the mask of the main process, and the run saves it. A mask that
+    was set after the step's passes began is put back if the step is skipped.
 
     Attributes:
-        net: The model and its subnetworks; the dense network is active in every hook.
-        step: What the schedule chose.
-        schedule: What the schedule knew: the round, the step's number in it, the round's subnets.
-        optimizer: The round's.
-        undo: Takes in masks that are about to change, where the step may be skipped after its passes.
+        net: The model and its subnetworks. The dense network is active in every hook.
+        step: The step that the schedule chose.
+        schedule: The context that the schedule got: the round, the number of the step in it, the round's subnets.
+        optimizer: The optimizer of the round.
+        undo: Records masks before they change, so that a skipped step can put them back. ``None`` if no step can be
+            skipped, and in ``before_step``.
     """
 
     def __init__(
@@ -99,7 +103,7 @@ class StepContext:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the weights and gradients only (FSDP2)."""
+        """Whether each process holds only a part of the weights and gradients (FSDP2)."""
         return sharded(self.net.model)
 
     @property
@@ -111,11 +115,11 @@ class StepContext:
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """The parameters' gradients by name, without those that have none; change them in place."""
+        """Gradients by parameter name, without parameters that have none. Change them in place."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def set_mask(self, name: str, mask: Mask) -> None:
-        """Give a subnet another mask. Its running batch-norm statistics stay: training goes on adapting them.
+        """Give a subnet another mask. Its batch-norm statistics stay, because training continues to adapt them.
 
         Raises:
             PatternError: The mask does not fit the model.
@@ -129,7 +133,7 @@ class StepContext:
         self._changed(name)
 
     def remake_masks(self, names: Iterable[str]) -> None:
-        """Make subnets' masks anew by their patterns, each from the weights as they are now."""
+        """Make the masks of subnets anew from the current weights, each by its pattern."""
         for name in names:
             self.set_mask(name, self.net.make_masks(name))
 
@@ -140,13 +144,13 @@ class StepContext:
             local(self.parameters[key]).mul_(mask)
 
     def drop_optimizer_state(self) -> None:
-        """Drop momentum and whatever else the optimizer keeps of the parameters."""
+        """Drop momentum and all other state that the optimizer keeps for the parameters."""
         self.optimizer.state.clear()
 
     def snapshot_weights(self, name: str) -> None:
-        """Store the weights as they are now as those that a network ends with; ``"dense"`` is one too.
+        """Store the current weights as the final weights of one network; ``"dense"`` is one too.
 
-        The recipe says so, too: ``Recipe(weights="own")``.
+        The recipe must have ``weights="own"``.
 
         Raises:
             TrainingError: Some weights are not finite.

@@ -19,7 +19,7 @@ from .models import Losses
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """The trainer's ``distill_fn``.
+    """The ``loss_fn`` of the trainer's ``DistillationSettings``.
 
     Attributes:
         features: Weight of the features' part.

@@ -58,7 +58,7 @@ class Architecture:
     softmax: bool = False
 
     def forward(self, model: nn.Module, batch: DetectionBatch) -> tuple[Any, list[dict[str, Any]]]:
-        """The trainer's ``forward_fn``: losses in train mode, detections in eval mode; and the targets."""
+        """``BatchSettings.forward_fn``: losses in train mode, detections in eval mode; and the targets."""
         if model.training:
             return self.losses(model, batch), batch.targets
         return self.detect(model, batch.images), batch.targets

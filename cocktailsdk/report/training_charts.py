@@ -12,7 +12,7 @@ from .chart import Chart, Mark, Series, Table
 from .costs_charts import metric_text, scale_of
 from .run import RunReport
 
-__all__ = ["course_charts", "merge_charts", "rounds_of"]
+__all__ = ["merge_charts", "rounds_of", "training_charts"]
 
 LOG_FROM = 20.0
 """Losses whose largest is so many times the smallest are drawn on a logarithmic axis."""
@@ -27,7 +27,7 @@ def rounds_of(report: RunReport) -> dict[str, int]:
     return found
 
 
-def course_charts(report: RunReport) -> list[Chart]:
+def training_charts(report: RunReport) -> list[Chart]:
     """Training loss by epoch and held-out metric by round, of every network; none where the run recorded neither."""
     rounds: Sequence[Mapping[str, Any]] = report.history.get("rounds", ())
     patterns = {r.name: r.pattern for r in report.networks}
@@ -126,7 +126,7 @@ def _held_out(report: RunReport, rounds: Sequence[Mapping[str, Any]], patterns: 
 
 
 def merge_charts(report: RunReport) -> list[Chart]:
-    """The chosen share by round, and the metric along the line between merged and new weights."""
+    """The chosen α by round, and the metric along the line between merged and new weights."""
     if not report.alphas:
         return []
     merged = report.history.get("merged", ())
@@ -139,8 +139,8 @@ def merge_charts(report: RunReport) -> list[Chart]:
         marks.append(Mark(k, a, f"round {k}: α {a:g}{told}"))
     chosen = Chart(
         name="alphas",
-        title="Chosen share α by round",
-        summary="The share kept of what was merged before, chosen when each round was merged in: "
+        title="Chosen α by round",
+        summary="The interpolation coefficient α that was chosen when each round was merged in: "
         + ", ".join(f"round {k} {a:g}" for k, a in alphas)
         + ". At 1 the round's own weights were rejected.",
         x="round",
@@ -179,8 +179,8 @@ def _interpolation(report: RunReport, curves: Sequence[Mapping[str, Any]], scale
     return Chart(
         name="interpolation",
         title="Between merged and new weights",
-        summary="Mean held-out metric at each share α of the merged weights, a line for each round; the chosen shares "
-        "are large, and outlines are shares that were given up, at the most they could still have reached.",
+        summary="Mean held-out metric at each α, a line for each round. The chosen α has a large mark. Outlines are "
+        "values of α that were given up, at the most they could still have reached.",
         x="α kept of what was merged before",
         y=f"mean held-out {label}",
         series=tuple(series),
