@@ -24,6 +24,8 @@ MODULES = {
     "cocktailsdk.counts": "cocktailsdk.net.costs",
     "cocktailsdk.datasets": "cocktailsdk.presets.datasets",
     "cocktailsdk.devices": "cocktailsdk.utils.devices",
+    "cocktailsdk.hub": "cocktailsdk.bundle.hub_mixin",
+    "cocktailsdk.training.ranks": "cocktailsdk.training.distributed.ranks",
     "cocktailsdk.graph.recoded": "cocktailsdk.graph.rewritten_module",  # in pickles of slim models
 }
 """Modules whose names were documented or typed in examples, by their old names."""
@@ -50,10 +52,11 @@ def moved_names(module: str, names: Mapping[str, str], late: Mapping[str, str] |
     return look_up
 
 
-def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
+def renamed_fields(gone: Mapping[str, str] | None = None, **names: str) -> Callable[[type[T]], type[T]]:
     """A decorator of dataclasses: old names of fields still work, as keywords and as attributes.
 
     Args:
+        gone: By the name of a field that is no more what to do instead.
         **names: By old name the new one.
     """
 
@@ -62,6 +65,8 @@ def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(init)
         def with_old_names(self: T, *args: Any, **keywords: Any) -> None:
+            for old in (gone or {}).keys() & keywords.keys():
+                raise TypeError(f"{cls.__name__} has no field {old!r} any more: {(gone or {})[old]}")
             for old in names.keys() & keywords.keys():
                 _warn(f"{cls.__name__}({old}=...)", f"{cls.__name__}({names[old]}=...)")
                 keywords[names[old]] = keywords.pop(old)

@@ -128,3 +128,20 @@ def test_a_slim_model_trains_in_any_loop() -> None:
             optimizer.step()
             losses.append(float(loss.detach()))
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+class NetOfMine(cocktail.CocktailNet):
+    """A subclass with a constructor of its own."""
+
+    def __init__(self, net: cocktail.CocktailNet) -> None:
+        super().__init__(net.model, net.patterns, net.coupling, net.selection, net.example, net.masks)
+
+
+def test_a_subclass_with_its_own_constructor_is_fine_tuned_and_loaded_as_a_plain_net(tmp_path: Path) -> None:
+    net = NetOfMine(tiny_net())
+    tuned = cocktail.finetune(net, "1:2", tiny_loaders()[0], F.cross_entropy, epochs=1, optimizer=sgd)
+    assert type(tuned) is cocktail.CocktailNet
+    net.save_pretrained(tmp_path / "bundle")
+    loaded = NetOfMine.from_pretrained(tmp_path / "bundle", tiny_net().model)
+    assert type(loaded) is cocktail.CocktailNet
+    assert_identical(whole(loaded), whole(net))

@@ -16,7 +16,7 @@ from test_training_resume import StopAt
 from training_tiny import assert_identical, result, tiny_loaders, tiny_net, tiny_trainer
 
 import cocktailsdk as cocktail
-from cocktailsdk import TrainingError
+from cocktailsdk import CocktailError, TrainingError
 from cocktailsdk.training import Recipe, ScheduleContext, Step, StepContext, StepHook, SubnetPass
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import recipe_named
@@ -298,3 +298,49 @@ def test_old_names_of_schedules_work_for_one_version_with_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dataclasses.replace(step, leads=True).passes == step.passes
+
+
+class Snapshots(StepHook):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def before_step(self, context: StepContext) -> None:
+        if context.schedule.step == 0:
+            context.snapshot_weights(self.name)
+
+
+def snapshot_trainer(name: str, weights: str) -> cocktail.CoTrainer:
+    recipe = Recipe(name="mine", rewind=False, rounds="one", merging="none", weights=weights, hooks=(Snapshots(name),))
+    return trainer_of(recipe, [0.5])
+
+
+def test_a_snapshot_of_a_subnet_alone_ends_well() -> None:
+    trainer = snapshot_trainer("unstructured@0.5", "own")
+    net = trainer.fit()
+    assert net.active == "dense"
+    assert set(trainer.history.weights) >= {"unstructured@0.5"}
+
+
+@pytest.mark.parametrize(("name", "weights", "error"), [("nope", "own", "no subnet"), ("dense", "shared", "weights=")])
+def test_a_snapshot_that_makes_no_sense_is_refused_at_the_call(name: str, weights: str, error: str) -> None:
+    with pytest.raises(CocktailError, match=error):
+        snapshot_trainer(name, weights).fit()
+
+
+class Forgetful(StepHook):
+    def before_step(self, context: StepContext) -> None:
+        if context.subnets:
+            context.net.switch(context.subnets[0])
+
+
+def test_a_hook_that_leaves_a_subnet_active_ends_the_run_and_is_named() -> None:
+    trainer = trainer_of(Recipe(name="mine", rewind=False, rounds="one", merging="none", hooks=(Forgetful(),)), [0.5])
+    with pytest.raises(TrainingError, match=r"Forgetful.before_step\(\) left 'unstructured@0.5' active"):
+        trainer.fit()
+    assert trainer.net.active == "dense"
+
+
+@pytest.mark.parametrize("field", ["prune", "keep", "forget", "regrow", "correct"])
+def test_fields_of_steps_that_became_hooks_say_what_to_write(field: str) -> None:
+    with pytest.raises(TypeError, match=rf"'{field}' any more: write a cocktailsdk.training.StepHook"):
+        Step((SubnetPass("dense"),), **{field: True})

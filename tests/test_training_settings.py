@@ -87,7 +87,7 @@ def test_fine_tuning_and_presets_take_deprecated_keywords_too() -> None:
     assert {w.filename for w in caught} == {__file__}
     preset = get_preset("digits")
     with pytest.warns(
-        DeprecationWarning, match=r"prepare\(rounds=2\) is prepare\(rounds=RoundSettings\(count=2\)\) now"
+        DeprecationWarning, match=r"prepare\(rounds=2\) is prepare\(rounds=RoundSettings\(rewind_epoch=3, count=2\)\) now"
     ):
         old = preset.prepare(epochs=3, rounds=2).trainer
     new = preset.prepare(epochs=3, rounds=dataclasses.replace(preset.training["rounds"], count=2)).trainer
@@ -171,3 +171,12 @@ def test_the_net_that_fit_returns_has_the_type_of_the_one_given() -> None:
     assert_type(net, CocktailNet)
     assert isinstance(net, CocktailNet) and net is run.net
     assert torch.isfinite(torch.tensor(net.metrics["dense"]))
+
+
+def test_what_a_presets_warning_says_to_write_gives_the_same_run() -> None:
+    preset = get_preset("digits")
+    with pytest.warns(DeprecationWarning, match=r"RoundSettings\(rewind_epoch=3, merge=False\)"):
+        old = preset.prepare(merge=False).trainer
+    new = preset.prepare(rounds=RoundSettings(rewind_epoch=3, merge=False)).trainer
+    assert old.fingerprint == new.fingerprint
+    assert preset.prepare(rounds=None).trainer.fingerprint == preset.prepare().trainer.fingerprint

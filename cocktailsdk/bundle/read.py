@@ -16,7 +16,7 @@ from ..graph import Coupling
 from ..io.tensors import TensorFile
 from ..io.values import distinct, flag, integer, items, keyed, more, quoted, shortened, small, text, texts
 from ..masks.encoder import decode_masks
-from ..net.subnet_model import SubnetModel
+from ..net.subnet_model import SubnetModel, constructible
 from ..net.target_modules import Selection
 from ..patterns import DENSE, UMG, Pattern, Subnet, make_pattern
 from ..printable import printable
@@ -156,7 +156,7 @@ class _Bundle(Generic[NetT]):
         example = None if meta["example"] is None else _checked_example(remake(meta["example"]))
         flag(meta["dense_statistics"], "whether the dense network has statistics")
         provenance = {} if first else dict(keyed(meta["provenance"], "its provenance", (), meta["provenance"]))
-        net = self.net_type(
+        net = constructible(self.net_type)(
             self.model, patterns, coupling, selection, example, {n: m for n, m in masks.items() if n in wanted}
         )
         net.statistics.update({n: own for n, own in statistics.items() if n in wanted})

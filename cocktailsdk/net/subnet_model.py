@@ -231,3 +231,12 @@ class SubnetModel(SwitchableModel):
                 )
             )
         return out
+
+
+def constructible(kind: type[SubnetModel]) -> type[Any]:
+    """A class of nets, or the nearest of its bases that is constructed as :class:`SubnetModel` is.
+
+    A user's subclass may have a constructor of its own, whose arguments nobody here knows.
+    """
+    own = next(i for i, base in enumerate(kind.__mro__) if "__init__" in vars(base))
+    return kind if kind.__mro__[own] is SubnetModel else constructible(kind.__mro__[own + 1])

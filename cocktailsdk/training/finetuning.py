@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ..errors import PatternError, TrainingError
 from ..masks import Mask
-from ..net.subnet_model import SubnetModel
+from ..net.subnet_model import SubnetModel, constructible
 from ..patterns import Pattern
 from ..patterns.base import DENSE
 from ..patterns.registry import parse_pattern
@@ -61,7 +61,7 @@ def finetune(net: NetT, name: str, train_loader: Iterable[Any], loss_fn: LossFn 
         model = copy.deepcopy(net.model)
     mask = net.masks[subnet.name]
     pattern = _alone(net.pattern(subnet.pattern), subnet.name)
-    tuned = type(net)(model, (pattern,), net.coupling, net.selection, net.example, {subnet.name: mask})
+    tuned = constructible(type(net))(model, (pattern,), net.coupling, net.selection, net.example, {subnet.name: mask})
     if net.provenance:
         tuned.provenance["from"] = copy.deepcopy(net.provenance)
     recipe = Recipe(

@@ -61,6 +61,8 @@ def current_keywords(
     deprecated: dict[str, dict[str, Any]] = {}
     for name, value in keywords.items():
         # `rounds` names both a group and a number of the version before
+        if name in GROUPS and value is None:  # as if it had been left out: the defaults, or the preset's settings
+            continue
         if name in MOVED and not (name in GROUPS and (value is None or isinstance(value, GROUPS[name]))):
             deprecated.setdefault(MOVED[name][0], {})[name] = value
         elif name in _TOP:
@@ -69,7 +71,9 @@ def current_keywords(
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{_nearest(name)}")
     for group, moved in deprecated.items():
         settings = {MOVED[name][1]: value for name, value in moved.items()}
-        new = f"{group}={GROUPS[group].__name__}({_written(settings)})"
+        base = (groups or {}).get(group)
+        changed = GROUPS[group](**settings) if base is None else replace(base, **settings)
+        new = f"{group}={GROUPS[group].__name__}({_written({**_chosen(base), **settings})})"
         if current.get(group) is not None:
             raise TypeError(
                 f"{caller}() got {group}= and the deprecated {', '.join(moved)}: write {new} with all settings in it"
@@ -79,9 +83,13 @@ def current_keywords(
             DeprecationWarning,
             stacklevel=stacklevel,
         )
-        base = (groups or {}).get(group)
-        current[group] = GROUPS[group](**settings) if base is None else replace(base, **settings)
+        current[group] = changed
     return current
+
+
+def _chosen(group: Any) -> dict[str, Any]:
+    """The settings of a group that are not the defaults."""
+    return {} if group is None else {f.name: v for f in fields(group) if (v := getattr(group, f.name)) != f.default}
 
 
 def _nearest(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import TrainingError
 from ..masks import Mask
 from ..patterns.base import DENSE
 from .checkpoints import check_finite, emit_skipped, nonfinite_error, save, save_if_due, save_if_late
@@ -190,6 +191,13 @@ def _hooks(session: Session, step: Step, context: ScheduleContext) -> HookCalls:
 
 def _snapshot_weights(session: Session, name: str) -> None:
     """Store the weights as a network's own."""
+    recipe = session.options.recipe
+    if recipe.weights != "own":
+        raise TrainingError(
+            f"a hook of recipe {recipe.name!r} stores the weights of {name!r} alone, and the recipe shares one set of "
+            'weights: give it weights="own"'
+        )
+    name = session.net.subnet(name).name
     check_finite(session)  # never weights that are not finite
     session.history.weights[name] = where = f"weights-{name}".replace(":", "-")
     session.store.put(where, model_tensors(session.net.model))

@@ -14,7 +14,7 @@ from ..checkpoints import save, save_if_due, save_if_late
 from ..evaluation import displayed, measure, recalibrate
 from ..events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from ..left_out import check_trained
-from ..session import Session, load_tensors
+from ..session import Session, load_tensors, model_tensors
 from ..user_code import emit, guarded_batches
 from .alpha_search import Choice, interpolate
 from .candidates import Candidates, hardest_first, regrouped
@@ -137,12 +137,13 @@ def finish(session: Session) -> None:
         emit(session, NetworkFinished(name, net.metrics.get(name), i + 1, len(names)))
         save_if_late(session)
     if own:
-        load_tensors(net.model, {**session.store.get(own[DENSE]), **net.statistics[DENSE]})
+        dense = session.store.get(own[DENSE]) if DENSE in own else model_tensors(net.model)
+        load_tensors(net.model, {**dense, **net.statistics[DENSE]})
         log.warning(
             "recipe %r trains networks one at a time: the net holds the dense network's weights, and %d others have "
             "their own (CoTrainer.using(name))",
             session.options.recipe.name,
-            len(own) - 1,
+            len(own.keys() - {DENSE}),
         )
     position.phase, position.step = "done", 0
     save(session)

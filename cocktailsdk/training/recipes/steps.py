@@ -30,6 +30,9 @@ __all__ = [
 __getattr__ = moved_names(__name__, {"Moment": f"{__name__}.ScheduleContext", "Turn": f"{__name__}.SubnetPass"})
 
 
+_HOOK = "write a cocktailsdk.training.StepHook, and name it in Recipe(hooks=...); docs/recipes.md has an example"
+
+
 @renamed_fields(networks="subnets")
 @dataclass(frozen=True)
 class ScheduleContext:
@@ -75,7 +78,7 @@ class SubnetPass:
     resolution: float = 1.0
 
 
-@renamed_fields(turns="passes")
+@renamed_fields(dict.fromkeys(("prune", "keep", "forget", "regrow", "correct"), _HOOK), turns="passes")
 @dataclass(frozen=True)
 class Step:
     """One optimizer step; the gradients of its passes are added.

@@ -349,7 +349,7 @@ def _check_readable(path: Path) -> None:
         _read(path)
     except Exception as error:
         raise TrainingError(
-            "the run's state cannot be read again without running code, so it could not be gone on with: the "
-            "optimizer or the schedule keeps something in its state_dict() that is neither a number, a text nor a "
-            f"tensor ({error})"
+            "the run's state cannot be read again without running code, so it cannot be resumed: the optimizer, "
+            "the schedule or a hook keeps something in its state_dict() that is neither a number, a text nor a tensor "
+            f"({error})"
         ) from error

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...errors import TrainingError
 from ...masks import Mask
 from ...net.subnet_model import SubnetModel
+from ...patterns.base import DENSE
 from ...utils.fsdp import local, sharded
 from ..recipes.steps import ScheduleContext, Step
 from .nan_guard import StepSnapshot
@@ -153,7 +155,8 @@ class StepContext:
         The recipe must have ``weights="own"``.
 
         Raises:
-            TrainingError: Some weights are not finite.
+            TrainingError: Some weights are not finite, or the recipe has ``weights="shared"``.
+            SubnetError: There is no such network.
         """
         self._snapshot(name)
 
@@ -169,6 +172,12 @@ class HookCalls:
         """Call a method of all hooks."""
         for hook in self.hooks:
             getattr(hook, method)(self.context, *arguments)
+            if (active := self.context.net.active) != DENSE:  # the next pass would train masked weights as dense ones
+                self.context.net.switch(DENSE)
+                raise TrainingError(
+                    f"{type(hook).__name__}.{method}() left {active!r} active, and training would continue in it: use "
+                    f"it within `with context.net.using({active!r}):`"
+                )
 
 
 class StepHooks:
