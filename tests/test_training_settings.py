@@ -87,7 +87,8 @@ def test_fine_tuning_and_presets_take_deprecated_keywords_too() -> None:
     assert {w.filename for w in caught} == {__file__}
     preset = get_preset("digits")
     with pytest.warns(
-        DeprecationWarning, match=r"prepare\(rounds=2\) is prepare\(rounds=RoundSettings\(rewind_epoch=3, count=2\)\) now"
+        DeprecationWarning,
+        match=r"prepare\(rounds=2\) is prepare\(rounds=RoundSettings\(rewind_epoch=3, count=2\)\) now",
     ):
         old = preset.prepare(epochs=3, rounds=2).trainer
     new = preset.prepare(epochs=3, rounds=dataclasses.replace(preset.training["rounds"], count=2)).trainer

@@ -73,7 +73,9 @@ def read_consistently(target: Path, read: Callable[[Path, int | None], T]) -> T:
             try:
                 result = read(folder, handle)
             except FileNotFoundError:
-                if before is not None and _identity(locate(target)) == before:
+                # Between the two renames of a replacement, locate() finds this folder as the backup: read again.
+                found = locate(target)
+                if before is not None and found == folder and _identity(found) == before:
                     raise
                 continue
             if handle is not None or (before is not None and _identity(folder) == before):
