@@ -633,3 +633,9 @@ def test_saving_never_copies_the_model(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < big.nbytes / 4
+
+
+def test_a_folder_in_the_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(TrainingError, match="is not a file, so no run can be locked"), locked(tmp_path / "lock"):
+        pass

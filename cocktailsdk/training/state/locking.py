@@ -24,8 +24,10 @@ def locked(path: Path) -> Iterator[None]:
         path: An empty file, made if it does not exist and not removed.
 
     Raises:
-        TrainingError: Another process, or another trainer in this one, holds the lock.
+        TrainingError: Another process, or another trainer in this one, holds the lock, or the path is no file.
     """
+    if path.exists() and not path.is_file():
+        raise TrainingError(f"{path} is not a file, so no run can be locked with it: remove it, or train elsewhere")
     # No fallback_to_soft: a soft lock is a file whose existence is the lock, which a killed process would leave.
     # thread_local=False: a generator may be closed in another thread than the one that took the lock.
     lock = FileLock(path.resolve(), blocking=False, thread_local=False, fallback_to_soft=False)
