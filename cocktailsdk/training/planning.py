@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import timeit
@@ -19,8 +20,10 @@ from ..utils.fsdp import local
 from ..utils.modes import modes_restored, train_as_handed
 from .budget import finishing_epochs
 from .evaluation import score
+from .need import held_out_losses
 from .optimization import Optimization
 from .recipes import Step, SubnetPass
+from .round_plan import step_of
 from .session import Session, load_tensors, model_tensors
 from .step.engine import Stepper
 
@@ -38,6 +41,7 @@ class Costs:
         dense_step: Seconds of a dense optimizer step.
         sparse_step: Seconds of a sparse one, the teacher's pass included; the mean over one subnet of each pattern.
         candidate: Seconds to recalibrate a network and measure it on the held-out data; 0 without such data.
+        measuring: Seconds to measure the need of all networks once; 0 if the recipe measures none.
         memory: Bytes at the peak of a step: weights, gradients, optimizer, masks and activations.
     """
 
@@ -45,6 +49,7 @@ class Costs:
     sparse_step: float
     candidate: float
     memory: int
+    measuring: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,17 +132,25 @@ def _training(session: Session, costs: Costs) -> float:
     options, recipe, total = session.options, session.options.recipe, 0.0
     for k in range(options.first_round, options.finishing_round + 1):
         steps = options.steps_of(k)
+        shares = copy.deepcopy(session.shares)
         looked = [i * steps // min(steps, LOOKS) for i in range(min(steps, LOOKS))]
+        if shares is not None:  # the passes that are owed build up from step to step
+            looked = [*range(min(steps, LOOKS))]
         seconds = 0.0
         for i in looked:
-            step = session.step_at(k, i)
+            context = session.context_at(k, i)
+            if shares is not None:
+                context = replace(context, due=shares.due())
+            step = step_of(recipe, context, options.rounds)
+            if shares is not None:
+                shares.give(one.subnet for one in step.passes)
             taught = (recipe.same_batch and step.follows) or step.passes[0].subnet == DENSE
             for one in step.passes:
                 teacher = one.subnet != DENSE and not taught
                 seconds += costs.sparse_step if teacher else costs.dense_step
                 taught = True
         total += seconds / max(len(looked), 1) * steps
-    return total
+    return total + costs.measuring * (0 if session.shares is None else session.shares.measurements)
 
 
 def _candidates(session: Session) -> int:
@@ -187,6 +200,10 @@ def measure(session: Session) -> Costs:
             sparse = mean(_seconds(step(name), session.device) for name in names)
             memory = _memory(session, optimization, activations)
             candidate = 0.0
+            measuring = 0.0
+            if session.shares is not None:
+                alone = _seconds(lambda: held_out_losses(session, (names[0],)), session.device)
+                measuring = alone * len(session.shares.shares)
             if session.data.held_out is not None:
                 candidate = _seconds(lambda: score(session, names[-1]), session.device)
         finally:
@@ -196,7 +213,7 @@ def measure(session: Session) -> Costs:
             net.statistics.update(statistics)
             net.metrics.clear()
             net.metrics.update(metrics)
-    costs = Costs(dense, sparse, candidate, memory)
+    costs = Costs(dense, sparse, candidate, memory, measuring)
     return session.ranks.from_main(lambda: costs)
 
 
@@ -228,6 +245,7 @@ def _memory(session: Session, optimization: Optimization, activations: dict[int,
     # while a subnet is active, the dense values of what it masks are kept beside
     stash = max((sum(tensors[n].nbytes for n in net.masked_parameters(name)) for name in shared), default=0)
     average = 0 if session.average is None else session.average.nbytes
-    return (
-        weights + gradients + state + masks + stash + average + sum(n for p, n in activations.items() if p not in own)
-    )
+    frozen = None if session.execution is None else session.execution.frozen
+    teacher = 0 if frozen is None else frozen.nbytes
+    saved = sum(n for p, n in activations.items() if p not in own)
+    return weights + gradients + state + masks + stash + average + teacher + saved

@@ -74,7 +74,9 @@ INTEGERS: Mapping[str, float] = {
 """Whole numbers, and the least that each may be."""
 RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("save_seconds", "save_minutes", "event_seconds"), ("at least 0", lambda x: x >= 0)),
-    **dict.fromkeys(("total_hours", "max_grad_norm"), ("above 0, and finite", lambda x: 0 < x < math.inf)),
+    **dict.fromkeys(
+        ("total_hours", "max_grad_norm", "temperature"), ("above 0, and finite", lambda x: 0 < x < math.inf)
+    ),
     "weight": ("in 0 … 1", lambda x: 0 <= x <= 1),
     "ema_decay": ("between 0 and 1", lambda x: 0 < x < 1),
 }
@@ -90,14 +92,22 @@ class DistillationSettings:
             ``1 - weight``. A recipe may set its own weight instead, but 0 turns distillation off in every recipe.
         loss_fn: ``loss_fn(student_output, teacher_output) -> scalar``. Default: soft cross-entropy, for classification
             and language models with integer labels. Other tasks need their own function, or ``weight=0``.
+        temperature: Temperature T of the default loss, above 0: both outputs are divided by T, and the loss is
+            multiplied by T². Default: the recipe's. The size of gradients grows with T, and so does the effective
+            learning rate.
     """
 
     weight: float = 0.5
     loss_fn: DistillFn | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "weight")
+        _check_numbers(self, "weight", "temperature")
         _check_callable(self, "loss_fn")
+        if self.loss_fn is not None and self.temperature is not None:
+            raise TrainingError(
+                "DistillationSettings.temperature is for the default loss, and loss_fn replaces that: leave out one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +146,12 @@ class EvaluationSettings:
     Attributes:
         metric_mode: ``"max"`` if a larger metric is better, ``"min"`` if a smaller one is.
         recalibration_batches: Number of training batches from which a network's batch-norm statistics are computed
-            before it is measured.
+            before it is measured. A recipe that refits the classifier head fits it to the features of these batches.
+            Default: 48 for such recipes, otherwise 8.
     """
 
     metric_mode: Literal["max", "min"] = "max"
-    recalibration_batches: int = 8
+    recalibration_batches: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice(self, "metric_mode", ("max", "min"))

@@ -33,6 +33,7 @@ from .open_session import open_session, training_started
 from .options import Loaders, OptimizerFactory, TrainerArguments, build_options
 from .planning import Costs, Plan, epochs_for, measure, plan
 from .recipes import Recipe
+from .refit import refit_head
 from .rounds import train_rounds
 from .schedules import ScheduleFactory
 from .session import Session
@@ -144,7 +145,7 @@ class CoTrainer(Generic[NetT]):
         total_steps: int | None = None,
         total_hours: float | None = None,
         start: Literal["scratch", "pretrained"] = "scratch",
-        recipe: str | Recipe = "cocktail",
+        recipe: str | Recipe | None = None,
         optimizer: OptimizerFactory | None = None,
         schedule: ScheduleFactory | None = None,
         out_dir: str | PathLike[str] | None = None,
@@ -254,6 +255,7 @@ class CoTrainer(Generic[NetT]):
                     train_rounds(session, "train")
                     merge_rounds(session)
                     train_rounds(session, "finishing")
+                    refit_head(session)
                     finish(session)
                 shown = {key: self.configuration[key] for key in ("training", "optimizer", "schedule", "config")}
                 note_training(net, {"fingerprint": self.fingerprint, **shown}, self._arguments.train_loader)

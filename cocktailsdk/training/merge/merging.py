@@ -64,7 +64,7 @@ def merge_rounds(session: Session) -> None:
     if options.finishing_epochs:
         session.position.phase, session.position.round = "finishing", options.finishing_round
     else:
-        session.position.phase = "finish"
+        session.position.phase = "finish" if options.recipe.refit_head == "none" else "refit"
     save(session)
 
 
@@ -150,8 +150,10 @@ def finish(session: Session) -> None:
 
 
 def _tracked(session: Session) -> dict[str, dict[str, Tensor]]:
-    """Running statistics that each network kept in a last round in which all were trained."""
+    """Statistics that networks have already: of a last round in which all trained, or measured with their heads."""
     options = session.options
+    if options.recipe.refit_head != "none":
+        return dict(session.net.statistics)
     together = options.finishing_epochs or options.recipe.rounds == "one"
     if options.recipe.statistics != "separate" or not together:
         return {}

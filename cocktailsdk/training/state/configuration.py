@@ -52,7 +52,7 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
         "steps_per_epoch": options.steps_per_epoch,
         "start": options.start,
         "merge": settings.rounds.merge,
-        "recalibration_batches": settings.evaluation.recalibration_batches,
+        "recalibration_batches": options.recalibration_batches,
         "seed": options.seed,
         "loss_fn": _name(options.loss_fn),
         "forward_fn": _name(options.forward_fn),
@@ -83,6 +83,7 @@ def _execution(options: Options) -> dict[str, Any]:
         "clip_norm": (None, execution.max_grad_norm),
         "sync_batch_norm": (False, execution.sync_batch_norm),
         "ema": (None, execution.ema_decay),
+        "temperature": (None, options.settings.distillation.temperature),
     }
     return {name: chosen for name, (plain, chosen) in plain_and_chosen.items() if chosen != plain}
 
