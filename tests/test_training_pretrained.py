@@ -257,3 +257,56 @@ def test_loaders_of_dictionaries_and_batches_of_few_examples_are_measured() -> N
     trainer = pretrained(val_loader=loader)
     trainer.fit()
     assert trainer.history.measured
+
+
+def loop_run(stop: int | None = None) -> dict[str, Tensor]:
+    """Twenty steps of a loop of one's own, perhaps stopped and resumed in a new process."""
+    train, _ = tiny_loaders()
+    batches = [batch for _ in range(4) for batch in train][:20]
+    net, done = tiny_net(), 0
+    net.model.dropout.p = 0.0
+    loop = cocktail.CoLoop(net, 20, start="pretrained")
+    optimizer = torch.optim.SGD(net.model.parameters(), lr=0.05, momentum=0.9)
+    trained = []
+    while done < 20:
+        with loop.step(batches[done]) as step:
+            x, y = batches[done]
+            output = net.model(x)
+            optimizer.zero_grad()
+            step.loss(F.cross_entropy(output, y), output, y).backward()
+        optimizer.step()
+        trained.append(step.network)
+        done += 1
+        if done == stop:
+            states = loop.state_dict(), {n: t.clone() for n, t in net.model.state_dict().items()}
+            momentum = optimizer.state_dict()
+            net = tiny_net(7)
+            net.model.dropout.p = 0.0
+            loop = cocktail.CoLoop(net, 20, start="pretrained")
+            net.model.load_state_dict(states[1])
+            loop.load_state_dict(states[0])
+            optimizer = torch.optim.SGD(net.model.parameters(), lr=0.05, momentum=0.9)
+            optimizer.load_state_dict(momentum)
+    assert trained.count("dense") == 4
+    return {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
+
+
+def test_a_loop_of_ones_own_follows_the_recipe_and_resumes_identically() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole = loop_run()
+        torch.manual_seed(0)
+        assert_identical(loop_run(stop=9), whole)
+
+
+def test_a_loop_refuses_a_teacher_that_does_not_fit() -> None:
+    loop = cocktail.CoLoop(tiny_net(), 20, start="pretrained")
+    with pytest.raises(TrainingError, match="untrained"):
+        cocktail.CoLoop(tiny_net(), 20, recipe="pretrained")
+    with loop.step(next(iter(tiny_loaders()[0]))) as step:
+        x, y = next(iter(tiny_loaders()[0]))
+        step.loss(F.cross_entropy(output := loop._net.model(x), y), output, y).backward()
+    state = loop.state_dict()
+    state["teacher"]["fc.weight"] = torch.zeros(2, 2)
+    with pytest.raises(TrainingError, match=r"its teacher's 'fc\.weight' does not fit"):
+        loop.load_state_dict(state)
