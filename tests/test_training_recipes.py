@@ -534,9 +534,7 @@ def test_recipes_that_make_no_sense_are_refused(change: dict[str, Any], message:
 
 
 def test_an_unknown_recipe_is_told_which_there_are() -> None:
-    with pytest.raises(
-        TrainingError, match=r"no recipe 'papers'; there are 'cocktail'.*did you mean 'paper'"
-    ):
+    with pytest.raises(TrainingError, match=r"no recipe 'papers'; there are 'cocktail'.*did you mean 'paper'"):
         tiny_trainer(recipe="papers")
 
 
