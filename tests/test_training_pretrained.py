@@ -310,3 +310,12 @@ def test_a_loop_refuses_a_teacher_that_does_not_fit() -> None:
     state["teacher"]["fc.weight"] = torch.zeros(2, 2)
     with pytest.raises(TrainingError, match=r"its teacher's 'fc\.weight' does not fit"):
         loop.load_state_dict(state)
+
+
+def test_every_setting_is_logged_with_the_defaults_filled_in(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        pretrained(total_steps=4).fit()
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("settings: ")]
+    for setting in ("recipe.name=pretrained", "recipe.teacher=frozen", "recipe.allocation.dense=0.2", "steps=[4]",
+                    "distill_weight=0.5", "optimizer.class=SGD", "optimizer.lr=0.1", "seed=0"):  # fmt: skip
+        assert setting in line
