@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pattern_cases import sparse
+from pattern_cases import ConvNet, sparse
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -68,8 +69,10 @@ def test_a_bundle_gives_private_tensors_back_bit_for_bit(tmp_path):
         now = net.model.state_dict()
         assert all(torch.equal(t, now[n]) for n, t in loaded.model.state_dict().items())
     loaded.save_pretrained(tmp_path / "b")  # with a subnetwork active
-    for file in ("bundle.json", "subnets.safetensors", "weights.safetensors"):
+    for file in ("subnets.safetensors", "weights.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    a, b = meta_of(tmp_path / "a"), meta_of(tmp_path / "b")
+    assert a["private"] == b["private"] and len(a["private"]) == len(PATTERNS)
 
 
 def test_only_a_bundle_with_private_tensors_has_the_new_version(tmp_path):
@@ -159,6 +162,14 @@ def test_another_reader_finds_the_same_networks(tmp_path, monkeypatch):
             np.testing.assert_array_equal(value.numpy(), tensors[key], f"{key} of {name}")
 
 
+@pytest.fixture(scope="module")
+def two_with_private(tmp_path_factory):
+    """A sound bundle of which two subnetworks have private tensors."""
+    folder = tmp_path_factory.mktemp("sound")
+    net_with_private(["unstructured@0.5", "2:4"]).save_pretrained(folder)
+    return folder
+
+
 def of(**changes):
     """Changes to the entry of ``2:4``, and what it says besides."""
 
@@ -203,13 +214,12 @@ def twice(meta):
     ],
 )
 @pytest.mark.parametrize("part", [None, ["2:4"]], ids=["all", "a part"])
-def test_entries_that_make_no_sense_are_refused(tmp_path, change, said, part):
-    net = net_with_private(["unstructured@0.5", "2:4"])
-    net.save_pretrained(tmp_path)
+def test_entries_that_make_no_sense_are_refused(tmp_path, two_with_private, change, said, part):
+    shutil.copytree(two_with_private, tmp_path, dirs_exist_ok=True)
     meta = meta_of(tmp_path)
     change(meta)
     rewrite(tmp_path, meta)
-    model = type(net.model)()
+    model = ConvNet()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(BundleError, match=said):
         cocktail.from_pretrained(tmp_path, model, subnets=part)

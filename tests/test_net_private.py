@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import cocktailsdk as cocktail
 from cocktailsdk import CocktailError, SubnetError
 from cocktailsdk.net.costs import stored_params
+from cocktailsdk.training.events import RoundStarted
 
 NAMES = ["unstructured@0.893", "2:4", "channel@0.613"]
 HEAD = ("fc.weight", "fc.bias")
@@ -408,7 +409,7 @@ def test_a_run_begins_without_private_tensors_and_a_plan_leaves_them():
     seen = []
 
     def watch(event):
-        if isinstance(event, cocktail.RoundStarted):
+        if isinstance(event, RoundStarted):
             seen.append(dict(net.private))
             raise KeyboardInterrupt
 
