@@ -143,7 +143,8 @@ class MaskedModel(nn.Module):
         is dropped. Batch-norm statistics stay: call :meth:`SubnetModel.recalibrate` if the private tensors change what
         a norm receives. The dense network's values, and those of all other subnetworks, do not change.
 
-        Training does not see private tensors: gradients of a pass under this subnetwork belong to the dense parameters.
+        :class:`CoTrainer` and :class:`CoLoop` remove all private tensors before they train: the gradient of a pass with
+        them would go to the dense parameters.
 
         Args:
             name: The subnetwork.
@@ -166,6 +167,11 @@ class MaskedModel(nn.Module):
             self.metrics.pop(name, None)
         if tensors:
             self._private[name] = private_copies(tensors, self._masks[name], table, self.coupling)
+
+    def _drop_private(self) -> None:
+        """Remove all private tensors: training begins without any, and their gradients would be the dense weights'."""
+        for name in list(self._private):
+            self.set_private(name, {})
 
     def _require_dense(self, what: str) -> None:
         if self._active != DENSE or self._statistics_active != DENSE:

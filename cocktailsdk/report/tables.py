@@ -62,11 +62,18 @@ def size_line(report: RunReport) -> str:
     )
 
 
+def _private_line(report: RunReport) -> list[Text]:
+    """The bytes of all private tensors, where there are any."""
+    own = [row.private_bytes for row in report.networks if row.private_bytes]
+    return [Text(f"of these, private tensors of {len(own)} networks: {bytes_text(sum(own))}")] if own else []
+
+
 def run_view(report: RunReport) -> RenderableType:
     """What a finished run prints."""
     return Group(
         networks_table(report.networks, report.metric_name),
         Text(),
         Text(size_line(report)),
+        *_private_line(report),
         Text(f"training time: {duration_text(report.seconds)}"),
     )

@@ -213,6 +213,8 @@ class CoLoop:
         step, (round_, number) = self._plan.step(self.done), self._plan.place(self.done)
         if len(step.passes) > 1 or step.passes[0].resolution != 1:
             raise beyond(self._recipe, "trains several networks, or at several resolutions, in one step")
+        if not self.done and not self._accumulated:
+            net._drop_private()
         if self._first_sums is None and not self.done:
             self._first_sums = weight_sums(net.model)
         if self._plan.enter(round_):
@@ -332,6 +334,7 @@ class CoLoop:
             TrainingError: The state is of another loop; says what differs.
         """
         masks = check_loop_state(state, self._net, self._configuration, self.total)
+        self._net._drop_private()
         for name, mask in masks.items():
             self._net.set_mask(name, mask)
         classes = None if state["classes"] is None else Classes(**state["classes"])

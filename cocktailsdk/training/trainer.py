@@ -318,8 +318,8 @@ class CoTrainer(Generic[NetT]):
 
     @property
     def parameters_stored(self) -> int:
-        """How many parameters hold all networks: those of the model where all share one set of weights."""
-        return stored_params(self.net.coupling, self.net.masks, self.history.weights)
+        """How many parameters hold all networks: those of the model where all share one set, and private tensors."""
+        return stored_params(self.net.coupling, self.net.masks, self.history.weights, self.net.private)
 
     def plan(self) -> Plan:
         """What the run will do, how long it takes and what memory it needs, measured on a few steps.
