@@ -61,7 +61,7 @@ def test_heads_go_with_bundles_and_slim_models(own: cocktail.CoTrainer, tmp_path
             masked = net.model(x)
             assert torch.equal(masked, again.model(x))
         with torch.no_grad():
-            torch.testing.assert_close(cocktail.slim(net, name).eval()(x), masked, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(net.slim(name).eval()(x), masked, rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_of_a_later_run_starts_from_shared_weights(own: cocktail.CoTrainer) -> None:
