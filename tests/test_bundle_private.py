@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import cocktailsdk as cocktail
 from cocktailsdk import BundleError
 from cocktailsdk.bundle import files
+from cocktailsdk.bundle.private_entries import private_bytes
 from cocktailsdk.cli.main import app
 
 PATTERNS = ["unstructured@0.5", "2:4", "channel@0.5", "channel@0.5+2:4"]
@@ -91,7 +92,7 @@ def test_masked_elements_take_no_bytes_and_reports_say_how_many_there_are(tmp_pa
     net = net_with_private()
     net.save_pretrained(tmp_path / "bundle")
     meta = meta_of(tmp_path / "bundle")
-    bytes_of = files.private_bytes(meta)
+    bytes_of = private_bytes(meta)
     assert bytes_of == {r.name: r.private_bytes for r in net.subnets() if r.private_bytes}
     stored = load_file(tmp_path / "bundle" / "subnets.safetensors")["private.float32"]
     assert 4 * stored.numel() == sum(bytes_of.values())
@@ -267,4 +268,4 @@ def test_the_command_line_lists_the_bytes_of_private_tensors(tmp_path):
     assert "private tensors" in shown.output
     data = json.loads(CliRunner().invoke(app, ["subnets", str(tmp_path), "--json"]).output)
     own = {s["name"]: s.get("private_bytes") for s in data["subnets"]}
-    assert own["2:4"] == files.private_bytes(meta_of(tmp_path))["2:4"] and own["channel@0.5"] is None
+    assert own["2:4"] == private_bytes(meta_of(tmp_path))["2:4"] and own["channel@0.5"] is None

@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_cases import sparse
 from tiny import TinyNet, tiny_net
+from torch import distributed as dist
 from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import weight_norm
 
 import cocktailsdk as cocktail
@@ -394,6 +397,30 @@ def test_bytes_and_parameters_of_private_tensors_are_counted_without_what_is_mas
     assert reports["2:4"].private_bytes == 4 * 16 * 8 * 9 // 2
     assert reports["dense"].private_bytes == reports["1:2"].private_bytes == 0
     assert stored_params(net.coupling, net.masks, {}, net.private) == before + 5 * left + 5 + 576
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="gloo is not built in")
+def test_a_sharded_model_refuses_private_tensors_before_anything_changes(one_process):
+    net = tiny_net()
+    net.set_private("2:4", own_values(net))
+    fully_shard(net.model, mesh=one_process)
+    net.switch("1:2")
+    with pytest.raises(SubnetError, match=r"sharded \(FSDP2\): remove them"):
+        net.switch("2:4")
+    assert net.active == "1:2"
+    net.switch("dense")
+    with pytest.raises(SubnetError, match=r"the parameter is sharded \(FSDP2\)"):
+        net.set_private("1:2", own_values(tiny_net()))
+    net.set_private("2:4", {})
+    net.switch("2:4").switch("dense")
 
 
 def training_net():

@@ -35,8 +35,6 @@ SUBNETS_FILE = "subnets.safetensors"
 FILES = (JSON_FILE, WEIGHTS_FILE, SUBNETS_FILE)
 
 PIECE = 256 << 10  # bytes, of files with at most MAX_PIECES of them
-PRIVATE_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""The dtypes of private tensors, and the bytes of an element."""
 _READ = (1, 2, 3)
 _PREFIX = re.compile(rb'\{"checksum":"([0-9a-f]{64})",')
 _SUM = re.compile(r"[0-9a-f]{64}")
@@ -276,40 +274,6 @@ def listed_subnets(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         _check_metric(entry.get("metric", 0.0))
     distinct([row["name"] for row in listed], "its subnets")
     return listed
-
-
-def listed_private(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The private tensors as ``bundle.json`` lists them: subnetwork, dtype, place, and the parameters' places.
-
-    Raises:
-        BundleError: A value makes no sense.
-    """
-    if meta["format_version"] < VERSION_PRIVATE:
-        return []
-    what = "an entry of its private tensors"
-    listed = items(meta.get("private"), "its private tensors")
-    for row in listed:
-        entry = keyed(row, what, ("subnet", "dtype", "start", "count", "parameters"))
-        if text(entry["dtype"], what) not in PRIVATE_SIZES:
-            raise BundleError(f"the bundle has private tensors of {quoted(entry['dtype'])}, which is not known")
-        text(entry["subnet"], what)
-        integer(entry["start"], "where private tensors begin")
-        integer(entry["count"], "how many private values there are")
-        items(entry["parameters"], "the parameters of private tensors")
-    return listed
-
-
-def private_bytes(meta: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the private tensors in the bundle, by subnetwork; of those without nothing is said.
-
-    Raises:
-        BundleError: As of :func:`listed_private`.
-    """
-    out: dict[str, int] = {}
-    for entry in listed_private(meta):
-        size = entry["count"] * PRIVATE_SIZES[entry["dtype"]]
-        out[entry["subnet"]] = out.get(entry["subnet"], 0) + size
-    return out
 
 
 def model_class(meta: Mapping[str, Any]) -> str:

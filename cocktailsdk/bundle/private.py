@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..io.limits import max_private_zeros
 from ..io.tensors import TensorFile
 from ..io.values import distinct, integer, quoted
 from ..masks import Mask
-from .files import PRIVATE_SIZES, listed_private
+from .private_entries import PRIVATE_SIZES, listed_private
 
 __all__ = ["read_private", "write_private"]
 
@@ -26,17 +26,15 @@ def write_private(
     masks: Mapping[str, Mask],
     coupling: Coupling,
     table: Sequence[str],
-    stored: Callable[[str, Tensor], Tensor],
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Each subnetwork's private tensors one after another.
 
     Args:
-        private: By subnetwork and parameter name.
+        private: By subnetwork and parameter name, as they are stored, on the CPU.
         names: All subnetworks but the dense one.
         masks: By subnetwork.
         coupling: The model's coupling.
         table: Names of the model's tensors.
-        stored: Of a parameter's name and a value of it, what is stored, on the CPU.
 
     Returns:
         Entries (JSON values) and one tensor for each dtype.
@@ -48,7 +46,7 @@ def write_private(
     parts: dict[str, list[Tensor]] = {}
     ends: dict[str, int] = {}
     for name in names:
-        own = {n: stored(n, t) for n, t in private.get(name, {}).items()}
+        own = private.get(name, {})
         kept = masks[name].of(coupling, own)
         by_dtype: dict[str, list[str]] = {}
         for n, t in own.items():

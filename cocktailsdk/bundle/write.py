@@ -92,14 +92,10 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
         "dense_statistics": DENSE in net.statistics,
         "coupling": coupling_meta,
     }
+    private, owned = write_private(_plain_private(net, stored), names, masks, net.coupling, table)
+    if private:  # without any the bundle is of the version before, and the same bytes
+        meta["private"] = private
     parameters = dict(net.model.named_parameters())
-
-    def private_value(n: str, t: Tensor) -> Tensor:
-        return _plain(n, t.to(parameters[n].dtype), stored)  # the model may have another dtype than when it was set
-
-    entries, owned = write_private(net.private, names, masks, net.coupling, table, private_value)
-    if entries:  # without any the bundle is of the version before, and the same bytes
-        meta["private"] = entries
     weights = {}
     for n in stored_names(net.model):
         weights[n] = _plain(n, net.dense_tensor(n), stored if n in parameters else None)
@@ -245,6 +241,12 @@ def _plain(name: str, t: Tensor, stored: torch.dtype | None) -> Tensor:
             "bfloat16, or the weights as they are"
         )
     return small
+
+
+def _plain_private(net: SubnetModel, stored: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
+    """Private tensors as they are stored: in the parameters' dtypes, which may be others than when they were set."""
+    dtypes = {n: p.dtype for n, p in net.model.named_parameters()}
+    return {s: {n: _plain(n, t.to(dtypes[n]), stored) for n, t in own.items()} for s, own in net.private.items()}
 
 
 def _example(net: SubnetModel) -> Any:

@@ -19,7 +19,8 @@ def list_subnets(
     log_to(messages())
     folder = bundle_folder(bundle)
 
-    from ..bundle.files import listed_subnets, model_class, private_bytes, read_meta
+    from ..bundle.files import listed_subnets, model_class, read_meta
+    from ..bundle.private_entries import private_bytes
 
     _, meta = read_meta(folder)
     subnets, made_from, private = listed_subnets(meta), model_class(meta), private_bytes(meta)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SubnetError
 from ..graph import Coupling
@@ -15,7 +15,7 @@ from ..utils.fsdp import is_sharded
 from ..utils.layer_names import nearest
 from .tensor_table import TensorTable
 
-__all__ = ["check_private", "kept_elements", "private_copies"]
+__all__ = ["check_private", "check_unsharded", "kept_elements", "private_copies"]
 
 
 def check_private(name: str, tensors: Mapping[str, Any], table: TensorTable, coupling: Coupling) -> None:
@@ -30,6 +30,7 @@ def check_private(name: str, tensors: Mapping[str, Any], table: TensorTable, cou
     Raises:
         SubnetError: It cannot; names the parameter.
     """
+    in_storage = _by_storage(table) if tensors else {}
     for parameter, value in tensors.items():
         what = f"the private tensor of {name!r} for {parameter!r}"
         if parameter not in coupling.shapes or parameter not in table:
@@ -44,12 +45,26 @@ def check_private(name: str, tensors: Mapping[str, Any], table: TensorTable, cou
                 f"{what} must be {own.dtype} of shape {tuple(own.shape)}, as the parameter is, not {value.dtype} of "
                 f"{tuple(value.shape)}"
             )
-        other = _sharing(parameter, table)
+        alike = in_storage.get(_storage(own), ())
+        other = next((n for n in alike if n != parameter and _overlap(own, table[n])), None)
         if other is not None:
             raise SubnetError(
                 f"{what} would change {other!r} too, which shares its memory: give private tensors to parameters that "
                 "are not tied"
             )
+
+
+def check_unsharded(name: str, private: Mapping[str, Tensor], table: TensorTable) -> None:
+    """Check that the model was not sharded after a subnetwork got its private tensors.
+
+    Raises:
+        SubnetError: It was.
+    """
+    if any(is_sharded(table.registered(n)) for n in private):
+        raise SubnetError(
+            f"{name!r} has private tensors, which cannot be used in a model that is sharded (FSDP2): remove them, "
+            f"net.set_private({name!r}, {{}})"
+        )
 
 
 def _hint(name: str, table: TensorTable, coupling: Coupling) -> str:
@@ -61,22 +76,26 @@ def _hint(name: str, table: TensorTable, coupling: Coupling) -> str:
     return ": it is a buffer" if tied is None else f" of its own: it is tied to {tied!r}"
 
 
-def _sharing(name: str, table: TensorTable) -> str | None:
-    """Another tensor of the model that is the same, or lies in the same memory."""
-    own = table[name]
-    for other in table.slots:
-        tensor = table[other]
-        if other != name and (tensor is own or _overlap(own, tensor)):
-            return other
-    return None
+def _by_storage(table: TensorTable) -> dict[int, list[str]]:
+    """Names of the model's tensors by the storage that they lie in."""
+    out: dict[int, list[str]] = {}
+    for name in table.slots:
+        out.setdefault(_storage(table[name]), []).append(name)
+    return out
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number for the storage of a tensor; for the tensor itself where it has none (subclasses, sparse layouts)."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    # The address of the storage's C++ object (`_cdata`): torch has no public way to ask whether two are the same.
+    return tensor.untyped_storage()._cdata if plain else id(tensor)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in overlapping parts of one storage."""
-    if a.layout != torch.strided or b.layout != torch.strided or not (a.numel() and b.numel()):
-        return False
-    # The address of the storage's C++ object (`_cdata`): torch has no public way to ask whether two are the same.
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+    """Whether two tensors of one storage lie in overlapping parts of it."""
+    if a is b or a.layout != torch.strided:
+        return True
+    if not (a.numel() and b.numel()):
         return False
     # Byte ranges: the weights of a recurrent layer lie in one storage, one after another, and do not overlap.
     (first_a, end_a), (first_b, end_b) = _extent(a), _extent(b)

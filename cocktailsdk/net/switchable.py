@@ -18,7 +18,7 @@ from ..masks import Mask
 from ..patterns import DENSE, Subnet
 from ..utils.batchnorm import statistics_of
 from .masked_model import MaskedModel
-from .private import private_copies
+from .private import check_unsharded, private_copies
 from .rwlock import ReadWriteLock
 from .switcher import forget_derived
 from .tuners import MergeGuard, adapter_caches
@@ -266,11 +266,12 @@ class SwitchableModel(MaskedModel):
         switcher = self._switcher
         if name != self._active:
             # Masks are looked up before the dense weights come back: if that fails, nothing has changed.
+            own = self._private.get(name, {})
+            check_unsharded(name, own, switcher.tensors)
             masks = {} if name == DENSE or switcher.has_preloaded(name) else self._device_masks(name)
             switcher.restore(switcher.weights)
             self._merges.lift()
             self._active = DENSE  # in case the next lines fail
-            own = self._private.get(name, {})
             if name != DENSE and not switcher.swap_in_weights(name, own):
                 switcher.mask(masks or self._device_masks(name), own)
             self._active = name
