@@ -12,7 +12,7 @@ from ...patterns.base import DENSE
 
 __all__ = ["PassAllocation"]
 
-WEIGHTS: Mapping[str, float] = {"channel": 0.55, "unstructured": 0.3, "n:m": 0.15}
+WEIGHTS: Mapping[str, float] = {"channel": 0.5, "unstructured": 0.32, "n:m": 0.18}
 LEAST_GAP = 0.01
 """A network that is as good as the teacher still counts as having this gap, in units of the loss."""
 LEAST_SHARE = 0.1
@@ -49,7 +49,7 @@ class PassAllocation:
     dense: float = 0.2
     patterns: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     others: float = 0.3
-    floor: float = 0.5
+    floor: float = 0.2
     power: float = 0.5
     measure_at: Sequence[float] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)
     examples: int = 128
