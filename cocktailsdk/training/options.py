@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
 from ..utils.nested import default_forward
-from .budget import Division, divide_steps, epochs_in, finishing_epochs, rewind_epoch_of
+from .budget import Division, RunLength, divide_epochs, divide_steps, epochs_in
 from .data.loader_state import epoch_length, loader_length, refuse_spent
 from .distributed.launch import Launch, accumulated, precision_of
 from .distributed.ranks import Ranks
@@ -49,7 +49,7 @@ class TrainerArguments:
     loss_fn: LossFn | None
     val_loader: Iterable[Any] | None
     metric: MetricFn | None
-    epochs: int | None
+    epochs: float | None
     total_steps: int | None
     total_hours: float | None
     start: Start
@@ -238,7 +238,7 @@ class Options(TrainerArguments):
 
 
 def build_options(
-    arguments: TrainerArguments, plan: Plan, loaders: Loaders, launch: Launch, epochs: int | None = None
+    arguments: TrainerArguments, plan: Plan, loaders: Loaders, launch: Launch, length: RunLength | None = None
 ) -> Options:
     """What a run does.
 
@@ -247,7 +247,7 @@ def build_options(
         plan: The subnets of every round.
         loaders: The run's.
         launch: The processes and their devices.
-        epochs: Of every round under a budget of hours, once they are known; until then there is one, so that a step
+        length: What fits into a budget of hours, once it is known. Until then a round has one epoch, so that a step
             can be measured.
 
     Raises:
@@ -260,7 +260,7 @@ def build_options(
         "recipe": arguments.named_recipe,
         "optimizer": arguments.optimizer or default_optimizer(arguments.start),
         "schedule": arguments.schedule or cosine_restarts(),
-        **asdict(_division(arguments, len(plan), steps_per_epoch, epochs)),
+        **asdict(_division(arguments, len(plan), steps_per_epoch, length)),
     }
     return Options(
         **{**vars(arguments), **filled_in},
@@ -273,27 +273,21 @@ def build_options(
     )
 
 
-def _division(arguments: TrainerArguments, rounds: int, steps_per_epoch: int, epochs: int | None) -> Division:
-    if arguments.total_hours is not None and epochs is None:
-        return Division(epochs=1, finishing_epochs=0, rewind_epoch=0)
+def _division(arguments: TrainerArguments, rounds: int, steps_per_epoch: int, length: RunLength | None) -> Division:
+    if length is None:
+        if arguments.total_hours is not None:
+            return Division(epochs=1, finishing_epochs=0, rewind_epoch=0)
+        length = RunLength(arguments.epochs or PAPER_EPOCHS, arguments.total_steps)
     recipe, settings = arguments.named_recipe, arguments.settings.rounds
     in_all = rounds + 1 - arguments.first_round
-    if arguments.total_steps is not None:
-        return divide_steps(
-            arguments.total_steps,
-            in_all,
-            recipe.finishing,
-            steps_per_epoch,
-            rewind_epoch=settings.rewind_epoch,
-            start=arguments.start,
-            rewound=settings.rewind_schedule and recipe.rewind and in_all > rounds,
-        )
-    epochs = epochs or arguments.epochs or PAPER_EPOCHS
-    return Division(
-        epochs=epochs,
-        finishing_epochs=finishing_epochs(epochs, in_all, recipe.finishing),
-        rewind_epoch=rewind_epoch_of(settings.rewind_epoch, arguments.start, epochs),
-    )
+    kept: dict[str, Any] = {
+        "rewind_epoch": settings.rewind_epoch,
+        "start": arguments.start,
+        "rewound": settings.rewind_schedule and recipe.rewind and in_all > rounds,
+    }
+    if length.total_steps is not None:
+        return divide_steps(length.total_steps, in_all, recipe.finishing, steps_per_epoch, **kept)
+    return divide_epochs(length.epochs, in_all, recipe.finishing, steps_per_epoch, **kept)
 
 
 def default_optimizer(start: Start) -> OptimizerFactory:

@@ -17,6 +17,7 @@ from ..utils.devices import device_of
 from ..utils.fsdp import sharded
 from ..utils.modes import modes_restored
 from ..utils.undo import forked
+from .budget import RunLength
 from .data.batches import CachedBatches
 from .data.loader_state import generator_states, refuse_spent, set_generator_states
 from .distributed.launch import connected, launched, shard
@@ -31,7 +32,7 @@ from .merge.merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .open_session import open_session, training_started
 from .options import Loaders, OptimizerFactory, TrainerArguments, build_options
-from .planning import Costs, Plan, epochs_for, measure, plan
+from .planning import Costs, Plan, length_for, measure, plan
 from .recipes import Recipe
 from .rounds import train_rounds
 from .schedules import ScheduleFactory
@@ -83,12 +84,13 @@ class CoTrainer(Generic[NetT]):
             whose mean over all batches is the metric; or a scalar, the batch's mean. Default: accuracy for
             classification, otherwise the negative loss; labels that the loss ignores do not count. A metric that is not
             finite is recorded as NaN, and never chosen.
-        epochs: Epochs of every round (paper, CIFAR-10: 150, the default). Finishing is added to the rounds;
-            ``Recipe.finishing`` sets its length.
+        epochs: Epochs of every round (paper, CIFAR-10: 150, the default). A fraction such as ``0.5`` is rounded to
+            whole optimizer steps, at least one. Finishing is added to the rounds; ``Recipe.finishing`` sets its length.
         total_steps: A budget of optimizer steps for the whole run, instead of ``epochs``; exactly so many are made.
             Finishing gets the recipe's share of them, rounds the rest in equal parts.
-        total_hours: A budget of hours instead of ``epochs``, merging included: a few steps are measured, and every
-            round gets as many whole epochs as fit. A run that is resumed keeps its number of epochs.
+        total_hours: A budget of hours instead of ``epochs``, merging included: a few steps are measured. A recipe with
+            one round then makes as many optimizer steps as fit; with several, every round gets as many whole epochs as
+            fit. A resumed run keeps its number of steps or epochs.
         start: ``"scratch"``; or ``"pretrained"``, where the weights of ``net`` are the rewind point and round 0 is
             skipped.
         recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
@@ -140,7 +142,7 @@ class CoTrainer(Generic[NetT]):
         *,
         val_loader: Iterable[Any] | None = None,
         metric: MetricFn | None = None,
-        epochs: int | None = None,
+        epochs: float | None = None,
         total_steps: int | None = None,
         total_hours: float | None = None,
         start: Literal["scratch", "pretrained"] = "scratch",
@@ -204,22 +206,25 @@ class CoTrainer(Generic[NetT]):
         self._device = self._launch.device or device_of(net.model)
         self._loaders = Loaders.of(arguments, self.ranks)
         hours = arguments.total_hours
-        epochs = None if hours is None else self._resumed_epochs(hours)
-        self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
-        if hours is not None and epochs is None:
+        length = None if hours is None else self._resumed_length(hours)
+        self._options = build_options(arguments, self._plan, self._loaders, self._launch, length)
+        if hours is not None and length is None:
             with self._measured() as (session, costs):
-                epochs = epochs_for(session, costs, hours)
-            self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
+                length = length_for(session, costs, hours)
+            self._options = build_options(arguments, self._plan, self._loaders, self._launch, length)
         self.configuration = describe(net, self._options, arguments.settings.output.config)
         self.fingerprint = fingerprint(self.configuration)
 
-    def _resumed_epochs(self, hours: float) -> int | None:
-        """The epochs of a run in this folder that had the same budget of hours."""
+    def _resumed_length(self, hours: float) -> RunLength | None:
+        """The length of a run in this folder that had the same budget of hours."""
         if self._arguments.out_folder is None:
             return None
         folder = self._arguments.out_folder / "state"
         training = self.ranks.from_main(lambda: stored_configuration(folder)).get("training", {})
-        return training.get("epochs") if training.get("total_hours") == hours else None
+        if training.get("total_hours") != hours or "epochs" not in training:
+            return None
+        steps = training.get("steps")  # of a recipe with one round, unless they make whole epochs
+        return RunLength(training["epochs"]) if steps is None else RunLength(total_steps=sum(steps))
 
     def fit(self) -> NetT:
         """Train all rounds, merge them, and give every network its statistics and metric.
