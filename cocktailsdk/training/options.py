@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.optim import SGD, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
@@ -21,6 +22,7 @@ from .distributed.ranks import Ranks
 from .distributed.sharing import held_out_loader, shared_loader
 from .events import Callback
 from .metrics import MetricFn
+from .optimizers import OptimizerFactory, OptimizerName, Start, choose_optimizer
 from .recipes import Recipe, recipe_named
 from .round_plan import Plan
 from .schedules import ScheduleFactory, cosine_restarts
@@ -28,10 +30,7 @@ from .settings import Settings, check_numbers, shortened
 from .step.execution import Precision
 from .step.forward import ForwardFn, LossFn
 
-__all__ = ["Loaders", "OptimizerFactory", "Options", "TrainerArguments", "build_options", "default_optimizer"]
-
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-Start = Literal["scratch", "pretrained"]
+__all__ = ["Loaders", "Options", "TrainerArguments", "build_options"]
 
 PAPER_EPOCHS = 150
 """Epochs of a round in the paper (CIFAR-10), where neither epochs nor a budget are given."""
@@ -54,7 +53,8 @@ class TrainerArguments:
     total_hours: float | None
     start: Start
     recipe: str | Recipe
-    optimizer: OptimizerFactory | None
+    optimizer: OptimizerFactory | OptimizerName | None
+    learning_rate: float | None
     schedule: ScheduleFactory | None
     out_dir: str | PathLike[str] | None
     device: str | torch.device | None
@@ -65,12 +65,13 @@ class TrainerArguments:
     def __post_init__(self) -> None:
         for name in ("loss_fn", "metric", "optimizer", "schedule"):
             value = getattr(self, name)
-            if value is not None and not callable(value):
+            named = name == "optimizer" and isinstance(value, str)
+            if value is not None and not callable(value) and not named:
                 built = isinstance(value, Optimizer | LRScheduler)
                 hint = ": give a function that makes one, since each round needs its own" if built else ""
                 raise TrainingError(f"{name} must be callable, got {type(value).__name__}{hint}")
         budgets = {"epochs": self.epochs, "total_steps": self.total_steps, "total_hours": self.total_hours}
-        check_numbers(**budgets, seed=self.seed)
+        check_numbers(**budgets, learning_rate=self.learning_rate, seed=self.seed)
         given = [f"{name}={value}" for name, value in budgets.items() if value is not None]
         if len(given) > 1:
             raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(given)}")
@@ -146,7 +147,9 @@ class Options(TrainerArguments):
     Made by :func:`build_options`.
 
     Attributes:
-        epochs: Epochs of the longest round; the last may be a part of one, where there is a budget of steps.
+        optimizer: Makes the optimizer of a round.
+        optimizer_reason: Why it is this one, for logs.
+        epochs: Epochs of the longest round; the last may be a part of one.
         finishing_epochs: The same of finishing; 0 for none.
         steps_per_epoch: Optimizer steps of an epoch.
         gradient_accumulation_steps: Batches of an optimizer step.
@@ -156,6 +159,7 @@ class Options(TrainerArguments):
 
     recipe: Recipe
     optimizer: OptimizerFactory
+    optimizer_reason: str
     schedule: ScheduleFactory
     forward_fn: ForwardFn
     epochs: int
@@ -238,12 +242,18 @@ class Options(TrainerArguments):
 
 
 def build_options(
-    arguments: TrainerArguments, plan: Plan, loaders: Loaders, launch: Launch, length: RunLength | None = None
+    arguments: TrainerArguments,
+    model: nn.Module,
+    plan: Plan,
+    loaders: Loaders,
+    launch: Launch,
+    length: RunLength | None = None,
 ) -> Options:
     """What a run does.
 
     Args:
         arguments: The trainer's.
+        model: The user's.
         plan: The subnets of every round.
         loaders: The run's.
         launch: The processes and their devices.
@@ -256,9 +266,17 @@ def build_options(
     settings = arguments.settings
     size = accumulated(launch, settings.execution.gradient_accumulation_steps)
     steps_per_epoch = -(-loaders.epoch_batches // size)
+    optimizer = choose_optimizer(
+        arguments.optimizer,
+        arguments.learning_rate,
+        model,
+        start=arguments.start,
+        by_model=arguments.named_recipe.optimizer_defaults == "by model",
+    )
     filled_in = {
         "recipe": arguments.named_recipe,
-        "optimizer": arguments.optimizer or default_optimizer(arguments.start),
+        "optimizer": optimizer.factory,
+        "optimizer_reason": optimizer.reason,
         "schedule": arguments.schedule or cosine_restarts(),
         **asdict(_division(arguments, len(plan), steps_per_epoch, length)),
     }
@@ -288,9 +306,3 @@ def _division(arguments: TrainerArguments, rounds: int, steps_per_epoch: int, le
     if length.total_steps is not None:
         return divide_steps(length.total_steps, in_all, recipe.finishing, steps_per_epoch, **kept)
     return divide_epochs(length.epochs, in_all, recipe.finishing, steps_per_epoch, **kept)
-
-
-def default_optimizer(start: Start) -> OptimizerFactory:
-    """The paper's SGD: rate 0.1 (0.01 from pretrained weights), momentum 0.9, weight decay 1e-4."""
-    rate = 0.1 if start == "scratch" else 0.01
-    return lambda parameters: SGD(parameters, lr=rate, momentum=0.9, weight_decay=1e-4)

@@ -74,7 +74,9 @@ INTEGERS: Mapping[str, float] = {
 """Whole numbers, and the least that each may be."""
 RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("save_seconds", "save_minutes", "event_seconds"), ("at least 0", lambda x: x >= 0)),
-    **dict.fromkeys(("epochs", "total_hours", "max_grad_norm"), ("above 0, and finite", lambda x: 0 < x < math.inf)),
+    **dict.fromkeys(
+        ("epochs", "total_hours", "learning_rate", "max_grad_norm"), ("above 0, and finite", lambda x: 0 < x < math.inf)
+    ),
     "weight": ("in 0 … 1", lambda x: 0 <= x <= 1),
     "ema_decay": ("between 0 and 1", lambda x: 0 < x < 1),
 }
@@ -83,6 +85,7 @@ EXAMPLES: Mapping[str, str] = {
     "epochs": "epochs=20, or a fraction such as epochs=0.5",
     "total_steps": "total_steps=400",
     "total_hours": "total_hours=1.5",
+    "learning_rate": "learning_rate=0.01",
 }
 """What may be typed instead of a number that is refused."""
 

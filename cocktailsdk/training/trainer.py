@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -31,7 +32,8 @@ from .keywords import current_keywords
 from .merge.merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .open_session import open_session, training_started
-from .options import Loaders, OptimizerFactory, TrainerArguments, build_options
+from .optimizers import OptimizerFactory, OptimizerName, optimizer_line
+from .options import Loaders, TrainerArguments, build_options
 from .planning import Costs, Plan, length_for, measure, plan
 from .recipes import Recipe
 from .rounds import train_rounds
@@ -56,6 +58,8 @@ from .step.forward import LossFn
 from .user_code import LoaderFailed, emit
 
 __all__ = ["CoTrainer"]
+
+log = logging.getLogger(__name__)
 
 NetT = TypeVar("NetT", bound=SubnetModel)
 
@@ -95,8 +99,12 @@ class CoTrainer(Generic[NetT]):
             skipped.
         recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
             :class:`~cocktailsdk.training.recipes.Recipe` of your own. ``"paper"`` is the method as published.
-        optimizer: ``optimizer(parameters) -> Optimizer``, called once a round; one that steps without a closure.
-            Default: the paper's SGD with momentum 0.9, weight decay 1e-4 and rate 0.1, or 0.01 from pretrained weights.
+        optimizer: ``"sgd"``, ``"adamw"``, or ``optimizer(parameters) -> Optimizer``, called once a round; one that
+            steps without a closure. Default: the paper's SGD with momentum 0.9, weight decay 1e-4 and rate 0.1, or 0.01
+            from pretrained weights. A recipe with ``optimizer_defaults="by model"`` looks at a pretrained model: SGD
+            with Nesterov momentum if it has batch norms, and AdamW if it has layer norms and no batch norms. See
+            :mod:`cocktailsdk.training.optimizers` for rates. The run logs its choice.
+        learning_rate: Replaces the rate of a default optimizer, or of one that is given by name.
         schedule: ``schedule(optimizer, steps) -> LRScheduler``, called once a round with the round's optimizer steps;
             it is stepped after *every optimizer step*. Default: the paper's cosine with warm restarts. See
             :mod:`cocktailsdk.training.schedules`.
@@ -147,7 +155,8 @@ class CoTrainer(Generic[NetT]):
         total_hours: float | None = None,
         start: Literal["scratch", "pretrained"] = "scratch",
         recipe: str | Recipe = "cocktail",
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | OptimizerName | None = None,
+        learning_rate: float | None = None,
         schedule: ScheduleFactory | None = None,
         out_dir: str | PathLike[str] | None = None,
         device: str | torch.device | None = None,
@@ -183,6 +192,7 @@ class CoTrainer(Generic[NetT]):
             start=start,
             recipe=recipe,
             optimizer=optimizer,
+            learning_rate=learning_rate,
             schedule=schedule,
             out_dir=out_dir,
             device=device,
@@ -207,11 +217,12 @@ class CoTrainer(Generic[NetT]):
         self._loaders = Loaders.of(arguments, self.ranks)
         hours = arguments.total_hours
         length = None if hours is None else self._resumed_length(hours)
-        self._options = build_options(arguments, self._plan, self._loaders, self._launch, length)
+        given = arguments, net.model, self._plan, self._loaders, self._launch
+        self._options = build_options(*given, length)
         if hours is not None and length is None:
             with self._measured() as (session, costs):
                 length = length_for(session, costs, hours)
-            self._options = build_options(arguments, self._plan, self._loaders, self._launch, length)
+            self._options = build_options(*given, length)
         self.configuration = describe(net, self._options, arguments.settings.output.config)
         self.fingerprint = fingerprint(self.configuration)
 
@@ -255,6 +266,8 @@ class CoTrainer(Generic[NetT]):
             self.history = session.history
             with ending(session, self.configuration):
                 if session.position.phase != "done":
+                    chosen = optimizer_line(self.configuration["optimizer"], self._options.optimizer_reason)
+                    log.info("optimizer: %s", chosen)
                     emit(session, training_started(session))
                     train_rounds(session, "train")
                     merge_rounds(session)

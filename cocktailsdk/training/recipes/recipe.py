@@ -16,6 +16,9 @@ __all__ = ["Recipe"]
 
 Plan = tuple[dict[str, tuple[Subnet, ...]], ...]
 
+_LATER_FIELDS = frozenset({"hooks", "optimizer_defaults"})
+"""Fields that release 0.1 did not have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -55,6 +58,8 @@ class Recipe:
         only: The only patterns that it may have; empty for any.
         hooks: What happens between steps besides training: see :mod:`~cocktailsdk.training.step.hooks`. A schedule
             that is a hook itself is not named again. Every run works on copies.
+        optimizer_defaults: Which optimizer trains pretrained weights if none is given: the ``"paper"``'s SGD, or one
+            that is chosen ``"by model"``: see :mod:`~cocktailsdk.training.optimizers`. From scratch it is the paper's.
 
     Raises:
         TrainingError: A field makes no sense; it is named.
@@ -78,6 +83,7 @@ class Recipe:
     needs: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     hooks: tuple[StepHook, ...] = ()
+    optimizer_defaults: Literal["paper", "by model"] = "paper"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)
@@ -187,10 +193,11 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """All fields as JSON values; of functions the name, of dataclass instances also their fields.
 
-        ``hooks`` are described where the recipe names some: runs of releases that had none can then be resumed.
+        Fields that earlier releases did not have are described where they are set: runs of those releases can then be
+        resumed.
         """
-        described = {field.name: _described(getattr(self, field.name)) for field in fields(self)}
-        return described if self.hooks else {name: value for name, value in described.items() if name != "hooks"}
+        later = [f.name for f in fields(self) if f.name in _LATER_FIELDS and getattr(self, f.name) == f.default]
+        return {f.name: _described(getattr(self, f.name)) for f in fields(self) if f.name not in later}
 
 
 def _described(value: Any) -> Any:
