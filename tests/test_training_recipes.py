@@ -502,7 +502,7 @@ def test_a_recipe_of_ones_own_is_any_function_of_the_schedule_context() -> None:
     assert_identical(result(trained(recipe)), result(trained("paper-rotation")))
     description = trainer_of(recipe).configuration["training"]["recipe"]
     assert description["schedule"].endswith("twice_sparse")
-    assert set(description) == {f.name for f in dataclasses.fields(Recipe)} - {"hooks"}
+    assert set(description) == {f.name for f in dataclasses.fields(Recipe)} - {"hooks", "optimizer_defaults"}
 
 
 def test_fingerprints_tell_recipes_apart() -> None:

@@ -141,14 +141,15 @@ def _by_model(model: nn.Module) -> tuple[OptimizerName, str]:
     return "sgd", "neither batch norms nor layer norms"
 
 
-def _paper_sgd(start: Start) -> OptimizerFactory:
+def _paper_sgd(start: Start, *, nesterov: bool = False) -> OptimizerFactory:
     """The paper's SGD: rate 0.1 (0.01 from pretrained weights), momentum 0.9, weight decay 1e-4."""
-    return partial(SGD, lr=0.1 if start == "scratch" else 0.01, momentum=0.9, weight_decay=1e-4)
+    rate = 0.1 if start == "scratch" else 0.01
+    return partial(SGD, lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)
 
 
 def _sgd(model: nn.Module, start: Start) -> OptimizerFactory:
     """The paper's SGD, with Nesterov's momentum for trained weights."""
-    return _paper_sgd(start) if start == "scratch" else partial(_paper_sgd(start), nesterov=True)
+    return _paper_sgd(start, nesterov=start == "pretrained")
 
 
 def _adamw(model: nn.Module, start: Start) -> OptimizerFactory:

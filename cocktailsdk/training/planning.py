@@ -16,12 +16,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..errors import TrainingError
 from ..patterns.base import DENSE
 from ..utils.fsdp import local
-from ..utils.modes import modes_restored, train_as_handed
 from .budget import RunLength, epochs_in, finishing_length
+from .dry_run import dry_run
 from .evaluation import score
 from .optimization import Optimization
 from .recipes import Step, SubnetPass
-from .session import Session, load_tensors, model_tensors
+from .session import Session, model_tensors
 from .step.engine import Stepper
 
 __all__ = ["Costs", "Plan", "length_for", "measure", "plan"]
@@ -182,8 +182,6 @@ def measure(session: Session) -> Costs:
     Subnets are measured under the masks that they have: every subnet has one from the start.
     """
     net, options = session.net, session.options
-    kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
-    statistics, metrics = dict(net.statistics), dict(net.metrics)
     optimization = Optimization.begin(net.model, options, options.first_round, session.device)
     assert session.execution is not None
     stepper = Stepper.of(net, session.execution, options, session.classes)
@@ -202,24 +200,15 @@ def measure(session: Session) -> Costs:
         activations[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with modes_restored(net):
-        try:
-            train_as_handed(net.model)
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
-                step(names[0])()
-            dense = _seconds(step(DENSE), session.device)
-            sparse = mean(_seconds(step(name), session.device) for name in names)
-            memory = _memory(session, optimization, activations)
-            candidate = 0.0
-            if session.data.held_out is not None:
-                candidate = _seconds(lambda: score(session, names[-1]), session.device)
-        finally:
-            load_tensors(net.model, kept)
-            net.model.zero_grad(set_to_none=True)
-            net.statistics.clear()
-            net.statistics.update(statistics)
-            net.metrics.clear()
-            net.metrics.update(metrics)
+    with dry_run(session):
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            step(names[0])()
+        dense = _seconds(step(DENSE), session.device)
+        sparse = mean(_seconds(step(name), session.device) for name in names)
+        memory = _memory(session, optimization, activations)
+        candidate = 0.0
+        if session.data.held_out is not None:
+            candidate = _seconds(lambda: score(session, names[-1]), session.device)
     costs = Costs(dense, sparse, candidate, memory)
     return session.ranks.from_main(lambda: costs)
 

@@ -75,7 +75,8 @@ INTEGERS: Mapping[str, float] = {
 RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("save_seconds", "save_minutes", "event_seconds"), ("at least 0", lambda x: x >= 0)),
     **dict.fromkeys(
-        ("epochs", "total_hours", "learning_rate", "max_grad_norm"), ("above 0, and finite", lambda x: 0 < x < math.inf)
+        ("epochs", "total_hours", "learning_rate", "lowest", "highest", "max_grad_norm"),
+        ("above 0, and finite", lambda x: 0 < x < math.inf),
     ),
     "weight": ("in 0 … 1", lambda x: 0 <= x <= 1),
     "ema_decay": ("between 0 and 1", lambda x: 0 < x < 1),

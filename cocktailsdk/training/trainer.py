@@ -35,6 +35,7 @@ from .open_session import open_session, training_started
 from .optimizers import OptimizerFactory, OptimizerName, optimizer_line
 from .options import Loaders, TrainerArguments, build_options
 from .planning import Costs, Plan, length_for, measure, plan
+from .range_test import LearningRateSuggestion, suggest_rate
 from .recipes import Recipe
 from .rounds import train_rounds
 from .schedules import ScheduleFactory
@@ -341,8 +342,43 @@ class CoTrainer(Generic[NetT]):
         with self._measured() as (session, costs):
             return plan(session, costs)
 
+    def suggest_lr(
+        self, steps: int = 60, *, lowest: float | None = None, highest: float | None = None
+    ) -> LearningRateSuggestion:
+        """Suggest a learning rate: train a few steps while the rate rises, and see where the loss is lowest.
+
+        The steps train the networks of the first round as the recipe does, with the loss of training, distillation
+        included. Nothing is changed: weights, statistics, loaders and random generators are put back. The same seed
+        gives the same suggestion.
+
+        Args:
+            steps: Optimizer steps of the test. It takes about as long as three times so many steps of training.
+            lowest: The first rate. Default: the optimizer's own divided by 30.
+            highest: The last rate. Default: 30 times the optimizer's own.
+
+        Raises:
+            TrainingError: There is no rate to suggest, or there are several processes; says what to type.
+
+        Example:
+            ```python
+            suggestion = cocktail.CoTrainer(net, train_loader, loss_fn, start="pretrained").suggest_lr()
+            print(suggestion)
+            trainer = cocktail.CoTrainer(
+                net, train_loader, loss_fn, start="pretrained", learning_rate=suggestion.rate
+            )
+            ```
+        """
+        with self._dry_session() as session:
+            return suggest_rate(session, steps=steps, lowest=lowest, highest=highest)
+
     @contextmanager
     def _measured(self) -> Iterator[tuple[Session, Costs]]:
+        with self._dry_session() as session:
+            yield session, measure(session)
+
+    @contextmanager
+    def _dry_session(self) -> Iterator[Session]:
+        """A session of which nothing is kept; the net's weights are put back by what is done inside."""
         self.net.switch(DENSE)
         self.net.to(self._device)
         states = generator_states(self._loaders.train)
@@ -350,10 +386,9 @@ class CoTrainer(Generic[NetT]):
             with without_autocast(self._device), forked():
                 session = self._open(Interrupts(), MemoryStore())
                 try:
-                    costs = measure(session)
+                    yield session
                 except LoaderFailed as failed:
                     raise TrainingError(str(failed)) from failed.__cause__
-                yield session, costs
         finally:
             set_generator_states(self._loaders.train, states)
 
