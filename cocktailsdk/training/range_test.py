@@ -128,8 +128,8 @@ def best_rate(rates: Sequence[float], losses: Sequence[float], before: float) ->
     """The middle of the valley of the smoothed curve: the geometric mean of its two edges.
 
     The edges are where the loss has fallen by 80 % of all that it falls. Measured on six pairs of model and optimizer,
-    26 curves of 24 to 120 steps, against the best rate of a grid of runs of 120 steps. On average the suggestion was off
-    by a factor of 1.5, at worst by 3.1. The minimum of the smoothed curve was as good, but depends on a single point.
+    26 curves of 24 to 120 steps, against the best rate of a grid of runs of 120 steps. On average the suggestion was
+    off by a factor of 1.5, at worst by 3.1. The minimum of the smoothed curve was as good, but depends on one point.
     A quarter of it was off by 5, a tenth by 13, the steepest slope by 8, and "valley" (fastai, Lightning) by 6, always
     downwards but for the slope. Those rules are for training losses, whose minimum lags behind the rate.
 
