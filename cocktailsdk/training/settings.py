@@ -66,7 +66,7 @@ ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
 
 INTEGERS: Mapping[str, float] = {
-    **dict.fromkeys(("epochs", "total_steps", "steps", "steps_per_epoch", "count", "rounds"), 1),
+    **dict.fromkeys(("total_steps", "steps", "steps_per_epoch", "count", "rounds"), 1),
     **dict.fromkeys(("recalibration_batches", "gradient_accumulation_steps"), 1),
     "rewind_epoch": 0,
     "seed": -math.inf,
@@ -75,12 +75,20 @@ INTEGERS: Mapping[str, float] = {
 RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("save_seconds", "save_minutes", "event_seconds"), ("at least 0", lambda x: x >= 0)),
     **dict.fromkeys(
-        ("total_hours", "max_grad_norm", "temperature"), ("above 0, and finite", lambda x: 0 < x < math.inf)
+        ("epochs", "total_hours", "learning_rate", "lowest", "highest", "max_grad_norm", "temperature"),
+        ("above 0, and finite", lambda x: 0 < x < math.inf),
     ),
     "weight": ("in 0 … 1", lambda x: 0 <= x <= 1),
     "ema_decay": ("between 0 and 1", lambda x: 0 < x < 1),
 }
 """What other numbers must be, and whether they are."""
+EXAMPLES: Mapping[str, str] = {
+    "epochs": "epochs=20, or a fraction such as epochs=0.5",
+    "total_steps": "total_steps=400",
+    "total_hours": "total_hours=1.5",
+    "learning_rate": "learning_rate=0.01",
+}
+"""What may be typed instead of a number that is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +302,8 @@ def check_numbers(owner: str = "", /, **values: Any) -> None:
     """
     for name, value in values.items():
         if value is not None and (rule := _broken_rule(name, value)) is not None:
-            raise TrainingError(f"{owner}{name} must be {rule}, got {shortened(value)}")
+            hint = f": write {EXAMPLES[name]}" if name in EXAMPLES else ""
+            raise TrainingError(f"{owner}{name} must be {rule}, got {shortened(value)}{hint}")
 
 
 def _broken_rule(name: str, value: Any) -> str | None:

@@ -26,6 +26,7 @@ PRETRAINED = Recipe(
     teacher="frozen",
     temperature=None,
     decay="cosine",
+    optimizer_defaults="by model",
     allocation=PassAllocation(),
     refit_head="auto",
     merging="none",

@@ -16,7 +16,7 @@ from .steps import SCHEDULES, StepSchedule
 __all__ = ["Recipe", "check_start"]
 
 Plan = tuple[dict[str, tuple[Subnet, ...]], ...]
-NEW = frozenset({"hooks", "teacher", "temperature", "decay", "allocation", "refit_head"})
+NEW = frozenset({"hooks", "teacher", "temperature", "decay", "allocation", "refit_head", "optimizer_defaults"})
 """Fields that recipes of release 0.1 did not have."""
 
 
@@ -69,6 +69,8 @@ class Recipe:
         only: The only patterns that it may have; empty for any.
         hooks: What happens between steps besides training: see :mod:`~cocktailsdk.training.step.hooks`. A schedule
             that is a hook itself is not named again. Every run works on copies.
+        optimizer_defaults: Which optimizer trains pretrained weights if none is given: the ``"paper"``'s SGD, or one
+            that is chosen ``"by model"``: see :mod:`~cocktailsdk.training.optimizers`. From scratch it is the paper's.
 
     Raises:
         TrainingError: A field makes no sense; it is named.
@@ -97,6 +99,7 @@ class Recipe:
     needs: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     hooks: tuple[StepHook, ...] = ()
+    optimizer_defaults: Literal["paper", "by model"] = "paper"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)

@@ -268,6 +268,19 @@ class Stepper:
             hooks("after_update")
         return StepResult(losses, teacher, overflowed)
 
+    @torch.no_grad()
+    def loss(self, subnet: str, batch: Any) -> Float[Tensor, ""]:
+        """A network's loss on a batch, as a pass of a step computes it, without backward.
+
+        Args:
+            subnet: Which network; the dense one must be active.
+            batch: On the model's device.
+        """
+        engine = self._engine
+        with engine.active(subnet, inputs_of(batch)) as active:
+            output, target = self._execution.student(inputs_of(batch))
+            return active.loss(loss_of(output, target, self._loss_fn), output, target, self._loss_fn)
+
     def _pass(
         self,
         one: SubnetPass,
