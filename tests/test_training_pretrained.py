@@ -237,6 +237,16 @@ def test_a_model_without_logits_trains_without_a_head(caplog: pytest.LogCaptureF
     assert trainer.history.steps == 50
 
 
+def test_a_run_says_that_more_steps_will_pay(caplog: pytest.LogCaptureFixture) -> None:
+    """A short run from weights that were trained a little: the narrow networks are far from done."""
+    net = tiny_net()
+    train, held_out = tiny_loaders()
+    cocktail.CoTrainer(net, train, F.cross_entropy, val_loader=held_out, total_steps=60).fit()
+    with caplog.at_level(logging.WARNING):
+        pretrained(net, total_steps=60).fit()
+    assert "more steps will pay" in caplog.text
+
+
 def test_without_held_out_data_need_is_measured_on_training_batches() -> None:
     trainer = pretrained(val_loader=None)
     trainer.fit()

@@ -14,6 +14,7 @@ from ..checkpoints import save, save_if_due, save_if_late
 from ..evaluation import compare_dense, displayed, measure, recalibrate
 from ..events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from ..left_out import check_trained
+from ..need import warn_if_improving
 from ..session import Session, load_tensors, model_tensors
 from ..user_code import emit, guarded_batches
 from .alpha_search import Choice, interpolate
@@ -146,6 +147,7 @@ def finish(session: Session) -> None:
             len(own.keys() - {DENSE}),
         )
     compare_dense(session)
+    warn_if_improving(session)
     position.phase, position.step = "done", 0
     save(session)
 

@@ -312,7 +312,11 @@ def _check_shares(state: dict[str, Any], net: SubnetModel, options: Options) -> 
     _require(fits, "the passes that networks are owed are", owed)
     _of_networks("owed passes", owed or {}, net)
     for one in state["history"].get("measured", []):
-        fits = isinstance(one, dict) and one.keys() == {"step", "losses", "shares"} and _is_count(one["step"])
+        fits = (
+            isinstance(one, dict)
+            and one.keys() == {"step", "losses", "accuracies", "shares"}
+            and _is_count(one["step"])
+        )
         for values in (one["losses"], one["shares"]) if fits else ():
             fits = fits and isinstance(values, dict) and values.keys() == set(net.names)
             fits = fits and all(isinstance(value, float) for value in values.values())

@@ -53,7 +53,8 @@ class History:
         passes: Forward and backward passes of them: as many, but where a step trains several networks.
         skipped: Steps left out since their loss or gradients were not finite; ``steps`` does not count them.
         measured: With a recipe that shares passes by need, one entry for each measurement: ``{"step": 40, "losses":
-            {…}, "shares": {…}}``, with the held-out loss of each network and its share of the passes after it.
+            {…}, "accuracies": {…}, "shares": {…}}``, with the held-out loss of each network, its accuracy if that is
+            the run's metric, and its share of the passes after the measurement.
         before: The dense network's held-out metric with the weights that the run started from, if it started from
             trained weights.
         weights: By network the stored weights that it has for its own; the others share the net's.
