@@ -53,8 +53,9 @@ def warn_if_improving(session: Session) -> None:
 def held_out_losses(session: Session, names: tuple[str, ...]) -> tuple[dict[str, float], dict[str, float]]:
     """The mean loss of each network on the first held-out examples, and its accuracy if the run's metric is that.
 
-    The passes are those of training: batch norms use the batch. Training batches are used if there is no ``val_loader``. Buffers and generators are left as they were. The main
-    process's numbers count, so that all processes give out passes alike.
+    The passes are those of training: batch norms use the batch. Training batches are used if there is no
+    ``val_loader``. Buffers and generators are left as they were. The main process's numbers count, so that all
+    processes give out passes alike.
     """
     assert session.shares is not None
     if not session.shares.batches:
