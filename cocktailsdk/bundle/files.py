@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 
 FORMAT = "cocktail-bundle"
 VERSION = 2
+VERSION_PRIVATE = 3
+"""Of bundles with private tensors: a release that does not know these must refuse them."""
 JSON_FILE = "bundle.json"
 WEIGHTS_FILE = "weights.safetensors"
 SUBNETS_FILE = "subnets.safetensors"
 FILES = (JSON_FILE, WEIGHTS_FILE, SUBNETS_FILE)
 
 PIECE = 256 << 10  # bytes, of files with at most MAX_PIECES of them
-_READ = (1, 2)
+PRIVATE_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""The dtypes of private tensors, and the bytes of an element."""
+_READ = (1, 2, 3)
 _PREFIX = re.compile(rb'\{"checksum":"([0-9a-f]{64})",')
 _SUM = re.compile(r"[0-9a-f]{64}")
 
@@ -145,6 +149,7 @@ def write_folder(
     """
     from safetensors.torch import save_file  # late: reading a bundle's JSON needs no torch
 
+    version = VERSION_PRIVATE if "private" in meta else VERSION
     target = Path(path).expanduser().resolve()
     _check_target(locate(target))
     with new_folder(target) as made:
@@ -154,7 +159,7 @@ def write_folder(
                 save_file(dict(tensors), made / name)
             fsync(made / name)
             files[name] = _sums(made / name)
-        raw = _to_json({"format": FORMAT, "format_version": VERSION, "files": files, **meta})
+        raw = _to_json({"format": FORMAT, "format_version": version, "files": files, **meta})
         if len(raw) > MAX_JSON_BYTES:
             raise BundleError(f"{target / JSON_FILE} would have {len(raw)} bytes; {MAX_JSON_BYTES} are read at most")
         try:
@@ -203,7 +208,7 @@ def meta_of(bundle: OpenBundle) -> dict[str, Any]:
     if type(version) is not int or version not in _READ:
         raise BundleError(
             f"{file} has format version {quoted(version)}; this release of cocktailsdk reads "
-            f"{' and '.join(map(str, _READ))}: load it with a release that reads it"
+            f"{', '.join(map(str, _READ[:-1]))} and {_READ[-1]}: load it with a release that reads it"
         )
     begin = _PREFIX.match(raw)
     if not begin or begin[1].decode() != hashlib.sha256(raw[begin.end() :]).hexdigest():
@@ -271,6 +276,40 @@ def listed_subnets(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         _check_metric(entry.get("metric", 0.0))
     distinct([row["name"] for row in listed], "its subnets")
     return listed
+
+
+def listed_private(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The private tensors as ``bundle.json`` lists them: subnetwork, dtype, place, and the parameters' places.
+
+    Raises:
+        BundleError: A value makes no sense.
+    """
+    if meta["format_version"] < VERSION_PRIVATE:
+        return []
+    what = "an entry of its private tensors"
+    listed = items(meta.get("private"), "its private tensors")
+    for row in listed:
+        entry = keyed(row, what, ("subnet", "dtype", "start", "count", "parameters"))
+        if text(entry["dtype"], what) not in PRIVATE_SIZES:
+            raise BundleError(f"the bundle has private tensors of {quoted(entry['dtype'])}, which is not known")
+        text(entry["subnet"], what)
+        integer(entry["start"], "where private tensors begin")
+        integer(entry["count"], "how many private values there are")
+        items(entry["parameters"], "the parameters of private tensors")
+    return listed
+
+
+def private_bytes(meta: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the private tensors in the bundle, by subnetwork; of those without nothing is said.
+
+    Raises:
+        BundleError: As of :func:`listed_private`.
+    """
+    out: dict[str, int] = {}
+    for entry in listed_private(meta):
+        size = entry["count"] * PRIVATE_SIZES[entry["dtype"]]
+        out[entry["subnet"]] = out.get(entry["subnet"], 0) + size
+    return out
 
 
 def model_class(meta: Mapping[str, Any]) -> str:

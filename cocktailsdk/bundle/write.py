@@ -27,6 +27,7 @@ from .couplings import write_coupling
 from .examples import describe, elements, values
 from .files import write_folder
 from .model import all_tensors, fingerprint, stored_as, stored_names
+from .private import write_private
 from .statistics import write_statistics
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
         net: The net.
         path: The folder.
         dtype: ``torch.float16`` or ``torch.bfloat16`` to store parameters of more bits in these, rounded to the
-            nearest; masks, buffers and statistics are stored exactly all the same, and metrics stay those of the
-            weights before.
+            nearest, private tensors like the parameters that they replace; masks, buffers and statistics are stored
+            exactly all the same, and metrics stay those of the weights before.
 
     Raises:
         BundleError: A subnetwork has no mask yet, the folder holds something else, or a weight is too large for
@@ -92,11 +93,18 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
         "coupling": coupling_meta,
     }
     parameters = dict(net.model.named_parameters())
+
+    def private_value(n: str, t: Tensor) -> Tensor:
+        return _plain(n, t.to(parameters[n].dtype), stored)  # the model may have another dtype than when it was set
+
+    entries, owned = write_private(net.private, names, masks, net.coupling, table, private_value)
+    if entries:  # without any the bundle is of the version before, and the same bytes
+        meta["private"] = entries
     weights = {}
     for n in stored_names(net.model):
         weights[n] = _plain(n, net.dense_tensor(n), stored if n in parameters else None)
     if is_main(net.model):
-        write_folder(path, meta, weights, {**packed, **measured, "units": units})
+        write_folder(path, meta, weights, {**packed, **measured, **owned, "units": units})
 
 
 def check_masks(patterns: Sequence[Pattern], masks: Mapping[str, Mask], umg: UMG, advice: str) -> None:

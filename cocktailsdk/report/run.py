@@ -41,6 +41,7 @@ class NetworkRow:
         flops: FLOPs (2 x multiply-adds) of one forward pass on one example, as dense kernels run them.
         nonzero_macs: Multiply-adds by weights that are not masked.
         held_out: The metric on the held-out data that merging chose by.
+        private_bytes: Bytes of its private tensors; they are among ``RunReport.bundle_bytes``.
     """
 
     name: str
@@ -52,6 +53,7 @@ class NetworkRow:
     flops: int
     nonzero_macs: int = 0
     held_out: float | None = None
+    private_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def network_rows(
             flops=s.flops,
             nonzero_macs=s.nonzero_macs,
             held_out=held_out.get(s.name),
+            private_bytes=s.private_bytes,
         )
         for s in subnets
     )

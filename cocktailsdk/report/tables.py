@@ -66,13 +66,23 @@ def size_line(report: RunReport) -> str:
     )
 
 
+def _private_line(report: RunReport) -> list[Text]:
+    """The bytes of all private tensors, where there are any."""
+    own = [row.private_bytes for row in report.networks if row.private_bytes]
+    return [Text(f"of these, private tensors of {len(own)} networks: {bytes_text(sum(own))}")] if own else []
+
+
 def run_view(report: RunReport) -> RenderableType:
     """What a finished run prints."""
-    lines = [size_line(report), f"training time: {duration_text(report.seconds)}"]
-    if (change := dense_change(report)) is not None:
-        lines.insert(0, f"dense, held-out {report.metric_name}: {change}")
-    table = networks_table(report.networks, report.metric_name, passes=report.passes)
-    return Group(table, Text(), *map(Text, lines))
+    change = dense_change(report)
+    return Group(
+        networks_table(report.networks, report.metric_name, passes=report.passes),
+        Text(),
+        *([] if change is None else [Text(f"dense, held-out {report.metric_name}: {change}")]),
+        Text(size_line(report)),
+        *_private_line(report),
+        Text(f"training time: {duration_text(report.seconds)}"),
+    )
 
 
 def dense_change(report: RunReport) -> str | None:

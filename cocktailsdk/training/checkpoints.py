@@ -158,6 +158,7 @@ def run_state(session: Session) -> dict[str, Any]:
         "average": None if session.average is None else session.average.state_dict(),
         "optimization": plain(optimization),
         "statistics": {k: dict(v) for k, v in net.statistics.items()} if measured or tracked else {},
+        "private": {k: dict(v) for k, v in net.private.items()} if measured else {},
         "metrics": dict(net.metrics) if measured else {},
         "heads": {name: None if head is None else asdict(head) for name, head in session.heads.items()},
         "owed": {} if session.shares is None else dict(session.shares.owed),
@@ -201,6 +202,8 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     session.hooks.load_state_dict(to_device(hook_states(state, session.hooks), device))
     # after the masks, since setting a mask drops the network's statistics
     net.statistics.update({n: {k: v.to(device) for k, v in s.items()} for n, s in state["statistics"].items()})
+    for name, own in state.get("private", {}).items():
+        net.set_private(name, to_device(own, device))
     net.metrics.update(state["metrics"])
     if session.skips is not None:
         session.skips.in_a_row = state.get("skipped_in_a_row", 0)

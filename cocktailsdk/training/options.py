@@ -22,6 +22,7 @@ from .distributed.sharing import held_out_loader, shared_loader
 from .events import Callback
 from .metrics import MetricFn
 from .recipes import Recipe, default_recipe, recipe_named
+from .recipes.recipe import check_start
 from .round_plan import Plan
 from .schedules import ScheduleFactory, cosine, cosine_restarts
 from .settings import Settings, check_numbers, shortened
@@ -80,12 +81,7 @@ class TrainerArguments:
         if len(given) > 1:
             raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(given)}")
         self._check_kinds()
-        if self.named_recipe.teacher == "frozen" and self.start != "pretrained":
-            raise TrainingError(
-                f"recipe {self.named_recipe.name!r} has the weights that the run starts from as its teacher, and "
-                f'start={self.start!r} says that they are untrained: give start="pretrained", or another recipe, such '
-                'as recipe="cocktail"'
-            )
+        check_start(self.named_recipe, self.start)
         refuse_spent(self.val_loader, "val_loader")
         if self.settings.rounds.merge and self.named_recipe.merges and self.val_loader is None:
             raise TrainingError("merging needs held-out data: give val_loader, or rounds=RoundSettings(merge=False)")

@@ -53,6 +53,7 @@ def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None
 def _enter_round(session: Session) -> None:
     """Make the round's masks from the weights that the one before ended with, then rewind."""
     position, options, store = session.position, session.options, session.store
+    session.net._drop_private()
     k = position.round
     if 0 < k <= options.rounds:
         if k == 1 and options.start == "pretrained":

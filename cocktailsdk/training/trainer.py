@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -46,7 +47,7 @@ from .settings import (
     RoundSettings,
     Settings,
 )
-from .state.configuration import describe, fingerprint, stored_configuration
+from .state.configuration import describe, fingerprint, settings_line, stored_configuration
 from .state.history import History
 from .state.provenance import note_training
 from .state.store import FolderStore, MemoryStore, Store
@@ -56,6 +57,8 @@ from .step.forward import LossFn
 from .user_code import LoaderFailed, emit
 
 __all__ = ["CoTrainer"]
+
+log = logging.getLogger(__name__)
 
 NetT = TypeVar("NetT", bound=SubnetModel)
 
@@ -251,6 +254,7 @@ class CoTrainer(Generic[NetT]):
             self.history = session.history
             with ending(session, self.configuration):
                 if session.position.phase != "done":
+                    log.info("settings: %s", settings_line(self.configuration))
                     emit(session, training_started(session))
                     train_rounds(session, "train")
                     merge_rounds(session)
@@ -314,8 +318,8 @@ class CoTrainer(Generic[NetT]):
 
     @property
     def parameters_stored(self) -> int:
-        """How many parameters hold all networks: those of the model where all share one set of weights."""
-        return stored_params(self.net.coupling, self.net.masks, self.history.weights)
+        """How many parameters hold all networks: those of the model where all share one set, and private tensors."""
+        return stored_params(self.net.coupling, self.net.masks, self.history.weights, self.net.private)
 
     def plan(self) -> Plan:
         """What the run will do, how long it takes and what memory it needs, measured on a few steps.

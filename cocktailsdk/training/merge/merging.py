@@ -11,7 +11,7 @@ from ...patterns.base import DENSE
 from ...utils.batchnorm import statistics_of
 from ...utils.fsdp import like, local
 from ..checkpoints import save, save_if_due, save_if_late
-from ..evaluation import displayed, measure, recalibrate
+from ..evaluation import compare_dense, displayed, measure, recalibrate
 from ..events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from ..left_out import check_trained
 from ..session import Session, load_tensors, model_tensors
@@ -145,6 +145,7 @@ def finish(session: Session) -> None:
             session.options.recipe.name,
             len(own.keys() - {DENSE}),
         )
+    compare_dense(session)
     position.phase, position.step = "done", 0
     save(session)
 

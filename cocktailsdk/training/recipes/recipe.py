@@ -13,7 +13,7 @@ from .allocation import PassAllocation
 from .masks import MASK_RULES, MaskRule
 from .steps import SCHEDULES, StepSchedule
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "check_start"]
 
 Plan = tuple[dict[str, tuple[Subnet, ...]], ...]
 NEW = frozenset({"hooks", "teacher", "temperature", "decay", "allocation", "refit_head"})
@@ -221,6 +221,19 @@ class Recipe:
             field.name for field in fields(self) if field.name in NEW and getattr(self, field.name) == field.default
         }
         return {f.name: _described(getattr(self, f.name)) for f in fields(self) if f.name not in plain}
+
+
+def check_start(recipe: Recipe, start: str) -> None:
+    """See that a recipe goes with where a run's weights come from.
+
+    Raises:
+        TrainingError: The untrained weights of a run from scratch would be its teacher.
+    """
+    if recipe.teacher == "frozen" and start == "scratch":
+        raise TrainingError(
+            f"recipe {recipe.name!r} has the weights that the run starts from as its teacher, and start={start!r} says "
+            'that they are untrained: give start="pretrained", or another recipe, such as recipe="cocktail"'
+        )
 
 
 def _described(value: Any) -> Any:

@@ -94,6 +94,12 @@ def check_state(
     for name, own in _of_networks("statistics", state["statistics"], net):
         _require(isinstance(own, dict), f"the statistics of {name!r} are", own)
         _check_tensors("statistics", own, shapes)
+    for name, own in _of_networks("private tensors", state.get("private", {}), net):
+        _require(isinstance(own, dict), f"the private tensors of {name!r} are", own)
+        _check_tensors("private tensors", own, parameters)
+    for name, head in _of_networks("heads", state.get("heads", {}), net):
+        fits = head is None or (isinstance(head, dict) and isinstance(head.get("weight"), Tensor))
+        _require(fits and (head is None or head.keys() == {"weight", "bias"}), f"the head of {name!r} is", head)
     _check_numbers(state, net)
     _check_average(state.get("average"), parameters, options)
     _check_shares(state, net, options)

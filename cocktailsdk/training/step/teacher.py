@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,47 +29,67 @@ class FrozenTeacher:
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._model = model
-        changing = [*((n, p) for n, p in model.named_parameters() if p.requires_grad), *model.named_buffers()]
-        self._pairs = [(tensor, _own(tensors[name], tensor)) for name, tensor in changing]
-        self._swappable = all(t.device.type == "cpu" and not is_sharded(t) for t, _ in self._pairs)
+        self._values = {name: _own(tensors[name], tensor) for name, tensor in _changing(model).items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copy."""
-        return sum(value.nbytes for _, value in self._pairs)
+        return sum(value.nbytes for value in self._values.values())
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The copy, by parameter and buffer name."""
+        return self._values
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the model has the teacher's weights and is in evaluation mode. No gradients are computed inside."""
+        # looked up anew: a wrapper (DDP, a compiler) may have replaced the model's parameters since
+        tensors = _changing(self._model)
+        pairs = [(tensors[name], value) for name, value in self._values.items() if name in tensors]
+        plain = all(tensor.device.type == "cpu" and not is_sharded(tensor) for tensor, _ in pairs)
         forget_derived()
-        swap = self._exchanged if self._swappable else self._copied
         try:
-            with torch.no_grad(), evaluating(self._model), swap():
+            with torch.no_grad(), evaluating(self._model), (_exchanged if plain else _copied)(pairs):
                 yield
         finally:
             forget_derived()
 
-    @contextmanager
-    def _exchanged(self) -> Iterator[None]:
-        before = [(tensor, tensor.data) for tensor, _ in self._pairs]
-        try:
-            for tensor, value in self._pairs:
-                tensor.data = value
-            yield
-        finally:
-            for tensor, data in before:
-                tensor.data = data
 
-    @contextmanager
-    def _copied(self) -> Iterator[None]:
-        before = [local(tensor).clone() for tensor, _ in self._pairs]
-        try:
-            for tensor, value in self._pairs:
-                local(tensor).copy_(value)
-            yield
-        finally:
-            for (tensor, _), value in zip(self._pairs, before, strict=True):
-                local(tensor).copy_(value)
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""The model's tensors, each with the teacher's value."""
+
+
+@contextmanager
+def _exchanged(pairs: Pairs) -> Iterator[None]:
+    """Exchange addresses."""
+    before = [(tensor, tensor.data) for tensor, _ in pairs]
+    try:
+        for tensor, value in pairs:
+            tensor.data = value
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+@contextmanager
+def _copied(pairs: Pairs) -> Iterator[None]:
+    """Exchange values."""
+    before = [local(tensor).clone() for tensor, _ in pairs]
+    try:
+        for tensor, value in pairs:
+            local(tensor).copy_(value)
+        yield
+    finally:
+        for (tensor, _), value in zip(pairs, before, strict=True):
+            local(tensor).copy_(value)
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: parameters that require a gradient, and buffers."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {**trained, **dict(model.named_buffers())}
 
 
 def _own(value: Tensor, like: Tensor) -> Tensor:
