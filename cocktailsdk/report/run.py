@@ -99,6 +99,21 @@ class RunReport:
     kept: Sequence[Mapping[str, str]] = ()
     format: int = FORMAT
 
+    @property
+    def passes(self) -> dict[str, int]:
+        """By network, the optimizer steps that trained it; empty in reports of older releases."""
+        out: dict[str, int] = {}
+        for record in self.history.get("rounds", ()):
+            for name, count in (record.get("made") or {}).items():
+                out[name] = out.get(name, 0) + count
+        return out
+
+    @property
+    def dense_before(self) -> float | None:
+        """The dense network's held-out metric before training, of a run from trained weights."""
+        value: float | None = self.history.get("before", {}).get("dense")
+        return value
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a metric that is not finite is ``None``."""
         values: dict[str, Any] = json_values(asdict(self))

@@ -83,6 +83,8 @@ class NeedMeasured(Event):
         losses: Held-out loss by network.
         shares: By network, its share of the next passes.
         passes: By network, the passes that it had so far.
+        reference: Loss of the dense network at the first measurement, with the weights that the run started from. What
+            a network's loss exceeds it by is its need.
     """
 
     round: int
@@ -90,6 +92,7 @@ class NeedMeasured(Event):
     losses: Mapping[str, float]
     shares: Mapping[str, float]
     passes: Mapping[str, int]
+    reference: float
 
 
 @dataclass(frozen=True)

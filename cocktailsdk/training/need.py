@@ -35,7 +35,8 @@ def measure_if_due(session: Session, context: ScheduleContext) -> None:
     shares.update(measured)
     measured[-1]["shares"] = dict(shares.shares)
     passes = session.history.rounds[-1].made or {}
-    emit(session, NeedMeasured(context.round, context.step, losses, dict(shares.shares), dict(passes)))
+    reference = measured[0]["losses"][DENSE]
+    emit(session, NeedMeasured(context.round, context.step, losses, dict(shares.shares), dict(passes), reference))
 
 
 def warn_if_improving(session: Session) -> None:
