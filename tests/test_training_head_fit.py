@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cocktailsdk.training.head_fit import RIDGE, Features, Head, fit_head, head_loss
+from cocktailsdk.training.head_fit import RIDGE, Features, HardLoss, Head, find_hard_loss, fit_head, head_loss
 
 CLASSES, WIDTH = 4, 12
 
@@ -84,3 +88,29 @@ def test_features_that_are_not_finite_leave_the_trained_head() -> None:
     inputs, labels = problem()
     inputs[3, 2] = torch.nan
     assert fit_head(untrained(), [Features(inputs, labels, None)], 0.0) is None
+
+
+LOGITS, LABELS = torch.randn(50, CLASSES, generator=torch.Generator().manual_seed(5)), torch.arange(50) % CLASSES
+WEIGHT = torch.tensor([1.0, 2.0, 3.0, 9.0])
+
+
+@pytest.mark.parametrize(("loss_fn", "expected"), [
+    (F.cross_entropy, HardLoss()),
+    (nn.CrossEntropyLoss(label_smoothing=0.1), HardLoss(label_smoothing=0.1)),
+    (partial(F.cross_entropy, label_smoothing=0.1), HardLoss(label_smoothing=0.1)),
+    (lambda z, y: F.cross_entropy(z, y), HardLoss()),
+    (lambda z, y: F.cross_entropy(z, y, WEIGHT), None),
+    (nn.CrossEntropyLoss(reduction="sum"), None),
+    (lambda z, y: F.multi_margin_loss(z, y), None),
+])  # fmt: skip
+def test_the_users_loss_is_read_and_its_value_confirms_it(loss_fn: Any, expected: HardLoss | None) -> None:
+    assert find_hard_loss(loss_fn, LOGITS, LABELS, loss_fn(LOGITS, LABELS)) == expected
+
+
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(WEIGHT), partial(F.cross_entropy, weight=WEIGHT)])
+def test_class_weights_are_read(loss_fn: Any) -> None:
+    found = find_hard_loss(loss_fn, LOGITS, LABELS, loss_fn(LOGITS, LABELS))
+    assert found is not None
+    assert found.weight is not None
+    assert torch.equal(found.weight, WEIGHT)
+    assert torch.equal(found(LOGITS, LABELS), loss_fn(LOGITS, LABELS))

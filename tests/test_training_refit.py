@@ -15,6 +15,7 @@ from training_tiny import TinyNet, tiny_loaders, tiny_net
 
 import cocktailsdk as cocktail
 from cocktailsdk.training import refit
+from cocktailsdk.training.head_fit import HardLoss
 
 X = torch.zeros(2, 1, 8, 8)
 
@@ -156,3 +157,85 @@ def test_a_dense_network_that_lost_accuracy_is_named(caplog: pytest.LogCaptureFi
         pretrained(net, total_steps=60, recipe=recipe(refit_head="none", distill=False), train_loader=wrong).fit()
     assert "the dense network's accuracy fell from" in caplog.text
     assert "PassAllocation(dense=0.4)" in caplog.text
+
+
+class Loose(nn.Module):
+    """Features without convolutions, and a head that is called in the way that a test wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.fc = nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.body(x.flatten(1))))
+
+
+def test_a_head_that_is_called_by_keyword_is_refitted() -> None:
+    class Named(Loose):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(input=self.features(x))
+
+    assert run(Named(), "own", total_steps=20).net.private
+
+
+def test_a_head_that_sees_examples_twice_stays_and_the_run_ends_well(caplog: pytest.LogCaptureFixture) -> None:
+    class Twice(Loose):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.norm.training:
+                self.fc(self.features(x) * 0)
+            return super().forward(x)
+
+    assert "did not call its head once" in why_not(Twice(), caplog)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_head_with_a_frozen_parameter_stays(frozen: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = Loose()
+    getattr(model.fc, frozen).requires_grad_(False)
+    before = getattr(model.fc, frozen).clone()
+    assert "'fc' is frozen" in why_not(model, caplog)
+    assert torch.equal(getattr(model.fc, frozen), before)
+
+
+def test_a_head_whose_weight_is_computed_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model = Loose()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.fc)  # type: ignore[no-untyped-call]
+    assert "computed from other parameters" in why_not(model, caplog)
+
+
+RARE = torch.tensor([1.0, 1.0, 1.0, 20.0])
+
+
+def focal(output: Tensor, target: Tensor) -> Tensor:
+    each = F.cross_entropy(output, target, reduction="none")
+    return ((1 - (-each).exp()) ** 2 * each).mean()
+
+
+def test_by_default_a_head_is_not_fitted_with_another_loss_than_the_users(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=refit.__name__):
+        run(Loose(), "auto", total_steps=4, loss_fn=focal)
+    assert "the loss is not the mean cross-entropy" in caplog.text
+
+
+def test_a_head_is_fitted_with_the_users_class_weights() -> None:
+    """A class that counts twenty times as much is predicted more often than with equal weights."""
+
+    def predicted(loss_fn: nn.Module) -> int:
+        torch.manual_seed(0)
+        trainer = run(Loose(), "shared", total_steps=4, loss_fn=loss_fn, learning_rate=1e-6, optimizer=None)
+        with torch.no_grad():
+            outputs = [trainer.net.model.eval()(x) for x, _ in tiny_loaders()[1]]
+        return int((torch.cat(outputs).argmax(1) == 3).sum())
+
+    with torch.random.fork_rng(devices=[]):
+        assert predicted(nn.CrossEntropyLoss()) < predicted(nn.CrossEntropyLoss(weight=RARE))
+
+
+def test_a_head_of_double_precision_that_stays_keeps_every_bit() -> None:
+    model = Loose().double()
+    layer = refit.Layer("fc", model.fc, HardLoss())
+    assert torch.equal(layer.trained()["fc.weight"], model.fc.weight)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Features", "Head", "fit_head", "head_loss"]
+__all__ = ["Features", "HardLoss", "Head", "find_hard_loss", "fit_head", "head_loss"]
 
 TEMPERATURE = 2.0
 """Of the soft targets. A head is fitted to features that no longer change, so that softer targets teach it nothing
@@ -18,6 +20,8 @@ that harder ones do not; 2 was best of 1, 2, 4 and 8 on ResNet-20."""
 RIDGE = 1e-3
 """Weight of the squared distance to the trained head, which keeps few examples from being fitted exactly."""
 ITERATIONS = 40
+CLOSE = 5e-3
+"""A loss is a cross-entropy if it differs from that by so little, relatively: logits may be of 16 bits."""
 FITTED = 0.75
 """Part of the examples that a head is tried on, before it is fitted to all of them: see :func:`fit_head`."""
 
@@ -40,6 +44,24 @@ class Head:
 
 
 @dataclass(frozen=True)
+class HardLoss:
+    """The user's loss from the labels: a cross-entropy.
+
+    Attributes:
+        weight: Of each class; ``None`` for equal weights.
+        label_smoothing: As of :func:`torch.nn.functional.cross_entropy`.
+    """
+
+    weight: Float[Tensor, " classes"] | None = None
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+        """The mean over examples."""
+        weight = None if self.weight is None else self.weight.to(logits)
+        return F.cross_entropy(logits, labels, weight, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
 class Features:
     """What the head of one network saw, and what it should have said.
 
@@ -49,30 +71,32 @@ class Features:
         teacher: The teacher's logits; ``None`` without one.
         mask: 0 where the network masks the head's weight, else 1, in a shape that broadcasts to the weight's;
             ``None`` if it masks nothing there.
+        hard: The loss from the labels.
     """
 
     inputs: Float[Tensor, "n features"]
     labels: Int[Tensor, " n"]
     teacher: Float[Tensor, "n classes"] | None
     mask: Tensor | None = None
+    hard: HardLoss = HardLoss()
 
     def part(self, begin: int, end: int) -> Features:
         """Some of the examples."""
         teacher = None if self.teacher is None else self.teacher[begin:end]
-        return Features(self.inputs[begin:end], self.labels[begin:end], teacher, self.mask)
+        return replace(self, inputs=self.inputs[begin:end], labels=self.labels[begin:end], teacher=teacher)
 
 
 def head_loss(head: Head, features: Features, distillation: float) -> Float[Tensor, ""]:
-    """``(1 - w)`` cross-entropy + ``w T²`` KL to the teacher.
+    """``(1 - w)`` loss from the labels + ``w T²`` KL to the teacher.
 
     Args:
         head: Its weight is masked as the network's is.
         features: Of one network.
-        distillation: The weight w, in [0, 1]; without a teacher the loss is the cross-entropy.
+        distillation: The weight w, in [0, 1]; without a teacher the loss is that from the labels.
     """
     weight = head.weight if features.mask is None else head.weight * features.mask
     logits = F.linear(features.inputs, weight, head.bias)
-    hard = F.cross_entropy(logits, features.labels)
+    hard = features.hard(logits, features.labels)
     if features.teacher is None or not distillation:
         return hard
     student, teacher = ((z / TEMPERATURE).log_softmax(-1) for z in (logits, features.teacher))
@@ -103,10 +127,14 @@ def fit_head(trained: Head, networks: Sequence[Features], distillation: float) -
         losses = [head_loss(head, one.part(begin, end), distillation) for one in networks]
         return torch.stack(losses).mean()
 
-    tried = _minimum(trained, lambda head: loss(head, 0, split))
-    with torch.no_grad():
-        better = bool(loss(tried, split, count) < loss(trained, split, count))  # False also for NaN
-    return _minimum(trained, lambda head: loss(head, 0, count)) if better else None
+    def better(head: Head, begin: int, end: int) -> bool:
+        with torch.no_grad():
+            return bool(loss(head, begin, end) < loss(trained, begin, end))  # False also for NaN
+
+    if not better(_minimum(trained, lambda head: loss(head, 0, split)), split, count):
+        return None
+    fitted = _minimum(trained, lambda head: loss(head, 0, count))
+    return fitted if better(fitted, 0, count) else None  # L-BFGS without a line search may diverge
 
 
 def _minimum(start: Head, loss: Callable[[Head], Tensor]) -> Head:
@@ -125,3 +153,40 @@ def _minimum(start: Head, loss: Callable[[Head], Tensor]) -> Head:
     with torch.enable_grad():
         optimizer.step(closure)
     return Head(weight.detach(), None if bias is None else bias.detach())
+
+
+def find_hard_loss(
+    loss_fn: Any, logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], loss: Float[Tensor, ""]
+) -> HardLoss | None:
+    """The cross-entropy that a loss function is, as its attributes say and its value confirms.
+
+    A head that is fitted with another loss would undo what training did: equal weights make a classifier that was
+    trained for a rare class forget it.
+
+    Args:
+        loss_fn: The user's; ``None`` for the model's own.
+        logits: Of a batch, only those that count.
+        labels: Of these.
+        loss: What the loss function made of both.
+
+    Returns:
+        ``None`` if the loss is something else, or cannot be told from outside.
+    """
+    weight, smoothing = _setting(loss_fn, "weight"), _setting(loss_fn, "label_smoothing", "smoothing")
+    found = HardLoss()
+    if isinstance(weight, Tensor) and weight.shape == logits.shape[-1:]:
+        found = replace(found, weight=weight.detach().float().cpu())
+    if isinstance(smoothing, float) and 0 < smoothing < 1:
+        found = replace(found, label_smoothing=smoothing)
+    wanted = float(loss)
+    off = abs(float(found(logits.float(), labels)) - wanted)
+    return found if off <= CLOSE * abs(wanted) + 1e-4 else None
+
+
+def _setting(loss_fn: Any, *names: str) -> Any:
+    """A setting of a loss function: an attribute of it, or an argument that is bound."""
+    while isinstance(loss_fn, partial):
+        if (bound := next((loss_fn.keywords[name] for name in names if name in loss_fn.keywords), None)) is not None:
+            return bound
+        loss_fn = loss_fn.func
+    return next((value for name in names if (value := getattr(loss_fn, name, None)) is not None), None)

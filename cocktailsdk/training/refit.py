@@ -8,7 +8,7 @@ layer to them afterwards costs no backward pass of the model. On ResNet-20 a hea
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from ..utils.modes import evaluating
 from .checkpoints import save, save_if_late
 from .distributed.sharing import inputs_of
 from .evaluation import recalibrate
-from .head_fit import Features, Head, fit_head
+from .head_fit import Features, HardLoss, Head, find_hard_loss, fit_head
 from .session import Session
-from .step.forward import output_tensor
+from .step.forward import loss_of, output_tensor
 from .user_code import guarded, guarded_batches
 
 __all__ = ["refit_head"]
@@ -43,10 +43,12 @@ class Layer:
     Attributes:
         name: Path of the module.
         module: The last linear layer.
+        hard: The loss from the labels that it was trained with.
     """
 
     name: str
     module: nn.Linear
+    hard: HardLoss
 
     @property
     def weight(self) -> str:
@@ -60,16 +62,24 @@ class Layer:
 
     def head(self) -> Head:
         """The layer's values as they are, in single precision."""
-        bias = self.module.bias
-        return Head(
-            self.module.weight.detach().float().clone(), None if bias is None else bias.detach().float().clone()
+        weight, bias = (
+            None if p is None else p.detach().to(torch.float32, copy=True)
+            for p in (self.module.weight, self.module.bias)
         )
+        assert weight is not None
+        return Head(weight, bias)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Copies of the layer's parameters, by name."""
+        return {
+            name: getattr(self.module, name.rpartition(".")[2]).detach().clone() for name in self.tensors(self.head())
+        }
 
     def tensors(self, head: Head) -> dict[str, Tensor]:
         """A head's values as the layer's parameters, by name."""
         out = {self.weight: head.weight.to(self.module.weight.dtype)}
         if head.bias is not None:
-            out[self.bias] = head.bias.to(self.module.weight.dtype)
+            out[self.bias] = head.bias.to(self.module.bias.dtype)
         return out
 
 
@@ -110,35 +120,43 @@ def refit_head(session: Session) -> None:
 
 def _refit_own(session: Session, layer: Layer, names: list[str], targets: Targets) -> None:
     """A head for each network: the dense network's replaces the model's, the others become private tensors."""
-    net, heads, trained = session.net, session.heads, layer.head()
+    net, heads, trained, values = session.net, session.heads, layer.head(), layer.trained()
+    most = max(1, FEATURE_BYTES // (4 * layer.module.in_features))
     for i, name in enumerate(names[session.position.step :], session.position.step):
-        features = _features(session, layer, name, targets)
+        features = _features(session, layer, name, targets, most)
         heads[name] = _fit(session, trained, [features], name)
         session.position.step = i + 1
         save_if_late(session)
     for name in names:
-        head = heads[name] or trained
+        head = heads[name]
         if name == DENSE:
-            _write(layer, head)
-        elif heads[name] or heads[DENSE]:  # the dense network's head is no longer the one that was trained
+            if head is not None:
+                _write(layer, head)
+        elif head is not None:
             net.set_private(name, layer.tensors(head))
+        elif heads[DENSE] is not None:  # the dense network's head is no longer the one that was trained
+            net.set_private(name, values)
     heads.clear()
 
 
 def _refit_shared(session: Session, layer: Layer, names: list[str], targets: Targets) -> None:
     """One head for all networks, fitted to the features of all."""
     most = max(1, FEATURE_BYTES // (4 * layer.module.in_features * len(names)))
-    features = [_features(session, layer, name, targets).part(0, most) for name in names]
+    features = [_features(session, layer, name, targets, most) for name in names]
     head = _fit(session, layer.head(), features, "all networks")
     if head is not None:
         _write(layer, head)
 
 
-def _fit(session: Session, trained: Head, features: list[Features], of: str) -> Head | None:
+def _fit(session: Session, trained: Head, features: list[Features | None], of: str) -> Head | None:
     """Fitted by the main process, to its own examples, for all processes."""
 
     def fit() -> Head | None:
-        head = fit_head(trained, features, session.options.distillation)
+        usable = [one for one in features if one is not None]
+        if len(usable) < len(features):
+            log.info("the model did not call its head once for every batch, on the features of its examples")
+            return None
+        head = fit_head(trained, usable, session.options.distillation)
         return None if head is None else Head(head.weight.cpu(), None if head.bias is None else head.bias.cpu())
 
     session.seed("refit")
@@ -164,21 +182,38 @@ def _heads_are_own(session: Session, layer: Layer, networks: int) -> bool:
     return heads <= OWN_BYTES * sum(p.nbytes for p in session.net.model.parameters())
 
 
-def _features(session: Session, layer: Layer, name: str, targets: Targets) -> Features:
+def _features(session: Session, layer: Layer, name: str, targets: Targets, most: int) -> Features | None:
     """Measure a network's statistics, and keep what its head sees on the way.
 
     Batch norms normalize by the batch meanwhile. Heads fitted to such features are as good as those fitted to features
     under the network's own statistics, which would take a second pass.
+
+    Returns:
+        Of the first ``most`` examples; ``None`` if the head did not see each example once.
     """
     seen: list[Tensor] = []
-    handle = layer.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().float()))
+    rows = 0
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal rows
+        features = inputs[0] if inputs else named["input"]
+        if rows < most:
+            seen.append(features.detach().float())
+        rows += features.numel() // features.shape[-1]
+
+    handle = layer.module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         recalibrate(session, name)
     finally:
         handle.remove()
+    if rows != len(targets.counted) or any(part.ndim != 2 for part in seen):
+        return None
     mask = session.net.mask_tensors(name).get(layer.weight)
-    inputs = torch.cat(seen)[targets.counted]
-    return Features(inputs, targets.labels, targets.teacher, None if mask is None else mask.float())
+    counted = targets.counted[:most]
+    n = int(counted.sum())
+    inputs = torch.cat(seen)[:most][counted]
+    teacher = None if targets.teacher is None else targets.teacher[:n]
+    return Features(inputs, targets.labels[:n], teacher, None if mask is None else mask.float(), layer.hard)
 
 
 @torch.no_grad()
@@ -188,6 +223,9 @@ def _targets(session: Session) -> Targets:
     assert execution is not None
     assert session.classes is not None
     frozen = execution.frozen
+    if frozen is None:
+        # the dense network teaches, and its statistics are those of all networks until they are measured
+        recalibrate(session, DENSE)
     labels, logits = [], []
     for batch in guarded_batches(session, session.data.recalibration, "train_loader, recalibrating,"):
         with guarded("running the teacher"), evaluating(model) if frozen is None else frozen.active():
@@ -208,18 +246,20 @@ def _logits(output: Any) -> Tensor:
 
 def _find_head(session: Session) -> Layer | None:
     """The linear layer whose output the logits are; ``None``, with the reason logged, if it cannot be refitted."""
-    if session.options.recipe.refit_head == "none":
+    wanted = session.options.recipe.refit_head
+    if wanted == "none":
         return None
     found = _search(session)
-    if isinstance(found, str):
+    if session.ranks.any(isinstance(found, str)):  # all processes decide alike
         log.info("no classifier head is refitted: %s", found)
         return None
-    return found
+    assert not isinstance(found, str)
+    return replace(found, hard=session.ranks.from_main(lambda: found.hard))
 
 
 @torch.no_grad()
 def _search(session: Session) -> Layer | str:
-    model, classes = session.net.model, session.classes
+    model, classes, options = session.net.model, session.classes, session.options
     if classes is None:
         return "the task is not a classification with integer labels"
     outputs: dict[str, list[Tensor]] = {}
@@ -228,27 +268,50 @@ def _search(session: Session) -> Layer | str:
         m.register_forward_hook(lambda module, inputs, output, name=name: outputs.setdefault(name, []).append(output))
         for name, m in layers.items()
     ]
+    rows = labels = torch.empty(0)
+    output = target = logits = None
     try:
-        batch = next(iter(guarded_batches(session, session.data.recalibration, "train_loader, recalibrating,")))
-        with guarded("looking for the classifier head"), evaluating(model):
-            output, _ = session.options.forward_fn(model, inputs_of(batch))
+        for batch in guarded_batches(session, session.data.recalibration, "train_loader, recalibrating,"):
+            outputs.clear()
+            with guarded("looking for the classifier head"), evaluating(model):
+                output, target = options.forward_fn(model, inputs_of(batch))
+            logits = output_tensor(output)
+            if logits is None or logits.ndim != 2:
+                return "the logits do not have the shape (batch, classes)"
+            rows, labels = classes.positions(logits, target)
+            counted = classes.counted(labels)
+            rows, labels = rows[counted], labels[counted].long()
+            if len(labels):  # all labels of a batch may be ignored
+                break
     finally:
         for handle in handles:
             handle.remove()
-    logits = output_tensor(output)
-    if logits is None or logits.ndim != 2:
-        return "the logits do not have the shape (batch, classes)"
+    if logits is None or not len(labels):
+        return "no label of the training batches counts"
     heads = [
         n for n, seen in outputs.items() if len(seen) == 1 and seen[0].shape == logits.shape and seen[0].equal(logits)
     ]
     if not heads:
         return "no nn.Linear returns the logits"
-    module = layers[heads[-1]]
+    name = heads[-1]
+    module = layers[name]
+    own = [f"{name}.{part}".lstrip(".") for part, p in module._parameters.items() if p is not None]
+    if "weight" not in module._parameters:  # torch.nn.utils.weight_norm computes it
+        return f"the weight of {name!r} is computed from other parameters"
     users = [n for n, p in model.named_parameters(remove_duplicate=False) if p is module.weight or p is module.bias]
-    if len(users) != 1 + (module.bias is not None):
-        return f"the weight of {heads[-1]!r} is tied to {', '.join(users)}"
-    if not module.weight.requires_grad:
-        return f"{heads[-1]!r} is frozen"
+    if set(users) != set(own):
+        return f"the weight of {name!r} is tied to {', '.join(n for n in users if n not in own)}"
+    if not all(p.requires_grad for p in module.parameters()):
+        return f"{name!r} is frozen"
     if is_sharded(module.weight):
-        return f"the weight of {heads[-1]!r} is sharded (FSDP2)"
-    return Layer(heads[-1], module)
+        return f"the weight of {name!r} is sharded (FSDP2)"
+    try:
+        hard = find_hard_loss(options.loss_fn, rows, labels, loss_of(output, target, options.loss_fn))
+    except Exception:  # of the user's: it may take only what the model returns in train mode
+        hard = None
+    if hard is None and options.recipe.refit_head == "auto":
+        return (
+            "the loss is not the mean cross-entropy of the logits, which a head is fitted with. Choose "
+            'refit_head="own" or "shared" in the recipe if it shall be fitted with that anyway'
+        )
+    return Layer(name, module, hard or HardLoss())
