@@ -89,8 +89,8 @@ def test_the_loss_is_that_of_training_distillation_included() -> None:
     def far(student: Tensor, teacher: Tensor) -> Tensor:
         return (student - teacher).square().mean() * 0 + 1000 + student.sum() * 0
 
-    plain = trainer(distillation=cocktail.DistillationSettings(weight=0)).suggest_lr(10).losses[0]
-    distilled = trainer(distillation=cocktail.DistillationSettings(loss_fn=far)).suggest_lr(10).losses[0]
+    plain = trainer(distillation=cocktail.DistillationSettings(weight=0)).suggest_lr(10, highest=1.0).losses[0]
+    distilled = trainer(distillation=cocktail.DistillationSettings(loss_fn=far)).suggest_lr(10, highest=1.0).losses[0]
     # of four networks that are measured, three learn from the dense one
     assert distilled == pytest.approx(0.75 * 500 + plain * (0.25 + 0.75 / 2), rel=0.1)
 
@@ -167,3 +167,14 @@ def test_a_suggestion_is_a_short_sentence_and_says_where_the_range_was_too_low()
     )
     falling = LearningRateSuggestion(0.05, tuple(RATES), tuple(2 - 0.1 * i for i in range(16)), "AdamW")
     assert "it was still falling there: try suggest_lr(highest=" in str(falling)
+
+
+def test_private_tensors_have_no_part_in_a_range_test_and_stay() -> None:
+    """A run drops those of the run before when it begins, so the test measures what a run would train."""
+    net = tiny_net()
+    plain = trainer(net).suggest_lr(10, highest=1.0)
+    bias = {name: net.model.fc.bias.detach() + 100 for name in net.names if name != "dense"}
+    for name, value in bias.items():
+        net.set_private(name, {"fc.bias": value})
+    assert trainer(net).suggest_lr(10, highest=1.0) == plain
+    assert all(torch.equal(net.private[name]["fc.bias"], value) for name, value in bias.items())

@@ -15,22 +15,27 @@ __all__ = ["dry_run"]
 def dry_run(session: Session) -> Iterator[None]:
     """Inside, the net is in training mode and may be trained; afterwards it is as it was.
 
-    Weights, buffers, gradients, modes, statistics and metrics are restored. Masks must not be changed inside.
+    Weights, buffers, gradients, modes, statistics, metrics and private tensors are restored. The net has no private
+    tensors inside, as a run has none while it trains. Masks must not be changed inside.
     """
     net = session.net
     kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
     gradients = [(parameter, parameter.grad) for parameter in net.model.parameters()]
     statistics, metrics = dict(net.statistics), dict(net.metrics)
+    private = {name: dict(own) for name, own in net.private.items()}
     for parameter, _ in gradients:
         parameter.grad = None  # or the first step would write into the user's
     with modes_restored(net):
         try:
             train_as_handed(net.model)
+            net._drop_private()
             yield
         finally:
             load_tensors(net.model, kept)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for name, own in private.items():
+                net.set_private(name, own)  # before metrics, which it drops
             net.statistics.clear()
             net.statistics.update(statistics)
             net.metrics.clear()

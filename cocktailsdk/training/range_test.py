@@ -85,7 +85,7 @@ def suggest_rate(
             beginning or does not fall at any rate; says what to type.
     """
     check_numbers("suggest_lr: ", steps=steps, lowest=lowest, highest=highest)
-    if steps < 10:
+    if steps is None or steps < 10:
         raise TrainingError(f"suggest_lr(steps={steps}) is too short for a curve: write suggest_lr(steps=60)")
     if session.ranks.world > 1:
         raise TrainingError(
