@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from fractions import Fraction
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from training_tiny import tiny_net
 
 from cocktailsdk import TrainingError
 from cocktailsdk.training.pass_shares import PassShares
-from cocktailsdk.training.recipes import PassAllocation
+from cocktailsdk.training.recipes import PassAllocation, recipe_named
 
 SUBNETS = {"unstructured": ("u1", "u2", "u3"), "n:m": ("2:4",), "channel": ("c1", "c2"), "heads": ("h1",)}
 NAMES = [name for names in SUBNETS.values() for name in names]
@@ -81,8 +87,38 @@ def test_with_a_floor_of_one_or_no_fractions_nothing_is_measured() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [
     ("dense", 1.0), ("dense", -0.1), ("floor", 2), ("power", math.nan), ("others", -1), ("examples", 0),
-    ("measure_at", (0.5, 1.0)), ("patterns", {"channel": -1.0}), ("patterns", {"channel": "much"}),
+    ("measure_at", (0.5, 1.0)), ("patterns", {"channel": -1.0}), ("patterns", {"channel": "much"}), ("power", 5),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(TrainingError, match=rf"PassAllocation\.{field}.* must be a number"):
         PassAllocation(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("patterns", None), ("patterns", [1.0]), ("measure_at", 0.5)])
+def test_settings_of_another_kind_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(TrainingError, match=rf"PassAllocation\.{field} must be"):
+        PassAllocation(**{field: value})
+
+
+def test_numbers_of_any_kind_become_plain_ones() -> None:
+    allocation = PassAllocation(
+        dense=Fraction(1, 4),  # type: ignore[arg-type]
+        examples=np.int64(64),  # type: ignore[arg-type]
+        patterns=MappingProxyType({"channel": np.float32(1)}),  # type: ignore[dict-item]
+        measure_at=np.array([0.0, 0.5]),  # type: ignore[arg-type]
+    )
+    described = replace(recipe_named("pretrained"), allocation=allocation).describe()
+    assert json.loads(json.dumps(described))["allocation"]["dense"] == 0.25
+
+
+def test_a_weight_for_a_pattern_that_does_not_exist_is_refused() -> None:
+    recipe = replace(recipe_named("pretrained"), allocation=PassAllocation(patterns={"chanel": 1.0}))
+    with pytest.raises(TrainingError, match="did you mean 'channel'"):
+        recipe.plan(tiny_net().patterns)
+
+
+def test_gaps_and_powers_of_any_size_give_finite_shares() -> None:
+    subnets = {"channel": ["a", "b"]}
+    for gaps in ({"a": 1e300, "b": 0.0}, {"a": -5.0, "b": 0.0}):
+        shares = PassAllocation(power=4).shares(subnets, gaps)
+        assert math.isclose(sum(shares.values()), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ class TrainerArguments:
                 raise TrainingError(f"{name} must be callable, got {type(value).__name__}{hint}")
         budgets = {"epochs": self.epochs, "total_steps": self.total_steps, "total_hours": self.total_hours}
         check_numbers(**budgets, learning_rate=self.learning_rate, seed=self.seed)
+        for name in (*budgets, "learning_rate", "seed"):  # NumPy's numbers as Python's: a configuration is JSON
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int | float):
+                object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
         given = [f"{name}={value}" for name, value in budgets.items() if value is not None]
         if len(given) > 1:
             raise TrainingError(f"give one of epochs, total_steps and total_hours; got {', '.join(given)}")

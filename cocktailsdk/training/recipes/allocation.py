@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any
 
 from ...errors import TrainingError
 from ...patterns.base import DENSE
@@ -13,8 +14,9 @@ from ...patterns.base import DENSE
 __all__ = ["PassAllocation"]
 
 WEIGHTS: Mapping[str, float] = {"channel": 0.5, "unstructured": 0.32, "n:m": 0.18}
-LEAST_GAP = 0.01
-"""A network that is as good as the teacher still counts as having this gap, in units of the loss."""
+LEAST_GAP, LARGEST_GAP = 0.01, 1e30
+"""A network that is as good as the teacher still counts as having this gap, in units of the loss. The power of a larger
+one than the largest might not be a finite number."""
 LEAST_SHARE = 0.1
 """The smallest share of a network, as a fraction of an equal share."""
 
@@ -37,7 +39,7 @@ class PassAllocation:
         others: The weight of every other pattern.
         floor: Part of a pattern's passes that is divided equally among its subnets, in [0, 1]. At 1 nothing is
             measured.
-        power: Exponent of the gap.
+        power: Exponent of the gap, in [0, 4].
         measure_at: Fractions of the run's steps at which gaps are measured, in [0, 1). Measurements that are fewer
             steps apart than half the number of networks are left out.
         examples: Held-out examples that gaps are measured on; whole batches are taken until there are as many.
@@ -55,11 +57,24 @@ class PassAllocation:
     examples: int = 128
 
     def __post_init__(self) -> None:
+        if not isinstance(self.patterns, Mapping):
+            raise TrainingError(
+                f'PassAllocation.patterns must be weights by name, such as {{"channel": 1.0}}, got {self.patterns!r}'
+            )
+        if not isinstance(self.measure_at, Iterable):
+            raise TrainingError(
+                f"PassAllocation.measure_at must be a list of fractions, such as (0.0, 0.5), got {self.measure_at!r}"
+            )
+        # plain, so that a run's configuration can hold them
+        object.__setattr__(self, "patterns", {name: _plain(weight) for name, weight in self.patterns.items()})
+        object.__setattr__(self, "measure_at", tuple(map(_plain, self.measure_at)))
+        for one in ("dense", "others", "floor", "power", "examples"):
+            object.__setattr__(self, one, _plain(getattr(self, one)))
         ranges = {
             "dense": (self.dense, "in 0 … 1, below 1", lambda x: 0 <= x < 1),
             "others": (self.others, "at least 0", lambda x: x >= 0),
             "floor": (self.floor, "in 0 … 1", lambda x: 0 <= x <= 1),
-            "power": (self.power, "at least 0", lambda x: x >= 0),
+            "power": (self.power, "in 0 … 4", lambda x: 0 <= x <= 4),
             "examples": (self.examples, "at least 1", lambda x: x >= 1),
             **{f"patterns[{n!r}]": (w, "at least 0", lambda x: x >= 0) for n, w in self.patterns.items()},
             **{
@@ -88,6 +103,9 @@ class PassAllocation:
                 chosen.append(step)
         return tuple(chosen)
 
+    def _need(self, gap: float) -> float:
+        return min(max(gap, LEAST_GAP), LARGEST_GAP) ** self.power
+
     def shares(self, subnets: Mapping[str, Sequence[str]], gaps: Mapping[str, float]) -> dict[str, float]:
         """Each network's share of the next passes; together they are 1.
 
@@ -102,7 +120,7 @@ class PassAllocation:
             return {DENSE: 1.0}
         out = {DENSE: self.dense}
         for pattern, names in present.items():
-            need = {name: max(gaps[name], LEAST_GAP) ** self.power if gaps else i + 1.0 for i, name in enumerate(names)}
+            need = {name: self._need(gaps[name]) if gaps else i + 1.0 for i, name in enumerate(names)}
             part, whole = (1 - self.dense) * weights[pattern] / total, sum(need.values())
             for name in names:
                 out[name] = part * (self.floor / len(names) + (1 - self.floor) * need[name] / whole)
@@ -110,3 +128,10 @@ class PassAllocation:
         raised = {name: max(share, least) if share > 0 else 0.0 for name, share in out.items()}
         scale = sum(raised.values())
         return {name: share / scale for name, share in raised.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A number of any kind (NumPy's, fractions) as one of Python's; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
+from ...patterns.registry import registered
 from ..step.hooks import StepHook, StepHooks
 from .allocation import PassAllocation
 from .masks import MASK_RULES, MaskRule
@@ -116,8 +119,9 @@ class Recipe:
             raise self._error("hooks", "must be a tuple of StepHook instances")
         if not 0 <= self.distill <= 1:
             raise self._error("distill", "must be True, False or a share in 0 … 1")
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise self._error("temperature", "must be above 0, or None")
+        number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
+        if self.temperature is not None and not (number and 0 < self.temperature < float("inf")):
+            raise self._error("temperature", "must be a number above 0, or None")
         if self.allocation is not None and not isinstance(self.allocation, PassAllocation):
             raise self._error("allocation", "must be a PassAllocation")
         if self.schedule == "need" and (self.allocation is None or self.rounds != "one"):
@@ -208,6 +212,15 @@ class Recipe:
                 f"recipe {self.name!r} needs the pattern {missing[0]!r}, and this net has {', '.join(present)}: give "
                 "it to sparsify() too"
             )
+        if self.allocation is not None:
+            known = {*present, *registered()}
+            if unknown := [name for name in self.allocation.patterns if name not in known]:
+                near = difflib.get_close_matches(str(unknown[0]), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f": there are {', '.join(map(repr, sorted(known)))}"
+                raise TrainingError(
+                    f"recipe {self.name!r}: PassAllocation.patterns has a weight for {unknown[0]!r}, and there is no "
+                    f"such pattern{hint}"
+                )
         if self.only and (other := [name for name in present if name not in self.only]):
             raise TrainingError(
                 f"recipe {self.name!r} is for {' and '.join(self.only)}, and this net has {other[0]}: sparsify() the "
