@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, TrainingError
 from ..utils.blame import blamed, one_line
-from ..utils.modes import modes_restored, train_as_handed
+from ..utils.modes import evaluating, modes_restored, train_as_handed
 from ..utils.nested import default_forward, form_of
 from .distributed.ranks import Ranks
 from .distributed.sharing import inputs_of
 from .metrics import HeldOutLoss, MetricFn, NothingScored, accuracy_of, mean_score
 from .options import Options
 from .randomness import seed_everything
-from .step.distill import Classes, find_classes, no_soft_loss, untouched_buffers
+from .step.distill import Classes, check_teacher, find_classes, no_soft_loss, untouched_buffers
 from .step.forward import loss_of, output_tensor
 
 __all__ = ["choose_metric", "infer_task", "try_metric"]
@@ -45,7 +45,7 @@ def infer_task(model: nn.Module, batches: Iterable[Any], options: Options) -> Cl
 
     Raises:
         TrainingError: Without batches, where the loader, the model or the loss raises for the first batch, without a
-            loss, or where distillation needs a ``DistillationSettings.loss_fn``.
+            loss, or where distillation needs a ``DistillationSettings.loss_fn`` or cannot take a teacher's output.
     """
     output = classes = None
     with closing(_from_first(batches, "the loader")) as found:
@@ -54,8 +54,10 @@ def infer_task(model: nn.Module, batches: Iterable[Any], options: Options) -> Cl
             classes = find_classes(output, target, loss, options.loss_fn)
             if bool(loss.isfinite()) or not isinstance(target, Tensor):
                 break
-    if options.distillation and options.settings.distillation.loss_fn is None and classes is None:
-        raise no_soft_loss(options.loss_fn, output)
+        if options.distillation and options.settings.distillation.loss_fn is None and classes is None:
+            raise no_soft_loss(options.loss_fn, output)
+        if options.frozen_teacher:
+            check_teacher(output, _taught(model, inputs_of(batch), options), options.settings.distillation.loss_fn)
     return classes
 
 
@@ -96,6 +98,17 @@ def _pass(model: nn.Module, batch: Any, options: Options) -> tuple[Any, Any, Ten
         ):
             loss = loss_of(output, target, options.loss_fn)
     return output, target, loss
+
+
+def _taught(model: nn.Module, batch: Any, options: Options) -> Any:
+    """A frozen teacher's output for a batch: that of evaluation mode."""
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        untouched_buffers(model),
+        blamed("the model in evaluation mode", lambda: f"on the first batch, which is {form_of(batch)}", HINT),
+    ):
+        return options.forward_fn(model, batch)[0]
 
 
 def try_metric(

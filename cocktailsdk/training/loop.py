@@ -31,7 +31,7 @@ from .session import model_tensors
 from .settings import check_numbers
 from .state.encoding import encode_masks
 from .state.provenance import note_training
-from .step.distill import Classes, Distillation, DistillFn, find_classes
+from .step.distill import Classes, Distillation, DistillFn, check_teacher, find_classes
 from .step.engine import StepEngine
 from .step.execution import Execution, without_autocast
 from .step.forward import ForwardFn, detached
@@ -122,6 +122,7 @@ class CoLoop:
             reshard_after_forward(net.model)  # masks act on the shards, not on gathered weights that are kept
         self._first_sums: Tensor | None = None
         self._classes_looks, self._accumulated, self._stack = 0, False, ExitStack()
+        self._teacher_checked = False
         self._shared = SameBatch(recipe.same_batch)
         self._configuration = {
             "recipe": recipe.describe(),
@@ -358,6 +359,9 @@ class CoLoop:
                 "step.loss(loss, output, target) needs the target for soft cross-entropy; or give the loop a "
                 "distill_fn(student_output, teacher_output)"
             )
+        elif self._execution.frozen is not None and not self._teacher_checked:
+            check_teacher(output, step.active.teacher, distillation.fn)
+            self._teacher_checked = True
         return step.active.loss(loss, output, target)
 
     def _close(self) -> None:

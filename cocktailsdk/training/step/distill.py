@@ -20,9 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import TrainingError
+from ...utils.blame import blamed
+from ...utils.nested import form_of
 from .forward import LossFn, loss_of, output_tensor
 
-__all__ = ["Classes", "DistillFn", "Distillation", "counted", "find_classes", "soft_cross_entropy", "untouched_buffers"]
+__all__ = [
+    "Classes",
+    "DistillFn",
+    "Distillation",
+    "check_teacher",
+    "counted",
+    "find_classes",
+    "soft_cross_entropy",
+    "untouched_buffers",
+]
 
 VOID = 255
 """The label of pixels without a class in most segmentation sets."""
@@ -308,6 +319,53 @@ def no_soft_loss(loss_fn: Any, output: Any) -> TrainingError:
         "output cannot be its target: give distillation=DistillationSettings(loss_fn=...), a function "
         "loss_fn(student_output, teacher_output) -> scalar, or DistillationSettings(weight=0) for no distillation"
     )
+
+
+def check_teacher(student: Any, teacher: Any, fn: DistillFn | None) -> None:
+    """See that a frozen teacher's output, which is one in evaluation mode, can teach a model in train mode.
+
+    Args:
+        student: The model's output for a batch in train mode.
+        teacher: Its output for the same batch in evaluation mode.
+        fn: The user's loss; ``None`` for the default one.
+
+    Raises:
+        TrainingError: It cannot; says what to do.
+    """
+    hint = (
+        "give batches=BatchSettings(forward_fn=...), whose output has the same form in both modes, or let the dense "
+        'network as it trains teach, recipe=dataclasses.replace(recipe_named("pretrained"), teacher="dense")'
+    )
+    if fn is not None:
+        with (
+            torch.no_grad(),
+            blamed(
+                "the distillation's loss_fn(student_output, teacher_output)",
+                lambda: (
+                    f"for a student's output that is {form_of(student)} (train mode) and a teacher's that is "
+                    f"{form_of(teacher)} (evaluation mode)"
+                ),
+                f"let it take these, or {hint}",
+            ),
+        ):
+            loss_of(student, teacher, fn, "distill_fn")
+        return
+    learns, teaches = output_tensor(student), output_tensor(teacher)
+    found = None
+    if learns is None:
+        return
+    if teaches is None or teaches.shape != learns.shape:
+        found = f"{form_of(teacher)}, in train mode {form_of(student)}"
+    elif _probabilities(teaches) and not _probabilities(learns):
+        found = "probabilities, in train mode logits"
+    if found is not None:
+        raise TrainingError(f"the teacher is the model in evaluation mode, where its output is {found}: {hint}")
+
+
+def _probabilities(output: Float[Tensor, "..."]) -> bool:
+    """Whether each example's outputs are at least 0 and add up to 1, over the class axis."""
+    sums = [output.sum(axis) for axis in (1, -1) if output.ndim > 1]
+    return bool((output >= 0).all()) and any(bool((total - 1).abs().max() < 1e-2) for total in sums if total.numel())
 
 
 @contextmanager
