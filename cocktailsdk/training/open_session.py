@@ -22,6 +22,7 @@ from .state.history import Position
 from .state.store import Store
 from .step.distill import Classes
 from .step.execution import Execution
+from .step.nan_guard import has_nonfinite
 from .step.teacher import FrozenTeacher
 
 __all__ = ["open_session", "training_started"]
@@ -120,7 +121,9 @@ def _frozen_teacher(session: Session) -> FrozenTeacher | None:
 
 def _recalibration(loaders: Loaders, options: Options, device: torch.device) -> CachedBatches:
     key = options.seed, "recalibration"
-    return CachedBatches(loaders.shared_train, key, device, options.recalibration_batches)
+    # a single batch with NaN in it would make all statistics NaN, and with them every network
+    without = has_nonfinite if options.settings.execution.on_nan == "skip" else None
+    return CachedBatches(loaders.shared_train, key, device, options.recalibration_batches, without=without)
 
 
 def _execution(net: SubnetModel, options: Options, launch: Launch, device: torch.device) -> Execution:

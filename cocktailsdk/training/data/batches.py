@@ -104,6 +104,7 @@ class CachedBatches:
         limit: Use only the first so many batches.
         cache_bytes: How much memory the cache may take.
         again: What to go through instead where batches are too large to be cached; the first pass shows whether.
+        without: Which batches to leave out, unless that would be all of them.
 
     Attributes:
         cached: All batches, after the first pass; ``None`` before it and where they are too large.
@@ -117,10 +118,11 @@ class CachedBatches:
         limit: int | None = None,
         cache_bytes: int = CACHE_BYTES,
         again: Iterable[Any] | None = None,
+        without: Callable[[Any], bool] | None = None,
     ) -> None:
         self._loader, self._key, self._device, self._limit = loader, key, device, limit
         self._again = loader if again is None else again
-        self._cache_bytes = cache_bytes
+        self._cache_bytes, self._without = cache_bytes, without
         self.cached: list[Any] | None = None
         self._states = generator_states(loader)
 
@@ -135,7 +137,7 @@ class CachedBatches:
         cache: list[Any] | None = []
         bytes_left = self._cache_bytes
         try:
-            for batch in draw(self._loader, self._key, self._limit):
+            for batch in self._chosen(draw(self._loader, self._key, self._limit)):
                 batch = to_device(batch, self._device)
                 if cache is not None and reused:
                     batch = _own(batch)
@@ -150,6 +152,21 @@ class CachedBatches:
         self.cached = cache
         if cache is None:
             self._loader = self._again
+
+    def _chosen(self, batches: Iterator[Any]) -> Iterator[Any]:
+        if self._without is None:
+            yield from batches
+            return
+        some = False
+        others: list[Any] = []
+        for batch in batches:
+            if not self._without(batch):
+                some = True
+                others.clear()
+                yield batch
+            elif not some:
+                others.append(_own(batch))
+        yield from others
 
 
 class Stream:

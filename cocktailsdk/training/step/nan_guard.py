@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,9 +17,10 @@ from ...masks import Mask
 from ...net.subnet_model import SubnetModel
 from ...utils.batchnorm import running_norms
 from ...utils.fsdp import local
+from ...utils.nested import tensors_in
 from ..recipes.steps import Step
 
-__all__ = ["LossWatch", "Skips", "StepLocation", "StepSnapshot", "all_finite", "not_finite"]
+__all__ = ["LossWatch", "Skips", "StepLocation", "StepSnapshot", "all_finite", "has_nonfinite", "not_finite"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,11 @@ class StepLocation:
             f"in round {self.round}, epoch {self.epoch}, step {self.step}, on batch {self.batch} of the loader "
             f"(all from 0; step {self.done} of the run)"
         )
+
+
+def has_nonfinite(batch: Any) -> bool:
+    """Whether a batch has floating-point values that are not finite."""
+    return not all(bool(t.isfinite().all()) for t in tensors_in(batch) if t.is_floating_point())
 
 
 class LossWatch:
