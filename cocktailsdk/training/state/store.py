@@ -34,6 +34,7 @@ from ...io import open_regular
 from ...io.atomic import HashingWriter, Written, remove_stale, sha256_of, write_atomic, write_json
 from ...io.tensors import READ_ERRORS, read_tensors, write_tensors
 from ...printable import printable
+from ..recipes import recipes
 from .compatibility import Foreign
 from .configuration import CONFIGURATION, differences, stored_configuration
 from .locking import locked
@@ -117,7 +118,8 @@ class FolderStore:
             if lines := differences(then, now):
                 raise TrainingError(
                     f"{folder} holds the state of a run with another configuration ({'; '.join(lines[:8])}"
-                    f"{'; …' if len(lines) > 8 else ''}): train into another folder, or remove it to start anew"
+                    f"{'; …' if len(lines) > 8 else ''}): {_other_recipe(then, now)}train into another folder, or "
+                    "remove it to start anew"
                 )
         else:
             write_json(folder / CONFIGURATION, now, sort_keys=True)
@@ -283,6 +285,15 @@ Store = MemoryStore | FolderStore
 
 class _Damaged(Exception):
     """A state is not as it was written."""
+
+
+def _other_recipe(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What to type where a run had another recipe, which it may not have named: defaults change between releases."""
+    found = [(of.get("training") or {}).get("recipe") for of in (then, now)]
+    before, wanted = (recipe.get("name") if isinstance(recipe, Mapping) else None for recipe in found)
+    if before == wanted or before not in recipes():
+        return ""
+    return f"the run was of recipe {before!r}, so give recipe={before!r} to resume it; or "
 
 
 def _head(checksum: str) -> bytes:
