@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_training_resume import StopAt
@@ -18,6 +20,8 @@ import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
 from cocktailsdk.presets.datasets import TensorLoader
 from cocktailsdk.training import events as ev
+from cocktailsdk.training import refit
+from cocktailsdk.training.interrupt import Stopped
 from cocktailsdk.training.recipes import PassAllocation, Recipe, recipe_named
 from cocktailsdk.training.step.distill import Classes, Distillation, soft_cross_entropy
 
@@ -329,3 +333,152 @@ def test_every_setting_is_logged_with_the_defaults_filled_in(caplog: pytest.LogC
     for setting in ("recipe.name=pretrained", "recipe.teacher=frozen", "recipe.allocation.dense=0.2", "steps=[4]",
                     "distill_weight=0.5", "optimizer.class=SGD", "optimizer.lr=0.1", "seed=0"):  # fmt: skip
         assert setting in line
+
+
+class OneAtATime:
+    """A loader that is its own iterator: whoever begins a second pass ends the first."""
+
+    def __init__(self) -> None:
+        self.batches = list(TensorLoader(tiny_images(), 8, to_float))
+        self.place = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> OneAtATime:
+        self.place = 0
+        return self
+
+    def __next__(self) -> Any:
+        if self.place == len(self.batches):
+            raise StopIteration
+        self.place += 1
+        return self.batches[self.place - 1]
+
+
+def test_measuring_on_training_batches_leaves_the_pass_that_is_open_alone(tmp_path: Path) -> None:
+    """A resumed run loads the batches to measure on while the stream has the loader open."""
+    whole = pretrained(train_loader=OneAtATime(), val_loader=None)
+    whole.fit()
+    stopped = pretrained(
+        out_dir=tmp_path, train_loader=OneAtATime(), val_loader=None, callbacks=[StopAt(ev.StepDone, 2)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    resumed = pretrained(out_dir=tmp_path, train_loader=OneAtATime(), val_loader=None)
+    resumed.fit()
+    assert_identical(result(resumed), result(whole))
+
+
+class Flat(nn.Module):
+    """A batch norm that needs two examples, and an output that a test may change in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.fc = nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(F.relu(self.norm(self.body(x.flatten(1)))))
+
+
+def flat(kind: type[nn.Module] = Flat) -> cocktail.CocktailNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind()
+    return cocktail.sparsify(model, ("unstructured", "channel"), (torch.zeros(2, 1, 8, 8),))
+
+
+@pytest.mark.parametrize(("examples", "size"), [(8, 1), (9, 4)])
+def test_held_out_batches_of_one_example_do_not_end_the_run(examples: int, size: int) -> None:
+    trainer = pretrained(flat(), val_loader=TensorLoader(tiny_images(examples, seed=2), size, to_float), total_steps=4)
+    trainer.fit()
+    assert all(math.isfinite(loss) for loss in trainer.history.measured[0]["losses"].values())
+
+
+@pytest.mark.parametrize("bad", ["labels", "values"])
+def test_a_held_out_batch_that_says_nothing_leaves_the_need_of_others_measurable(bad: str) -> None:
+    batches = list(TensorLoader(tiny_images(16, seed=2), 4, to_float))
+    x, y = batches[1]
+    batches[1] = (x, torch.full_like(y, -100)) if bad == "labels" else (x * math.nan, y)
+    trainer = pretrained(val_loader=batches, total_steps=4)
+    trainer.fit()
+    assert all(math.isfinite(loss) for loss in trainer.history.measured[0]["losses"].values())
+
+
+class ProbabilitiesWhenEvaluating(Flat):
+    def forward(self, x: Tensor) -> Any:
+        output = super().forward(x)
+        return output if self.training else output.softmax(-1)
+
+
+class DictWhenTraining(Flat):
+    def forward(self, x: Tensor) -> Any:
+        output = super().forward(x)
+        return {"logits": output} if self.training else output
+
+
+def test_a_teacher_that_returns_probabilities_when_it_evaluates_is_refused() -> None:
+    """At a temperature of 8 they are nearly uniform, so that students would unlearn everything."""
+    wanted = r'where its output is probabilities, in train mode logits: .*teacher="dense"'
+    with pytest.raises(TrainingError, match=wanted):
+        pretrained(flat(ProbabilitiesWhenEvaluating)).fit()
+    net = flat(ProbabilitiesWhenEvaluating)
+    loop, (x, y) = cocktail.CoLoop(net, 20, start="pretrained"), next(iter(tiny_loaders()[0]))
+    with loop.step((x, y)) as step, pytest.raises(TrainingError, match=wanted):
+        step.loss(F.cross_entropy(output := net.model.train()(x), y), output, y)
+    pretrained(flat(ProbabilitiesWhenEvaluating), recipe=recipe(teacher="dense"), total_steps=4).fit()
+
+
+def test_a_distillation_loss_is_tried_on_the_teachers_output_before_training() -> None:
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(output["logits"] if isinstance(output, dict) else output, target)
+
+    settings = cocktail.DistillationSettings(loss_fn=lambda s, t: F.mse_loss(s["logits"], t["logits"]))
+    trainer = pretrained(flat(DictWhenTraining), loss_fn=loss, distillation=settings)
+    with pytest.raises(TrainingError, match=r"dict of logits .* \(train mode\) and a teacher's that is a tensor"):
+        trainer.fit()
+
+
+def test_a_batch_with_nan_is_left_out_of_the_statistics_where_its_steps_are() -> None:
+    batches = list(TensorLoader(tiny_images(), 8, to_float))
+    batches[1] = (batches[1][0] * math.nan, batches[1][1])
+    trainer = pretrained(train_loader=batches, on_nan="skip")
+    trainer.fit()
+    assert trainer.history.skipped
+    for statistics in trainer.net.statistics.values():
+        assert all(bool(value.isfinite().all()) for value in statistics.values())
+
+
+def test_a_run_of_an_older_default_recipe_says_how_it_is_resumed(tmp_path: Path) -> None:
+    pretrained(out_dir=tmp_path, recipe="cocktail", total_steps=40).fit()
+    with pytest.raises(TrainingError, match="the run was of recipe 'cocktail', so give recipe='cocktail' to resume"):
+        pretrained(out_dir=tmp_path).fit()
+
+
+def test_numbers_of_numpy_make_a_run_that_can_be_saved(tmp_path: Path) -> None:
+    pretrained(out_dir=tmp_path, total_steps=np.int64(2), seed=np.int32(1)).fit()
+    pretrained(out_dir=tmp_path, total_steps=2, seed=1).fit()
+
+
+def test_a_run_taught_by_the_dense_network_resumes_within_its_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its outputs depend on statistics, which are measured as heads are fitted."""
+    by_dense = recipe(teacher="dense", refit_head="own")
+    whole = pretrained(recipe=by_dense, total_steps=8)
+    whole.fit()
+    calls = 0
+
+    def stop(session: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Stopped
+
+    monkeypatch.setattr(refit, "save_if_late", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrained(out_dir=tmp_path, recipe=by_dense, total_steps=8).fit()
+    resumed = pretrained(out_dir=tmp_path, recipe=by_dense, total_steps=8)
+    resumed.fit()
+    assert calls > 3
+    assert_identical(result(resumed), result(whole))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..patterns.base import DENSE
+from ..utils.batchnorm import running_norms
 from .distributed.sharing import examples
 from .events import NeedMeasured
 from .recipes import ScheduleContext
@@ -54,25 +55,33 @@ def warn_if_improving(session: Session) -> None:
 def held_out_losses(session: Session, names: tuple[str, ...]) -> tuple[dict[str, float], dict[str, float]]:
     """The mean loss of each network on the first held-out examples, and its accuracy if the run's metric is that.
 
-    The passes are those of training: batch norms use the batch. Training batches are used if there is no
-    ``val_loader``. Buffers and generators are left as they were. The main process's numbers count, so that all
-    processes give out passes alike.
+    The passes are those of training: batch norms use the batch, so that batches of one example are left out. Training
+    batches are used if there is no ``val_loader``, or none of its batches can be. Buffers and generators are left as
+    they were. The main process's numbers count, so that all processes give out passes alike.
     """
     assert session.shares is not None
     if not session.shares.batches:
-        session.shares.batches = list(_first_batches(session, session.shares.examples))
+        # the loader may be the training loader, which cannot be iterated over twice at once (workers that are kept,
+        # an ``__iter__`` that returns the loader itself); the stream finds its place again
+        session.data.stream.close()
+        session.shares.batches = _measurable(session)
     model, options, execution = session.net.model, session.options, session.execution
     assert execution is not None
     classes = session.classes if options.metric is None else None
     losses: dict[str, float] = {}
     accuracies: dict[str, float] = {}
+    counted: list[bool] | None = None
     with guarded("measuring the loss on held-out data"), untouched_buffers(model):
         for name in names:
             session.seed("need", session.history.steps)  # dropout is the same for all networks
             with session.net.using(name, statistics=False, changes="discard"):
                 found = [execution.measured(batch) for batch in session.shares.batches]
             every = [loss_of(output, target, options.loss_fn).double() for output, target in found]
-            losses[name] = float(torch.stack(every).mean())
+            if counted is None:
+                # of the dense network: a batch without labels that count, or with NaN in it, says nothing of any other
+                counted = [bool(loss.isfinite()) for loss in every]
+            kept = [loss for loss, counts in zip(every, counted, strict=True) if counts]
+            losses[name] = float(torch.stack(kept or every).mean())
             if classes is not None:
                 accuracies[name] = _accuracy(found, classes)
     return session.ranks.from_main(lambda: (losses, accuracies))
@@ -89,12 +98,38 @@ def _accuracy(found: Sequence[tuple[Any, Any]], classes: Classes) -> float:
     return float(torch.cat(hits).double().mean())
 
 
-def _first_batches(session: Session, count: int) -> Iterator[Any]:
-    """Whole batches of the held-out data, until they have so many examples; as many in all processes."""
-    held_out = session.data.held_out
-    loader, name = (held_out, "val_loader") if held_out is not None else (session.data.recalibration, "train_loader")
+def _measurable(session: Session) -> list[Any]:
+    """The batches to measure on: held-out ones, or training batches where there are none of use.
+
+    A batch norm that normalizes by the batch cannot do so with one example, or its output means something else.
+    """
+    assert session.shares is not None
+    held_out, training = session.data.held_out, (session.data.recalibration, "train_loader")
+    loaders: list[tuple[Iterable[Any], str]] = [training] if held_out is None else [(held_out, "val_loader"), training]
+    norms = any(norm.training for norm in running_norms(session.net.model).values())
+    for least in (2, 1) if norms else (1,):
+        for loader, name in loaders:
+            batches = list(_first_batches(session, loader, name, least))
+            if session.ranks.least(len(batches)):  # all processes must agree
+                return batches
+    return []
+
+
+def _first_batches(session: Session, loader: Iterable[Any], name: str, least: int) -> Iterator[Any]:
+    """Whole batches of a loader, until they have enough examples; as many in all processes.
+
+    Args:
+        session: Of the run.
+        loader: Of the batches.
+        name: What it is called in errors.
+        least: Examples that a batch must have.
+    """
+    assert session.shares is not None
+    count = session.shares.examples
     taken: list[Any] = []
     for batch in guarded_batches(session, loader, name):
+        if examples(batch) < least:
+            continue
         taken.append(batch)
         count -= max(examples(batch), 1)
         if count <= 0:
