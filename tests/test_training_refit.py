@@ -11,9 +11,10 @@ import torch
 from test_training_pretrained import pretrained, recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_tiny import TinyNet, tiny_loaders, tiny_net
+from training_tiny import TinyNet, tiny_images, tiny_loaders, tiny_net, to_float
 
 import cocktailsdk as cocktail
+from cocktailsdk.presets.datasets import TensorLoader
 from cocktailsdk.training import refit
 from cocktailsdk.training.head_fit import HardLoss
 
@@ -91,7 +92,8 @@ def test_by_default_heads_are_owned_where_they_are_small(width: int, expected: b
             return self.fc(self.body(x).relu())
 
     net = cocktail.sparsify(Net(), (cocktail.Unstructured(sparsities=[0.2, 0.5, 0.8]), "n:m"), (X,))
-    pretrained(net, recipe=recipe(refit_head="auto"), total_steps=4).fit()
+    loader = TensorLoader(tiny_images(64), 8, to_float)
+    pretrained(net, recipe=recipe(), total_steps=4, recalibration_batches=8, train_loader=loader).fit()
     assert bool(net.private) is expected
 
 
@@ -239,3 +241,12 @@ def test_a_head_of_double_precision_that_stays_keeps_every_bit() -> None:
     model = Loose().double()
     layer = refit.Layer("fc", model.fc, HardLoss())
     assert torch.equal(layer.trained()["fc.weight"], model.fc.weight)
+
+
+def test_by_default_a_head_is_not_fitted_to_a_handful_of_examples(caplog: pytest.LogCaptureFixture) -> None:
+    for batches, refitted in ((2, False), (8, True)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger=refit.__name__):
+            loader = TensorLoader(tiny_images(64), 8, to_float)
+            run(Loose(), "auto", total_steps=4, recalibration_batches=batches, train_loader=loader)
+        assert ("16 labels in 2 training batches" not in caplog.text) is refitted

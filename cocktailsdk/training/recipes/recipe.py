@@ -49,7 +49,8 @@ class Recipe:
         allocation: How passes are divided among the networks, for ``schedule="need"``.
         refit_head: What becomes of a linear classifier head after training. ``"shared"``: one head is fitted to the
             features of all networks. ``"own"``: each subnet gets a head of its own. ``"auto"``: ``"own"`` if all heads
-            together take at most a tenth of the model's bytes, otherwise ``"shared"``. ``"none"``: it stays.
+            together take at most a tenth of the model's bytes, otherwise ``"shared"``; and none where the loss is not a
+            mean cross-entropy or there are fewer than 64 labels to fit it to. ``"none"``: it stays.
         update: On sparse steps momentum and weight decay go on moving masked weights (``"all"``, as the paper's code
             does) or leave them (``"active"``).
         statistics: Running batch-norm statistics while training are those of all networks (``"shared"``) or each
