@@ -23,7 +23,9 @@ from cocktailsdk.training import events as ev
 from cocktailsdk.training import refit
 from cocktailsdk.training.interrupt import Stopped
 from cocktailsdk.training.recipes import PassAllocation, Recipe, recipe_named
+from cocktailsdk.training.session import model_tensors
 from cocktailsdk.training.step.distill import Classes, Distillation, soft_cross_entropy
+from cocktailsdk.training.step.teacher import FrozenTeacher
 
 PRETRAINED = recipe_named("pretrained")
 
@@ -482,3 +484,29 @@ def test_a_run_taught_by_the_dense_network_resumes_within_its_heads(
     resumed.fit()
     assert calls > 3
     assert_identical(result(resumed), result(whole))
+
+
+class Counting(Flat):
+    """Counts its passes, in a new tensor and in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anew", torch.zeros(()))
+        self.register_buffer("in_place", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.anew = self.anew + 1
+        self.in_place += 1
+        return super().forward(x)
+
+
+def test_passes_of_the_teacher_leave_the_buffers_of_both_alone() -> None:
+    model = Counting()
+    teacher = FrozenTeacher(model, model_tensors(model))
+    model.anew += 5
+    model.in_place += 5
+    for _ in range(2):
+        with teacher.active():
+            assert model.anew == 0 == model.in_place
+            model(torch.zeros(2, 1, 8, 8))
+    assert model.anew == 5 == model.in_place

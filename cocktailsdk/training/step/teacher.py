@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...net.switcher import forget_derived
 from ...utils.fsdp import is_sharded, local, rows_of
 from ...utils.modes import evaluating
+from .distill import untouched_buffers
 
 __all__ = ["FrozenTeacher"]
 
@@ -50,7 +51,9 @@ class FrozenTeacher:
         plain = all(tensor.device.type == "cpu" and not is_sharded(tensor) for tensor, _ in pairs)
         forget_derived()
         try:
-            with torch.no_grad(), evaluating(self._model), (_exchanged if plain else _copied)(pairs):
+            exchange = _exchanged if plain else _copied
+            # a forward pass may change buffers, or put other tensors in their place, in evaluation mode too
+            with torch.no_grad(), evaluating(self._model), exchange(pairs), untouched_buffers(self._model):
                 yield
         finally:
             forget_derived()
