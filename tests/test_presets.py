@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_datasets import write_idx, write_jpeg_archive
+from torch import nn
 
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
 from cocktailsdk.presets import PRESETS, get_preset
 from cocktailsdk.presets.models import CifarResNet, DigitsNet, PadShortcut, ResNet18
+from cocktailsdk.presets.weights import load_weights
 
 
 def test_models_have_their_published_sizes() -> None:
@@ -196,6 +198,15 @@ def test_weights_that_do_not_fit_are_refused_with_what_was_found_and_what_to_do(
             (tmp_path / name).write_bytes(b"x" * 20)
         with pytest.raises(TrainingError, match=said):
             get_preset("cifar10", weights=tmp_path / name).build_model()
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x02q", b"PK\x03\x04broken", bytes(range(256))])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_damaged_files_of_weights_are_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"damaged.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match="cannot be read as a"):
+        load_weights(nn.Linear(1, 1), path, "a model")
 
 
 def test_unknown_presets_and_settings_are_named() -> None:

@@ -159,3 +159,14 @@ def test_one_network_is_fine_tuned_with_a_named_optimizer() -> None:
         net, "1:2", loader, nn.functional.cross_entropy, total_steps=2, optimizer="adamw", learning_rate=1e-3
     )
     assert tuned.active == "1:2"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_default_for_layer_norms_trains_weights_of_any_width(dtype: torch.dtype) -> None:
+    """The usual eps of Adam is 0 in float16."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(dtype)
+    optimizer = choose_optimizer(None, None, model, start="pretrained", by_model=True).factory(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-5)
+    optimizer.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())

@@ -29,6 +29,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
@@ -52,6 +53,8 @@ Start = Literal["scratch", "pretrained"]
 
 ADAMW_RATE, ADAMW_WIDTH = 1e-3, 64
 """AdamW's rate for trained weights, and the width of the models that it was measured on."""
+HALF_EPS = 1e-4
+"""AdamW's eps for weights of float16, in which its default of 1e-8 is 0: the first step would divide by 0."""
 _LAYER_NORM = re.compile(r"layer_?norm|rms_?norm", re.IGNORECASE)
 """Names of classes that normalise each token: transformers and timm have dozens of their own (``LlamaRMSNorm``)."""
 
@@ -153,7 +156,8 @@ def _sgd(model: nn.Module, start: Start) -> OptimizerFactory:
 
 
 def _adamw(model: nn.Module, start: Start) -> OptimizerFactory:
-    return partial(AdamW, lr=_adamw_rate(model), weight_decay=0.01)
+    half = any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters())
+    return partial(AdamW, lr=_adamw_rate(model), weight_decay=0.01, eps=HALF_EPS if half else 1e-8)
 
 
 def _adamw_rate(model: nn.Module) -> float:
