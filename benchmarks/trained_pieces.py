@@ -97,8 +97,9 @@ def _alone_distilled(rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[Run]
 
 def _pruned(rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[Run]:
     for subnet in ("channel@0.469", "channel@0.613"):
-        for rate in RATES:
-            yield TorchPruned(name=f"torch-pruning {subnet}", budget=B, rate=rate, subnet=subnet)
+        for name, inside in (("torch-pruning", False), ("torch-pruning inside blocks", True)):
+            for rate in RATES:
+                yield TorchPruned(name=f"{name} {subnet}", budget=B, rate=rate, subnet=subnet, inside=inside)
 
 
 @dataclass(frozen=True)

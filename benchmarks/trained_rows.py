@@ -119,7 +119,7 @@ def alone_table(rows: Sequence[Row], task: str = "resnet20") -> str:
                 lines.append([title if passes else "no training", str(passes), *cells])
     for subnet in ("channel@0.469", "channel@0.613"):
         for (name, budget), group in groups(mine).items():
-            if name == f"torch-pruning {subnet}":
+            if name.startswith("torch-pruning") and name.endswith(subnet):
                 cells = [f"{means(group)[n]:.1f}" if n == subnet else "" for n in names]
-                lines.append([f"Torch-Pruning as {head(subnet)}", str(budget), *cells])
+                lines.append([name.removesuffix(f" {subnet}"), str(budget), *cells])
     return markdown(["run", "passes each", *map(head, names)], lines)

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from trained_tasks import STATISTICS, TASKS, Task, accuracy, fit, recalibrate, sgd
 
 import cocktailsdk as cocktail
 from cocktailsdk.io.atomic import write_json
 from cocktailsdk.patterns.base import DENSE
-from cocktailsdk.training.events import Event, Saved, StepDone
+from cocktailsdk.training.events import Event, NetworkFinished, Saved, StepDone
 from cocktailsdk.training.recipes import Recipe, recipe_named
 from cocktailsdk.training.schedules import ScheduleFactory, cosine
 
-PATTERNS = ("unstructured", "n:m", "channel")
 TEMPERATURE = 8.0
 """Of the distillation that a subnetwork alone may have too."""
 
@@ -53,10 +54,10 @@ class Place:
         """The task's data."""
         return self.task.loaders(self.data)
 
-    def net(self, patterns: Sequence[str] = PATTERNS) -> cocktail.CocktailNet:
-        """The trained model and the masks made from its weights."""
+    def net(self, patterns: Sequence[str] = ()) -> cocktail.CocktailNet:
+        """The trained model and the masks made from its weights; by default of all of the task's patterns."""
         example = torch.zeros(2, *self.task.example)
-        return cocktail.sparsify(self.task.model(self.data, self.work), patterns, (example,))
+        return cocktail.sparsify(self.task.model(self.data, self.work), patterns or self.task.patterns, (example,))
 
     def accuracies(self, net: cocktail.CocktailNet, *, recalibrated: bool = True) -> dict[str, float]:
         """Test accuracy in % of the task's named networks that a net has.
@@ -89,7 +90,7 @@ class Clock:
         """As a callback of a trainer."""
         if isinstance(event, Saved):  # what was done since the state was saved is done again after a crash
             write_json(self._file, {"seconds": self.seconds})
-        if isinstance(event, StepDone) and time.monotonic() > self._deadline:
+        if isinstance(event, StepDone | NetworkFinished) and time.monotonic() > self._deadline:
             raise KeyboardInterrupt
 
     @property
@@ -190,7 +191,7 @@ class CoTrained(Run):
 
     Attributes:
         recipe: ``None`` for the trainer's own choice.
-        patterns: That the net has.
+        patterns: That the net has; none for the task's.
         passes_per_step: Student passes of a step, which divides the budget.
         schedule: ``None`` for the trainer's own.
         options: Further keywords of the trainer.
@@ -200,7 +201,7 @@ class CoTrained(Run):
     """
 
     recipe: str | Recipe | None = None
-    patterns: tuple[str, ...] = PATTERNS
+    patterns: tuple[str, ...] = ()
     passes_per_step: int = 1
     schedule: ScheduleFactory | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -315,27 +316,60 @@ def taught_by(teacher: nn.Module) -> dict[str, Any]:
 class TorchPruned(Run):
     """A model that Torch-Pruning made smaller, trained by the labels.
 
+    The library takes a shortcut that pads with zero channels for one that keeps their order. Where it prunes what
+    shortcuts carry, channels are added that do not belong together; training repairs that in part.
+
     Attributes:
         subnet: Which of our subnetworks it has as many multiply-adds as.
+        inside: Whether only channels inside of residual blocks are pruned, where nothing is misaligned.
     """
 
     subnet: str
+    inside: bool = False
 
     def measure(self, place: Place, folder: Path) -> Measured:
         """Prune, train and measure; too short to keep a state."""
         del folder
-        costs = {s.name: s.flops for s in place.net(("channel",)).subnets()}
-        share = costs[self.subnet] / costs[DENSE]
         model = place.task.model(place.data, place.work)
         example = torch.zeros(2, *place.task.example)
-        pruned = cocktail.slim(model, (example,), flops=share, backend="torch-pruning")
-        pruned.to(memory_format=torch.channels_last)
+        wanted = flops_of(place.net().slim(self.subnet), example)
+        pruned = self._pruned(wanted, model, example).to(memory_format=torch.channels_last)
         began = time.process_time()
         fit(pruned, place.loaders.train, self.budget, self.rate or 0.01, self.seed)
         recalibrate(pruned, place.loaders.train)
         seconds = time.process_time() - began
         found = {self.subnet: accuracy(pruned, place.loaders.test)}
-        return Measured(found, self.budget, 0, seconds, {"flops": round(share, 4)})
+        details = {"flops": flops_of(pruned, example), "flops_of_subnet": wanted}
+        return Measured(found, self.budget, 0, seconds, {**details, "flops_of_dense": flops_of(model, example)})
+
+    def _pruned(self, flops: int, model: nn.Module, example: Tensor) -> nn.Module:
+        """The model with FLOPs as close as one ratio for all layers comes."""
+        import torch_pruning as tp
+
+        def pruned(ratio: float) -> nn.Module:
+            slim = copy.deepcopy(model)
+            kept = [m for path, m in slim.named_modules() if self._keeps(path, m)]
+            importance = tp.importance.GroupMagnitudeImportance(p=2)
+            tp.pruner.BasePruner(slim, example, importance, pruning_ratio=ratio, ignored_layers=kept).step()
+            return slim
+
+        with torch.random.fork_rng(devices=[]):
+            candidates = [pruned(step / 64) for step in range(1, 64)]
+        return min(candidates, key=lambda slim: abs(flops_of(slim, example) - flops))
+
+    def _keeps(self, path: str, module: nn.Module) -> bool:
+        """Whether a module keeps its output channels."""
+        if isinstance(module, nn.Linear):
+            return True
+        return self.inside and isinstance(module, nn.Conv2d) and not re.fullmatch(r"layer\d\.\d\.conv1", path)
+
+
+@torch.no_grad()
+def flops_of(model: nn.Module, example: Tensor) -> int:
+    """FLOPs of a forward pass, twice its multiply-adds."""
+    with FlopCounterMode(display=False) as counter:
+        model(example)
+    return int(counter.get_total_flops())
 
 
 def mask_digests(net: cocktail.CocktailNet, names: Sequence[str]) -> dict[str, str]:

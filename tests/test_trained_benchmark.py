@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -112,6 +114,70 @@ def test_every_piece_has_runs_with_names_of_their_own(tmp_path: Path) -> None:
     every = [key for of in keys.values() for key in of]
     probed = set(keys["probes"]) & set(keys["alone"])
     assert len(probed) == 3 and len(every) == len(set(every)) + len(probed)  # probes are runs alone with B passes
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Any:
+    """A small trained model and a few images of two classes that differ in brightness."""
+    from trained_runs import Place
+    from trained_tasks import Task
+
+    from cocktailsdk.presets import Loaders
+    from cocktailsdk.presets.datasets import Images, TensorLoader
+    from cocktailsdk.presets.models import CifarResNet
+
+    labels = torch.arange(160) % 2
+    pixels = torch.randint(0, 60, (160, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    data = Images((pixels + 120 * labels[:, None, None, None]).to(torch.uint8), labels)
+    train = TensorLoader(data[:120], 8, lambda x: x / 64 - 2, shuffle=True, drop_last=True)
+    held_out, test = (TensorLoader(part, 20, lambda x: x / 64 - 2) for part in (data[120:140], data[140:]))
+    names = ("unstructured@0.738", "2:4", "channel@0.469")
+    task = Task(
+        "try", "bright or dark", lambda: CifarResNet(8, classes=2), lambda model, folder, loaders: None,
+        lambda folder: Loaders(train, held_out, test), (3, 8, 8), ("dense", *names), names, patterns=names,
+    )  # fmt: skip
+    return Place(task, tmp_path, tmp_path)
+
+
+def test_a_run_that_time_stops_is_resumed_to_the_same_row(place: Any, tmp_path: Path) -> None:
+    from trained_pieces import BEFORE
+
+    run = dataclasses.replace(BEFORE, budget=16)
+    whole = run.row(place)
+    assert (whole["passes"], whole["task"], whole["key"]) == (16, "try", "before--16--rate-0.01--0")
+    assert whole["teacher_passes"] == 16 - whole["settings"]["given"]["dense"] > 0
+    assert set(whole["accuracies"]) == set(place.task.named) and whole["accuracies"]["dense"] > 60
+    json.dumps(whole)
+    stopped = dataclasses.replace(place, work=tmp_path / "again", deadline=0.0)
+    calls = 0
+    while True:
+        calls += 1
+        try:
+            again = run.row(stopped)
+            break
+        except KeyboardInterrupt:
+            stopped.deadline = math.inf if calls > 1 else 0.0
+    assert calls == 3
+    same = ("accuracies", "passes", "teacher_passes")
+    assert {k: again[k] for k in same} == {k: whole[k] for k in same} and again["cpu_seconds"] > 0
+
+
+def test_runs_alone_have_the_masks_of_the_start_and_only_their_own_accuracy(place: Any) -> None:
+    from trained_runs import Alone, TorchPruned, Untrained
+
+    start = Untrained(name="start", budget=0).row(place)
+    assert start["passes"] == start["cpu_seconds"] == 0 and set(start["accuracies"]) == set(place.task.named)
+    alone = Alone(name="alone", budget=6, rate=0.02, subnet="2:4").row(place)
+    taught = Alone(name="alone distilled", budget=6, rate=0.02, subnet="2:4", distilled=True).row(place)
+    for row_, teacher in ((alone, 0), (taught, 6)):
+        assert set(row_["accuracies"]) == {"2:4"} and (row_["passes"], row_["teacher_passes"]) == (6, teacher)
+        assert row_["settings"]["masks"] == {"2:4": start["settings"]["masks"]["2:4"]}
+    pruned = TorchPruned(name="torch-pruning", budget=6, rate=0.02, subnet="channel@0.469").row(place)
+    assert set(pruned["accuracies"]) == {"channel@0.469"}
+    found = pruned["settings"]
+    assert (
+        found["flops"] == pytest.approx(found["flops_of_subnet"], rel=0.15) and found["flops"] < found["flops_of_dense"]
+    )
 
 
 def test_without_data_the_benchmark_says_so_and_is_no_failure(
