@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from result_rows import read_rows
 from trained_pieces import PIECES, Piece, effnet_pieces, long_pieces
-from trained_rows import RESULTS, add_row, alone_table, run_table
+from trained_rows import RESULTS, add_row, alone_table, run_table, target_table
 from trained_runs import CoTrained, Place, Run
 from trained_tasks import TASKS
 
@@ -66,6 +66,7 @@ def tables(results: Path) -> str:
     for task in TASKS.values():
         if any(r["task"] == task.name for r in rows):
             parts += [f"**{task.title}**", run_table(rows, task.name), alone_table(rows, task.name)]
+    parts += [target_table(rows)]
     return "\n\n".join(parts)
 
 

@@ -123,3 +123,33 @@ def alone_table(rows: Sequence[Row], task: str = "resnet20") -> str:
                 cells = [f"{means(group)[n]:.1f}" if n == subnet else "" for n in names]
                 lines.append([name.removesuffix(f" {subnet}"), str(budget), *cells])
     return markdown(["run", "passes each", *map(head, names)], lines)
+
+
+TARGETS = {"unstructured@0.893": 70.0, "2:4": 80.5, "channel@0.469": 64.0, "channel@0.613": 52.0}
+"""Accuracy in % that our default is to reach with B passes."""
+RATE_WANTED, DENSE_LOSS = 12.0, 0.5
+"""The exchange rate that it is to reach, and the points that the dense network may lose."""
+
+
+def target_table(rows: Sequence[Row]) -> str:
+    """What our default is to reach on ResNet-20, and what it reaches: the mean and the worst over seeds."""
+    mine = [r for r in rows if r["task"] == "resnet20"]
+    alone, lines = curves(mine), []
+    start = next((r["accuracies"] for r in mine if r["run"] == "start"), {})
+
+    def add(what: str, budget: int, wanted: float, found: Sequence[float]) -> None:
+        margin = f"{mean(found) - wanted:+.1f}"
+        lines.append([what, str(budget), f"{wanted:.1f}", f"{mean(found):.1f}", f"{min(found):.1f}", margin])
+
+    for budget in (B, 2 * B):
+        ours = [r for r in mine if (r["run"], r["budget"]) == ("ours", budget)]
+        if not ours or not start:
+            continue
+        wanted = {"dense": start["dense"] - DENSE_LOSS}
+        wanted |= TARGETS if budget == B else {n: alone[n][B] for n in alone if B in alone[n]}
+        for name, least in wanted.items():
+            add(head(name), budget, least, [r["accuracies"][name] for r in ours])
+        rates = [x.rate for r in ours if (x := rate_of(r, alone)) is not None]
+        if budget == B and rates:
+            add("exchange rate", budget, RATE_WANTED, rates)
+    return markdown(["target", "passes", "wanted", "mean", "worst seed", "margin"], lines)

@@ -80,7 +80,7 @@ def test_a_curve_without_the_budget_is_refused() -> None:
 
 def test_tables_have_the_means_of_seeds_and_the_better_rate_of_a_rival(tmp_path: Path) -> None:
     from trained_pieces import alone_name
-    from trained_rows import add_row, alone_table, curves, run_table
+    from trained_rows import add_row, alone_table, curves, run_table, target_table
     from trained_tasks import FIVE, NAMED
 
     rows = [row("start", 0, dict.fromkeys(NAMED, 20.0))]
@@ -100,6 +100,8 @@ def test_tables_have_the_means_of_seeds_and_the_better_rate_of_a_rival(tmp_path:
     ours, us_net = (next(x for x in lines if x.startswith(f"| {name} |")) for name in ("ours", "us-net"))
     assert ours.count(" 36.0 ") == len(NAMED) and "| 2 |" in ours and " 0.9 " in ours
     assert "| 0.05 |" in us_net and " 53.0 " in us_net
+    assert "| c@.469 | 400 | 64.0 | 36.0 | 35.0 | -28.0 |" in target_table(kept)
+    assert "| exchange rate | 400 | 12.0 | 0.9 |" in target_table(kept)
     assert "| alone, labels | 16 | 36.0 |" in alone_table(kept) and "| no training | 0 | 20.0 |" in alone_table(kept)
 
 
