@@ -241,8 +241,7 @@ class CoTrained(Run):
         return Measured(found, history.passes, self._teacher_passes(history.passes, given), seconds, details)
 
     def _teacher_passes(self, passes: int, given: Mapping[str, int]) -> int:
-        named = recipe_named("cocktail" if self.recipe is None else self.recipe)
-        recipe = self.recipe if isinstance(self.recipe, Recipe) else named
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else recipe_named(self.recipe or "cocktail")
         if not recipe.distill or self.passes_per_step > 1:
             return 0  # in a sandwich, the dense network's own pass teaches
         return passes - given.get(DENSE, 0)
