@@ -333,6 +333,7 @@ class TorchPruned(Run):
         example = torch.zeros(2, *place.task.example)
         wanted = flops_of(place.net().slim(self.subnet), example)
         pruned = self._pruned(wanted, model, example).to(memory_format=torch.channels_last)
+        pruned.train()  # Torch-Pruning leaves it in evaluation mode
         began = time.process_time()
         fit(pruned, place.loaders.train, self.budget, self.rate or 0.01, self.seed)
         recalibrate(pruned, place.loaders.train)
