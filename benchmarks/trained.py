@@ -55,7 +55,7 @@ def listed(known: Mapping[str, Piece], results: Path, seeds: list[int]) -> str:
             state = f"{len(done.intersection(runs))} of {len(runs)}"
         except SystemExit as error:
             state = str(error)
-        lines.append(f"{name:26} {piece.title:52} {state}")
+        lines.append(f"{name:30} {piece.title:52} {state}")
     return "\n".join(lines)
 
 
