@@ -117,11 +117,13 @@ def alone_table(rows: Sequence[Row], task: str = "resnet20") -> str:
             if passes or not distilled:
                 cells = [f"{found[n][passes]:.1f}" if passes in found.get(n, {}) else "" for n in names]
                 lines.append([title if passes else "no training", str(passes), *cells])
-    for subnet in ("channel@0.469", "channel@0.613"):
-        for (name, budget), group in groups(mine).items():
-            if name.startswith("torch-pruning") and name.endswith(subnet):
-                cells = [f"{means(group)[n]:.1f}" if n == subnet else "" for n in names]
-                lines.append([name.removesuffix(f" {subnet}"), str(budget), *cells])
+    pruned: dict[tuple[str, int], dict[str, float]] = {}
+    for (run, budget), group in groups(mine).items():
+        label, _, subnet = run.rpartition(" ")
+        if label.startswith("torch-pruning"):
+            pruned.setdefault((label, budget), {})[subnet] = means(group)[subnet]
+    for (label, budget), accuracy in sorted(pruned.items()):
+        lines.append([label, str(budget), *(f"{accuracy[n]:.1f}" if n in accuracy else "" for n in names)])
     return markdown(["run", "passes each", *map(head, names)], lines)
 
 
