@@ -6,7 +6,7 @@
 Some mutations leave the checksums as they were, most mend them, so that the checks behind them are reached: bytes,
 lengths, JSON values, keys, shapes, dtypes and offsets, tensors of another bundle, files that are missing or empty; and
 well-formed files that lie: masks that are not those of their patterns, levels of other sparsities, sizes, couplings,
-statistics, example inputs and build records.
+statistics, private tensors, example inputs and build records.
 
 What counts as a failure: any other exception, a crash, more than so much time of the processor or so much memory (the
 process may take no more address space), a model changed by a bundle that was refused, and a bundle that was accepted
@@ -82,7 +82,9 @@ SEEDS: tuple[tuple[list[str | cocktail.Pattern], dict[str, Any]], ...] = (
     ([cocktail.Unstructured(rounds=3), "2:4", "1:2", cocktail.Channel(rounds=3, round_to=1)], {}),
     (["block2x2@0.5", "transposable1:2", "depth@1", "channel@0.5+1:2"], {}),
     ([cocktail.Channel([0.3, 0.5], round_to=1), "unstructured@0.5"], {"dtype": "float16"}),
+    (["2:4", "channel@0.5", "unstructured@0.5"], {}),
 )
+PRIVATE = 3  # the seed whose subnetworks have private tensors
 
 
 def small(seed: int) -> Small:
@@ -107,6 +109,9 @@ def seeds() -> list[dict[str, bytes]]:
         for name in net.names[:: 1 + i]:
             net.recalibrate(name, [torch.randn(2, 2, 5, 5, generator=generator)])
             net.metrics[name] = 0.5 + i / 8
+        for name in net.names[1:] if i == PRIVATE else ():
+            shapes = {n: net.coupling.shapes[n] for n in ("fc.weight", "conv.weight", "bn2.bias")}
+            net.set_private(name, {n: torch.randn(s, generator=generator) for n, s in shapes.items()})
         net.provenance["command"] = "python train.py"
         with tempfile.TemporaryDirectory() as beside:
             net.save_pretrained(Path(beside) / "bundle", **options)
@@ -291,7 +296,7 @@ def another_level(rng: random.Random, files: dict[str, bytes]) -> bool:
                     entry |= {"n": row["options"]["n"], "m": row["options"]["m"]}
         if "levels" in entry:
             entry["levels"] = [new if n == old else n for n in entry["levels"]]
-    for entry in meta["statistics"]:
+    for entry in (*meta["statistics"], *meta.get("private", [])):
         if entry["subnet"] == old:
             entry["subnet"] = new
     row["name"] = new
@@ -306,12 +311,13 @@ def config_of(meta: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 
 PARTS = ("coupling", "statistics", "example", "selection", "masks", "model", "files", "build", "patterns", "provenance")
+OPTIONAL = ("private",)
 
 
 def one_part(rng: random.Random, files: dict[str, bytes]) -> bool:
     """Values of one part of bundle.json, as likely in each."""
     meta = json.loads(files[JSON])
-    part = rng.choice(PARTS)
+    part = rng.choice([*PARTS, *(3 * [p for p in OPTIONAL if p in meta])])
     if part == "build":  # read only where no model is given
         meta["build"] = {"adapter": "timm", "record": {"name": "resnet18"}, "dtype": "float32"}
     for _ in range(rng.choice((1, 1, 2))):
@@ -325,9 +331,10 @@ def one_part(rng: random.Random, files: dict[str, bytes]) -> bool:
 
 
 def numbers(rng: random.Random, files: dict[str, bytes]) -> bool:
-    """Small changes to numbers of the coupling, masks and statistics: axes, groups, units, places, starts."""
+    """Small changes to numbers of the coupling, masks, statistics and private tensors: axes, units, places, starts."""
     meta = json.loads(files[JSON])
-    found = [place for part in ("coupling", "masks", "statistics", "selection") for place in whole_numbers(meta[part])]
+    parts = ("coupling", "masks", "statistics", "selection", *(p for p in OPTIONAL if p in meta))
+    found = [place for part in parts for place in whole_numbers(meta[part])]
     for _ in range(rng.choice((1, 1, 2, 4))):
         of, key = rng.choice(found)
         of[key] = max(0, of[key] + rng.choice((-1, 1, 1, 2, 8)))

@@ -131,8 +131,9 @@ def walks(package: Path) -> dict[str, Any]:
                 stack.close()
 
         cocktail.CoTrainer(
-            net, data, nn.functional.cross_entropy, val_loader=data, start="pretrained", epochs=1, callbacks=[watch]
-        ).fit()
+            net, data, nn.functional.cross_entropy, val_loader=data,
+            start="pretrained", recipe="cocktail", epochs=1, callbacks=[watch],
+        ).fit()  # fmt: skip
     return {
         "files that a batch passes": len(batch_files),
         "these": sorted(batch_files),

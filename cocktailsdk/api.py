@@ -256,8 +256,8 @@ def from_pretrained(
         model: A model of the class and configuration that the bundle was made from. Its weights are replaced in place,
             on their device. Leave it out if the bundle records how to build the model. This works for the
             :mod:`listed <cocktailsdk.records>` classes of timm, torchvision and transformers, in tested versions.
-        subnets: Names of the subnetworks to read. Default: all. Masks and statistics of other subnetworks are not read
-            from the disk, and the net cannot switch to them.
+        subnets: Names of the subnetworks to read. Default: all. What other subnetworks have of their own (masks,
+            statistics, private tensors) is not read from the disk, and the net cannot switch to them.
         trust_build_record: Without a model, build any class of timm, torchvision and transformers that the bundle
             records, in any version. Set this for bundles of your own. Hub access, remote code and pickle stay off.
         revision: A branch, tag or commit of the repository on the hub.

@@ -94,12 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
         F.cross_entropy,
         val_loader=held,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.01),
-        schedule=cosine(warmup=0.05, minimum=0.05),
-        start="pretrained",
-        batches=cocktail.BatchSettings(steps_per_epoch=max(1, options.steps // 100)),
+        schedule=cosine(warmup=0.05),
+        start="pretrained",  # all networks start from the fine-tuned model, which teaches them
+        recipe=options.recipe,
+        batches=cocktail.BatchSettings(steps_per_epoch=max(1, options.steps // 10)),
         total_steps=options.steps,
-        rounds=cocktail.RoundSettings(alphas=(1.0, 0.5)),
-        evaluation=cocktail.EvaluationSettings(recalibration_batches=1),  # there is no batch norm
         out_dir=options.out,
         seed=options.seed,
         callbacks=[lambda event: [view(event) for view in views]],
@@ -139,9 +138,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="clinc150.json.gz, or the folder that holds it")
     parser.add_argument("--tiny", action="store_true", help="a small random BERT; made-up sentences without --data")
     parser.add_argument("--out", type=Path, default=Path("runs/intent_classifier"), help="the run's folder")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of co-training in all, at least 20")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of co-training in all")
+    parser.add_argument("--recipe", help="what co-training does; by default the recipe for trained weights")
     parser.add_argument("--dense-steps", type=int, default=150, help="steps of fine-tuning before")
-    parser.add_argument("--held-out", type=int, default=150, help="sentences that merging chooses by, at most")
+    parser.add_argument("--held-out", type=int, default=150, help="sentences that need is measured on, at most")
     parser.add_argument("--test", type=int, default=750, help="sentences to test on, at most")
     parser.add_argument("--length", type=int, default=32, help="tokens of a sentence, at most")
     parser.add_argument("--batch", type=int, default=16, help="sentences in a batch")

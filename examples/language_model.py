@@ -70,12 +70,12 @@ def main(arguments: list[str] | None = None) -> None:
         val_loader=loaders[1],
         metric=token_loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0),
-        schedule=cosine(warmup=0.05, minimum=0.05),
-        start="pretrained",
-        batches=cocktail.BatchSettings(steps_per_epoch=max(1, options.steps // 100)),
+        schedule=cosine(warmup=0.05),
+        start="pretrained",  # all networks start from the model as it was given, which teaches them
+        recipe=options.recipe,
+        batches=cocktail.BatchSettings(steps_per_epoch=max(1, options.steps // 10)),
         total_steps=options.steps,
-        rounds=cocktail.RoundSettings(alphas=(1.0, 0.7, 0.4)),
-        # there is no batch norm
+        # there is no batch norm, and no classifier head to refit
         evaluation=cocktail.EvaluationSettings(metric_mode="min", recalibration_batches=1),
         out_dir=options.out,
         seed=options.seed,
@@ -120,7 +120,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of the model and its tokenizer")
     parser.add_argument("--data", type=Path, help="text file of stories; default: sampled from the model")
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="the run's folder")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps in all, at least 20")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps in all")
+    parser.add_argument("--recipe", help="what the run does; by default the recipe for trained weights")
     parser.add_argument("--stories", type=int, default=3072, help="how many stories are sampled")
     parser.add_argument("--length", type=int, default=128, help="tokens of a story, at most")
     parser.add_argument("--batch", type=int, default=8, help="stories in a batch")

@@ -78,7 +78,8 @@ class Bundle:
         self.meta = json.loads(raw)
         assert (raw[:13], raw[77:79]) == (b'{"checksum":"', b'",'), "bundle.json was changed"
         assert hashlib.sha256(raw[79:]).hexdigest() == self.meta["checksum"], "bundle.json was changed"
-        assert (self.meta["format"], self.meta["format_version"]) == ("cocktail-bundle", 2)
+        assert self.meta["format"] == "cocktail-bundle"
+        assert self.meta["format_version"] in (2, 3)  # 3 where there are private tensors
         files = self.meta["files"]
         self.weights = Tensors(folder / "weights.safetensors", files["weights.safetensors"])
         self.subnets = Tensors(folder / "subnets.safetensors", files["subnets.safetensors"])
@@ -97,6 +98,7 @@ class Bundle:
             return out
         elements, removed = self.mask(name)
         out |= self.statistics(name, removed)
+        out |= self.private(name, elements, removed)
         for tensor, keep in itertools.chain(elements.items(), self.kept(removed).items()):
             if tensor in out:
                 out[tensor] = np.where(keep, out[tensor], 0).astype(out[tensor].dtype)
@@ -196,6 +198,21 @@ class Bundle:
                     at += values.size
                 return out
         return {}
+
+    def private(self, name: str, elements: dict[str, Array], removed: Array | None) -> dict[str, Array]:
+        """A subnetwork's private tensors by parameter: where the mask keeps nothing, no value is stored."""
+        out: dict[str, Array] = {}
+        units = self.kept(removed)
+        for e in self.meta.get("private", []):
+            at = e["start"]
+            for tensor in (self.tensors[place] for place in e["parameters"] if e["subnet"] == name):
+                shape = self.weights.header[tensor]["shape"]
+                keep = np.broadcast_to(elements.get(tensor, True) & units.get(tensor, np.array(True)), shape)
+                values = self.subnets.part(f"private.{e['dtype']}", at, int(keep.sum()))
+                out[tensor] = np.zeros(shape, values.dtype)
+                out[tensor][keep] = values
+                at += values.size
+        return out
 
 
 def unpacked(data: Array, bits: int, count: int) -> Array:

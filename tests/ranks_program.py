@@ -31,6 +31,7 @@ from cocktailsdk.presets.datasets import TensorLoader
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.distributed.ranks import digest
 from cocktailsdk.training.recipes import masks as recipe_masks
+from cocktailsdk.training.recipes import recipe_named
 from cocktailsdk.utils.fsdp import local
 
 TIMEOUT = 400  # seconds, of a launch
@@ -114,13 +115,22 @@ def of(trainer: cocktail.CoTrainer) -> str:
     """Of all that must be the same in every process, bit by bit."""
     out = result(trainer)
     tensors = {f"weights {n}": t for n, t in out["weights"].items()}
-    for kind in ("masks", "statistics"):
+    for kind in ("masks", "statistics", "private"):
         tensors |= {f"{kind} {name} {key}": t for name, some in out[kind].items() for key, t in some.items()}
     return digest(tensors) + repr(out["metrics"]) + repr(out["history"])
 
 
 def main_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+TRAINED: dict[str, Any] = {
+    "recipe": None,
+    "start": "pretrained",
+    "epochs": None,
+    "total_steps": 30,
+    "rewind_epoch": None,
+}
 
 
 # -------------------------------------------------------------------------------------------------- scenarios
@@ -138,6 +148,16 @@ def loader(folder: Path) -> Any:
 def several(folder: Path) -> Any:
     """Accumulation, clipping and the sandwich of several networks a step."""
     return trained(plain_trainer(recipe="us-net", accumulate=2, clip_norm=0.5))
+
+
+def from_trained(folder: Path) -> Any:
+    """A frozen teacher, and passes by need; process 0 fits the heads to its own examples, so here none are."""
+    recipe = dataclasses.replace(recipe_named("pretrained"), refit_head="none")
+    return trained(plain_trainer(**{**TRAINED, "recipe": recipe}))
+
+
+def own_heads(folder: Path) -> Any:
+    return trained(tiny_trainer(tiny_net(), **TRAINED))
 
 
 def batch_norm(folder: Path) -> Any:
@@ -313,6 +333,22 @@ def fsdp(folder: Path) -> Any:
     return out
 
 
+def fsdp_trained(folder: Path) -> Any:
+    """From trained weights: the teacher's are sharded as the model's; the head is not refitted."""
+    several_ranks = "RANK" in os.environ
+    if several_ranks and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    trainer = fsdp_trainer(sharded=several_ranks, **TRAINED) if several_ranks else from_trained_whole()
+    trainer.fit()
+    weights = {n: trainer.net.dense_tensor(n).clone() for n, _ in trainer.net.model.named_parameters()}
+    return {"weights": weights, "private": dict(trainer.net.private), "made": trainer.history.rounds[-1].made}
+
+
+def from_trained_whole() -> cocktail.CoTrainer:
+    recipe = dataclasses.replace(recipe_named("pretrained"), refit_head="none")
+    return fsdp_trainer(sharded=False, **{**TRAINED, "recipe": recipe})
+
+
 def fsdp_resumed(folder: Path) -> Any:
     """Stopped in the middle, and gone on with: bit by bit the same."""
     left = [9]
@@ -385,9 +421,24 @@ def dies(folder: Path) -> Any:
     return trained(plain_trainer(loss_fn=cross_entropy, **options))
 
 
-DDP = (plain, loader, several, batch_norm, interrupted, grown, mixed, unused, planned, refused, own_parts, cli)
+DDP = (
+    plain,
+    loader,
+    several,
+    from_trained,
+    own_heads,
+    batch_norm,
+    interrupted,
+    grown,
+    mixed,
+    unused,
+    planned,
+    refused,
+    own_parts,
+    cli,
+)
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
-    f.__name__: f for f in (*DDP, fsdp, fsdp_resumed, dies, own_loop, own_loop_sharded)
+    f.__name__: f for f in (*DDP, fsdp, fsdp_trained, fsdp_resumed, dies, own_loop, own_loop_sharded)
 }
 
 

@@ -75,6 +75,33 @@ REPORT = RunReport(
     ),
 )
 
+
+def _measured(step: int, worst: float) -> dict[str, object]:
+    losses = {name: 0.3 + worst * i / 5 for i, name in enumerate(("dense", *NAMES))}
+    return {"step": step, "losses": losses, "shares": dict.fromkeys(("dense", *NAMES), 1 / 6)}
+
+
+TRAINED = replace(
+    REPORT,
+    alphas=(),
+    configuration={"training": {"epochs": 2, "recipe": {"name": "pretrained"}}},
+    history={
+        "rounds": [
+            {
+                "round": 1,
+                "networks": NAMES,
+                "losses": [{"dense": 0.5, "channel@0.5": 0.9}] * 2,
+                "metrics": {},
+                "made": {"dense": 1200, "unstructured@0.2": 300, "2:4": 450, "channel@0.5": 2100},
+            }
+        ],
+        "measured": [_measured(0, 2.0), _measured(2500, 0.5), {**_measured(5000, 0.1), "losses": {"dense": None}}],
+        "before": {"dense": 0.975},
+        "steps": 6000,
+        "passes": 6000,
+    },
+)
+"""A run from trained weights that shares passes by need."""
 OLD = replace(REPORT, configuration={}, history={}, masks={}, kept=(), alphas=())
 """As earlier releases wrote reports."""
 

@@ -23,9 +23,12 @@ from cocktailsdk.choosing import read_profile
 from cocktailsdk.cli import checks
 from cocktailsdk.cli.group import PIPE_CLOSED
 from cocktailsdk.cli.main import app
+from cocktailsdk.cli.options import RECIPES
 from cocktailsdk.exporting.formats import FORMATS
 from cocktailsdk.presets import PRESETS
 from cocktailsdk.presets.images import MODELS
+from cocktailsdk.presets.weights import SUFFIXES
+from cocktailsdk.training.recipes import recipes
 from cocktailsdk.utils.devices import available_device
 from cocktailsdk.utils.nearest import nearest_subnets
 
@@ -37,6 +40,9 @@ from torch import nn
 def build():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+
+class Weights:
+    pass
 
 def broken():
     raise RuntimeError("two lines\\nof words")
@@ -56,6 +62,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = cocktail.sparsify(build(), ["unstructured", "2:4", "channel"], example_inputs=(torch.randn(1, 16),))
     net.save_pretrained(home / "bundle")
     (home / "file.txt").write_text("words")
+    (home / "bad.pth").write_bytes(b"words that are no checkpoint")
+    (home / "bad.safetensors").write_bytes(b"words that are no checkpoint")
+    (home / "code.pth").write_bytes(b"\x80\x02cusers_model\nWeights\n)\x81.")  # a pickle that makes a Weights()
+    torch.save(build().state_dict(), home / "other.pt")
     (home / "empty").mkdir()
     (home / "link").symlink_to("nowhere")
     (home / "damaged").mkdir()
@@ -104,6 +114,14 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("train", "--preset", "cifar10", "--data", "empty", "--epochs-scale", "nan"), "--epochs-scale"),
     (("train", "--preset", "cifar10", "--data", "empty", "--model", "resnet21"), "resnet21"),
     (("train", "--preset", "cifar10", "--data", "empty", "--weights", "none.safetensors"), "--weights"),
+    (("train", "--preset", "digits", "--weights", "file.txt"), ".safetensors, .pth, .pt"),
+    (("train", "--preset", "digits", "--weights", "bad.pth"), "bad.pth cannot be read as a PyTorch checkpoint"),
+    (("train", "--preset", "digits", "--weights", "code.pth"), "users_model.Weights"),
+    (("train", "--preset", "digits", "--weights", "other.pt"), "other.pt does not hold the weights of resnet8"),
+    (("train", "--preset", "digits", "--weights", "bad.safetensors"), "bad.safetensors cannot be read"),
+    (("train", "--preset", "digits", "--recipe", "pretraned"), "did you mean 'pretrained'?"),
+    (("train", "--preset", "digits", "--recipe", "pretrained"), "give --weights FILE"),
+    (("train", "--preset", "digits", "--recipe", "imp"), "recipe 'imp' trains one pattern"),
     (("train", "--preset", "digits", "--seed", "-1"), "--seed"),
     (("train", "--preset", "digits", "--seed", "9" * 30), "--seed"),
     (("inspect", "users_model:build", "--json", "--groups"), "--groups"),
@@ -205,6 +223,9 @@ def test_what_is_checked_before_torch_is_what_is_there() -> None:
     for name, make in PRESETS.items():
         assert set(checks.SETTINGS[name]) == set(make.__kwdefaults__ or {})
     assert set(checks.MODELS) == set(MODELS)
+    assert checks.WEIGHTS == SUFFIXES
+    assert {*RECIPES} == {name for name, recipe in recipes().items() if recipe.takes == "any" and not recipe.only}
+    assert {*RECIPES, *checks.OTHER_RECIPES} == set(recipes())
     assert {suffix: (tuple(k.packages), k.extra) for suffix, k in FORMATS.items()} == checks.FORMATS
     assert available_device("cpu").type == "cpu"
 

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 NAMES = ["dense", "unstructured@0.5", "unstructured@0.8", "2:4", "channel@0.25", "channel@0.5"]
 
 
-def small() -> Preset:
-    preset = digits.preset()
+def small(*, weights: Path | None = None, recipe: str | None = None) -> Preset:
+    preset = digits.preset(weights=weights, recipe=recipe)
     patterns = (Unstructured(sparsities=[0.5, 0.8]), NM(2, 4), Channel(sparsities=[0.25, 0.5], round_to=1))
     training = {**preset.training, "epochs": 2, "rounds": RoundSettings(rewind_epoch=1)}
     training["evaluation"] = EvaluationSettings(recalibration_batches=2)
@@ -221,6 +221,29 @@ def test_a_damaged_bundle_is_named(finished: tuple[Path, Result], tmp_path: Path
     assert "bundle.json" in done.stderr
     (tmp_path / "report.json").write_text("{}")
     assert run("eval", str(tmp_path)).exit_code == 1
+
+
+def test_trained_weights_are_taken_from_a_file_and_passes_are_shown(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
+    weights, folder = tmp_path / "dense.safetensors", tmp_path / "run"
+    assert run("export", str(finished[0]), "dense", str(weights)).exit_code == 0
+    done = run("train", "--preset", "digits", "--weights", str(weights), "--out", str(folder))
+    assert done.exit_code == 0, done.output
+    assert "starting: 1 round, step 0 of 38" in done.stderr
+    assert "step 0: passes: dense 20 %, channel 44 %, unstructured 24 %, n:m 12 %" in done.stderr
+    assert "before training" in done.stdout and "passes" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    report = read_report(folder)
+    assert report is not None
+    assert report.configuration["training"]["recipe"]["name"] == "pretrained"
+    assert report.environment["command"] == "cocktail-cli train --preset digits --weights dense.safetensors"
+    assert sum(report.passes.values()) == 38
+    again = run("train", "--preset", "digits", "--weights", str(weights), "--out", str(folder))
+    assert (again.exit_code, again.stdout) == (0, done.stdout)
+    other = run("train", "--preset", "digits", "--weights", str(weights), "--recipe", "paper", "--out", str(folder))
+    assert other.exit_code == 1
+    assert "another configuration" in other.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are sent otherwise there")

@@ -66,15 +66,9 @@ def ready(kind, how, which):
     return cocktail.sparsify(model, ["2:4", "unstructured@0.5"], (X,))
 
 
-def co_train(net):
+def co_train(net, recipe=None):
     cocktail.CoTrainer(
-        net,
-        BATCHES,
-        F.cross_entropy,
-        val_loader=BATCHES,
-        epochs=1,
-        rounds=cocktail.RoundSettings(count=1),
-        start="pretrained",
+        net, BATCHES, F.cross_entropy, val_loader=BATCHES, epochs=1, start="pretrained", recipe=recipe
     ).fit()
 
 
@@ -94,7 +88,7 @@ def recalibrate(net):
         net.recalibrate(name, BATCHES)
 
 
-WORK = {"recalibrate": recalibrate, "CoTrainer": co_train}
+WORK = {"recalibrate": recalibrate, "CoTrainer": co_train, "rounds": lambda net: co_train(net, "cocktail")}
 HOWS = ["train()", "eval() after train()", "momentum=0", "track_running_stats", "train is a no-op"]
 
 

@@ -116,7 +116,7 @@ def test_a_state_of_another_loop_is_refused() -> None:
 
 def to_sparse(net: cocktail.CocktailNet, **options: Any) -> cocktail.CoLoop:
     """A loop whose next step is a sparse one."""
-    loop = cocktail.CoLoop(net, 12, start="pretrained", **options)
+    loop = cocktail.CoLoop(net, 12, **{"recipe": "cocktail", "start": "pretrained", **options})
     x, y = batches()[0]
     with loop.step((x, y)) as step:
         assert step.network == "dense"
@@ -150,7 +150,7 @@ def test_a_sparse_step_is_taught_and_its_masked_weights_get_no_gradient() -> Non
 def test_accumulated_batches_train_one_network_and_are_masked_at_the_last() -> None:
     net = plain_net().eval()  # so that batch norms see no batch
     loop = to_sparse(net, distill_weight=0.0)
-    whole = cocktail.CoLoop(other := plain_net().eval(), 12, start="pretrained", distill_weight=0.0)
+    whole = cocktail.CoLoop(other := plain_net().eval(), 12, recipe="cocktail", start="pretrained", distill_weight=0.0)
     whole.load_state_dict(loop.state_dict())
     (a, b), (c, d) = batches()[:2]
     for x, y, last in ((a, b, False), (c, d, True)):
@@ -226,7 +226,7 @@ def test_what_is_left_out_of_a_step_is_named() -> None:
 
 def test_after_the_last_step_there_is_no_other() -> None:
     net = plain_net()
-    loop = cocktail.CoLoop(net, 4, start="pretrained")
+    loop = cocktail.CoLoop(net, 4, recipe="cocktail", start="pretrained")
     follow(net, loop, batches())
     assert loop.finished and not loop.repeats
     with pytest.raises(TrainingError, match="all 4 steps are done"):

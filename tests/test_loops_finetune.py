@@ -104,7 +104,7 @@ def test_masked_weights_that_something_else_moved_are_an_error() -> None:
         ("dense", {}, TrainingError, "the dense network has none"),
         ("3:4", {}, SubnetError, "no subnet '3:4'"),
         ("1:2", {"recipe": "paper", "alphas": (1.0,)}, TrainingError, "leave out recipe, alphas"),
-        ("1:2", {"epochs": 0}, TrainingError, "epochs must be at least 1"),
+        ("1:2", {"epochs": 0}, TrainingError, "epochs must be above 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name: str, options: Any, error: type[Exception], message: str) -> None:

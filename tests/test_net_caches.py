@@ -132,7 +132,6 @@ def loss_after(net, outer):
             [batch],
             F.cross_entropy,
             epochs=1,
-            rounds=cocktail.RoundSettings(count=1, merge=False),
             start="pretrained",
             execution=cocktail.ExecutionSettings(mixed_precision="bf16"),
         ).fit()

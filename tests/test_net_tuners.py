@@ -113,9 +113,7 @@ def test_adapters_put_on_after_sparsify_are_named():
 def test_a_trained_net_with_adapters_is_saved_and_loaded(tmp_path):
     net = cocktail.sparsify(adapted(), "2:4", (X,))
     batches = [(X, torch.tensor([0, 1]))]
-    cocktail.CoTrainer(
-        net, batches, nn.functional.cross_entropy, epochs=1, rounds=cocktail.RoundSettings(count=1), start="pretrained"
-    ).fit()
+    cocktail.CoTrainer(net, batches, nn.functional.cross_entropy, epochs=3, start="pretrained").fit()
     net.save_pretrained(tmp_path / "net")
     again = cocktail.from_pretrained(tmp_path / "net", adapted())
     assert torch.equal(again.switch("2:4")(X), net.switch("2:4")(X))

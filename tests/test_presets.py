@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,25 +107,101 @@ def test_the_image_presets_carry_the_papers_settings() -> None:
     assert (short["epochs"], short["rounds"].rewind_epoch) == (15, 1)
 
 
-def test_pretrained_weights_skip_round_zero(tmp_path: Path) -> None:
+def test_weights_start_the_recipe_for_trained_weights_with_a_few_epochs_in_all(tmp_path: Path) -> None:
     model = CifarResNet(20)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     preset = get_preset("cifar10", weights=tmp_path / "weights.safetensors")
-    assert preset.training["start"] == "pretrained"
+    assert preset.training == {"start": "pretrained", "epochs": 5}
     assert torch.equal(preset.build_model().linear.weight, model.linear.weight)
-    with pytest.raises(TrainingError, match=r"does not hold the weights of resnet18"):
-        get_preset("cifar10", model="resnet18", weights=tmp_path / "weights.safetensors").build_model()
-    with pytest.raises(TrainingError, match="no weights at"):
-        get_preset("cifar10", weights=tmp_path / "none").build_model()
-    (tmp_path / "bad").write_bytes(b"x" * 20)
-    with pytest.raises(TrainingError, match="cannot be read as a safetensors file"):
-        get_preset("cifar10", weights=tmp_path / "bad").build_model()
+    assert get_preset("cifar10", weights="w.pth", epochs_scale=2.0).training["epochs"] == 10
+    rounds = get_preset("cifar10", weights="w.pth", recipe="cocktail").training
+    assert (rounds["start"], rounds["recipe"], rounds["epochs"]) == ("pretrained", "cocktail", 150)
+    scratch = get_preset("cifar10", weights="w.pth", start="scratch").training
+    assert (scratch["recipe"], scratch["rounds"].rewind_epoch) == ("paper", 7)
+    with pytest.raises(TrainingError, match=r"start='pretrained' needs the trained weights: give weights"):
+        get_preset("digits", start="pretrained")
+
+
+def test_digits_from_trained_weights_train_all_networks_in_one_round(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": get_preset("digits").build_model(7).state_dict()}, tmp_path / "weights.pth")
+    preset = get_preset("digits", weights=tmp_path / "weights.pth")
+    net, trainer, _ = preset.prepare(
+        epochs=1,
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=1),
+        batches=cocktail.BatchSettings(steps_per_epoch=30),
+    )
+    trainer.fit()
+    assert trainer.configuration["training"]["recipe"]["name"] == "pretrained"
+    assert [r.networks for r in trainer.history.rounds] == [net.names[1:]]
+    assert trainer.history.steps == 30
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {f"module.{k}": v for k, v in state.items()},
+        lambda state: {"epoch": 3, "state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        lambda state: {"model": state, "optimizer": {"state": {}}},
+        lambda state: {"model_state_dict": state},
+        lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
+    ],
+    ids=["state dict", "of DDP", "of compiled DDP", "under model", "under model_state_dict", "before 0.4.1"],
+)
+def test_checkpoints_are_read_in_the_forms_that_training_scripts_write(
+    wrap: Callable[[dict[str, torch.Tensor]], object], tmp_path: Path
+) -> None:
+    trained = CifarResNet(20).state_dict()
+    torch.save(wrap(trained), tmp_path / "weights.pth")
+    model = get_preset("cifar10", weights=tmp_path / "weights.pth").build_model()
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+
+
+class NeedsCode:
+    """Pickled by name, so that loading it would run code."""
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_was_found_and_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+
+    def refusal(content: object, **settings: str) -> str:
+        torch.save(content, path)
+        with pytest.raises(TrainingError) as error:
+            get_preset("cifar10", weights=path, **settings).build_model()
+        assert len(str(error.value).splitlines()) == 1
+        return str(error.value).replace(str(path), "FILE")
+
+    state = CifarResNet(20).state_dict()
+    other = refusal(state, model="resnet18")
+    assert other.startswith("FILE does not hold the weights of resnet18: ")
+    assert other.endswith("Give the weights of a resnet18, or choose its model (--model resnet20)")
+    assert "linear.bias is missing" in refusal({k: v for k, v in state.items() if k != "linear.bias"})
+    assert "fc.weight is unknown" in refusal({**state, "fc.weight": torch.zeros(2)})
+    assert "linear.bias has the shape [100], not [10]" in refusal({**state, "linear.bias": torch.zeros(100)})
+    assert "NaN or infinite, in linear.bias" in refusal({**state, "linear.bias": torch.full((10,), torch.nan)})
+    assert "holds no state dict, but a dict with the keys epoch" in refusal({"epoch": 3})
+    assert "holds no state dict, but list" in refusal([1, 2])
+    code = refusal(NeedsCode())
+    assert "needs code to be read (test_presets.NeedsCode)" in code
+    assert "torch.save(model.state_dict(), 'weights-weights.pth')" in code
+    whole = refusal(CifarResNet(20))
+    assert "needs code to be read (cocktailsdk.presets.models.CifarResNet)" in whole
+    for name, said in {
+        "none.safetensors": "no weights at",
+        "bad.safetensors": "cannot be read as a safetensors file",
+        "bad.pt": "cannot be read as a PyTorch checkpoint",
+        "bad.bin": "weights are read from .safetensors, .pth, .pt files",
+    }.items():
+        if name.startswith("bad"):
+            (tmp_path / name).write_bytes(b"x" * 20)
+        with pytest.raises(TrainingError, match=said):
+            get_preset("cifar10", weights=tmp_path / name).build_model()
 
 
 def test_unknown_presets_and_settings_are_named() -> None:
     with pytest.raises(TrainingError, match=r"no preset 'digit' \(did you mean 'digits'\?\): there are digits, "):
         get_preset("digit")
-    with pytest.raises(TrainingError, match="'digits' has no setting 'model': it takes none"):
+    with pytest.raises(TrainingError, match="'digits' has no setting 'model': it takes weights, start, recipe"):
         get_preset("digits", model="resnet20")
     with pytest.raises(TrainingError, match="no model 'vgg': it has resnet20, resnet18"):
         get_preset("cifar10", model="vgg")

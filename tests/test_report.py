@@ -17,6 +17,7 @@ from torch import nn
 from cocktailsdk.errors import TrainingError
 from cocktailsdk.report.figure import write_figure
 from cocktailsdk.report.live import LineView, LiveView, run_view_for
+from cocktailsdk.report.need import need_line, needs
 from cocktailsdk.report.numbers import bytes_text, count_text, duration_text, flops_text, percent_text, shape_text
 from cocktailsdk.report.progress import Progress
 from cocktailsdk.report.run import NetworkRow, RunReport, dense_bytes, network_rows, read_report, versions
@@ -28,6 +29,7 @@ from cocktailsdk.training.events import (
     Finished,
     MergeProgress,
     MergeStarted,
+    NeedMeasured,
     NetworkFinished,
     RoundEnded,
     RoundStarted,
@@ -194,6 +196,55 @@ def test_progress_gathers_where_a_run_stands(tmp_path: Path) -> None:
     assert progress.metrics == {"dense": 0.91, "2:4": 0.85, "channel@0.5": 0.7}
     assert progress.alphas == {2: 0.95}
     assert progress.elapsed == 14.0
+
+
+def need_measured(step: int, passes: dict[str, int]) -> NeedMeasured:
+    losses = {"dense": 0.3, "2:4": 0.4, "channel@0.5": 2.2, "channel@0.25": 0.9}
+    shares = {"dense": 0.2, "2:4": 0.3, "channel@0.5": 0.4, "channel@0.25": 0.1}
+    return NeedMeasured(1, step, losses, shares, passes, reference=0.3)
+
+
+def one_round() -> list[Event]:
+    """The beginning of a run that shares passes by need."""
+    return [
+        TrainingStarted(1, 1, 2, 50, 100, 0, False),
+        RoundStarted(1, ("2:4", "channel@0.25", "channel@0.5"), 2),
+        need_measured(0, {}),
+        StepDone(1, 0, 40, 40, 100, 10.0, "2:4"),
+        need_measured(40, {"dense": 8, "2:4": 16, "channel@0.5": 12, "channel@0.25": 4}),
+    ]
+
+
+def test_the_views_say_who_got_which_passes_and_who_needs_them(tmp_path: Path) -> None:
+    net = tiny_net(["2:4", "channel@0.25", "channel@0.5"])
+    subnets = [net.subnet(n) for n in net.names]
+    console = Console(file=io.StringIO(), width=40, markup=False, emoji=False)
+    with run_view_for(console, "a run", subnets) as lines:
+        for event in one_round():
+            lines(event)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue().splitlines()
+    assert "starting: 1 round, step 0 of 100" in said
+    assert "step 0: passes: dense 20 %, channel 50 %, n:m 30 %; most in need: channel@0.5 (+1.9)" in said
+    assert "step 40: passes: dense 20 %, n:m 40 %, channel 40 %; most in need: channel@0.5 (+1.9)" in said
+
+    wide = Console(file=io.StringIO(), width=100, force_terminal=True, markup=False, emoji=False)
+    with run_view_for(wide, "a run", subnets) as live:
+        for event in one_round():
+            live(event)
+        assert isinstance(live, LiveView)
+        picture = text_of(live.picture(), 100)
+    assert "epoch 1 of 2" in picture and "round" not in picture
+    assert "of training left" in picture and "merging" not in picture
+    assert "passes: dense 20 %, n:m 40 %, channel 40 %; most in need: channel@0.5 (+1.9)" in picture
+
+
+def test_nobody_is_in_need_where_no_loss_is_above_the_start() -> None:
+    event = replace(need_measured(0, {}), reference=5.0)
+    assert need_line(event, {}).startswith("passes: dense 20 %, ") and "need" not in need_line(event, {})
+    unknown = replace(event, losses={**event.losses, "2:4": float("nan")}, reference=0.3)
+    assert "2:4" not in needs(unknown.losses, 0.3)
+    assert needs(unknown.losses, float("inf")) == {}
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from report_runs import NAMES, OLD, REPORT, profile
+from report_runs import NAMES, OLD, REPORT, TRAINED, profile
 from typer.testing import CliRunner, Result
 
 from cocktailsdk.cli.main import app
@@ -131,6 +131,25 @@ def test_an_old_report_is_shown_with_what_it_has() -> None:
     assert {c.name for c in cost_charts(OLD, RUN)} == {"flops", "parameters"}
     # its held-out metrics it has
     assert [c.name for c in training_charts(OLD)] == ["held-out"]
+
+
+def test_a_run_from_trained_weights_shows_passes_need_and_the_dense_network_before_and_after() -> None:
+    page = report_page([ReportedRun(TRAINED, RUN)])
+    assert Page(page).wrong == []
+    assert "97.50 % before, 98.00 % after" in page
+    assert ">passes</button>" in page
+    assert TRAINED.passes == {"dense": 1200, "unstructured@0.2": 300, "2:4": 450, "channel@0.5": 2100}
+    assert re.search(r'<tr id="a-network-channel@0\.5".*>2,100</td>', page)
+    assert re.search(r'<tr id="a-network-channel@0\.25".*(\n.*)?>0</td>', page)
+    need = next(chart for chart in training_charts(TRAINED) if chart.name == "need")
+    assert need.title in page
+    assert need.table.columns == ("network", "step 0", "step 2,500", "step 5,000", "passes in all")
+    rows = {row[0]: row[1:] for row in need.table.rows}
+    assert rows["channel@0.5"] == ("+2", "+0.5", "", "2,100")
+    assert {s.network: len(s.marks) for s in need.series} == dict.fromkeys(("dense", *NAMES), 2)
+    both = report_page([ReportedRun(TRAINED, Path("a")), ReportedRun(OLD, Path("b"))])
+    assert Page(both).wrong == []
+    assert (OLD.passes, OLD.dense_before, REPORT.passes) == ({}, None, {})
 
 
 def test_names_are_text_wherever_they_come_from() -> None:

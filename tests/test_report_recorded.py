@@ -108,6 +108,36 @@ def test_a_run_is_recorded_shown_and_written_for_tensorboard(tmp_path: Path) -> 
     assert steps == sorted(set(steps))
 
 
+def test_a_run_from_trained_weights_records_its_passes_and_needs(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from cocktailsdk.report.tensorboard import TensorBoard
+
+    with TensorBoard(tmp_path / "board") as board:
+        trainer = tiny_trainer(
+            recipe="pretrained", start="pretrained", rewind_epoch=None, epochs=None, total_steps=40, callbacks=[board]
+        )
+        net = trainer.fit()
+    rows = network_rows(net.subnets(), dict.fromkeys(net.names, 0.5), net.metrics)
+    RunReport(rows, 10, 10, 1.0, **recorded(net, trainer)).write(tmp_path)
+    report = read_report(tmp_path)
+    assert report is not None
+    assert set(report.passes) == set(net.names)
+    assert sum(report.passes.values()) == 40
+    assert report.dense_before == pytest.approx(trainer.history.before["dense"], rel=1e-5)
+    page = report_page([ReportedRun(report, tmp_path)])
+    assert "Measured need by step" in page
+
+    found = EventAccumulator(str(tmp_path / "board")).Reload()
+    measured = trainer.history.measured
+    reference = measured[0]["losses"]["dense"]
+    for name in net.names:
+        assert [s.step for s in found.Scalars(f"need/{name}")] == [one["step"] for one in measured]
+        gaps = [one["losses"][name] - reference for one in measured]
+        assert [s.value for s in found.Scalars(f"need/{name}")] == pytest.approx(gaps, abs=1e-6)
+
+
 def test_without_tensorboard_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from report_runs import REPORT
+from report_runs import REPORT, TRAINED
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner, Result
 
@@ -62,7 +62,14 @@ def test_mistyped_commands_and_options_are_answered_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_table_of_a_run_fits(width: int) -> None:
-    assert max(map(len, printed(run_view(REPORT), width).splitlines())) <= width
+    for report in (REPORT, TRAINED):
+        assert max(map(len, printed(run_view(report), width).splitlines())) <= width
+
+
+def test_the_table_of_a_run_from_trained_weights_has_its_passes() -> None:
+    text = printed(run_view(TRAINED))
+    assert re.search(r"^channel@0\.5 .* 2,100$", text, re.MULTILINE)
+    assert "dense, held-out accuracy: 0.9750 before training, 0.9800 after" in text
 
 
 def layers(blocks: int) -> Inspection:

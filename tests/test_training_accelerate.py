@@ -159,7 +159,7 @@ def test_half_precision_stays_inside_training_passes() -> None:
 
 
 def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
-    from cocktailsdk.training.options import default_optimizer
+    from cocktailsdk.training.optimizers import choose_optimizer
     from cocktailsdk.training.recipes.steps import DENSE_STEP
     from cocktailsdk.training.step.distill import Distillation
     from cocktailsdk.training.step.engine import Stepper
@@ -169,7 +169,8 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_is_saved() -> None:
     huge: list[float] = [1.0]
     scaler = Precision("fp16").scaler(torch.device("cpu"))
     assert scaler is not None
-    optimizer = default_optimizer("scratch")(net.model.parameters())
+    default = choose_optimizer(None, None, net.model, start="scratch", by_model=False)
+    optimizer = default.factory(net.model.parameters())
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target) * huge[0]

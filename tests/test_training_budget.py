@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,7 +124,7 @@ def test_a_budget_of_steps_is_kept_and_every_batch_used(
     st.integers(1, 3),
     st.sampled_from(sorted(RECIPES)),
 )
-def test_epochs_have_as_many_steps_as_was_asked(length: int, per_epoch: int | None, epochs: int, recipe: str) -> None:
+def test_epochs_have_as_many_steps_as_were_asked(length: int, per_epoch: int | None, epochs: int, recipe: str) -> None:
     loader = Counting(length)
     run = trainer(
         loader,
@@ -136,6 +139,76 @@ def test_epochs_have_as_many_steps_as_was_asked(length: int, per_epoch: int | No
     rounds = {"cocktail": 4, "paper": 2, "one round": 1}.get(recipe)
     each = epochs * (per_epoch or length)
     assert run.history.steps == (rounds * each if rounds else run._options.all_steps)
+
+
+@FAST
+@given(
+    st.integers(1, 9),
+    st.floats(0.01, 3.5, allow_nan=False),
+    st.sampled_from(sorted(RECIPES)),
+    st.sampled_from(["scratch", "pretrained"]),
+    st.booleans(),
+)
+def test_a_fraction_of_an_epoch_is_a_whole_number_of_steps(
+    length: int, epochs: float, recipe: str, start: str, rewind_schedule: bool
+) -> None:
+    loader = Counting(length)
+    each = max(1, round(epochs * length))
+    # a single epoch cannot be rewound to its end, and some recipes rewind nothing
+    rewind_schedule = rewind_schedule and each != length and RECIPES[recipe].rewind
+    run = trainer(
+        loader,
+        recipe=RECIPES[recipe],
+        start=start,
+        epochs=epochs,
+        rounds=1,
+        forward_fn=loader.forward,
+        rewind_schedule=rewind_schedule,
+    )
+    assert run.plan().steps == run._options.all_steps
+    run.fit()
+    rounds = [run._options.steps_of(k) for k in range(run._options.first_round, 2)]
+    assert run.history.steps == run._options.all_steps
+    assert rounds[0] == each
+    rewound = run._options.rewind_epoch * length if rewind_schedule and run._options.rewinds else 0
+    assert rounds[1:] in ([], [each - rewound], [each])
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("start", ["scratch", "pretrained"])
+def test_whole_epochs_are_the_same_run_however_they_are_written(recipe: str, start: str) -> None:
+    runs = [
+        trainer(Counting(5), recipe=RECIPES[recipe], start=start, epochs=e) for e in (2, 2.0, np.int64(2), Fraction(2))
+    ]
+    assert len({run.fingerprint for run in runs}) == 1
+    assert runs[0].configuration["training"]["epochs"] == 2 and "steps" not in runs[0].configuration["training"]
+    part = trainer(Counting(5), recipe=RECIPES[recipe], start=start, epochs=1.5)
+    assert part.configuration["training"]["epochs"] == 2
+    assert part.configuration["training"]["steps"][0] == 8  # of 7.5, rounded to even as Python does
+    assert part.fingerprint != runs[0].fingerprint
+
+
+def test_one_round_trains_24_subnetworks_in_fifty_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16))
+    model.extend([nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)])
+    x, y = torch.randn(96, 1, 8, 8), torch.arange(96) % 4
+    net = cocktail.sparsify(model, ["unstructured", "n:m", "channel"], example_inputs=(x[:2],))
+    assert len(net.names) >= 23
+    recipe = Recipe(name="one", rounds="one", masks="own", merging="none", schedule="rotation")
+    run = cocktail.CoTrainer(
+        net,
+        DataLoader(TensorDataset(x, y), 8),
+        F.cross_entropy,
+        recipe=recipe,
+        start="pretrained",
+        total_steps=50,
+        evaluation=cocktail.EvaluationSettings(recalibration_batches=1),
+    )
+    run.fit()
+    assert run.history.steps == 50
+    assert set(run.history.rounds[0].made) == {"dense", *net.names}
+    assert set(net.statistics) >= set(net.names)
 
 
 @given(st.integers(1, 400), st.integers(1, 20), st.sampled_from([0.0, 0.01, 0.25, 0.5, 0.9]), st.integers(1, 9))
@@ -168,7 +241,9 @@ def test_a_run_resumed_anywhere_equals_one_that_never_stopped(data: st.DataObjec
         "rounds": 1,
         "accumulate": data.draw(st.integers(1, 2)),
     }
-    stops = data.draw(st.lists(st.integers(1, options["total_steps"]), min_size=1, max_size=3))
+    if data.draw(st.booleans()):
+        options["epochs"] = options.pop("total_steps") / 7
+    stops = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))
 
     def loader() -> DataLoader[Any]:
         x, y = torch.randn(4 * length, 6, generator=torch.Generator().manual_seed(0)), torch.arange(4 * length) % 3
@@ -232,10 +307,18 @@ def test_one_subnet_is_fine_tuned_for_a_single_step() -> None:
     [
         ({"total_steps": 1}, "total_steps=1 is too small: 4 rounds and finishing need at least one step each"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
-        ({"total_steps": 2.5}, "total_steps must be a whole number, got 2.5"),
+        ({"total_steps": 2.5}, "total_steps must be a whole number, got 2.5: write total_steps=400"),
         ({"total_steps": True}, "total_steps must be a whole number"),
-        ({"epochs": -3}, "epochs must be at least 1, got -3"),
-        ({"epochs": "20"}, "epochs must be a whole number, got '20' (str)"),
+        (
+            {"epochs": -3},
+            "epochs must be above 0, and finite, got -3: write epochs=20, or a fraction such as epochs=0.5",
+        ),
+        ({"epochs": 0}, "epochs must be above 0, and finite, got 0: write epochs=20"),
+        ({"epochs": 0.0}, "epochs must be above 0, and finite, got 0.0: write epochs=20"),
+        ({"epochs": math.nan}, "epochs must be a number, got nan: write epochs=20"),
+        ({"epochs": math.inf}, "epochs must be above 0, and finite, got inf: write epochs=20"),
+        ({"epochs": True}, "epochs must be a number, got True (bool): write epochs=20"),
+        ({"epochs": "20"}, "epochs must be a number, got '20' (str): write epochs=20"),
         ({"epochs": 1, "rounds": 0}, "RoundSettings.count must be at least 1, got 0"),
         ({"epochs": 1, "steps_per_epoch": -1}, "steps_per_epoch must be at least 1"),
         ({"epochs": 1, "seed": 1.5}, "seed must be a whole number, got 1.5"),
@@ -243,7 +326,7 @@ def test_one_subnet_is_fine_tuned_for_a_single_step() -> None:
         ({"epochs": 1, "callbacks": print}, "callbacks must be"),
         ({"epochs": 1, "out_dir": 3}, "out_dir must be"),
         ({"total_hours": float("nan")}, "total_hours must be a number, got nan"),
-        ({"total_hours": -1}, "total_hours must be above 0, and finite, got -1"),
+        ({"total_hours": -1}, "total_hours must be above 0, and finite, got -1: write total_hours=1.5"),
         ({"epochs": 1, "total_steps": 5}, "give one of epochs, total_steps and total_hours; got epochs=1, total_s"),
         ({"epochs": 1, "device": "cuda:99"}, "device='cuda:99' cannot be used"),
         ({"epochs": 1, "device": "gpu"}, "device='gpu' is no device that PyTorch knows; found here: cpu"),

@@ -55,7 +55,7 @@ def losses(run: Any) -> list[float]:
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "loader", "several"])
+@pytest.mark.parametrize("name", ["plain", "loader", "several", "from_trained"])
 def test_two_processes_train_as_one_with_the_same_batches(name: str, folder: Path, tmp_path: Path) -> None:
     two, one = outcome(folder, name, 0), alone(name, tmp_path)
     assert losses(two) == pytest.approx(losses(one), abs=ROUNDING)
@@ -71,7 +71,19 @@ def test_two_processes_train_as_one_with_the_same_batches(name: str, folder: Pat
 @needs_gloo
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["plain", "loader", "several", "batch_norm", "mixed", "unused", "planned", "own_parts"]
+    "name",
+    [
+        "plain",
+        "loader",
+        "several",
+        "from_trained",
+        "own_heads",
+        "batch_norm",
+        "mixed",
+        "unused",
+        "planned",
+        "own_parts",
+    ],
 )
 def test_weights_masks_statistics_and_decisions_are_the_same_bits_in_both(name: str, folder: Path) -> None:
     first, second = outcome(folder, name, 0), outcome(folder, name, 1)

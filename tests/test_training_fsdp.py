@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    done = launch(folder, "fsdp", "fsdp_resumed")
+    done = launch(folder, "fsdp", "fsdp_trained", "fsdp_resumed")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -66,6 +66,16 @@ def test_a_sharded_run_that_was_stopped_goes_on_identically(folder: Path) -> Non
     expected = outcome(folder, "fsdp", 0)["weights"]
     for rank in (0, 1):
         assert_identical(outcome(folder, "fsdp_resumed", rank), expected)
+
+
+def test_a_sharded_run_from_trained_weights_is_that_of_one_process(folder: Path, tmp_path: Path) -> None:
+    alone = ranks_program.fsdp_trained(tmp_path)
+    for rank in (0, 1):
+        sharded = outcome(folder, "fsdp_trained", rank)
+        assert sharded["made"] == alone["made"]
+        assert not sharded["private"]
+        for name, weight in alone["weights"].items():
+            assert torch.allclose(sharded["weights"][name], weight, rtol=0, atol=ROUNDING), name
 
 
 def test_its_bundle_loads_into_a_whole_model(folder: Path) -> None:

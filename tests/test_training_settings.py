@@ -54,7 +54,8 @@ def trainer(**keywords: Any) -> CoTrainer[CocktailNet]:
 
 def test_every_keyword_of_the_version_before_has_a_setting() -> None:
     settings = {(group, f.name) for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
-    assert set(MOVED.values()) == settings
+    newer = {("distillation", "temperature")}
+    assert set(MOVED.values()) == settings - newer
     assert VALUES.keys() == MOVED.keys()
 
 

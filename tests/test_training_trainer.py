@@ -384,7 +384,7 @@ def test_losses_that_are_no_scalars_and_losses_that_explode_are_errors() -> None
     ("options", "message"),
     [
         ({"val_loader": None}, r"give val_loader, or rounds=RoundSettings\(merge=False\)"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be above 0, and finite, got 0"),
         ({"rewind_epoch": 3}, "rewind_epoch must lie in 0 … 2"),
         ({"rewind_epoch": 2, "rewind_schedule": True}, "rewind_epoch must lie in 0 … 1"),
         ({"start": "middle"}, 'start must be "scratch" or "pretrained"'),

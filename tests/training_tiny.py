@@ -132,6 +132,7 @@ def result(trainer: cocktail.CoTrainer) -> dict[str, Any]:
             for name, mask in net.masks.items()
         },
         "statistics": {name: dict(s) for name, s in net.statistics.items()},
+        "private": {name: dict(own) for name, own in net.private.items()},
         "metrics": dict(net.metrics),
         "history": history,
     }

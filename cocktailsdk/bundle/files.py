@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 FORMAT = "cocktail-bundle"
 VERSION = 2
+VERSION_PRIVATE = 3
+"""Of bundles with private tensors: a release that does not know these must refuse them."""
 JSON_FILE = "bundle.json"
 WEIGHTS_FILE = "weights.safetensors"
 SUBNETS_FILE = "subnets.safetensors"
 FILES = (JSON_FILE, WEIGHTS_FILE, SUBNETS_FILE)
 
 PIECE = 256 << 10  # bytes, of files with at most MAX_PIECES of them
-_READ = (1, 2)
+_READ = (1, 2, 3)
 _PREFIX = re.compile(rb'\{"checksum":"([0-9a-f]{64})",')
 _SUM = re.compile(r"[0-9a-f]{64}")
 
@@ -145,6 +147,7 @@ def write_folder(
     """
     from safetensors.torch import save_file  # late: reading a bundle's JSON needs no torch
 
+    version = VERSION_PRIVATE if "private" in meta else VERSION
     target = Path(path).expanduser().resolve()
     _check_target(locate(target))
     with new_folder(target) as made:
@@ -154,7 +157,7 @@ def write_folder(
                 save_file(dict(tensors), made / name)
             fsync(made / name)
             files[name] = _sums(made / name)
-        raw = _to_json({"format": FORMAT, "format_version": VERSION, "files": files, **meta})
+        raw = _to_json({"format": FORMAT, "format_version": version, "files": files, **meta})
         if len(raw) > MAX_JSON_BYTES:
             raise BundleError(f"{target / JSON_FILE} would have {len(raw)} bytes; {MAX_JSON_BYTES} are read at most")
         try:
@@ -203,7 +206,7 @@ def meta_of(bundle: OpenBundle) -> dict[str, Any]:
     if type(version) is not int or version not in _READ:
         raise BundleError(
             f"{file} has format version {quoted(version)}; this release of cocktailsdk reads "
-            f"{' and '.join(map(str, _READ))}: load it with a release that reads it"
+            f"{', '.join(map(str, _READ[:-1]))} and {_READ[-1]}: load it with a release that reads it"
         )
     begin = _PREFIX.match(raw)
     if not begin or begin[1].decode() != hashlib.sha256(raw[begin.end() :]).hexdigest():

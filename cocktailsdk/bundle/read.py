@@ -27,6 +27,7 @@ from .examples import remake
 from .files import SUBNETS_FILE, WEIGHTS_FILE, listed_subnets, meta_of, open_tensors, opened
 from .hub import folder_of
 from .model import all_tensors, built, check_model, fingerprint, stored_as, stored_names
+from .private import read_private
 from .statistics import read_statistics
 from .write import check_masks, row
 
@@ -50,6 +51,7 @@ _KEYS = {
     "coupling",
 }
 _SINCE_2 = {"build", "stored", "provenance"}
+_SINCE_3 = {"private"}
 
 
 def load_bundle(
@@ -132,9 +134,10 @@ class _Bundle(Generic[NetT]):
     def net(self, only: Iterable[str] | None) -> tuple[NetT, dict[str, Tensor]]:
         """The net, and its weights, which are not in the model yet."""
         meta = self.meta
-        first = meta["format_version"] == 1
-        keyed(meta, JSON, _KEYS, () if first else _SINCE_2)
-        keyed(meta, JSON, () if first else _SINCE_2, meta)
+        version = meta["format_version"]
+        first = version == 1
+        since = (_SINCE_2 if version > 1 else set()) | (_SINCE_3 if version > 2 else set())
+        keyed(meta, JSON, _KEYS | since)
         weights = self.weights()
         patterns, rows = self.patterns()
         names = [s.name for s in rows if s.name != DENSE]
@@ -151,6 +154,7 @@ class _Bundle(Generic[NetT]):
         )
         check_masks(patterns, masks, UMG(coupling, eligible, weights), "get the bundle again from who trained it")
         statistics = read_statistics(meta["statistics"], file, masks, coupling, buffers, names, places=not first)
+        private = read_private(meta, file, masks, coupling, self.stored_dtypes(), names)
         if len(masks) == len(names) and file.unread:
             raise BundleError(f"the bundle has {quoted(file.unread[0])}, which belongs to no subnet{more(file.unread)}")
         example = None if meta["example"] is None else _checked_example(remake(meta["example"]))
@@ -160,6 +164,7 @@ class _Bundle(Generic[NetT]):
             self.model, patterns, coupling, selection, example, {n: m for n, m in masks.items() if n in wanted}
         )
         net.statistics.update({n: own for n, own in statistics.items() if n in wanted})
+        self.give_private(net, {n: own for n, own in private.items() if n in wanted})
         net.metrics.update({s["name"]: float(s["metric"]) for s in meta["subnets"] if "metric" in s})
         net.provenance = provenance
         return net, weights
@@ -168,14 +173,10 @@ class _Bundle(Generic[NetT]):
         """The dense tensors, checked against the model's; views of the file."""
         keyed(self.meta["model"], "what it says of the model", ("class", "fingerprint", "tensors"))
         check_model(text(self.meta["model"]["class"], "the model's class"), self.model, self.weights_file.shapes)
-        tensors, parameters = all_tensors(self.model), dict(self.model.named_parameters())
-        stored = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-        if self.meta.get("stored") not in stored:
-            raise BundleError(f"the bundle's weights are stored as {quoted(self.meta['stored'])}, which is not known")
-        small = stored[self.meta.get("stored")]
+        tensors, dtypes = all_tensors(self.model), self.stored_dtypes()
         file = self.weights_file
         for n in stored_names(self.model):
-            should = stored_as(tensors[n].dtype, small if n in parameters else None)
+            should = dtypes.get(n, tensors[n].dtype)
             if file.dtype(n) != should:
                 raise BundleError(
                     f"the bundle was made from another model than this {type(self.model).__name__}: {n!r} is "
@@ -194,6 +195,23 @@ class _Bundle(Generic[NetT]):
                 f"the model has no memory yet ({fleeting[0]!r} is on 'meta'): call model.to_empty(device=...)"
             )
         return {n: file[n] for n in stored_names(self.model)}
+
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """By parameter name, the dtype in which values are stored."""
+        known = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if self.meta.get("stored") not in known:
+            raise BundleError(f"the bundle's weights are stored as {quoted(self.meta['stored'])}, which is not known")
+        small = known[self.meta.get("stored")]
+        return {n: stored_as(p.dtype, small) for n, p in self.model.named_parameters()}
+
+    def give_private(self, net: NetT, private: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give subnetworks their private tensors, in the parameters' own dtypes."""
+        parameters = dict(self.model.named_parameters())
+        for name, own in private.items():
+            try:
+                net.set_private(name, {n: t.to(parameters[n].dtype) for n, t in own.items()})
+            except SubnetError as e:
+                raise BundleError(f"the bundle does not fit this {type(self.model).__name__}: {shortened(e)}") from e
 
     def patterns(self) -> tuple[tuple[Pattern, ...], list[Subnet]]:
         """The patterns and all subnets, which are those that the bundle lists."""

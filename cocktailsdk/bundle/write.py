@@ -27,6 +27,7 @@ from .couplings import write_coupling
 from .examples import describe, elements, values
 from .files import write_folder
 from .model import all_tensors, fingerprint, stored_as, stored_names
+from .private import write_private
 from .statistics import write_statistics
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
         net: The net.
         path: The folder.
         dtype: ``torch.float16`` or ``torch.bfloat16`` to store parameters of more bits in these, rounded to the
-            nearest; masks, buffers and statistics are stored exactly all the same, and metrics stay those of the
-            weights before.
+            nearest, private tensors like the parameters that they replace; masks, buffers and statistics are stored
+            exactly all the same, and metrics stay those of the weights before.
 
     Raises:
         BundleError: A subnetwork has no mask yet, the folder holds something else, or a weight is too large for
@@ -91,12 +92,15 @@ def save_bundle(net: SubnetModel, path: str | PathLike[str], *, dtype: torch.dty
         "dense_statistics": DENSE in net.statistics,
         "coupling": coupling_meta,
     }
+    private, owned = write_private(_plain_private(net, stored), names, masks, net.coupling, table)
+    if private:  # without any the bundle is of the version before, and the same bytes
+        meta["private"] = private
     parameters = dict(net.model.named_parameters())
     weights = {}
     for n in stored_names(net.model):
         weights[n] = _plain(n, net.dense_tensor(n), stored if n in parameters else None)
     if is_main(net.model):
-        write_folder(path, meta, weights, {**packed, **measured, "units": units})
+        write_folder(path, meta, weights, {**packed, **measured, **owned, "units": units})
 
 
 def check_masks(patterns: Sequence[Pattern], masks: Mapping[str, Mask], umg: UMG, advice: str) -> None:
@@ -237,6 +241,12 @@ def _plain(name: str, t: Tensor, stored: torch.dtype | None) -> Tensor:
             "bfloat16, or the weights as they are"
         )
     return small
+
+
+def _plain_private(net: SubnetModel, stored: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
+    """Private tensors as they are stored: in the parameters' dtypes, which may be others than when they were set."""
+    dtypes = {n: p.dtype for n, p in net.model.named_parameters()}
+    return {s: {n: _plain(n, t.to(dtypes[n]), stored) for n, t in own.items()} for s, own in net.private.items()}
 
 
 def _example(net: SubnetModel) -> Any:

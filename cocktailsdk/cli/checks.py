@@ -12,7 +12,7 @@ from ..errors import CocktailError, ExportFailed, SubnetError, TrainingError
 from ..utils.nearest import loose, no_subnet, shown
 from ..utils.optional import check_installed
 from .bundles import bundle_folder
-from .options import PRESETS
+from .options import PRESETS, RECIPES
 
 __all__ = [
     "FORMATS",
@@ -31,13 +31,17 @@ KINDS = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone", "meta", "i
 """Kinds of devices that PyTorch has names for."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "digits": (),
-    "cifar10": ("model", "epochs_scale", "weights"),
-    "fashion-mnist": ("model", "epochs_scale", "weights"),
+    "digits": ("weights", "start", "recipe"),
+    "cifar10": ("model", "epochs_scale", "weights", "start", "recipe"),
+    "fashion-mnist": ("model", "epochs_scale", "weights", "start", "recipe"),
 }
 """What each preset can be given; the others are no options of it."""
 MODELS = ("resnet20", "resnet18")
 """Models of the image sets."""
+WEIGHTS = (".safetensors", ".pth", ".pt")
+"""Suffixes of files that trained weights are read from."""
+OTHER_RECIPES = ("ac/dc", "ast", "imp")
+"""Recipes that train a net of one pattern or one network, and so none of the presets."""
 
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     ".onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
@@ -71,6 +75,8 @@ def check_preset(
     model: str | None = None,
     epochs_scale: float | None = None,
     weights: Path | None = None,
+    start: str | None = None,
+    recipe: str | None = None,
     loads_data: bool = True,
 ) -> None:
     """See that there is such a preset, that it takes what it is given, and that its data are there.
@@ -78,30 +84,53 @@ def check_preset(
     Raises:
         TrainingError: Something is wrong; says what.
     """
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise TrainingError(f"no preset {shown(preset)}{hint}: there are {', '.join(PRESETS)}")
+    _check_choice("preset", preset, PRESETS)
     takes = SETTINGS[preset]
-    settings = {"model": model, "epochs_scale": epochs_scale, "weights": weights}
+    settings = {"model": model, "epochs_scale": epochs_scale, "weights": weights, "start": start, "recipe": recipe}
     for name, value in settings.items():
         if value is not None and name not in takes:
-            others = f"it takes {', '.join(_option(t) for t in takes)}" if takes else "leave it out"
+            others = f"it takes {', '.join(_option(t) for t in takes)}"
             raise TrainingError(f"preset {preset!r} has no option {_option(name)}: {others}")
+    if recipe is not None:
+        _check_recipe(preset, recipe, trained=weights is not None and start != "scratch")
     if model is not None and model not in MODELS:
         raise TrainingError(f"preset {preset!r} has no model {shown(model)}: it has --model {' or '.join(MODELS)}")
     if epochs_scale is not None and not 0 < epochs_scale < math.inf:
         raise TrainingError(f"--epochs-scale must be greater than 0 and finite, got {epochs_scale}")
     if weights is not None:
         input_file(weights, "--weights")
-    if not takes and data is not None:
+        if weights.suffix.lower() not in WEIGHTS:
+            raise TrainingError(
+                f"--weights {weights}: weights are read from {', '.join(WEIGHTS)} files; give one of these"
+            )
+    if preset == "digits" and data is not None:
         raise TrainingError(f"preset {preset!r} takes no data folder (it comes with scikit-learn): leave out --data")
     if preset == "digits" and loads_data:
         check_installed("sklearn", purpose="preset 'digits'", error=TrainingError)
-    if takes and data is None and loads_data:
+    if preset != "digits" and data is None and loads_data:
         raise TrainingError(f"preset {preset!r} needs the folder that holds its images (--data PATH)")
     if data is not None:
         input_folder(data, "--data")
+
+
+def _check_choice(what: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TrainingError(f"no {what} {shown(name)}{hint}: there are {', '.join(known)}")
+
+
+def _check_recipe(preset: str, recipe: str, *, trained: bool) -> None:
+    if recipe in OTHER_RECIPES:
+        raise TrainingError(
+            f"recipe {recipe!r} trains one pattern or one network, and preset {preset!r} has three patterns: give "
+            f"another --recipe ({', '.join(RECIPES[:3])}, …), or use recipe={recipe!r} in Python"
+        )
+    _check_choice("recipe", recipe, RECIPES)
+    if recipe == "pretrained" and not trained:
+        raise TrainingError(
+            "--recipe pretrained starts from trained weights: give --weights FILE, without --start scratch"
+        )
 
 
 def check_subnets(bundle: Path, names: Sequence[str]) -> None:

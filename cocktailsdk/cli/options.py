@@ -9,7 +9,19 @@ import typer
 
 from ..errors import CocktailError
 
-__all__ = ["PRESETS", "AsData", "Bundle", "Data", "Device", "Model", "TrustBuildRecord", "networks", "presets"]
+__all__ = [
+    "PRESETS",
+    "RECIPES",
+    "AsData",
+    "Bundle",
+    "Data",
+    "Device",
+    "Model",
+    "TrustBuildRecord",
+    "networks",
+    "presets",
+    "recipes",
+]
 
 AsData = Annotated[bool, typer.Option("--json", help="Print the same as data.")]
 
@@ -42,9 +54,31 @@ PRESETS = ("digits", "cifar10", "fashion-mnist")
 """Names of the presets, as the package of presets has them."""
 
 
+RECIPES = (
+    "cocktail",
+    "pretrained",
+    "paper",
+    "paper-finishing",
+    "paper-no-umg",
+    "paper-rotation",
+    "paper-no-merging",
+    "paper-no-rewinding",
+    "paper-no-distillation",
+    "us-net",
+    "mutualnet",
+    "refilling",
+)
+"""Names of the recipes that train the networks of a preset; the others train a net of one pattern or one network."""
+
+
 def presets(incomplete: str) -> list[str]:
     """Presets that begin so."""
     return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+def recipes(incomplete: str) -> list[str]:
+    """Recipes that begin so."""
+    return [name for name in RECIPES if name.startswith(incomplete)]
 
 
 def networks(ctx: typer.Context, incomplete: str) -> list[str]:

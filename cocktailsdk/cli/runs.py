@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -40,7 +39,6 @@ def train_preset(
     seed: int | None = None,
     device: str | None = None,
     weights: Path | None = None,
-    start: str | None = None,
     settings: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunReport | None:
@@ -55,8 +53,7 @@ def train_preset(
         data: The folder of images.
         seed: By default the preset's.
         device: Where to train.
-        weights: Trained weights to start from.
-        start: ``"scratch"`` or ``"pretrained"``; by default as the preset has it.
+        weights: File of trained weights to start from.
         settings: Further settings of the preset; ``None`` stands for its default.
         callbacks: What watches the run besides the view.
 
@@ -72,12 +69,7 @@ def train_preset(
         for view in views:
             view(event)
 
-    options: dict[str, Any] = {"out_dir": folder, "callbacks": (watch, *callbacks), "device": device}
-    if start is not None:
-        options["start"] = start
-    if weights is not None and preset.weights is not None:
-        options["config"] = {"weights": hashlib.sha256(preset.weights.read_bytes()).hexdigest()}
-    prepared = preset.prepare(data, seed=seed, **options)
+    prepared = preset.prepare(data, seed=seed, out_dir=folder, callbacks=(watch, *callbacks), device=device)
     ranks = prepared.trainer.ranks
 
     def finished() -> RunReport | None:
@@ -102,7 +94,7 @@ def train_preset(
         if not ranks.is_main:
             return None
         file = None if weights is None else weights.name
-        command = _command(name, **(settings or {}), weights=file, start=start, seed=seed)
+        command = _command(name, **(settings or {}), weights=file, seed=seed)
         report = _report(prepared, test, preset, folder, seed, command)
     report.write(folder)
     return report

@@ -20,19 +20,22 @@ def list_subnets(
     folder = bundle_folder(bundle)
 
     from ..bundle.files import listed_subnets, model_class, read_meta
+    from ..bundle.private_entries import private_bytes
 
     _, meta = read_meta(folder)
-    subnets, made_from = listed_subnets(meta), model_class(meta)
+    subnets, made_from, private = listed_subnets(meta), model_class(meta), private_bytes(meta)
     size = sum(f["bytes"] for f in meta["files"].values())
     if as_json:
-        print_json({"bundle": str(folder), "model": made_from, "subnets": subnets})
+        rows = [{**s, "private_bytes": private[s["name"]]} if s["name"] in private else s for s in subnets]
+        print_json({"bundle": str(folder), "model": made_from, "subnets": rows})
         return
     from rich.text import Text
 
     from ..report.numbers import bytes_text
     from ..report.tables import STYLES, plain_table
 
-    table = plain_table("network", "pattern", "sparsity", "held-out metric", right=(2, 3))
+    own = ["private tensors"] if private else []
+    table = plain_table("network", "pattern", "sparsity", "held-out metric", *own, right=(2, 3, *(4 for _ in own)))
     for s in subnets:
         metric = s.get("metric")
         table.add_row(
@@ -40,6 +43,7 @@ def list_subnets(
             printable(s["pattern"]),
             f"{s['sparsity']:.3f}",
             f"{metric:.4f}" if isinstance(metric, float | int) else "–" if metric is None else metric,
+            *(bytes_text(private[s["name"]]) if s["name"] in private else "–" for _ in own),
         )
     screen = results()
     screen.print(table)

@@ -13,7 +13,7 @@ from ..errors import TrainingError
 from ..utils.optional import check_installed
 from .checks import check_device, check_preset, output_folder
 from .console import INTERRUPTED, TERMINATED, command, log_to, messages, print_json, results
-from .options import Data, Device, presets
+from .options import Data, Device, presets, recipes
 
 __all__ = ["train"]
 
@@ -39,14 +39,30 @@ def train(
     ] = None,
     epochs_scale: Annotated[
         float | None,
-        typer.Option(help="Share of the paper's epochs, for the image sets: 0.02 of 150 is 3.", show_default=False),
+        typer.Option(
+            help="Multiplies the epochs of the image sets: 150 in each of 11 rounds, or 5 in all with --weights. 0.02 "
+            "of 150 is 3.",
+            show_default=False,
+        ),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="A safetensors file of trained weights to start from.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Trained weights to start from: a .safetensors file, or a .pth or .pt file with a state dict.",
+            show_default=False,
+        ),
     ] = None,
     start: Annotated[
         Start | None,
-        typer.Option(help="pretrained skips round 0; it is the default with --weights.", show_default=False),
+        typer.Option(help="pretrained or scratch; pretrained is the default with --weights.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="What the run does: cocktail, pretrained, paper …",
+            show_default="pretrained with --weights, otherwise paper",
+            autocompletion=recipes,
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.", show_default="the preset's")
@@ -60,6 +76,8 @@ def train(
 ) -> None:
     """Train one bundle of sparse networks, and measure every one of them.
 
+    With --weights, the run starts from a trained model, which also teaches all networks.
+
     The folder then holds the bundle, report.json and, with matplotlib, a picture. Ctrl-C and SIGTERM save (exit codes
     130 and 143); the same command resumes the run.
     """
@@ -68,7 +86,8 @@ def train(
     if start is Start.PRETRAINED and weights is None:
         raise typer.BadParameter("'pretrained' needs the trained weights: give --weights FILE", param_hint="--start")
     folder = out if out is not None else Path("runs") / preset
-    check_preset(preset, data=data, model=model, epochs_scale=epochs_scale, weights=weights)
+    begin = None if start is None else start.value
+    check_preset(preset, data=data, model=model, epochs_scale=epochs_scale, weights=weights, start=begin, recipe=recipe)
     output_folder(folder, "--out")
     output_folder(tensorboard, "--tensorboard")
     if tensorboard is not None:
@@ -92,8 +111,7 @@ def train(
                 seed=seed,
                 device=device,
                 weights=weights,
-                start=None if start is None else start.value,
-                settings={"model": model, "epochs_scale": epochs_scale},
+                settings={"model": model, "epochs_scale": epochs_scale, "start": begin, "recipe": recipe},
                 callbacks=boards,
             )
     except (KeyboardInterrupt, SystemExit) as stop:

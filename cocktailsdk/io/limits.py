@@ -57,3 +57,8 @@ def max_coupling_entries(tensors: int) -> int:
 def max_unit_entries(elements: int) -> int:
     """Of all vectors of unit numbers together, for a model of so many elements."""
     return (1 << 22) + 4 * elements
+
+
+def max_private_zeros(elements: int) -> int:
+    """Masked elements of all private tensors together, which no file holds, for a model of so many elements."""
+    return (1 << 22) + 16 * elements

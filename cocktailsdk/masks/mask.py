@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -28,6 +28,15 @@ class Mask:
     def tensors(self, coupling: Coupling) -> dict[str, Bool[Tensor, "..."]]:
         """All that is set to zero: by parameter or buffer name, True where kept, broadcastable to its shape."""
         return coupling.spared(self.left(coupling))
+
+    def of(self, coupling: Coupling, names: Container[str]) -> dict[str, Bool[Tensor, "..."]]:
+        """:meth:`tensors` of some parameters or buffers, without the work on all others."""
+        # The mask of a scale follows from that of the weight that it scales.
+        wanted = {n for n in {*self.elements, *coupling.fields} if n in names}
+        wanted |= {weight for weight, scale in coupling.scales.items() if scale.name in names}
+        part = Mask({n: self.elements[n] for n in self.elements if n in wanted}, self.removed)
+        narrowed = replace(coupling, fields={n: f for n, f in coupling.fields.items() if n in wanted})
+        return {n: keep for n, keep in part.tensors(narrowed).items() if n in names}
 
     def left(self, coupling: Coupling) -> dict[str, Bool[Tensor, "..."]]:
         """What is left, for counting: the same but for parameters that are divided by a norm of their own."""

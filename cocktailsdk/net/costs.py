@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..graph import Contraction, Coupling
 from ..masks import Mask
 from ..patterns.base import DENSE
+from .private import kept_elements
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class SubnetReport:
         nonzero_macs: Multiply-adds by weights that are not masked.
         metric: The metric set for it, if any.
         coverage: Share of the eligible weights that the pattern can touch at all.
+        private_bytes: Bytes of its private tensors, without what its mask sets to zero: what a bundle holds of them.
     """
 
     name: str
@@ -39,6 +42,7 @@ class SubnetReport:
     nonzero_macs: int
     metric: float | None = None
     coverage: float = 1.0
+    private_bytes: int = 0
 
 
 def remaining_params(coupling: Coupling, mask: Mask) -> int:
@@ -52,8 +56,19 @@ def remaining_params(coupling: Coupling, mask: Mask) -> int:
     return total
 
 
-def stored_params(coupling: Coupling, masks: Mapping[str, Mask], own: Mapping[str, str]) -> int:
-    """Parameters of all sets of weights: those of the model where all networks share one.
+def private_bytes(coupling: Coupling, mask: Mask, private: Mapping[str, Tensor]) -> int:
+    """Bytes of a subnetwork's private tensors, without what its mask sets to zero."""
+    counts = kept_elements(private, mask, coupling)
+    return sum(counts[n] * t.element_size() for n, t in private.items())
+
+
+def stored_params(
+    coupling: Coupling,
+    masks: Mapping[str, Mask],
+    own: Mapping[str, str],
+    private: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> int:
+    """Parameters of all sets of weights: those of the model where all networks share one; and private tensors.
 
     A set that only sparse networks use counts what any of them keeps.
 
@@ -61,11 +76,12 @@ def stored_params(coupling: Coupling, masks: Mapping[str, Mask], own: Mapping[st
         coupling: Of the model.
         masks: By network.
         own: By network the set that it has for its own; the others share one.
+        private: Private tensors by network and parameter name.
     """
     shared = [name for name in [DENSE, *masks] if name not in own]
     sets = [shared] if shared else []
     sets += [[name for name in own if own[name] == where] for where in dict.fromkeys(own.values())]
-    total = 0
+    total = sum(sum(kept_elements(of, masks[name], coupling).values()) for name, of in (private or {}).items())
     for names in sets:
         mask = Mask() if DENSE in names else _any_of([masks[name] for name in names])
         total += remaining_params(coupling, mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..masks.packed import Level, PackedMasks, nested_levels
 from ..patterns import DENSE, Subnet
 from ..utils.fsdp import local
 from ..utils.nearest import loose, no_subnet
+from .private import check_private, private_copies
 from .switcher import Switcher
 from .target_modules import owner_of
 
@@ -22,7 +24,7 @@ __all__ = ["MaskedModel"]
 
 
 class MaskedModel(nn.Module):
-    """A model, and the masks and statistics of its subnetworks.
+    """A model, and the masks, statistics and private tensors of its subnetworks.
 
     Args:
         model: The user's own.
@@ -46,6 +48,7 @@ class MaskedModel(nn.Module):
         self.statistics: dict[str, dict[str, Tensor]] = {}
         self._subnets = {DENSE: Subnet(DENSE, DENSE, 0.0)} | {s.name: s for s in subnets}
         self._masks: dict[str, Mask] = {}
+        self._private: dict[str, dict[str, Tensor]] = {}
         self._switcher = Switcher(model)
         self._mask_cache = DeviceMaskCache(coupling, self._switcher.tensors)
         # The two differ while masked training shares one network's statistics: using(name, statistics=False).
@@ -65,6 +68,15 @@ class MaskedModel(nn.Module):
     def masks(self) -> Mapping[str, Mask]:
         """Masks by subnet name, on the CPU; the dense network has none. Change them with :meth:`set_mask`."""
         return dict(self._masks)
+
+    @property
+    def private(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Parameters' values that a subnetwork owns, by subnet name and parameter name: a classifier head, for example.
+
+        While the subnetwork is active, they are in the place of the dense network's values. Change them with
+        :meth:`set_private`.
+        """
+        return MappingProxyType({name: MappingProxyType(own) for name, own in self._private.items()})
 
     def subnet(self, name: str) -> Subnet:
         """The subnetwork of a name; numbers may be written loosely (``"channel@0.10"``).
@@ -103,7 +115,7 @@ class MaskedModel(nn.Module):
         return name
 
     def set_mask(self, name: str, mask: Mask) -> None:
-        """Give a subnetwork its mask. Statistics and metric that belonged to another mask are dropped.
+        """Give a subnetwork its mask. Statistics, private tensors and metric of another mask are dropped.
 
         Raises:
             SubnetError: There is no such subnetwork, it is the dense one, or a subnetwork is active.
@@ -112,10 +124,7 @@ class MaskedModel(nn.Module):
         name = self.subnet(name).name
         if name == DENSE:
             raise SubnetError("the dense network has no mask")
-        if self._active != DENSE or self._statistics_active != DENSE:
-            raise SubnetError(
-                f"masks change only while 'dense' is active; now {self._active!r} is: switch('dense') first"
-            )
+        self._require_dense("masks")
         _check_fits(name, mask, self.coupling)
         _check_scales(name, mask, self.coupling)
         removed = None if mask.removed is None else mask.removed.detach().cpu()
@@ -123,8 +132,52 @@ class MaskedModel(nn.Module):
         self._mask_cache.forget(name)
         self._switcher.forget([name])
         self.statistics.pop(name, None)
+        self._private.pop(name, None)
         self.metrics.pop(name, None)
         self._nest_masks(self._subnets[name].pattern)
+
+    def set_private(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give a subnetwork its own values of some parameters; they replace those that it had.
+
+        They are copied. What the subnetwork's mask masks is 0 in the copies. The metric that was measured without them
+        is dropped. Batch-norm statistics stay: call :meth:`SubnetModel.recalibrate` if the private tensors change what
+        a norm receives. The dense network's values, and those of all other subnetworks, do not change.
+
+        :class:`CoTrainer` and :class:`CoLoop` remove all private tensors before they train: the gradient of a pass with
+        them would go to the dense parameters.
+
+        Args:
+            name: The subnetwork.
+            tensors: By parameter name, of the parameter's shape and dtype. An empty mapping removes all.
+
+        Raises:
+            SubnetError: There is no such subnetwork, it is the dense one, it has no mask yet, or a subnetwork is
+                active. Or a tensor fits no parameter, or the parameter is tied to another or sharded (FSDP2).
+            CocktailError: Modules or parameters of the model were added, removed or replaced.
+        """
+        name = self._require_mask(name)
+        if name == DENSE:
+            raise SubnetError("the dense network has no private tensors: its values are the model's own parameters")
+        self._require_dense("private tensors")
+        table = self._switcher.tensors
+        check_private(name, tensors, table, self.coupling)
+        if tensors or name in self._private:
+            self._switcher.forget([name])
+            self._private.pop(name, None)
+            self.metrics.pop(name, None)
+        if tensors:
+            self._private[name] = private_copies(tensors, self._masks[name], table, self.coupling)
+
+    def _drop_private(self) -> None:
+        """Remove all private tensors: training begins without any, and their gradients would be the dense weights'."""
+        for name in list(self._private):
+            self.set_private(name, {})
+
+    def _require_dense(self, what: str) -> None:
+        if self._active != DENSE or self._statistics_active != DENSE:
+            raise SubnetError(
+                f"{what} change only while 'dense' is active; now {self._active!r} is: switch('dense') first"
+            )
 
     def _nest_masks(self, pattern: str) -> None:
         """Once a pattern has all its masks of single weights, store nested ones together, in fewer bits."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from .tensor_table import Slot
 from .write_watch import ByteSamples, addresses_of, versions_of
 
-__all__ = ["MemorySwap", "PreloadedStatistics", "PreloadedSubnet"]
+__all__ = ["MemorySwap", "PreloadedSubnet", "PreloadedValues"]
 
 
 class MemorySwap:
@@ -131,12 +131,12 @@ class MemorySwap:
         return sum(versions_of(self._tensors)) - sum(map(self._own_writes.__getitem__, self.dense))
 
 
-class PreloadedStatistics:
-    """A subnetwork's preloaded batch-norm statistics.
+class PreloadedValues:
+    """A subnetwork's preloaded weights or batch-norm statistics.
 
     Args:
-        swap: Values for the model's batch-norm buffers.
-        source: The subnetwork's own statistics by name, from which the values were computed.
+        swap: Values for the model's tensors.
+        source: The subnetwork's private tensors or own statistics by name, from which the values were computed.
     """
 
     def __init__(self, swap: MemorySwap, source: Mapping[str, Tensor]) -> None:
@@ -144,11 +144,11 @@ class PreloadedStatistics:
         self._names, self._tensors = list(source), list(source.values())
         self._versions = sum(versions_of(self._tensors))
 
-    def computed_from(self, statistics: Mapping[str, Tensor]) -> bool:
+    def computed_from(self, source: Mapping[str, Tensor]) -> bool:
         """Whether these were the source, and were not written since."""
         return (
-            list(statistics) == self._names
-            and all(map(operator.is_, statistics.values(), self._tensors))
+            list(source) == self._names
+            and all(map(operator.is_, source.values(), self._tensors))
             and sum(versions_of(self._tensors)) == self._versions
         )
 
@@ -158,9 +158,9 @@ class PreloadedSubnet:
     """What is preloaded of a subnetwork.
 
     Attributes:
-        weights: All tensors that it masks, batch-norm buffers apart.
+        weights: All tensors that it masks or owns, batch-norm buffers apart.
         statistics: The batch-norm buffers; ``None`` where their memory cannot be exchanged.
     """
 
-    weights: MemorySwap
-    statistics: PreloadedStatistics | None
+    weights: PreloadedValues
+    statistics: PreloadedValues | None

@@ -18,7 +18,7 @@ from ..patterns.sharded import ShardedValues, sharded_mask
 from ..utils.batchnorm import Forward, frozen_norms, measure, statistics_of
 from ..utils.fsdp import is_sharded, rows_of, total
 from ..utils.undo import Snapshot, unchanged
-from .costs import SubnetReport, nonzero_macs, remaining_params, slim_flops
+from .costs import SubnetReport, nonzero_macs, private_bytes, remaining_params, slim_flops
 from .switchable import SwitchableModel
 from .target_modules import Selection
 from .tracing import Example
@@ -63,6 +63,8 @@ class SubnetModel(SwitchableModel):
         statistics: Batch-norm means and variances by subnet name, each by the buffers' full names. Where a subnet has
             none, the dense network's are used. Those of ``"dense"`` are the model's own buffers; its entry here, if
             there is one, is a copy for reading.
+        private: Parameters' values that a subnetwork owns, by subnet name and parameter name; read-only. Set them with
+            :meth:`set_private`.
         provenance: Where the networks come from, as JSON values, saved in bundles: ``"versions"`` of what made them,
             and what training or the user adds (``"training"``, ``"data"``, ``"seed"``, ``"command"``).
     """
@@ -228,6 +230,7 @@ class SubnetModel(SwitchableModel):
                     nonzero_macs=nonzero_macs(self.coupling, mask),
                     metric=self.metrics.get(name),
                     coverage=pattern.coverage(s, mask, umg) if pattern else 1.0,
+                    private_bytes=private_bytes(self.coupling, mask, self._private.get(name, {})),
                 )
             )
         return out

@@ -18,6 +18,7 @@ from ..masks import Mask
 from ..patterns import DENSE, Subnet
 from ..utils.batchnorm import statistics_of
 from .masked_model import MaskedModel
+from .private import check_unsharded, private_copies
 from .rwlock import ReadWriteLock
 from .switcher import forget_derived
 from .tuners import MergeGuard, adapter_caches
@@ -68,8 +69,9 @@ class SwitchableModel(MaskedModel):
             changes: What is done where somebody has changed tensors that the active subnetwork masks, or norms'
                 buffers, since it became active (``load_state_dict``, an optimizer's step, ``copy_``): ``"refuse"`` the
                 switch, ``"keep"`` their values as they are now for the dense network's, zeros included, or
-                ``"discard"`` them. What forward passes in train mode make of running statistics is no such change: the
-                subnetwork keeps it in :attr:`statistics`.
+                ``"discard"`` them. Of parameters for which the subnetwork has private tensors, ``"keep"`` makes the
+                values its private tensors; the dense network's do not change. What forward passes in train mode make
+                of running statistics is no such change: the subnetwork keeps it in :attr:`statistics`.
 
         Returns:
             The net itself.
@@ -91,10 +93,10 @@ class SwitchableModel(MaskedModel):
     def preload(self, *names: str) -> Self:
         """Compute subnetworks' weights and statistics now, so that a switch to them takes microseconds.
 
-        Each takes as much memory as the tensors that it masks, one copy of the model at most. The next call replaces
-        what this one preloaded; ``preload()`` frees all. Forward passes of other threads go on meanwhile. Once the
-        dense weights or :attr:`statistics` change, the copies are not used any more. A change through ``.data`` is not
-        detected: preload again after one.
+        Each takes as much memory as the tensors that it masks or owns, one copy of the model at most. The next call
+        replaces what this one preloaded; ``preload()`` frees all. Forward passes of other threads go on meanwhile. Once
+        the dense weights, :attr:`statistics` or :attr:`private` change, the copies are not used any more. A change
+        through ``.data`` is not detected: preload again after one.
 
         This helps models on the CPU, where masking a subnetwork's weights takes about as long as loading them.
         Elsewhere only the masks are copied to the model's device.
@@ -110,14 +112,16 @@ class SwitchableModel(MaskedModel):
             self._switcher.forget_all_but(wanted)
             for name in wanted:
                 if name != DENSE:
-                    self._switcher.preload(name, self._device_masks(name), self.statistics.get(name, {}))
+                    own = self.statistics.get(name, {})
+                    self._switcher.preload(name, self._device_masks(name), own, self._private.get(name, {}))
             self._mask_cache.release()
         return self
 
     @property
     def preloaded(self) -> list[str]:
         """Names of the subnetworks whose preloaded weights are still right; see :meth:`preload`."""
-        return [name for name in self._subnets if self._switcher.preloaded(name) is not None]
+        private = self._private
+        return [name for name in self._subnets if self._switcher.preloaded(name, private.get(name, {})) is not None]
 
     def prepare(self, *names: str) -> Self:
         """Deprecated name of :meth:`preload`."""
@@ -153,7 +157,7 @@ class SwitchableModel(MaskedModel):
         Args:
             name: The subnetwork.
             statistics: Whether batch-norm buffers go with it. If not, they are neither swapped nor restored: training
-                shares them.
+                shares them. Private tensors go with the weights in any case.
             changes: As for :meth:`switch`, for what is changed inside; after an exception inside, changes are dropped.
 
         Raises:
@@ -196,7 +200,7 @@ class SwitchableModel(MaskedModel):
             if self._active != DENSE or self._statistics_active != DENSE:
                 with self._lock.write():
                     active = self._masks.get(self._active, Mask())
-                    self._switcher.abandon(active.tensors(self.coupling))
+                    self._switcher.abandon(active.tensors(self.coupling), self._private.get(self._active, {}))
                     self._merges.lift()
                     self._active = self._statistics_active = DENSE
             raise
@@ -223,9 +227,10 @@ class SwitchableModel(MaskedModel):
                 switcher.forget([active])
             return
         weights: list[str] = []
+        private = self._private.get(active, {})
         if name != active and not switcher.weights.untouched():
             switcher.forget([active])  # the write went into the preloaded memory
-            weights = changed_tensors(switcher, switcher.weights, self._device_masks(active))
+            weights = changed_tensors(switcher, switcher.weights, self._device_masks(active), private)
         buffers: list[str] = []
         trained = False
         own = self._statistics_active
@@ -236,9 +241,16 @@ class SwitchableModel(MaskedModel):
         if (weights or buffers) and changes == "refuse":
             raise write_error([*weights, *buffers], active if weights else own, name, inside=inside)
         if weights or buffers:
-            switcher.adopt_as_dense(weights, buffers)
+            self._adopt_as_private(active, [n for n in weights if n in private])
+            switcher.adopt_as_dense([n for n in weights if n not in private], buffers)
         if trained:
             self.statistics[own] = {n: t for n, t in statistics_of(self.model).items() if n not in buffers}
+
+    def _adopt_as_private(self, name: str, parameters: Sequence[str]) -> None:
+        """Make the current values of parameters private tensors of the active subnetwork, which has some for them."""
+        if parameters:
+            now = {**self._private[name], **{n: self._switcher.tensors[n].detach() for n in parameters}}
+            self._private[name] = private_copies(now, self._masks[name], self._switcher.tensors, self.coupling)
 
     def _refuse_writes(self) -> None:
         """Before dense values are read: check that nobody wrote the tensors of the active subnetwork.
@@ -254,12 +266,14 @@ class SwitchableModel(MaskedModel):
         switcher = self._switcher
         if name != self._active:
             # Masks are looked up before the dense weights come back: if that fails, nothing has changed.
+            own = self._private.get(name, {})
+            check_unsharded(name, own, switcher.tensors)
             masks = {} if name == DENSE or switcher.has_preloaded(name) else self._device_masks(name)
             switcher.restore(switcher.weights)
             self._merges.lift()
             self._active = DENSE  # in case the next lines fail
-            if name != DENSE and not switcher.swap_in_weights(name):
-                switcher.mask(masks or self._device_masks(name))
+            if name != DENSE and not switcher.swap_in_weights(name, own):
+                switcher.mask(masks or self._device_masks(name), own)
             self._active = name
             for cache in self._adapter_caches:
                 cache.clear()

@@ -17,7 +17,7 @@ from ..masks.device_cache import DeviceMasks, zero_masked
 from ..utils.batchnorm import norm_buffers
 from ..utils.fsdp import full_tensor, is_sharded
 from .dense_backup import DenseBackup, writing
-from .preloaded import MemorySwap, PreloadedStatistics, PreloadedSubnet
+from .preloaded import MemorySwap, PreloadedSubnet, PreloadedValues
 from .tensor_table import TensorTable
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Switcher:
     Attributes:
         tensors: Its parameters and buffers.
         norm_buffers: Names of the buffers of its norms that keep running statistics.
-        weights: Dense values of all other tensors that the active subnetwork masks.
+        weights: Dense values of all other tensors that the active subnetwork masks, or has private tensors for.
         norms: Dense values of the norm buffers while a subnetwork's own are in place.
     """
 
@@ -64,17 +64,20 @@ class Switcher:
         self.norms.adopt(self.tensors, statistics)
         self._preloaded.clear()
 
-    def abandon(self, stored_masks: Mapping[str, Tensor]) -> None:
+    def abandon(self, stored_masks: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> None:
         """Restore the tensors that were changed, though the model has other ones in their places now.
 
         Args:
             stored_masks: The active subnetwork's, on the CPU.
+            private: Its private tensors.
         """
 
-        def masked(name: str, dense: Tensor) -> Tensor:
-            return torch.where(stored_masks[name].to(dense.device), dense, torch.zeros_like(dense))
+        def expected(name: str, dense: Tensor) -> Tensor:
+            value = private.get(name, dense).to(dense.device, dense.dtype)
+            keep = stored_masks.get(name)
+            return value if keep is None else torch.where(keep.to(dense.device), value, torch.zeros_like(value))
 
-        self.weights.abandon(masked)
+        self.weights.abandon(expected)
         self.norms.abandon(None)
         self._preloaded.clear()
 
@@ -85,19 +88,32 @@ class Switcher:
             with self._count_own_writes(list(backup.values)):
                 backup.restore(self.tensors)
 
-    def mask(self, masks: DeviceMasks) -> None:
-        """Mask weights and other tensors, batch-norm buffers apart. The dense ones must be active."""
-        names = [n for n in masks if n not in self.norm_buffers]
+    def mask(self, masks: DeviceMasks, private: Mapping[str, Tensor]) -> None:
+        """Mask weights and other tensors, batch-norm buffers apart. The dense ones must be active.
+
+        Args:
+            masks: The subnetwork's.
+            private: Its private tensors, to which its masks apply in place of the dense values.
+        """
+        names = self._switched(masks, private)
         forget_derived()
         with self._count_own_writes(names):
             if self.swappable(names):
                 with writing():
                     values = self.weights.allocate(self.tensors, names)
-                    zero_masked(masks, {n: self.tensors[n] for n in names}, values)
+                _fill(values, {n: self.tensors[n].detach() for n in names}, masks, private)
                 self.weights.replace_memory(self.tensors, values)
             else:
                 self.weights.save(self.tensors, names)
-                zero_masked(masks, {n: self.tensors[n] for n in names})
+                with writing():
+                    for n, value in private.items():
+                        self.tensors[n].copy_(value)
+                zero_masked(masks, {n: self.tensors[n] for n in names if n in masks})
+
+    def _switched(self, masks: DeviceMasks, private: Mapping[str, Tensor]) -> list[str]:
+        """Names of the tensors that get other values with a subnetwork, batch-norm buffers apart."""
+        masked = [n for n in masks if n not in self.norm_buffers]
+        return [*masked, *(n for n in private if n not in masks)]
 
     def load_statistics(self, statistics: Mapping[str, Tensor], masks: DeviceMasks) -> None:
         """Copy a subnetwork's own statistics into the batch-norm buffers, zero where its channels are removed."""
@@ -110,16 +126,16 @@ class Switcher:
                     torch._foreach_copy_([self.tensors[n] for n in names], [statistics[n] for n in names])
             zero_masked(masks, {n: self.tensors[n] for n in masks if n in self.norm_buffers})
 
-    def swap_in_weights(self, name: str) -> bool:
+    def swap_in_weights(self, name: str, private: Mapping[str, Tensor]) -> bool:
         """Make a subnetwork's preloaded weights the active ones. The dense ones must be active.
 
         Returns:
-            Whether it has preloaded weights that are still right.
+            Whether it has preloaded weights that are still right, computed with these private tensors.
         """
         preloaded = self._preloaded.get(name)
         if preloaded is None:
             return False
-        if not self.weights.swap_in(preloaded.weights):
+        if not (preloaded.weights.computed_from(private) and self.weights.swap_in(preloaded.weights.swap)):
             self._drop_outdated(name)
             return False
         forget_derived()
@@ -135,7 +151,9 @@ class Switcher:
         preloaded = None if subnet is None else subnet.statistics
         return preloaded is not None and preloaded.computed_from(statistics) and self.norms.swap_in(preloaded.swap)
 
-    def preload(self, name: str, masks: DeviceMasks, statistics: Mapping[str, Tensor]) -> None:
+    def preload(
+        self, name: str, masks: DeviceMasks, statistics: Mapping[str, Tensor], private: Mapping[str, Tensor]
+    ) -> None:
         """Compute a subnetwork's weights and statistics beside the dense ones, so that a switch only swaps memory.
 
         What was preloaded before and is still right is kept. Tensors that cannot be swapped are left alone.
@@ -144,13 +162,14 @@ class Switcher:
             name: The subnetwork.
             masks: Its masks on the model's device.
             statistics: Its own statistics, as far as it has any.
+            private: Its private tensors.
         """
-        preloaded = self.preloaded(name)
+        preloaded = self.preloaded(name, private)
         if preloaded is None:
-            weights = self._preload_tensors([n for n in masks if n not in self.norm_buffers], masks, {})
+            weights = self._preload_tensors(self._switched(masks, private), masks, private)
             if weights is None:
                 return
-            preloaded = self._preloaded[name] = PreloadedSubnet(weights, None)
+            preloaded = self._preloaded[name] = PreloadedSubnet(PreloadedValues(weights, private), None)
         own = preloaded.statistics
         if own is None or not (own.computed_from(statistics) and self._swap_current(own.swap)):
             swap = None
@@ -158,7 +177,7 @@ class Switcher:
             if not any(t.is_inference() for t in statistics.values()):
                 buffers = [n for n in self.tensors.slots if n in self.norm_buffers]
                 swap = self._preload_tensors(buffers, masks, statistics)
-            own = None if swap is None else PreloadedStatistics(swap, statistics)
+            own = None if swap is None else PreloadedValues(swap, statistics)
             self._preloaded[name] = dataclasses.replace(preloaded, statistics=own)
 
     def _preload_tensors(
@@ -176,20 +195,21 @@ class Switcher:
         dense = {n: self.dense_part(n) for n in names}
         with writing():
             values = {n: torch.empty_like(dense[n]) for n in names}
-            # Masking writes dense values straight into the new memory; only the others are copied first.
-            masked = {n: dense[n] for n in names if n in masks and n not in replacements}
-            zero_masked(masks, masked, values)
-            for n in names:
-                if n not in masked:
-                    values[n].copy_(replacements.get(n, dense[n]))
-            zero_masked(masks, {n: values[n] for n in names if n in masks and n in replacements})
+        _fill(values, dense, masks, replacements)
         are_weights = self.norm_buffers.isdisjoint(names)
         return MemorySwap(self.tensors.slots, dense, values, self._own_writes, samples=are_weights)
 
-    def preloaded(self, name: str) -> PreloadedSubnet | None:
-        """What is preloaded of a subnetwork; ``None`` if it has no preloaded weights that are still right."""
+    def preloaded(self, name: str, private: Mapping[str, Tensor]) -> PreloadedSubnet | None:
+        """What is preloaded of a subnetwork; ``None`` if it has no preloaded weights that are still right.
+
+        Args:
+            name: The subnetwork.
+            private: Its private tensors.
+        """
         preloaded = self._preloaded.get(name)
-        if preloaded is None or self._swap_current(preloaded.weights):
+        if preloaded is None:
+            return None
+        if preloaded.weights.computed_from(private) and self._swap_current(preloaded.weights.swap):
             return preloaded
         self._drop_outdated(name)
         return None
@@ -202,7 +222,7 @@ class Switcher:
         return swap.current() and swap.dense_at([self.dense_part(n) for n in swap.dense])
 
     def _drop_outdated(self, name: str) -> None:
-        log.info("%s is no longer preloaded: the dense weights have changed since", name)
+        log.info("%s is no longer preloaded: the dense weights or its private tensors have changed since", name)
         del self._preloaded[name]
 
     def forget(self, names: Iterable[str]) -> None:
@@ -267,6 +287,27 @@ class Switcher:
             if name in backup.values:
                 return backup.values[name]
         return self.tensors[name].detach()
+
+
+def _fill(
+    values: Mapping[str, Tensor], dense: Mapping[str, Tensor], masks: DeviceMasks, replacements: Mapping[str, Tensor]
+) -> None:
+    """Write a subnetwork's values into new memory.
+
+    Args:
+        values: By name, the memory.
+        dense: By the same names, the dense values.
+        masks: The subnetwork's.
+        replacements: By name, values to use in place of the dense ones.
+    """
+    with writing():
+        # Masking writes dense values straight into the new memory; only the others are copied first.
+        masked = {n: dense[n] for n in values if n in masks and n not in replacements}
+        zero_masked(masks, masked, values)
+        for n, value in values.items():
+            if n not in masked:
+                value.copy_(replacements.get(n, dense[n]))
+        zero_masked(masks, {n: value for n, value in values.items() if n in masks and n in replacements})
 
 
 def forget_derived() -> None:

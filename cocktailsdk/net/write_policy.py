@@ -33,7 +33,7 @@ def check_changes(changes: Changes) -> Changes:
 
 
 def changed_tensors(
-    switcher: Switcher, backup: DenseBackup, masks: DeviceMasks, statistics: Mapping[str, Tensor] | None = None
+    switcher: Switcher, backup: DenseBackup, masks: DeviceMasks, own: Mapping[str, Tensor] | None = None
 ) -> list[str]:
     """Names of the tensors that have other values than the active subnetwork gives them.
 
@@ -41,12 +41,12 @@ def changed_tensors(
         switcher: With the subnetwork active.
         backup: Its dense weights or statistics.
         masks: The subnetwork's.
-        statistics: The subnetwork's own, to which its masks apply in place of the dense ones.
+        own: The subnetwork's own statistics or private tensors, to which its masks apply in place of the dense ones.
     """
     changed = []
     for name, dense in backup.values.items():
         now = switcher.tensors[name].detach()
-        expected = (statistics or {}).get(name, dense).to(now.device, now.dtype, copy=True)
+        expected = (own or {}).get(name, dense).to(now.device, now.dtype, copy=True)
         if name in masks:
             zero_masked(masks, {name: expected})
         if not same_values(expected, now):
@@ -82,7 +82,9 @@ def write_error(names: Sequence[str], active: str, wanted: str, *, inside: bool)
         wanted: The one that was to be active next.
         inside: Whether they were written inside ``using``, which ends.
     """
-    what = f"{some_of(names, 3)} changed while {active!r} was active, which masks them or has statistics of its own"
+    what = (
+        f"{some_of(names, 3)} changed while {active!r} was active, which masks them or has values of its own for them"
+    )
     if inside:
         return SubnetError(
             f"{what}: the changes were dropped when `using({active!r})` ended. Change weights (optimizer.step(), "

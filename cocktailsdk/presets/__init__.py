@@ -36,8 +36,8 @@ def get_preset(name: str, **settings: Any) -> Preset:
 
     Args:
         name: ``"digits"``, ``"cifar10"`` or ``"fashion-mnist"``.
-        **settings: Those of the preset: the image sets take ``model``, ``epochs_scale`` and ``weights``. ``None``
-            stands for the default.
+        **settings: Those of the preset: all take ``weights``, ``start`` and ``recipe``, the image sets also ``model``
+            and ``epochs_scale``. ``None`` stands for the default.
 
     Raises:
         TrainingError: For an unknown name or setting.

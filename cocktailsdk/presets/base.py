@@ -19,8 +19,9 @@ from ..patterns import Pattern
 from ..training.keywords import current_keywords
 from ..training.settings import OutputSettings
 from ..training.trainer import CoTrainer
+from .weights import load_weights
 
-__all__ = ["Loaders", "Prepared", "Preset"]
+__all__ = ["Loaders", "Prepared", "Preset", "start_of"]
 
 
 class Loaders(NamedTuple):
@@ -59,7 +60,9 @@ class Preset:
         patterns: Its patterns.
         training: Keyword arguments of :class:`~cocktailsdk.CoTrainer`.
         seed: The default seed.
-        weights: A safetensors file that the model starts from, if any.
+        weights: The file of trained weights that the model starts from, if any: ``.safetensors``, or ``.pth`` or
+            ``.pt`` with a state dict.
+        models: Names of the models that the preset can have; empty if it has one.
         threads: How many threads the command line computes with unless ``OMP_NUM_THREADS`` says otherwise; ``None``
             for PyTorch's own choice. Layers of a tiny network are too short to share, and on a busy machine the
             threads that share them wait for each other.
@@ -75,19 +78,20 @@ class Preset:
     training: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     weights: Path | None = None
+    models: tuple[str, ...] = ()
     threads: int | None = None
 
     def build_model(self, seed: int | None = None) -> nn.Module:
         """The model, its weights drawn from a seed or read from ``weights``; global generators stay as they were.
 
         Raises:
-            TrainingError: Where the file is not of this model.
+            TrainingError: The file cannot be read, or is not of this model.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed if seed is None else seed)
             model = self.make_model()
         if self.weights is not None:
-            _load_weights(model, self.model, self.weights)
+            load_weights(model, self.weights, self.model, [m for m in self.models if m != self.model])
         return model
 
     def example_input(self) -> Tensor:
@@ -134,16 +138,12 @@ class Preset:
         return Prepared(net, trainer, loaders)
 
 
-def _load_weights(model: nn.Module, name: str, path: Path) -> None:
-    from ..io.tensors import READ_ERRORS, read_tensors
+def start_of(weights: str | PathLike[str] | None, start: str | None) -> str:
+    """``start`` as given; by default ``"pretrained"`` if there are weights.
 
-    if not path.exists():
-        raise TrainingError(f"no weights at {path}")
-    try:
-        state = read_tensors(path)
-    except READ_ERRORS as error:
-        raise TrainingError(f"{path} cannot be read as a safetensors file: {error}") from error
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise TrainingError(f"{path} does not hold the weights of {name}: {error}") from error
+    Raises:
+        TrainingError: ``"pretrained"`` without weights.
+    """
+    if start == "pretrained" and weights is None:
+        raise TrainingError("start='pretrained' needs the trained weights: give weights (--weights FILE)")
+    return start or ("scratch" if weights is None else "pretrained")

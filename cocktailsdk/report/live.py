@@ -17,6 +17,7 @@ from rich.text import Text
 from ..patterns import Subnet
 from ..training import events
 from ..utils.grouping import grouped
+from .need import need_line
 from .numbers import count_text, duration_text, percent_text
 from .progress import Progress
 from .tables import STYLES
@@ -29,6 +30,7 @@ class LiveView:
 
     def __init__(self, console: Console, title: str, subnets: Sequence[Subnet]) -> None:
         self._console, self._title, self._subnets = console, title, subnets
+        self._patterns = {s.name: s.pattern for s in subnets}
         self.progress = Progress()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self.picture)
 
@@ -62,13 +64,16 @@ class LiveView:
         bar.add_column(ratio=1)
         bar.add_column(justify="right", min_width=6)
         bar.add_row(ProgressBar(total=1.0, completed=p.share), percent_text(p.share, 0))
-        return Group(head, bar, Text(self._figures(), style="dim"), Text(), self._metrics())
+        lines = [self._figures()]
+        if p.need is not None and p.phase == "training":
+            lines.append(need_line(p.need, self._patterns))
+        return Group(head, bar, *(Text(line, style="dim") for line in lines), Text(), self._metrics())
 
     def _figures(self) -> str:
         p = self.progress
         figures = [f"{duration_text(p.elapsed)} gone"]
         if p.remaining is not None:
-            figures.append(f"{duration_text(p.remaining)} left" + (", then merging" if p.phase == "training" else ""))
+            figures.append(f"{duration_text(p.remaining)}{' of training' * (p.phase == 'training')} left")
         if p.phase == "training":
             figures.append(f"step {p.done_steps:,} of {p.total_steps:,}")
             figures.append(f"{p.rate:.1f} steps/s")
@@ -107,12 +112,19 @@ class LineView:
         title: What is trained.
         every: Least seconds between two lines within a round.
         clock: Seconds, monotonic.
+        subnets: The networks, whose passes are added up by pattern.
     """
 
     def __init__(
-        self, console: Console, title: str, every: float = 10.0, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        title: str,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        subnets: Sequence[Subnet] = (),
     ) -> None:
         self._console, self._title, self._every, self._clock = console, title, every, clock
+        self._patterns = {s.name: s.pattern for s in subnets}
         self.progress = Progress(clock)
         self._last_line = clock()
 
@@ -136,13 +148,16 @@ class LineView:
         match event:
             case events.TrainingStarted():
                 how = "going on" if event.resumed or event.done_steps else "starting"
-                rounds = f"{event.rounds} round{'s' * (event.rounds != 1)} after the dense one"
+                after = " after the dense one" if event.first_round == 0 else ""
+                rounds = f"{event.rounds} round{'s' * (event.rounds != 1)}{after}"
                 self.note(f"{how}: {rounds}, step {event.done_steps:,} of {event.total_steps:,}")
             case events.RoundStarted():
                 self.note(f"round {event.round}: {', '.join(('dense', *event.networks))}, {event.epochs} epochs")
+            case events.NeedMeasured():
+                self.note(f"step {event.step:,}: {need_line(event, self._patterns)}")
             case events.RoundEnded():
                 shown = ", ".join(f"{n} {m:.4f}" for n, m in event.metrics.items())
-                self.note(f"round {event.round} ended: {shown or 'no held-out data'}")
+                self.note(f"round {event.round} ended{': ' * bool(shown)}{shown}")
             case events.MergeStarted():
                 self.note(f"merging {event.rounds} rounds, {count_text(event.candidates)} candidates")
             case events.AlphaChosen():
@@ -171,4 +186,4 @@ def run_view_for(console: Console, title: str, subnets: Sequence[Subnet]) -> Run
         title: What is trained.
         subnets: The networks, the dense one first.
     """
-    return LiveView(console, title, subnets) if console.is_terminal else LineView(console, title)
+    return LiveView(console, title, subnets) if console.is_terminal else LineView(console, title, subnets=subnets)

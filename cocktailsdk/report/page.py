@@ -138,9 +138,14 @@ def _facts(report: RunReport) -> dict[str, str]:
     best = max(known, key=lambda n: n.metric if report.metric_mode == "max" else -n.metric, default=None)
     dense = next((n for n in report.networks if n.pattern == "dense"), None)
     size = f"{bytes_text(report.bundle_bytes)}, {report.bundle_bytes / max(report.dense_bytes, 1):.2f}"
+    change = {}
+    if dense is not None and report.dense_before is not None:
+        before, after = metric_text(report, report.dense_before), metric_text(report, dense.held_out)
+        change = {f"dense {report.metric_name}, held out": f"{before} before, {after} after"}
     return {
         "networks in one bundle": str(len(report.networks)),
         f"dense {report.metric_name}": metric_text(report, dense.metric) if dense is not None else "–",
+        **change,
         f"best {report.metric_name}": "–" if best is None else f"{metric_text(report, best.metric)} ({best.name})",
         "bundle": f"{size} × one dense checkpoint",
         "training time": duration_text(report.seconds),

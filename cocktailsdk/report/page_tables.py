@@ -47,12 +47,16 @@ def networks_table(report: RunReport, folder: Path) -> NetworksTable:
     size: Mapping[str, int] = report.masks.get("bytes", {})
     metrics = (report.metric_name, "held out")
     costs = ("parameters", *(["bytes"] if size else []), "FLOPs", "non-zero MACs")
+    passes = report.passes
     return NetworksTable(
-        ("network", "sparsity", *metrics, *costs), tuple(_row(report, row, folder, size) for row in report.networks)
+        ("network", "sparsity", *metrics, *costs, *(["passes"] if passes else [])),
+        tuple(_row(report, row, folder, size, passes) for row in report.networks),
     )
 
 
-def _row(report: RunReport, row: NetworkRow, folder: Path, size: Mapping[str, int]) -> TableRow:
+def _row(
+    report: RunReport, row: NetworkRow, folder: Path, size: Mapping[str, int], passes: Mapping[str, int]
+) -> TableRow:
     cells: list[tuple[str, float | None]] = [
         (f"{row.sparsity_exact:.3f}", row.sparsity_exact),
         (metric_text(report, row.metric), row.metric),
@@ -61,6 +65,7 @@ def _row(report: RunReport, row: NetworkRow, folder: Path, size: Mapping[str, in
         *([(bytes_text(size[row.name]) if row.name in size else "–", size.get(row.name))] if size else []),
         (count_text(row.flops), row.flops),
         (count_text(row.nonzero_macs), row.nonzero_macs),
+        *([(f"{passes.get(row.name, 0):,}", passes.get(row.name, 0))] if passes else []),
     ]
     return TableRow(safe_name(row.name), row.name, row.pattern, tuple(cells), command_for(folder, row.name))
 

@@ -19,6 +19,7 @@ class Progress:
         clock: Seconds, monotonic.
         phase: ``"starting"``, ``"training"``, ``"merging"``, ``"measuring"`` or ``"done"``.
         rounds: Number of the last round.
+        first_round: Number of the first.
         round: The round that trains or is merged in.
         epochs: Epochs of the round.
         epoch: Epochs of the round that are over.
@@ -30,11 +31,13 @@ class Progress:
         metrics: Latest held-out metric by network.
         losses: Latest mean training loss by network.
         alphas: The share chosen by round.
+        need: The last measurement of who needs passes most, if the recipe measures it.
     """
 
     clock: Callable[[], float] = time.monotonic
     phase: str = "starting"
     rounds: int = 0
+    first_round: int = 0
     round: int = 0
     epochs: int = 0
     epoch: int = 0
@@ -46,6 +49,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     alphas: dict[int, float] = field(default_factory=dict)
+    need: events.NeedMeasured | None = None
     _began: float = 0.0
     _phase_began: float = 0.0
 
@@ -57,11 +61,14 @@ class Progress:
         match event:
             case events.TrainingStarted():
                 self._enter("training")
-                self.rounds, self.epochs, self.round = event.rounds, event.epochs, event.first_round
+                self.rounds, self.epochs = event.rounds, event.epochs
+                self.first_round = self.round = event.first_round
                 self.done_steps, self.total_steps = event.done_steps, event.total_steps
             case events.RoundStarted():
                 self._enter("training")
                 self.round, self.epochs, self.epoch = event.round, event.epochs, 0
+            case events.NeedMeasured():
+                self.need = event
             case events.StepDone():
                 self.round, self.epoch, self.rate = event.round, event.epoch, event.steps_per_second
                 self.done_steps, self.total_steps = event.done_steps, event.total_steps
@@ -122,8 +129,11 @@ class Progress:
         match self.phase:
             case "training":
                 now = min(self.epoch + 1, self.epochs) if self.epochs else 0
-                where = f"round {self.round} of {self.rounds}" if self.round <= self.rounds else "finishing"
-                return f"{where}, epoch {now} of {self.epochs}"
+                epochs = f"epoch {now} of {self.epochs}"
+                if self.round > self.rounds:
+                    return f"finishing, {epochs}"
+                alone = self.rounds == self.first_round
+                return epochs if alone else f"round {self.round} of {self.rounds}, {epochs}"
             case "merging":
                 return f"merging round {self.round} of {self.rounds}, {self.judged} of {self.to_judge} judged"
             case "measuring":

@@ -41,6 +41,7 @@ class NetworkRow:
         flops: FLOPs (2 x multiply-adds) of one forward pass on one example, as dense kernels run them.
         nonzero_macs: Multiply-adds by weights that are not masked.
         held_out: The metric on the held-out data that merging chose by.
+        private_bytes: Bytes of its private tensors; they are among ``RunReport.bundle_bytes``.
     """
 
     name: str
@@ -52,6 +53,7 @@ class NetworkRow:
     flops: int
     nonzero_macs: int = 0
     held_out: float | None = None
+    private_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,21 @@ class RunReport:
     masks: Mapping[str, Any] = field(default_factory=dict)
     kept: Sequence[Mapping[str, str]] = ()
     format: int = FORMAT
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """By network, the optimizer steps that trained it; empty in reports of older releases."""
+        out: dict[str, int] = {}
+        for record in self.history.get("rounds", ()):
+            for name, count in (record.get("made") or {}).items():
+                out[name] = out.get(name, 0) + count
+        return out
+
+    @property
+    def dense_before(self) -> float | None:
+        """The dense network's held-out metric before training, of a run from trained weights."""
+        value: float | None = self.history.get("before", {}).get("dense")
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a metric that is not finite is ``None``."""
@@ -155,6 +172,7 @@ def network_rows(
             flops=s.flops,
             nonzero_macs=s.nonzero_macs,
             held_out=held_out.get(s.name),
+            private_bytes=s.private_bytes,
         )
         for s in subnets
     )

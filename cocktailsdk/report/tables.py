@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,7 +11,7 @@ from rich.text import Text
 from .numbers import bytes_text, count_text, duration_text
 from .run import NetworkRow, RunReport
 
-__all__ = ["STYLES", "networks_table", "plain_table", "run_view", "size_line"]
+__all__ = ["STYLES", "dense_change", "networks_table", "plain_table", "run_view", "size_line"]
 
 STYLES = {"dense": "bold", "unstructured": "blue", "channel": "yellow", "n:m": "green"}
 """Colours of the patterns; the same order as in the picture."""
@@ -32,9 +32,12 @@ def plain_table(*columns: str, right: Iterable[int] = (), title: str | None = No
     return table
 
 
-def networks_table(rows: Iterable[NetworkRow], metric: str = "accuracy", on: str = "test") -> Table:
-    """Name, sparsity asked and exact, metric, parameters kept, FLOPs."""
-    table = plain_table("network", "asked", "exact", f"{on}\n{metric}", "params", "FLOPs", right=range(1, 6))
+def networks_table(
+    rows: Iterable[NetworkRow], metric: str = "accuracy", on: str = "test", passes: Mapping[str, int] | None = None
+) -> Table:
+    """Name, sparsity asked and exact, metric, parameters kept, FLOPs; and passes, if they are given."""
+    more = ("passes",) if passes else ()
+    table = plain_table("network", "asked", "exact", f"{on}\n{metric}", "params", "FLOPs", *more, right=range(1, 7))
     pattern = None
     for row in rows:
         if pattern is not None and row.pattern != pattern:
@@ -47,6 +50,7 @@ def networks_table(rows: Iterable[NetworkRow], metric: str = "accuracy", on: str
             f"{row.metric:.4f}",
             count_text(row.params),
             count_text(row.flops),
+            *([f"{passes.get(row.name, 0):,}"] if passes else []),
         )
     return table
 
@@ -62,11 +66,28 @@ def size_line(report: RunReport) -> str:
     )
 
 
+def _private_line(report: RunReport) -> list[Text]:
+    """The bytes of all private tensors, where there are any."""
+    own = [row.private_bytes for row in report.networks if row.private_bytes]
+    return [Text(f"of these, private tensors of {len(own)} networks: {bytes_text(sum(own))}")] if own else []
+
+
 def run_view(report: RunReport) -> RenderableType:
     """What a finished run prints."""
+    change = dense_change(report)
     return Group(
-        networks_table(report.networks, report.metric_name),
+        networks_table(report.networks, report.metric_name, passes=report.passes),
         Text(),
+        *([] if change is None else [Text(f"dense, held-out {report.metric_name}: {change}")]),
         Text(size_line(report)),
+        *_private_line(report),
         Text(f"training time: {duration_text(report.seconds)}"),
     )
+
+
+def dense_change(report: RunReport) -> str | None:
+    """``0.8210 before training, 0.8240 after``; ``None`` if the run did not start from trained weights."""
+    after = next((row.held_out for row in report.networks if row.pattern == "dense"), None)
+    if report.dense_before is None or after is None:
+        return None
+    return f"{report.dense_before:.4f} before training, {after:.4f} after"

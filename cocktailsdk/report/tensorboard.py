@@ -9,8 +9,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import TrainingError
-from ..training.events import AlphaChosen, EpochEnded, Event, Finished, NetworkFinished, RoundEnded, TrainingStarted
+from ..training.events import (
+    AlphaChosen,
+    EpochEnded,
+    Event,
+    Finished,
+    NeedMeasured,
+    NetworkFinished,
+    RoundEnded,
+    TrainingStarted,
+)
 from ..utils.optional import check_installed
+from .need import needs
 
 __all__ = ["TensorBoard"]
 
@@ -20,8 +30,9 @@ class TensorBoard:
 
     ``loss/NETWORK``, ``learning_rate`` and ``steps_per_second`` are written by epoch, counted over the whole run;
     ``held_out/NETWORK`` by round, that of the finished bundle one after the last; ``alpha`` and ``held_out_mean`` by
-    the round merged in. A run that goes on after a stop writes on; what both calls wrote is the same. Of several
-    processes the main one alone writes.
+    the round merged in. A recipe that measures need adds ``need/NETWORK`` (held-out loss above that of the weights that
+    the run started from) and ``passes/NETWORK``, by optimizer step. A run that goes on after a stop writes on; what
+    both calls wrote is the same. Of several processes the main one alone writes.
 
     Args:
         folder: Where the event files go: ``tensorboard --logdir FOLDER`` shows them.
@@ -57,6 +68,9 @@ class TensorBoard:
                 _scalars(writer, "loss", event.losses, at)
                 writer.add_scalar("learning_rate", event.learning_rate, at)
                 writer.add_scalar("steps_per_second", event.steps_per_second, at)
+            case NeedMeasured():
+                _scalars(writer, "need", needs(event.losses, event.reference), event.step)
+                _scalars(writer, "passes", event.passes, event.step)
             case RoundEnded():
                 _scalars(writer, "held_out", event.metrics, event.round)
                 writer.flush()

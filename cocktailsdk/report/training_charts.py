@@ -10,6 +10,7 @@ from typing import Any
 from ..utils.grouping import grouped
 from .chart import Chart, Mark, Series, Table
 from .costs_charts import metric_text, scale_of
+from .need import needs
 from .run import RunReport
 
 __all__ = ["merge_charts", "rounds_of", "training_charts"]
@@ -28,7 +29,7 @@ def rounds_of(report: RunReport) -> dict[str, int]:
 
 
 def training_charts(report: RunReport) -> list[Chart]:
-    """Training loss by epoch and held-out metric by round, of every network; none where the run recorded neither."""
+    """Training loss by epoch, held-out metric by round and measured need, of every network, as far as recorded."""
     rounds: Sequence[Mapping[str, Any]] = report.history.get("rounds", ())
     patterns = {r.name: r.pattern for r in report.networks}
     charts = []
@@ -36,7 +37,44 @@ def training_charts(report: RunReport) -> list[Chart]:
         charts.append(_losses(rounds, patterns))
     if any(record["metrics"] for record in rounds) or any(r.held_out is not None for r in report.networks):
         charts.append(_held_out(report, rounds, patterns))
+    if report.history.get("measured"):
+        charts.append(_need(report, patterns))
     return charts
+
+
+def _need(report: RunReport, patterns: Mapping[str, str]) -> Chart:
+    measured = report.history["measured"]
+    reference = measured[0]["losses"].get("dense")
+    gaps = {int(one["step"]): needs(one["losses"], reference) for one in measured}
+    points = {n: [(float(step), gap[n]) for step, gap in gaps.items() if n in gap] for n in patterns}
+    passes = report.passes
+
+    def told(name: str, step: float, gap: float) -> str:
+        return f"{name}, step {step:,.0f}\nloss {gap:+.3g} above the start\n{passes.get(name, 0):,} passes in all"
+
+    series = tuple(
+        Series(name, patterns[name], tuple(Mark(x, y, told(name, x, y)) for x, y in of), tuple(of), network=name)
+        for name, of in points.items()
+        if of
+    )
+    names = [s.network for s in series]
+    table = Table(
+        ("network", *(f"step {step:,}" for step in gaps), "passes in all"),
+        tuple((n, *(f"{g[n]:+.3g}" if n in g else "" for g in gaps.values()), f"{passes.get(n, 0):,}") for n in names),
+        tuple(names),
+        tuple(patterns[n] for n in names),
+    )
+    return Chart(
+        name="need",
+        title="Measured need by step",
+        summary="Held-out loss of each network above that of the weights that the run started from. The next passes go "
+        "to the networks with the largest gap within their pattern.",
+        x="optimizer step",
+        y="held-out loss above the start",
+        series=series,
+        table=table,
+        integer_x=True,
+    )
 
 
 def _losses(rounds: Sequence[Mapping[str, Any]], patterns: Mapping[str, str]) -> Chart:

@@ -46,7 +46,7 @@ class Views(Mapping[str, nn.Module]):
     order in which every subnetwork has the first of each group. The weights are copied once in this order; each model's
     parameters are the first rows and columns of these, and take no memory of their own. Where what is left is no such
     part of a tensor (the columns that read a concatenated input, the rows of one weight that makes q, k and v), it is
-    copied: :attr:`copied` says what. Each model has batch-norm statistics of its own.
+    copied: :attr:`copied` says what. Each model has its own batch-norm statistics and private tensors.
 
     Any number of them can be used at the same time, in any threads: nothing is changed to go from one to another.
 
@@ -55,7 +55,8 @@ class Views(Mapping[str, nn.Module]):
 
     Attributes:
         shared: All parameters and buffers of the dense network by name, channels in the common order.
-        copied: By subnetwork, the bytes of every parameter and buffer that it holds apart, batch-norm statistics too.
+        copied: By subnetwork, the bytes of every parameter and buffer that it holds apart, batch-norm statistics and
+            private tensors too.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], shared: Mapping[str, Tensor]) -> None:
@@ -115,19 +116,22 @@ def channel_views(net: SubnetModel, subnets: str | Iterable[str]) -> Views:
     ordered = _dense_copy(net)
     order = nested_order(ordered, coupling, list(removed.values()), args, kwargs)
     order.apply(ordered)
-    own = set(norm_buffers(ordered))
+    buffers = set(norm_buffers(ordered))
     shared = _tensors(ordered)
-    dense = {n: b.detach().clone() for n, b in shared.items() if n in own}
+    changed = buffers.union(*(net.private.get(name, ()) for name in removed))
+    dense = {n: t.detach().clone() for n, t in shared.items() if n in changed}
     models: dict[str, nn.Module] = {}
     for name, gone in removed.items():
         cutter = Cutter(coupling, trace, order.removed(gone))
         fixes = verify_slim(ordered, cutter, args, kwargs).fixes
-        _put_statistics(shared, dense, {n: order.of(n, v) for n, v in net.statistics.get(name, {}).items()})
-        made = cutter.cut(ordered, fixes, share=shared.keys() - own)[0]
+        private = net.private.get(name, {})
+        own = {**net.statistics.get(name, {}), **private}
+        _put_own(shared, dense, {n: order.of(n, v) for n, v in own.items()})
+        made = cutter.cut(ordered, fixes, share=shared.keys() - buffers - private.keys())[0]
         _settle(made, cutter.cut(ordered, fixes)[0], name, args, kwargs)
         models[name] = after_slim(made.requires_grad_(False), (args, kwargs))
         log.info("%s is a view", name)
-    _put_statistics(shared, dense, {})
+    _put_own(shared, dense, {})
     return Views(models, {n: t.detach() for n, t in shared.items()})
 
 
@@ -177,13 +181,11 @@ def _dense_copy(net: SubnetModel) -> nn.Module:
     return made
 
 
-def _put_statistics(
-    tensors: Mapping[str, Tensor], dense: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
-) -> None:
-    """Put a subnetwork's batch-norm statistics, as far as it has some, in the place of the dense network's."""
+def _put_own(tensors: Mapping[str, Tensor], dense: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Put a subnetwork's own statistics and private tensors in the place of the dense network's values."""
     with torch.no_grad():
         for n, value in dense.items():
-            tensors[n].copy_(statistics.get(n, value))
+            tensors[n].copy_(own.get(n, value))
 
 
 def _settle(view: nn.Module, slim: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from .finetuning import finetune
 from .loop import CoLoop
 from .loop_step import LoopStep
 from .metrics import accuracy
+from .range_test import LearningRateSuggestion
 from .recipes import Recipe, ScheduleContext, Step, SubnetPass
 from .settings import (
     BatchSettings,
@@ -24,6 +25,7 @@ __all__ = [
     "DistillationSettings",
     "EvaluationSettings",
     "ExecutionSettings",
+    "LearningRateSuggestion",
     "LoopStep",
     "OutputSettings",
     "Recipe",

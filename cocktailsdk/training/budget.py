@@ -1,4 +1,4 @@
-"""A budget of optimizer steps, divided among rounds and finishing."""
+"""A budget of epochs or of optimizer steps, divided among rounds and finishing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from ..errors import TrainingError
 
-__all__ = ["Division", "divide_steps", "epochs_in", "finishing_epochs", "rewind_epoch_of", "round_steps"]
+__all__ = [
+    "Division",
+    "RunLength",
+    "divide_epochs",
+    "divide_steps",
+    "epochs_in",
+    "finishing_length",
+    "rewind_epoch_of",
+    "round_steps",
+]
 
 
 def round_steps(steps: int, rounds: int, finishing: float, *, rewound: int = 0, of: str = "steps") -> list[int]:
@@ -40,9 +49,15 @@ def epochs_in(steps: int, steps_per_epoch: int) -> int:
     return -(-steps // steps_per_epoch)
 
 
-def finishing_epochs(epochs: int, rounds: int, share: float) -> int:
-    """Epochs that finishing takes to be a share of the whole run, at least one; 0 where the share is."""
-    return max(1, round(epochs * rounds * share / (1 - share))) if share else 0
+def finishing_length(each: int, rounds: int, share: float) -> int:
+    """Epochs, or steps, that finishing takes to be a share of the whole run, at least one; 0 where the share is.
+
+    Args:
+        each: Epochs, or steps, of a round.
+        rounds: How many rounds there are.
+        share: Finishing's share of the run.
+    """
+    return max(1, round(each * rounds * share / (1 - share))) if share else 0
 
 
 def rewind_epoch_of(given: int | None, start: str, epochs: int) -> int:
@@ -50,6 +65,19 @@ def rewind_epoch_of(given: int | None, start: str, epochs: int) -> int:
     if start == "pretrained":
         return 0
     return max(round(epochs * 7 / 150), min(epochs, 1)) if given is None else given
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run trains, as one of two numbers.
+
+    Attributes:
+        epochs: Of every round; may be a fraction.
+        total_steps: Optimizer steps of the whole run. ``None`` if ``epochs`` says how long.
+    """
+
+    epochs: float = 1
+    total_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +95,42 @@ class Division:
     finishing_epochs: int
     rewind_epoch: int
     budget: tuple[int, ...] = ()
+
+
+def divide_epochs(
+    epochs: float,
+    rounds: int,
+    finishing: float,
+    steps_per_epoch: int,
+    *,
+    rewind_epoch: int | None,
+    start: str,
+    rewound: bool,
+) -> Division:
+    """Give every round so many epochs, or the nearest whole number of optimizer steps, at least one.
+
+    Args:
+        epochs: Of every round; may be a fraction.
+        rounds: How many rounds there are, the dense one included.
+        finishing: Share of the run that finishing takes.
+        steps_per_epoch: Optimizer steps of an epoch.
+        rewind_epoch: As the user gave it.
+        start: Where the run's weights come from.
+        rewound: Whether rounds after the dense one begin at the rewind point in their epochs too.
+    """
+    steps = max(1, round(epochs * steps_per_epoch))
+    whole, rest = divmod(steps, steps_per_epoch)
+    if not rest:
+        rewind = rewind_epoch_of(rewind_epoch, start, whole)
+        return Division(whole, finishing_length(whole, rounds, finishing), rewind)
+    longest = epochs_in(steps, steps_per_epoch)
+    rewind = rewind_epoch_of(rewind_epoch, start, longest)
+    if rewound and rewind_epoch is None:  # the part of an epoch is left to the rounds after the dense one
+        rewind = min(rewind, whole)
+    last = finishing_length(steps, rounds, finishing)
+    later = steps - (rewind * steps_per_epoch if rewound else 0)
+    budget = (steps, *[later] * (rounds - 1), *([last] if finishing else []))
+    return Division(longest, epochs_in(last, steps_per_epoch), rewind, budget)
 
 
 def divide_steps(

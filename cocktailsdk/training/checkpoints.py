@@ -13,6 +13,7 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..utils.nested import to_device
 from .events import Saved, StepSkipped
+from .head_fit import Head
 from .left_out import first_few
 from .metrics import Score
 from .session import Session, load_tensors, model_tensors
@@ -123,7 +124,7 @@ def emit_skipped(session: Session) -> None:
 def is_needed(session: Session, file: str) -> bool:
     """Whether a file that was put into the store will be read again."""
     return (
-        session.position.phase in ("train", "merge")
+        session.position.phase in ("train", "merge", "refit")
         or not file.startswith(("round-", "rewind"))
         or file in session.history.weights.values()
     )
@@ -132,7 +133,7 @@ def is_needed(session: Session, file: str) -> bool:
 def run_state(session: Session) -> dict[str, Any]:
     """The run as it stands. The keys are a file format: :mod:`.state.compatibility` checks them."""
     net, data, merging = session.net, session.data, session.merging
-    measured = session.position.phase in ("finish", "done")
+    measured = session.position.phase in ("refit", "finish", "done")
     tracked = session.options.recipe.statistics == "separate"
     # a run that is resumed within a round may stop again before the round's optimizer is built
     optimization = session.resumed if session.optimization is None else session.optimization.state_dict()
@@ -157,7 +158,10 @@ def run_state(session: Session) -> dict[str, Any]:
         "average": None if session.average is None else session.average.state_dict(),
         "optimization": plain(optimization),
         "statistics": {k: dict(v) for k, v in net.statistics.items()} if measured or tracked else {},
+        "private": {k: dict(v) for k, v in net.private.items()} if measured else {},
         "metrics": dict(net.metrics) if measured else {},
+        "heads": {name: None if head is None else asdict(head) for name, head in session.heads.items()},
+        "owed": {} if session.shares is None else dict(session.shares.owed),
         "skipped_in_a_row": 0 if session.skips is None else session.skips.in_a_row,
     }
 
@@ -190,9 +194,16 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     for name, mask in {**masks, **remade}.items():
         net.set_mask(name, mask)
     session.remade |= remade.keys()
+    for name, head in to_device(state.get("heads", {}), device).items():
+        session.heads[name] = None if head is None else Head(**head)
+    if session.shares is not None:
+        session.shares.update(session.history.measured)
+        session.shares.owed.update(state["owed"])
     session.hooks.load_state_dict(to_device(hook_states(state, session.hooks), device))
     # after the masks, since setting a mask drops the network's statistics
     net.statistics.update({n: {k: v.to(device) for k, v in s.items()} for n, s in state["statistics"].items()})
+    for name, own in state.get("private", {}).items():
+        net.set_private(name, to_device(own, device))
     net.metrics.update(state["metrics"])
     if session.skips is not None:
         session.skips.in_a_row = state.get("skipped_in_a_row", 0)

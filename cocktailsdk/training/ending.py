@@ -52,7 +52,7 @@ def ending(session: Session, configuration: Mapping[str, Any]) -> Iterator[None]
             error.add_note(saved_run(session, configuration, call_callbacks=False))
         raise error from error.__cause__
     except DiskFailed as error:
-        trained = session.position.phase in ("finish", "done")
+        trained = session.position.phase in ("refit", "finish", "done")
         if not trained or session.ranks.world > 1 or (where := rescued_bundle(session.net)) is None:
             raise
         raise TrainingError(f"{error} {where}") from error.__cause__

@@ -18,9 +18,12 @@ from .metrics import Score, mean_score, readable
 from .session import Session
 from .user_code import guarded, guarded_batches
 
-__all__ = ["displayed", "measure", "recalibrate", "score"]
+__all__ = ["compare_dense", "displayed", "measure", "recalibrate", "score"]
 
 log = logging.getLogger(__name__)
+
+DENSE_LOSS = 0.005
+"""Accuracy that the dense network may lose before a run warns."""
 
 
 def recalibrate(session: Session, name: str) -> None:
@@ -92,6 +95,26 @@ def measure(session: Session, name: str, batches: Iterable[Any] | None = None) -
             result.count,
         )
     return result.negated() if options.settings.evaluation.metric_mode == "min" else result
+
+
+def compare_dense(session: Session) -> None:
+    """Log the dense network's metric before and after a run from trained weights; warn if accuracy fell too far."""
+    before, after = session.history.before.get(DENSE), session.net.metrics.get(DENSE)
+    if before is None or after is None:
+        return
+    if session.options.metric is not None or session.classes is None:  # a metric of the user's has any scale
+        log.info("the dense network's held-out metric was %.4f before training and is %.4f", before, after)
+    elif before - after <= DENSE_LOSS:
+        log.info("the dense network's accuracy was %.2f %% before training and is %.2f %%", 100 * before, 100 * after)
+    else:
+        log.warning(
+            "the dense network's accuracy fell from %.2f %% to %.2f %%: train more steps, lower the learning rate "
+            "(trainer.suggest_lr()), or give the dense network more passes, recipe=dataclasses.replace("
+            "recipe_named(%r), allocation=PassAllocation(dense=0.4))",
+            100 * before,
+            100 * after,
+            session.options.recipe.name,
+        )
 
 
 def displayed(session: Session, value: Fraction) -> float:

@@ -19,6 +19,7 @@ __all__ = [
     "Finished",
     "MergeProgress",
     "MergeStarted",
+    "NeedMeasured",
     "NetworkFinished",
     "RoundEnded",
     "RoundStarted",
@@ -70,6 +71,28 @@ class RoundStarted(Event):
     round: int
     networks: tuple[str, ...]
     epochs: int
+
+
+@dataclass(frozen=True)
+class NeedMeasured(Event):
+    """All networks were measured on the same held-out examples, and the next passes are shared anew.
+
+    Attributes:
+        round: Number of the round.
+        step: Steps done in the round.
+        losses: Held-out loss by network.
+        shares: By network, its share of the next passes.
+        passes: By network, the passes that it had so far.
+        reference: Loss of the dense network at the first measurement, with the weights that the run started from. What
+            a network's loss exceeds it by is its need.
+    """
+
+    round: int
+    step: int
+    losses: Mapping[str, float]
+    shares: Mapping[str, float]
+    passes: Mapping[str, int]
+    reference: float
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from .loop_finish import accuracy_metric, check_trained, restored_on_failure
 from .loop_plan import LoopPlan, check_loop_state
 from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
 from .metrics import MetricFn, mean_score
-from .recipes import Recipe
+from .recipes import Recipe, default_recipe
+from .session import model_tensors
 from .settings import check_numbers
 from .state.encoding import encode_masks
 from .state.provenance import note_training
@@ -35,6 +36,7 @@ from .step.engine import StepEngine
 from .step.execution import Execution, without_autocast
 from .step.forward import ForwardFn, detached
 from .step.same_batch import SameBatch
+from .step.teacher import FrozenTeacher
 
 __all__ = ["CoLoop"]
 
@@ -55,7 +57,9 @@ class CoLoop:
             model that is to be sharded (``fully_shard``) must be so already.
         steps: Optimizer steps in all. Finishing gets the recipe's share of them, rounds the rest in equal parts.
         recipe: A name or a :class:`~cocktailsdk.training.recipes.Recipe`; one that goes on from round to round and
-            trains one network a step, as the default does.
+            trains one network a step. Default: ``"cocktail"``, or ``"pretrained"`` with ``start="pretrained"``. A loop
+            has no held-out data while it trains, so the need of a subnet is not measured but its place in its pattern,
+            and the classifier head stays as it was trained.
         rounds: Rounds after the dense one. Default: the largest number of levels of a pattern.
         start: ``"pretrained"`` skips the dense round.
         forward_fn: ``forward_fn(model, batch) -> (output, target)``, for the teacher's passes; found by itself for
@@ -92,7 +96,7 @@ class CoLoop:
         net: SubnetModel,
         steps: int,
         *,
-        recipe: str | Recipe = "cocktail",
+        recipe: str | Recipe | None = None,
         rounds: int | None = None,
         start: Literal["scratch", "pretrained"] = "scratch",
         forward_fn: ForwardFn | None = None,
@@ -103,13 +107,15 @@ class CoLoop:
         if not isinstance(net, SubnetModel):
             raise TrainingError(f"net must be what cocktailsdk.sparsify() returned, got {type(net).__name__}")
         check_numbers(steps=steps, rounds=rounds, distill_weight=distill_weight, seed=seed)
-        recipe = recipe_for_loops(recipe)
+        recipe = recipe_for_loops(default_recipe(start) if recipe is None else recipe, start)
         if not 0 <= distill_weight <= 1:
             raise TrainingError(f"distill_weight must lie in 0 … 1, got {distill_weight!r}")
         self._net, self._recipe, self._seed = net, recipe, seed
         self._modes, self._norms = TrainingModes(net.model), list(running_norms(net.model).values())
         self._plan = LoopPlan(net, recipe, steps, rounds, start, seed)
-        self._distillation = Distillation(recipe.distillation(distill_weight), distill_fn)
+        self._distillation = Distillation(
+            recipe.distillation(distill_weight), distill_fn, temperature=recipe.temperature
+        )
         self._forward = forward_fn or default_forward
         self._execution = Execution(net.model, self._forward)
         if self._execution.sharded:
@@ -202,9 +208,13 @@ class CoLoop:
             raise TrainingError("a step is open already: call end(), or leave its `with`, before the next one")
         if net.active != DENSE:
             raise TrainingError(f"{net.active!r} is active: switch('dense') before a step")
+        if self._recipe.teacher == "frozen" and self._distillation.weight and self._execution.frozen is None:
+            self._execution.frozen = FrozenTeacher(net.model, model_tensors(net.model))
         step, (round_, number) = self._plan.step(self.done), self._plan.place(self.done)
         if len(step.passes) > 1 or step.passes[0].resolution != 1:
             raise beyond(self._recipe, "trains several networks, or at several resolutions, in one step")
+        if not self.done and not self._accumulated:
+            net._drop_private()
         if self._first_sums is None and not self.done:
             self._first_sums = weight_sums(net.model)
         if self._plan.enter(round_):
@@ -232,10 +242,10 @@ class CoLoop:
             raise TrainingError("no step is open: call begin(batch) before the forward pass")
         sparse = step.network != DENSE
         try:
-            if sparse and self._distillation.weight and not step.loss_called:
+            if self._engine.needs_teacher(step.network) and not step.loss_called:
                 raise TrainingError(
-                    f"the step of {step.network!r} did not call step.loss(loss, output, target), which adds what the "
-                    "dense network teaches; distill_weight=0 trains without"
+                    f"the step of {step.network!r} did not call step.loss(loss, output, target), which adds the "
+                    "distillation loss; distill_weight=0 trains without"
                 )
         finally:
             self._close()
@@ -314,6 +324,7 @@ class CoLoop:
             "entered": entered,
             "classes": None if classes is None else asdict(classes),
             "masks": encode_masks(self._net, masks),
+            **({} if self._execution.frozen is None else {"teacher": dict(self._execution.frozen.tensors)}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -323,10 +334,13 @@ class CoLoop:
             TrainingError: The state is of another loop; says what differs.
         """
         masks = check_loop_state(state, self._net, self._configuration, self.total)
+        self._net._drop_private()
         for name, mask in masks.items():
             self._net.set_mask(name, mask)
         classes = None if state["classes"] is None else Classes(**state["classes"])
         self._distillation = replace(self._distillation, classes=classes)
+        if "teacher" in state:
+            self._execution.frozen = FrozenTeacher(self._net.model, state["teacher"])
         self.done, self._plan.entered = state["done"], state["entered"]
         self._shared.clear()
 
@@ -336,7 +350,7 @@ class CoLoop:
             self._classes_looks += 1
             distillation = replace(distillation, classes=find_classes(output, target, loss))
             self._distillation = self._engine.distillation = distillation
-        if step.network == DENSE:
+        if not self._engine.needs_teacher(step.network):
             if self._shared.leads(step.plan) and distillation.weight:
                 step.dense_output = detached(output)
         elif target is None and distillation.fn is None and distillation.weight:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from ..errors import TrainingError
 from ..masks import Mask
 from ..net.subnet_model import SubnetModel
 from .budget import round_steps
+from .pass_shares import PassShares
 from .recipes import Recipe, ScheduleContext, Step
+from .recipes.steps import DENSE_STEP
 from .round_plan import names_until, networks_of, round_masks, step_of
 from .state.compatibility import Foreign, check_classes, check_masks
 from .state.configuration import differences
@@ -44,6 +49,8 @@ class LoopPlan:
         self._first = 0 if start == "scratch" and recipe.rounds == "levels" else 1
         self._lengths = round_steps(steps, len(self._plan) + 1 - self._first, recipe.finishing)
         self.rounds, self.entered = len(self._plan), 0
+        self._shares: PassShares | None = None
+        self._given, self._last = -1, DENSE_STEP  # the step that was given out last, and its number
 
     def names(self, last_round: int) -> list[str]:
         """Names of all distinct subnets of the rounds up to one."""
@@ -73,7 +80,16 @@ class LoopPlan:
         k, number = self.place(done)
         subnets = networks_of(self._net, self._plan, k)
         context = ScheduleContext(k, number, self._lengths[k - self._first], subnets, self._seed)
-        return step_of(self._recipe, context, self.rounds)
+        if self._recipe.allocation is None:
+            return step_of(self._recipe, context, self.rounds)
+        if self._shares is None or done < self._given:
+            self._shares, self._given = PassShares(self._recipe.allocation, subnets, context.steps), -1
+        while self._given < done:  # passes are given out in order; after a state was loaded, from the first one
+            self._given += 1
+            context = replace(context, step=self._given, due=self._shares.due())
+            self._last = step_of(self._recipe, context, self.rounds)
+            self._shares.give(one.subnet for one in self._last.passes)
+        return self._last
 
     def enter(self, round_: int) -> bool:
         """Make the masks of a round whose first step is about to begin; whether that was to be done."""
@@ -116,6 +132,10 @@ def check_loop_state(state: Any, net: SubnetModel, configuration: Mapping[str, A
             raise Foreign(f"{state['done']} of {total} steps are done")
         check_classes(state.get("classes"))
         masks = check_masks(state["masks"], net)
+        shapes = {n: t.shape for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
+        for name, value in state.get("teacher", {}).items():
+            if not isinstance(value, Tensor) or shapes.get(name) != value.shape:
+                raise Foreign(f"its teacher's {name!r:.40} does not fit the model")
     except Foreign as error:
         raise TrainingError(f"this is no state of a CoLoop: {error}") from error
     if lines := differences(state["configuration"], configuration):

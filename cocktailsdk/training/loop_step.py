@@ -15,6 +15,7 @@ from ..utils.blame import MISFITS, blamed
 from ..utils.devices import device_of
 from ..utils.nested import form_of, to_device
 from .recipes import Recipe, Step, recipe_named
+from .recipes.recipe import check_start
 from .step.engine import ActivePass
 from .step.execution import Execution
 
@@ -94,13 +95,14 @@ def dense_output_of(net: SubnetModel, execution: Execution, batch: Any, found: b
         return execution.teacher(to_device(batch, device_of(net.model)))
 
 
-def recipe_for_loops(recipe: str | Recipe) -> Recipe:
+def recipe_for_loops(recipe: str | Recipe, start: str) -> Recipe:
     """A recipe that a loop can follow, also by its name.
 
     Raises:
-        TrainingError: It does what a loop cannot; says what.
+        TrainingError: It does what a loop cannot, or does not go with the start; says what.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
+    check_start(recipe, start)
     needs_trainer = {
         "merges its rounds": recipe.merges,
         "rewinds the weights": recipe.rewind and recipe.rounds == "levels",

@@ -16,12 +16,13 @@ from .infer_task import choose_metric, infer_task, try_metric
 from .interrupt import Interrupts
 from .options import Loaders, Options
 from .round_plan import Plan
-from .session import RunData, Session, model_tensors
+from .session import REWIND, RunData, Session, model_tensors
 from .state.compatibility import check_state
 from .state.history import Position
 from .state.store import Store
 from .step.distill import Classes
 from .step.execution import Execution
+from .step.teacher import FrozenTeacher
 
 __all__ = ["open_session", "training_started"]
 
@@ -100,15 +101,26 @@ def open_session(
         restore(session, state)
     elif held_out is not None:
         try_metric(net.model, held_out, options, session.metric, ranks)
+    if session.execution is not None:
+        session.execution.frozen = _frozen_teacher(session)
     if ranks.world > 1 and session.execution is not None and session.position.phase != "done":
         # DDP compares the processes' weights when it wraps the model: they must be restored by now
         session.execution.wrap(next(iter(session.data.recalibration)), options.loss_fn)
     return session
 
 
+def _frozen_teacher(session: Session) -> FrozenTeacher | None:
+    """The weights that the run started from, where they teach: they are stored when its round begins."""
+    at, model = session.position, session.net.model
+    if not session.options.frozen_teacher or at.phase in ("finish", "done"):
+        return None
+    begun = at.entered or at.phase != "train"
+    return FrozenTeacher(model, session.store.get(REWIND) if begun else model_tensors(model))
+
+
 def _recalibration(loaders: Loaders, options: Options, device: torch.device) -> CachedBatches:
     key = options.seed, "recalibration"
-    return CachedBatches(loaders.shared_train, key, device, options.settings.evaluation.recalibration_batches)
+    return CachedBatches(loaders.shared_train, key, device, options.recalibration_batches)
 
 
 def _execution(net: SubnetModel, options: Options, launch: Launch, device: torch.device) -> Execution:
@@ -133,7 +145,7 @@ def training_started(session: Session) -> TrainingStarted:
         done = options.steps_before(at.round)
         if at.entered:
             done += (at.epoch - options.epochs_of(at.round).start) * options.steps_per_epoch + at.step
-    elif at.phase == "finish":
+    elif at.phase in ("refit", "finish"):
         done = options.all_steps
     return TrainingStarted(
         rounds=options.rounds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import timeit
@@ -16,15 +17,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..errors import TrainingError
 from ..patterns.base import DENSE
 from ..utils.fsdp import local
-from ..utils.modes import modes_restored, train_as_handed
-from .budget import finishing_epochs
+from .budget import RunLength, epochs_in, finishing_length
+from .dry_run import dry_run
 from .evaluation import score
+from .need import held_out_losses
 from .optimization import Optimization
 from .recipes import Step, SubnetPass
-from .session import Session, load_tensors, model_tensors
+from .round_plan import step_of
+from .session import Session, model_tensors
 from .step.engine import Stepper
 
-__all__ = ["Costs", "Plan", "epochs_for", "measure", "plan"]
+__all__ = ["Costs", "Plan", "length_for", "measure", "plan"]
 
 REPEATS = 2
 LOOKS = 2520  # steps of a round that a plan looks at; whole cycles of up to ten networks
@@ -38,6 +41,7 @@ class Costs:
         dense_step: Seconds of a dense optimizer step.
         sparse_step: Seconds of a sparse one, the teacher's pass included; the mean over one subnet of each pattern.
         candidate: Seconds to recalibrate a network and measure it on the held-out data; 0 without such data.
+        measuring: Seconds to measure the need of all networks once; 0 if the recipe measures none.
         memory: Bytes at the peak of a step: weights, gradients, optimizer, masks and activations.
     """
 
@@ -45,6 +49,7 @@ class Costs:
     sparse_step: float
     candidate: float
     memory: int
+    measuring: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,39 +92,63 @@ def plan(session: Session, costs: Costs) -> Plan:
     )
 
 
-def epochs_for(session: Session, costs: Costs, hours: float) -> int:
-    """Epochs of every round such that the run takes at most so many hours.
+def length_for(session: Session, costs: Costs, hours: float) -> RunLength:
+    """The longest run that takes at most so many hours.
+
+    A recipe with one round gets optimizer steps. One with several gets whole epochs, since its rounds are as long as
+    each other and may be rewound to the end of an epoch.
 
     Args:
-        session: Of the run with any number of epochs.
+        session: Of a run of any length.
         costs: As measured.
         hours: The budget, merging included.
 
     Raises:
-        TrainingError: Where not even one epoch fits.
+        TrainingError: Not even one step, or one epoch of every round, fits; says how many hours that takes.
     """
     options = session.options
+    in_steps = options.recipe.rounds == "one"
     rounds = options.rounds + 1 - options.first_round
 
-    def seconds(epochs: int) -> float:
-        finishing = finishing_epochs(epochs, rounds, options.recipe.finishing)
-        run = replace(session, options=replace(options, epochs=epochs, finishing_epochs=finishing, rewind_epoch=0))
-        return _training(run, costs)
+    def seconds(length: int) -> float:
+        if in_steps:
+            run = replace(options, epochs=epochs_in(length, options.steps_per_epoch), budget=(length,), rewind_epoch=0)
+        else:
+            finishing = finishing_length(length, rounds, options.recipe.finishing)
+            run = replace(options, epochs=length, finishing_epochs=finishing, rewind_epoch=0)
+        return _training(replace(session, options=run), costs)
 
-    left = 3600 * hours - _after(session, costs)
+    after = _after(session, costs)
+    left = 3600 * hours - after
     if seconds(1) > left:
+        unit = "step" if in_steps else "epoch of every round"
+        after_name = "merging" if options.merges else "measuring every network"
         raise TrainingError(
-            f"total_hours={hours} is too little: merging takes up to {_after(session, costs) / 3600:.2g} hours and one "
-            f"epoch of every round {seconds(1) / 3600:.2g}"
+            f"total_hours={hours} is too little: {after_name} takes up to {after / 3600:.2g} hours and one {unit} "
+            f"{seconds(1) / 3600:.2g}; write total_hours={_rounded_up((after + seconds(1)) / 3600)} or more"
         )
-    # Searched bit by bit, from a power of two above the estimate down. Dividing would not do: the epochs of finishing
-    # are rounded, so seconds() is not proportional.
-    epochs, step = 1, max(1, 1 << math.floor(left / seconds(1)).bit_length())
+    longest = _largest(seconds, left)
+    return RunLength(total_steps=longest) if in_steps else RunLength(longest)
+
+
+def _largest(seconds: Callable[[int], float], left: float) -> int:
+    """The largest number from 1 up that takes no longer than is left.
+
+    Searched bit by bit, from a power of two above the estimate down. Dividing would not do: finishing is rounded, and a
+    cycle of steps has dense and sparse ones, so seconds() is not proportional.
+    """
+    found, step = 1, max(1, 1 << math.floor(left / seconds(1)).bit_length())
     while step:
-        if seconds(epochs + step) <= left:
-            epochs += step
+        if seconds(found + step) <= left:
+            found += step
         step //= 2
-    return epochs
+    return found
+
+
+def _rounded_up(hours: float) -> float:
+    """With two significant digits, and not less."""
+    unit = 10.0 ** (math.floor(math.log10(hours)) - 1)
+    return float(f"{math.ceil(hours / unit) * unit:.2g}")
 
 
 def _training(session: Session, costs: Costs) -> float:
@@ -127,17 +156,25 @@ def _training(session: Session, costs: Costs) -> float:
     options, recipe, total = session.options, session.options.recipe, 0.0
     for k in range(options.first_round, options.finishing_round + 1):
         steps = options.steps_of(k)
+        shares = copy.deepcopy(session.shares)
         looked = [i * steps // min(steps, LOOKS) for i in range(min(steps, LOOKS))]
+        if shares is not None:  # the passes that are owed build up from step to step
+            looked = [*range(min(steps, LOOKS))]
         seconds = 0.0
         for i in looked:
-            step = session.step_at(k, i)
+            context = session.context_at(k, i)
+            if shares is not None:
+                context = replace(context, due=shares.due())
+            step = step_of(recipe, context, options.rounds)
+            if shares is not None:
+                shares.give(one.subnet for one in step.passes)
             taught = (recipe.same_batch and step.follows) or step.passes[0].subnet == DENSE
             for one in step.passes:
                 teacher = one.subnet != DENSE and not taught
                 seconds += costs.sparse_step if teacher else costs.dense_step
                 taught = True
         total += seconds / max(len(looked), 1) * steps
-    return total
+    return total + costs.measuring * (0 if session.shares is None else session.shares.measurements)
 
 
 def _candidates(session: Session) -> int:
@@ -158,8 +195,6 @@ def measure(session: Session) -> Costs:
     Subnets are measured under the masks that they have: every subnet has one from the start.
     """
     net, options = session.net, session.options
-    kept = {name: tensor.clone() for name, tensor in model_tensors(net.model).items()}
-    statistics, metrics = dict(net.statistics), dict(net.metrics)
     optimization = Optimization.begin(net.model, options, options.first_round, session.device)
     assert session.execution is not None
     stepper = Stepper.of(net, session.execution, options, session.classes)
@@ -178,25 +213,19 @@ def measure(session: Session) -> Costs:
         activations[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with modes_restored(net):
-        try:
-            train_as_handed(net.model)
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
-                step(names[0])()
-            dense = _seconds(step(DENSE), session.device)
-            sparse = mean(_seconds(step(name), session.device) for name in names)
-            memory = _memory(session, optimization, activations)
-            candidate = 0.0
-            if session.data.held_out is not None:
-                candidate = _seconds(lambda: score(session, names[-1]), session.device)
-        finally:
-            load_tensors(net.model, kept)
-            net.model.zero_grad(set_to_none=True)
-            net.statistics.clear()
-            net.statistics.update(statistics)
-            net.metrics.clear()
-            net.metrics.update(metrics)
-    costs = Costs(dense, sparse, candidate, memory)
+    with dry_run(session):
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            step(names[0])()
+        dense = _seconds(step(DENSE), session.device)
+        sparse = mean(_seconds(step(name), session.device) for name in names)
+        memory = _memory(session, optimization, activations)
+        candidate = measuring = 0.0
+        if session.shares is not None:
+            alone = _seconds(lambda: held_out_losses(session, (names[0],)), session.device)
+            measuring = alone * len(session.shares.shares)
+        if session.data.held_out is not None:
+            candidate = _seconds(lambda: score(session, names[-1]), session.device)
+    costs = Costs(dense, sparse, candidate, memory, measuring)
     return session.ranks.from_main(lambda: costs)
 
 
@@ -228,6 +257,7 @@ def _memory(session: Session, optimization: Optimization, activations: dict[int,
     # while a subnet is active, the dense values of what it masks are kept beside
     stash = max((sum(tensors[n].nbytes for n in net.masked_parameters(name)) for name in shared), default=0)
     average = 0 if session.average is None else session.average.nbytes
-    return (
-        weights + gradients + state + masks + stash + average + sum(n for p, n in activations.items() if p not in own)
-    )
+    frozen = None if session.execution is None else session.execution.frozen
+    teacher = 0 if frozen is None else frozen.nbytes
+    saved = sum(n for p, n in activations.items() if p not in own)
+    return weights + gradients + state + masks + stash + average + teacher + saved

@@ -12,13 +12,14 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..patterns.base import DENSE
 from .checkpoints import check_finite, emit_skipped, nonfinite_error, save, save_if_due, save_if_late
-from .evaluation import displayed, score
+from .evaluation import displayed, measure, score
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
+from .need import measure_if_due
 from .optimization import Optimization
 from .recipes import ScheduleContext, Step
 from .round_plan import round_masks, step_of
-from .session import Session, load_tensors, model_tensors
+from .session import REWIND, Session, load_tensors, model_tensors
 from .state.encoding import encode_masks, to_cpu
 from .state.history import RoundHistory
 from .step.engine import Stepper, StepResult
@@ -30,8 +31,6 @@ from .user_code import emit, next_batches
 __all__ = ["train_rounds"]
 
 log = logging.getLogger(__name__)
-
-REWIND = "rewind"
 
 
 def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None:
@@ -54,9 +53,12 @@ def train_rounds(session: Session, phase: Literal["train", "finishing"]) -> None
 def _enter_round(session: Session) -> None:
     """Make the round's masks from the weights that the one before ended with, then rewind."""
     position, options, store = session.position, session.options, session.store
+    session.net._drop_private()
     k = position.round
     if 0 < k <= options.rounds:
         if k == 1 and options.start == "pretrained":
+            if options.recipe.teacher == "frozen" and session.data.held_out is not None and not session.history.before:
+                session.history.before = {DENSE: displayed(session, measure(session, DENSE).value)}
             store.put(REWIND, model_tensors(session.net.model))
             if options.recipe.weights == "own" and options.recipe.rounds == "levels":
                 session.history.weights[DENSE] = REWIND  # no round trains the dense network
@@ -131,6 +133,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
         steps = options.steps_in(k, position.epoch)
         for i in range(position.step, steps):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
+            measure_if_due(session, session.context_at(k, number))
             context = session.context_at(k, number)
             step = step_of(options.recipe, context, options.rounds)
             if not shared.follows(step):
@@ -208,6 +211,8 @@ def _count(
 ) -> None:
     losses, record = session.losses, session.history.rounds[-1]
     note_step(record, result.losses, made=result.made)
+    if session.shares is not None:
+        session.shares.give(one.subnet for one in step.passes)
     if result.rejected:
         assert snapshot is not None
         assert session.skips is not None

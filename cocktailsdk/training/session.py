@@ -24,10 +24,12 @@ from .averaging import Average
 from .data.batches import CachedBatches, Stream
 from .distributed.ranks import Ranks, digest
 from .distributed.shared_store import SharedStore
+from .head_fit import Head
 from .interrupt import Interrupts
 from .metrics import MetricFn, Score
 from .optimization import Optimization
 from .options import Options
+from .pass_shares import PassShares
 from .randomness import seed_everything
 from .recipes import ScheduleContext, Step
 from .round_plan import Plan, names_until, networks_of, step_of
@@ -40,7 +42,11 @@ from .step.hooks import StepHooks
 from .step.nan_guard import SECONDS, LossWatch, Skips
 from .timing import Timing
 
-__all__ = ["MergeState", "RunData", "Session", "load_tensors", "model_tensors"]
+__all__ = ["REWIND", "MergeState", "RunData", "Session", "load_tensors", "model_tensors"]
+
+
+REWIND = "rewind"
+"""The file of the weights that rounds begin with; from trained weights, those that the run started from."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -122,6 +128,8 @@ class Session:
         watch: Finds losses that are not finite.
         skips: Leaves out steps whose losses are not finite, with ``on_nan="skip"``.
         average: Of the round's weights, with ``ema_decay``.
+        shares: Of the round's passes, if the recipe allocates them.
+        heads: By network, the classifier head that was fitted so far; ``None`` if the trained one is better.
         modes: In which modules train; what the user froze stays in evaluation mode.
         timing: When to report and to save.
     """
@@ -143,12 +151,14 @@ class Session:
     losses: dict[str, Tensor] = field(default_factory=dict)
     merging: MergeState = field(default_factory=MergeState)
     remade: set[str] = field(default_factory=set)
+    heads: dict[str, Head | None] = field(default_factory=dict)
     rewound: dict[str, Any] | None = None
     resumed: dict[str, Any] | None = None
     hooks: StepHooks = field(init=False)
     watch: LossWatch = field(init=False)
     skips: Skips | None = field(init=False)
     average: Average | None = field(init=False)
+    shares: PassShares | None = field(init=False)
     modes: TrainingModes = field(init=False)
     timing: Timing = field(init=False)
 
@@ -160,12 +170,17 @@ class Session:
         self.skips = Skips(model.parameters()) if execution.on_nan == "skip" else None
         self.modes = TrainingModes(model)
         self.average = None if execution.ema_decay is None else Average(model, execution.ema_decay)
+        allocation, rounds = self.options.recipe.allocation, self.options.rounds
+        self.shares = None
+        if allocation is not None:
+            self.shares = PassShares(allocation, self.networks(rounds), self.options.steps_of(rounds))
         self.timing = Timing(self.options.settings.output, self.ranks, self.interrupts)
 
     def context_at(self, round_: int, step: int) -> ScheduleContext:
         """What the recipe's schedule knows in a round's step."""
         options = self.options
-        return ScheduleContext(round_, step, options.steps_of(round_), self.networks(round_), options.seed)
+        due = {} if self.shares is None else self.shares.due()
+        return ScheduleContext(round_, step, options.steps_of(round_), self.networks(round_), options.seed, due)
 
     def step_at(self, round_: int, step: int) -> Step:
         """What a round's step does, by the recipe."""

@@ -66,7 +66,7 @@ ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
 
 INTEGERS: Mapping[str, float] = {
-    **dict.fromkeys(("epochs", "total_steps", "steps", "steps_per_epoch", "count", "rounds"), 1),
+    **dict.fromkeys(("total_steps", "steps", "steps_per_epoch", "count", "rounds"), 1),
     **dict.fromkeys(("recalibration_batches", "gradient_accumulation_steps"), 1),
     "rewind_epoch": 0,
     "seed": -math.inf,
@@ -74,11 +74,21 @@ INTEGERS: Mapping[str, float] = {
 """Whole numbers, and the least that each may be."""
 RANGES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("save_seconds", "save_minutes", "event_seconds"), ("at least 0", lambda x: x >= 0)),
-    **dict.fromkeys(("total_hours", "max_grad_norm"), ("above 0, and finite", lambda x: 0 < x < math.inf)),
+    **dict.fromkeys(
+        ("epochs", "total_hours", "learning_rate", "lowest", "highest", "max_grad_norm", "temperature"),
+        ("above 0, and finite", lambda x: 0 < x < math.inf),
+    ),
     "weight": ("in 0 … 1", lambda x: 0 <= x <= 1),
     "ema_decay": ("between 0 and 1", lambda x: 0 < x < 1),
 }
 """What other numbers must be, and whether they are."""
+EXAMPLES: Mapping[str, str] = {
+    "epochs": "epochs=20, or a fraction such as epochs=0.5",
+    "total_steps": "total_steps=400",
+    "total_hours": "total_hours=1.5",
+    "learning_rate": "learning_rate=0.01",
+}
+"""What may be typed instead of a number that is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +100,22 @@ class DistillationSettings:
             ``1 - weight``. A recipe may set its own weight instead, but 0 turns distillation off in every recipe.
         loss_fn: ``loss_fn(student_output, teacher_output) -> scalar``. Default: soft cross-entropy, for classification
             and language models with integer labels. Other tasks need their own function, or ``weight=0``.
+        temperature: Temperature T of the default loss, above 0: both outputs are divided by T, and the loss is
+            multiplied by T². Default: the recipe's. The size of gradients grows with T, and so does the effective
+            learning rate.
     """
 
     weight: float = 0.5
     loss_fn: DistillFn | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "weight")
+        _check_numbers(self, "weight", "temperature")
         _check_callable(self, "loss_fn")
+        if self.loss_fn is not None and self.temperature is not None:
+            raise TrainingError(
+                "DistillationSettings.temperature is for the default loss, and loss_fn replaces that: leave out one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +154,12 @@ class EvaluationSettings:
     Attributes:
         metric_mode: ``"max"`` if a larger metric is better, ``"min"`` if a smaller one is.
         recalibration_batches: Number of training batches from which a network's batch-norm statistics are computed
-            before it is measured.
+            before it is measured. A recipe that refits the classifier head fits it to the features of these batches.
+            Default: 48 for such recipes, otherwise 8.
     """
 
     metric_mode: Literal["max", "min"] = "max"
-    recalibration_batches: int = 8
+    recalibration_batches: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice(self, "metric_mode", ("max", "min"))
@@ -283,7 +302,8 @@ def check_numbers(owner: str = "", /, **values: Any) -> None:
     """
     for name, value in values.items():
         if value is not None and (rule := _broken_rule(name, value)) is not None:
-            raise TrainingError(f"{owner}{name} must be {rule}, got {shortened(value)}")
+            hint = f": write {EXAMPLES[name]}" if name in EXAMPLES else ""
+            raise TrainingError(f"{owner}{name} must be {rule}, got {shortened(value)}{hint}")
 
 
 def _broken_rule(name: str, value: Any) -> str | None:

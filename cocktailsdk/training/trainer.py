@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -17,6 +18,7 @@ from ..utils.devices import device_of
 from ..utils.fsdp import sharded
 from ..utils.modes import modes_restored
 from ..utils.undo import forked
+from .budget import RunLength
 from .data.batches import CachedBatches
 from .data.loader_state import generator_states, refuse_spent, set_generator_states
 from .distributed.launch import connected, launched, shard
@@ -30,9 +32,12 @@ from .keywords import current_keywords
 from .merge.merging import finish, merge_rounds
 from .metrics import MetricFn, mean_score
 from .open_session import open_session, training_started
-from .options import Loaders, OptimizerFactory, TrainerArguments, build_options
-from .planning import Costs, Plan, epochs_for, measure, plan
+from .optimizers import OptimizerFactory, OptimizerName, optimizer_line
+from .options import Loaders, TrainerArguments, build_options
+from .planning import Costs, Plan, length_for, measure, plan
+from .range_test import LearningRateSuggestion, suggest_rate
 from .recipes import Recipe
+from .refit import refit_head
 from .rounds import train_rounds
 from .schedules import ScheduleFactory
 from .session import Session
@@ -45,7 +50,7 @@ from .settings import (
     RoundSettings,
     Settings,
 )
-from .state.configuration import describe, fingerprint, stored_configuration
+from .state.configuration import describe, fingerprint, settings_line, stored_configuration
 from .state.history import History
 from .state.provenance import note_training
 from .state.store import FolderStore, MemoryStore, Store
@@ -55,6 +60,8 @@ from .step.forward import LossFn
 from .user_code import LoaderFailed, emit
 
 __all__ = ["CoTrainer"]
+
+log = logging.getLogger(__name__)
 
 NetT = TypeVar("NetT", bound=SubnetModel)
 
@@ -83,18 +90,23 @@ class CoTrainer(Generic[NetT]):
             whose mean over all batches is the metric; or a scalar, the batch's mean. Default: accuracy for
             classification, otherwise the negative loss; labels that the loss ignores do not count. A metric that is not
             finite is recorded as NaN, and never chosen.
-        epochs: Epochs of every round (paper, CIFAR-10: 150, the default). Finishing is added to the rounds;
-            ``Recipe.finishing`` sets its length.
+        epochs: Epochs of every round (paper, CIFAR-10: 150, the default). A fraction such as ``0.5`` is rounded to
+            whole optimizer steps, at least one. Finishing is added to the rounds; ``Recipe.finishing`` sets its length.
         total_steps: A budget of optimizer steps for the whole run, instead of ``epochs``; exactly so many are made.
             Finishing gets the recipe's share of them, rounds the rest in equal parts.
-        total_hours: A budget of hours instead of ``epochs``, merging included: a few steps are measured, and every
-            round gets as many whole epochs as fit. A run that is resumed keeps its number of epochs.
+        total_hours: A budget of hours instead of ``epochs``, merging included: a few steps are measured. A recipe with
+            one round then makes as many optimizer steps as fit; with several, every round gets as many whole epochs as
+            fit. A resumed run keeps its number of steps or epochs.
         start: ``"scratch"``; or ``"pretrained"``, where the weights of ``net`` are the rewind point and round 0 is
             skipped.
         recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
             :class:`~cocktailsdk.training.recipes.Recipe` of your own. ``"paper"`` is the method as published.
-        optimizer: ``optimizer(parameters) -> Optimizer``, called once a round; one that steps without a closure.
-            Default: the paper's SGD with momentum 0.9, weight decay 1e-4 and rate 0.1, or 0.01 from pretrained weights.
+        optimizer: ``"sgd"``, ``"adamw"``, or ``optimizer(parameters) -> Optimizer``, called once a round; one that
+            steps without a closure. Default: the paper's SGD with momentum 0.9, weight decay 1e-4 and rate 0.1, or 0.01
+            from pretrained weights. A recipe with ``optimizer_defaults="by model"`` looks at a pretrained model: SGD
+            with Nesterov momentum if it has batch norms, and AdamW if it has layer norms and no batch norms. See
+            :mod:`cocktailsdk.training.optimizers` for rates. The run logs its choice.
+        learning_rate: Replaces the rate of a default optimizer, or of one that is given by name.
         schedule: ``schedule(optimizer, steps) -> LRScheduler``, called once a round with the round's optimizer steps;
             it is stepped after *every optimizer step*. Default: the paper's cosine with warm restarts. See
             :mod:`cocktailsdk.training.schedules`.
@@ -140,12 +152,13 @@ class CoTrainer(Generic[NetT]):
         *,
         val_loader: Iterable[Any] | None = None,
         metric: MetricFn | None = None,
-        epochs: int | None = None,
+        epochs: float | None = None,
         total_steps: int | None = None,
         total_hours: float | None = None,
         start: Literal["scratch", "pretrained"] = "scratch",
-        recipe: str | Recipe = "cocktail",
-        optimizer: OptimizerFactory | None = None,
+        recipe: str | Recipe | None = None,
+        optimizer: OptimizerFactory | OptimizerName | None = None,
+        learning_rate: float | None = None,
         schedule: ScheduleFactory | None = None,
         out_dir: str | PathLike[str] | None = None,
         device: str | torch.device | None = None,
@@ -181,6 +194,7 @@ class CoTrainer(Generic[NetT]):
             start=start,
             recipe=recipe,
             optimizer=optimizer,
+            learning_rate=learning_rate,
             schedule=schedule,
             out_dir=out_dir,
             device=device,
@@ -204,22 +218,26 @@ class CoTrainer(Generic[NetT]):
         self._device = self._launch.device or device_of(net.model)
         self._loaders = Loaders.of(arguments, self.ranks)
         hours = arguments.total_hours
-        epochs = None if hours is None else self._resumed_epochs(hours)
-        self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
-        if hours is not None and epochs is None:
+        length = None if hours is None else self._resumed_length(hours)
+        given = arguments, net.model, self._plan, self._loaders, self._launch
+        self._options = build_options(*given, length)
+        if hours is not None and length is None:
             with self._measured() as (session, costs):
-                epochs = epochs_for(session, costs, hours)
-            self._options = build_options(arguments, self._plan, self._loaders, self._launch, epochs)
+                length = length_for(session, costs, hours)
+            self._options = build_options(*given, length)
         self.configuration = describe(net, self._options, arguments.settings.output.config)
         self.fingerprint = fingerprint(self.configuration)
 
-    def _resumed_epochs(self, hours: float) -> int | None:
-        """The epochs of a run in this folder that had the same budget of hours."""
+    def _resumed_length(self, hours: float) -> RunLength | None:
+        """The length of a run in this folder that had the same budget of hours."""
         if self._arguments.out_folder is None:
             return None
         folder = self._arguments.out_folder / "state"
         training = self.ranks.from_main(lambda: stored_configuration(folder)).get("training", {})
-        return training.get("epochs") if training.get("total_hours") == hours else None
+        if training.get("total_hours") != hours or "epochs" not in training:
+            return None
+        steps = training.get("steps")  # of a recipe with one round, unless they make whole epochs
+        return RunLength(training["epochs"]) if steps is None else RunLength(total_steps=sum(steps))
 
     def fit(self) -> NetT:
         """Train all rounds, merge them, and give every network its statistics and metric.
@@ -250,10 +268,14 @@ class CoTrainer(Generic[NetT]):
             self.history = session.history
             with ending(session, self.configuration):
                 if session.position.phase != "done":
+                    chosen = optimizer_line(self.configuration["optimizer"], self._options.optimizer_reason)
+                    log.info("optimizer: %s", chosen)
+                    log.info("settings: %s", settings_line(self.configuration))
                     emit(session, training_started(session))
                     train_rounds(session, "train")
                     merge_rounds(session)
                     train_rounds(session, "finishing")
+                    refit_head(session)
                     finish(session)
                 shown = {key: self.configuration[key] for key in ("training", "optimizer", "schedule", "config")}
                 note_training(net, {"fingerprint": self.fingerprint, **shown}, self._arguments.train_loader)
@@ -312,8 +334,8 @@ class CoTrainer(Generic[NetT]):
 
     @property
     def parameters_stored(self) -> int:
-        """How many parameters hold all networks: those of the model where all share one set of weights."""
-        return stored_params(self.net.coupling, self.net.masks, self.history.weights)
+        """How many parameters hold all networks: those of the model where all share one set, and private tensors."""
+        return stored_params(self.net.coupling, self.net.masks, self.history.weights, self.net.private)
 
     def plan(self) -> Plan:
         """What the run will do, how long it takes and what memory it needs, measured on a few steps.
@@ -323,8 +345,43 @@ class CoTrainer(Generic[NetT]):
         with self._measured() as (session, costs):
             return plan(session, costs)
 
+    def suggest_lr(
+        self, steps: int = 60, *, lowest: float | None = None, highest: float | None = None
+    ) -> LearningRateSuggestion:
+        """Suggest a learning rate: train a few steps while the rate rises, and see where the loss is lowest.
+
+        The steps train the networks of the first round as the recipe does, with the loss of training, distillation
+        included. Nothing is changed: weights, statistics, loaders and random generators are put back. The same seed
+        gives the same suggestion.
+
+        Args:
+            steps: Optimizer steps of the test. It takes about as long as three times so many steps of training.
+            lowest: The first rate. Default: the optimizer's own divided by 30.
+            highest: The last rate. Default: 30 times the optimizer's own.
+
+        Raises:
+            TrainingError: There is no rate to suggest, or there are several processes; says what to type.
+
+        Example:
+            ```python
+            suggestion = cocktail.CoTrainer(net, train_loader, loss_fn, start="pretrained").suggest_lr()
+            print(suggestion)
+            trainer = cocktail.CoTrainer(
+                net, train_loader, loss_fn, start="pretrained", learning_rate=suggestion.rate
+            )
+            ```
+        """
+        with self._dry_session() as session:
+            return suggest_rate(session, steps=steps, lowest=lowest, highest=highest)
+
     @contextmanager
     def _measured(self) -> Iterator[tuple[Session, Costs]]:
+        with self._dry_session() as session:
+            yield session, measure(session)
+
+    @contextmanager
+    def _dry_session(self) -> Iterator[Session]:
+        """A session of which nothing is kept; the net's weights are put back by what is done inside."""
         self.net.switch(DENSE)
         self.net.to(self._device)
         states = generator_states(self._loaders.train)
@@ -332,10 +389,9 @@ class CoTrainer(Generic[NetT]):
             with without_autocast(self._device), forked():
                 session = self._open(Interrupts(), MemoryStore())
                 try:
-                    costs = measure(session)
+                    yield session
                 except LoaderFailed as failed:
                     raise TrainingError(str(failed)) from failed.__cause__
-                yield session, costs
         finally:
             set_generator_states(self._loaders.train, states)
 

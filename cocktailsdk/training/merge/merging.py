@@ -11,9 +11,10 @@ from ...patterns.base import DENSE
 from ...utils.batchnorm import statistics_of
 from ...utils.fsdp import like, local
 from ..checkpoints import save, save_if_due, save_if_late
-from ..evaluation import displayed, measure, recalibrate
+from ..evaluation import compare_dense, displayed, measure, recalibrate
 from ..events import AlphaChosen, MergeProgress, MergeStarted, NetworkFinished
 from ..left_out import check_trained
+from ..need import warn_if_improving
 from ..session import Session, load_tensors, model_tensors
 from ..user_code import emit, guarded_batches
 from .alpha_search import Choice, interpolate
@@ -64,7 +65,7 @@ def merge_rounds(session: Session) -> None:
     if options.finishing_epochs:
         session.position.phase, session.position.round = "finishing", options.finishing_round
     else:
-        session.position.phase = "finish"
+        session.position.phase = "finish" if options.recipe.refit_head == "none" else "refit"
     save(session)
 
 
@@ -145,13 +146,17 @@ def finish(session: Session) -> None:
             session.options.recipe.name,
             len(own.keys() - {DENSE}),
         )
+    compare_dense(session)
+    warn_if_improving(session)
     position.phase, position.step = "done", 0
     save(session)
 
 
 def _tracked(session: Session) -> dict[str, dict[str, Tensor]]:
-    """Running statistics that each network kept in a last round in which all were trained."""
+    """Statistics that networks have already: of a last round in which all trained, or measured with their heads."""
     options = session.options
+    if options.recipe.refit_head != "none":
+        return dict(session.net.statistics)
     together = options.finishing_epochs or options.recipe.rounds == "one"
     if options.recipe.statistics != "separate" or not together:
         return {}

@@ -10,18 +10,33 @@ from types import MappingProxyType
 from ...errors import TrainingError
 from ..rivals.alternating import Alternating
 from ..rivals.phases import Phases
+from .allocation import PassAllocation
 from .recipe import Recipe
 from .steps import Sandwich, Single
 
-__all__ = ["recipe_named", "recipes"]
+__all__ = ["default_recipe", "recipe_named", "recipes"]
 
 PAPER = Recipe(name="paper")
 COCKTAIL = replace(PAPER, name="cocktail", rewind=False, merging="none", finishing=0.5)
+PRETRAINED = Recipe(
+    name="pretrained",
+    schedule="need",
+    masks="own",
+    rounds="one",
+    teacher="frozen",
+    temperature=None,
+    decay="cosine",
+    optimizer_defaults="by model",
+    allocation=PassAllocation(),
+    refit_head="auto",
+    merging="none",
+)
 ONE_ROUND = Recipe(name="one round", masks="own", rounds="one", distill=False, merging="none")
 US_NET = replace(ONE_ROUND, name="us-net", schedule=Sandwich(), distill=1.0)
 
 _ALL = (
     COCKTAIL,
+    PRETRAINED,
     PAPER,
     replace(PAPER, name="paper-finishing", finishing=0.25, same_batch=True),
     # the paper's ablations
@@ -56,6 +71,11 @@ _RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recip
 def recipes() -> Mapping[str, Recipe]:
     """All recipes that have a name, by it."""
     return _RECIPES
+
+
+def default_recipe(start: str) -> Recipe:
+    """The recipe of a run that names none: ``"pretrained"`` from trained weights, otherwise ``"cocktail"``."""
+    return PRETRAINED if start == "pretrained" else COCKTAIL
 
 
 def recipe_named(name: str) -> Recipe:

@@ -9,12 +9,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
 from ..step.hooks import StepHook, StepHooks
+from .allocation import PassAllocation
 from .masks import MASK_RULES, MaskRule
 from .steps import SCHEDULES, StepSchedule
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "check_start"]
 
 Plan = tuple[dict[str, tuple[Subnet, ...]], ...]
+NEW = frozenset({"hooks", "teacher", "temperature", "decay", "allocation", "refit_head", "optimizer_defaults"})
+"""Fields that recipes of release 0.1 did not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class Recipe:
     Attributes:
         name: What it is called in reports.
         schedule: Which networks each mini-batch trains: a name (``"pivot"``, ``"rotation"``, ``"sandwich"``,
-            ``"single"``) or a function from a :class:`~.steps.ScheduleContext` to a :class:`~.steps.Step`.
+            ``"single"``, ``"need"``) or a function from a :class:`~.steps.ScheduleContext` to a :class:`~.steps.Step`.
         masks: How a round's masks are made: ``"umg"`` (paper, section 3.2), ``"own"`` (each pattern for itself),
             ``"tickets"`` (likewise; what does not nest is cut from the dense round's weights), ``"refilling"``, or a
             function from a :class:`~.masks.Pruning` to masks by subnet name.
@@ -33,6 +36,17 @@ class Recipe:
         rewind: Whether rounds begin from the rewind point (paper, section 3.1) or from where the one before ended.
         distill: Weight of the distillation loss on sparse passes, in [0, 1]; ``True`` for that of the trainer
             (``DistillationSettings.weight``) or of ``CoLoop`` (``distill_weight``), ``False`` for none.
+        teacher: Whose outputs the distillation loss compares with: ``"dense"``, the dense network as it stands (paper,
+            section 3.2), or ``"frozen"``, a copy of the weights and statistics that the run starts from, in evaluation
+            mode. A frozen teacher teaches the dense network too, and needs ``start="pretrained"``.
+        temperature: Temperature T of the distillation loss; ``DistillationSettings.temperature`` replaces it. ``None``
+            chooses by the task: 8 for logits of shape ``(batch, classes)``, otherwise 1.
+        decay: Default learning-rate schedule of a round: ``"restarts"`` (paper, section 4.1) or ``"cosine"``, which
+            reaches 0 with the last step.
+        allocation: How passes are divided among the networks, for ``schedule="need"``.
+        refit_head: What becomes of a linear classifier head after training. ``"shared"``: one head is fitted to the
+            features of all networks. ``"own"``: each subnet gets a head of its own. ``"auto"``: ``"own"`` if all heads
+            together take at most a tenth of the model's bytes, otherwise ``"shared"``. ``"none"``: it stays.
         update: On sparse steps momentum and weight decay go on moving masked weights (``"all"``, as the paper's code
             does) or leave them (``"active"``).
         statistics: Running batch-norm statistics while training are those of all networks (``"shared"``) or each
@@ -55,6 +69,8 @@ class Recipe:
         only: The only patterns that it may have; empty for any.
         hooks: What happens between steps besides training: see :mod:`~cocktailsdk.training.step.hooks`. A schedule
             that is a hook itself is not named again. Every run works on copies.
+        optimizer_defaults: Which optimizer trains pretrained weights if none is given: the ``"paper"``'s SGD, or one
+            that is chosen ``"by model"``: see :mod:`~cocktailsdk.training.optimizers`. From scratch it is the paper's.
 
     Raises:
         TrainingError: A field makes no sense; it is named.
@@ -66,6 +82,11 @@ class Recipe:
     rounds: Literal["levels", "one"] = "levels"
     rewind: bool = True
     distill: bool | float = True
+    teacher: Literal["dense", "frozen"] = "dense"
+    temperature: float | None = 1.0
+    decay: Literal["restarts", "cosine"] = "restarts"
+    allocation: PassAllocation | None = None
+    refit_head: Literal["none", "shared", "own", "auto"] = "none"
     update: Literal["all", "active"] = "all"
     statistics: Literal["shared", "separate"] = "shared"
     same_batch: bool = False
@@ -78,6 +99,7 @@ class Recipe:
     needs: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     hooks: tuple[StepHook, ...] = ()
+    optimizer_defaults: Literal["paper", "by model"] = "paper"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)
@@ -94,6 +116,14 @@ class Recipe:
             raise self._error("hooks", "must be a tuple of StepHook instances")
         if not 0 <= self.distill <= 1:
             raise self._error("distill", "must be True, False or a share in 0 … 1")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise self._error("temperature", "must be above 0, or None")
+        if self.allocation is not None and not isinstance(self.allocation, PassAllocation):
+            raise self._error("allocation", "must be a PassAllocation")
+        if self.schedule == "need" and (self.allocation is None or self.rounds != "one"):
+            raise self._error("schedule", 'goes with rounds="one" and an allocation=PassAllocation(...)')
+        if self.refit_head != "none" and (self.weights == "own" or self.rounds != "one"):
+            raise self._error("refit_head", 'is for rounds="one" and weights="shared"')
         if not 0 <= self.finishing < 1:
             raise self._error("finishing", "must be a share of the steps, in 0 … 1, below 1")
         if not self.finishing_rate > 0:
@@ -187,10 +217,26 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """All fields as JSON values; of functions the name, of dataclass instances also their fields.
 
-        ``hooks`` are described where the recipe names some: runs of releases that had none can then be resumed.
+        Fields that a release had not yet are described where they are not at their defaults: its runs can then be
+        resumed.
         """
-        described = {field.name: _described(getattr(self, field.name)) for field in fields(self)}
-        return described if self.hooks else {name: value for name, value in described.items() if name != "hooks"}
+        plain = {
+            field.name for field in fields(self) if field.name in NEW and getattr(self, field.name) == field.default
+        }
+        return {f.name: _described(getattr(self, f.name)) for f in fields(self) if f.name not in plain}
+
+
+def check_start(recipe: Recipe, start: str) -> None:
+    """See that a recipe goes with where a run's weights come from.
+
+    Raises:
+        TrainingError: The untrained weights of a run from scratch would be its teacher.
+    """
+    if recipe.teacher == "frozen" and start == "scratch":
+        raise TrainingError(
+            f"recipe {recipe.name!r} has the weights that the run starts from as its teacher, and start={start!r} says "
+            'that they are untrained: give start="pretrained", or another recipe, such as recipe="cocktail"'
+        )
 
 
 def _described(value: Any) -> Any:

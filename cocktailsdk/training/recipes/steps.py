@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...moved import moved_names, renamed_fields
 from ...patterns.base import DENSE
@@ -24,6 +24,7 @@ __all__ = [
     "Step",
     "StepSchedule",
     "SubnetPass",
+    "need",
     "rotation",
 ]
 
@@ -44,6 +45,8 @@ class ScheduleContext:
         steps: Optimizer steps of the round in all.
         subnets: The round's subnets by pattern, from the least sparse; patterns in the net's order.
         seed: The run's.
+        due: By network, the dense one among them, the passes that it is owed by the recipe's
+            :class:`~.allocation.PassAllocation`: below 0 if it had more than its share. Empty without an allocation.
     """
 
     round: int
@@ -51,6 +54,7 @@ class ScheduleContext:
     steps: int
     subnets: Mapping[str, tuple[str, ...]]
     seed: int = 0
+    due: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,10 +180,17 @@ class Sandwich:
         return Step((SubnetPass(DENSE), *(SubnetPass(name, draw.choice(self.resolutions)) for name in chosen)))
 
 
+def need(context: ScheduleContext) -> Step:
+    """The network that is owed most passes; the first of several."""
+    due = context.due
+    return Step((SubnetPass(max(due, key=lambda name: due[name])),)) if due else DENSE_STEP
+
+
 SCHEDULES: Mapping[str, StepSchedule] = {
     "pivot": Pivot(),
     "rotation": rotation,
     "single": Single(),
     "sandwich": Sandwich(),
+    "need": need,
 }
 """Schedules that a recipe may name."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sized
 from fractions import Fraction
 from typing import Any
@@ -26,7 +27,7 @@ __all__ = ["Foreign", "check_classes", "check_masks", "check_state", "hook_state
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_PHASES = ("train", "merge", "finishing", "finish", "done")
+_PHASES = ("train", "merge", "finishing", "refit", "finish", "done")
 _LIKE_PARAMETER = frozenset[str]().union(
     ("momentum_buffer",),  # SGD, RMSprop
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # Adam and its kin
@@ -93,8 +94,15 @@ def check_state(
     for name, own in _of_networks("statistics", state["statistics"], net):
         _require(isinstance(own, dict), f"the statistics of {name!r} are", own)
         _check_tensors("statistics", own, shapes)
+    for name, own in _of_networks("private tensors", state.get("private", {}), net):
+        _require(isinstance(own, dict), f"the private tensors of {name!r} are", own)
+        _check_tensors("private tensors", own, parameters)
+    for name, head in _of_networks("heads", state.get("heads", {}), net):
+        fits = head is None or (isinstance(head, dict) and isinstance(head.get("weight"), Tensor))
+        _require(fits and (head is None or head.keys() == {"weight", "bias"}), f"the head of {name!r} is", head)
     _check_numbers(state, net)
     _check_average(state.get("average"), parameters, options)
+    _check_shares(state, net, options)
     check_masks(state["masks"], net)
     _check_optimization(state, net, options)
     _check_files(state["position"], files, tensors, net, options, shapes)
@@ -293,6 +301,26 @@ def _check_average(said: Any, parameters: Shapes, options: Options) -> None:
     fits = isinstance(said, dict) and type(said.get("steps")) is int and isinstance(said.get("values"), dict)
     _require(fits, "its average is", said)
     _check_tensors("average", said["values"], parameters)
+
+
+def _check_shares(state: dict[str, Any], net: SubnetModel, options: Options) -> None:
+    """What networks are owed, and what was measured of them."""
+    if options.recipe.allocation is None:
+        return
+    owed = state.get("owed")
+    fits = isinstance(owed, dict) and all(isinstance(v, float) and math.isfinite(v) for v in owed.values())
+    _require(fits, "the passes that networks are owed are", owed)
+    _of_networks("owed passes", owed or {}, net)
+    for one in state["history"].get("measured", []):
+        fits = (
+            isinstance(one, dict)
+            and one.keys() == {"step", "losses", "accuracies", "shares"}
+            and _is_count(one["step"])
+        )
+        for values in (one["losses"], one["shares"]) if fits else ():
+            fits = fits and isinstance(values, dict) and values.keys() == set(net.names)
+            fits = fits and all(isinstance(value, float) for value in values.values())
+        _require(fits, "it has measured", one)
 
 
 def _check_optimization(state: dict[str, Any], net: SubnetModel, options: Options) -> None:

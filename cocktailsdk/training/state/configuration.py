@@ -17,7 +17,7 @@ from ...utils.blame import blamed
 from ..optimization import OPTIMIZER_HINT, SCHEDULE_HINT, check_optimizer, check_schedule
 from ..options import Options
 
-__all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "stored_configuration"]
+__all__ = ["CONFIGURATION", "describe", "differences", "fingerprint", "settings_line", "stored_configuration"]
 
 CONFIGURATION = "configuration.json"
 """The file that holds it, beside a run's state."""
@@ -52,7 +52,7 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
         "steps_per_epoch": options.steps_per_epoch,
         "start": options.start,
         "merge": settings.rounds.merge,
-        "recalibration_batches": settings.evaluation.recalibration_batches,
+        "recalibration_batches": options.recalibration_batches,
         "seed": options.seed,
         "loss_fn": _name(options.loss_fn),
         "forward_fn": _name(options.forward_fn),
@@ -83,6 +83,7 @@ def _execution(options: Options) -> dict[str, Any]:
         "clip_norm": (None, execution.max_grad_norm),
         "sync_batch_norm": (False, execution.sync_batch_norm),
         "ema": (None, execution.ema_decay),
+        "temperature": (None, options.settings.distillation.temperature),
     }
     return {name: chosen for name, (plain, chosen) in plain_and_chosen.items() if chosen != plain}
 
@@ -121,6 +122,31 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
+    return str(value)
+
+
+def settings_line(configuration: Mapping[str, Any]) -> str:
+    """Every setting of a run, defaults included, as one line of text: ``recipe.name=pretrained, epochs=10, …``."""
+    training = configuration["training"]
+    optimizer = dict(configuration["optimizer"]["groups"][0])
+    parts = {**training, "optimizer": {"class": configuration["optimizer"]["class"], **optimizer}}
+    rates = configuration["schedule"]["rates"]
+    parts["schedule"] = {"class": configuration["schedule"]["class"], **({"rates": rates} if rates else {})}
+    return ", ".join(f"{name}={_setting(value)}" for name, value in _flat(parts).items() if value is not None)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return f"[{' '.join(map(_setting, value))}]"
     return str(value)
 
 

@@ -52,6 +52,11 @@ class History:
         steps: Optimizer steps done.
         passes: Forward and backward passes of them: as many, but where a step trains several networks.
         skipped: Steps left out since their loss or gradients were not finite; ``steps`` does not count them.
+        measured: With a recipe that shares passes by need, one entry for each measurement: ``{"step": 40, "losses":
+            {…}, "accuracies": {…}, "shares": {…}}``, with the held-out loss of each network, its accuracy if that is
+            the run's metric, and its share of the passes after the measurement.
+        before: The dense network's held-out metric with the weights that the run started from, if it started from
+            trained weights.
         weights: By network the stored weights that it has for its own; the others share the net's.
         seconds: Time spent, over all calls.
     """
@@ -69,6 +74,8 @@ class History:
     steps: int = 0
     passes: int = 0
     skipped: int = 0
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -91,10 +98,10 @@ class Position:
         round: The round.
         entered: Whether the round's masks are made and its weights rewound.
         epoch: Epoch in the round.
-        step: Steps of the epoch that are done; in the phase ``"finish"``, networks that have their statistics.
+        step: Steps of the epoch that are done; in the phases ``"refit"`` and ``"finish"``, networks that are done.
     """
 
-    phase: Literal["train", "merge", "finishing", "finish", "done"]
+    phase: Literal["train", "merge", "finishing", "refit", "finish", "done"]
     round: int
     entered: bool = False
     epoch: int = 0

@@ -73,8 +73,8 @@ class StepEngine:
         self.parameters = dict(net.model.named_parameters())
 
     def needs_teacher(self, subnet: str) -> bool:
-        """Whether a pass learns from the dense network's output."""
-        return subnet != DENSE and bool(self.distillation.weight)
+        """Whether a pass learns from a teacher's output. The dense network has a teacher only if that is frozen."""
+        return bool(self.distillation.weight) and (subnet != DENSE or self._execution.frozen is not None)
 
     @contextmanager
     def active(self, subnet: str, batch: Any = None, teacher: Any = None) -> Iterator[ActivePass]:
@@ -140,7 +140,7 @@ class ActivePass:
     Attributes:
         engine: Which made it.
         subnet: Which network is active.
-        teacher: The dense network's output for the batch; ``None`` where nothing is distilled.
+        teacher: The teacher's output for the batch; ``None`` where nothing is distilled.
     """
 
     engine: StepEngine
@@ -150,8 +150,8 @@ class ActivePass:
     def loss(
         self, loss: Float[Tensor, ""], output: Any, target: Any, loss_fn: LossFn | None = None
     ) -> Float[Tensor, ""]:
-        """What backward is called on: the loss from the labels, with distillation for subnets."""
-        if self.subnet == DENSE:
+        """What backward is called on: the loss from the labels, with distillation if the pass has a teacher."""
+        if not self.engine.needs_teacher(self.subnet):
             return loss
         return self.engine.distillation(loss, output, self.teacher, target, loss_fn)
 
@@ -213,7 +213,8 @@ class Stepper:
     @classmethod
     def of(cls, net: SubnetModel, execution: Execution, options: Options, classes: Classes | None) -> Stepper:
         """The stepper that a run asks for."""
-        distillation = Distillation(options.distillation, options.settings.distillation.loss_fn, classes)
+        given = options.settings.distillation
+        distillation = Distillation(options.distillation, given.loss_fn, classes, options.temperature)
         active, separate = options.recipe.update == "active", options.recipe.statistics == "separate"
         return cls(net, execution, options.loss_fn, distillation, active=active, separate=separate)
 
@@ -267,6 +268,19 @@ class Stepper:
             hooks("after_update")
         return StepResult(losses, teacher, overflowed)
 
+    @torch.no_grad()
+    def loss(self, subnet: str, batch: Any) -> Float[Tensor, ""]:
+        """A network's loss on a batch, as a pass of a step computes it, without backward.
+
+        Args:
+            subnet: Which network; the dense one must be active.
+            batch: On the model's device.
+        """
+        engine = self._engine
+        with engine.active(subnet, inputs_of(batch)) as active:
+            output, target = self._execution.student(inputs_of(batch))
+            return active.loss(loss_of(output, target, self._loss_fn), output, target, self._loss_fn)
+
     def _pass(
         self,
         one: SubnetPass,
@@ -290,7 +304,9 @@ class Stepper:
                     loss = active.loss(loss_of(output, target, self._loss_fn), output, target, self._loss_fn)
                     losses.append(execution.backward(loss, share, scaler))
                 if keep_teacher and engine.distillation.weight:
-                    outputs.append(detached(output) if one.subnet == DENSE else active.teacher)
+                    # the dense network's output teaches the passes after it, unless the teacher is frozen
+                    taught = engine.needs_teacher(one.subnet)
+                    outputs.append(active.teacher if taught else detached(output))
         # an output of the dense network is of this step's batches: whatever taught before the dense pass is not needed
         known_after = outputs or (None if one.subnet == DENSE else teacher)
         return sum(losses[1:], losses[0]), known_after

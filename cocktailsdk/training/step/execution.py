@@ -22,6 +22,7 @@ from ..distributed.ranks import SINGLE, Ranks
 from ..distributed.sharing import examples, inputs_of
 from .distill import Classes, untouched_buffers
 from .forward import ForwardFn, LossFn, loss_of, mapped
+from .teacher import FrozenTeacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,6 +92,7 @@ class Execution:
         precision: Of training passes.
         device: Of the model.
         sharded: Whether each process has a part of the weights (FSDP2).
+        frozen: Teaches in place of the dense network as it stands, and the dense network too.
 
     Args:
         model: The user's own.
@@ -123,6 +125,7 @@ class Execution:
         self._norms = synchronised_norms(model, self.device) if sync_batch_norm and ranks.world > 1 else []
         self._parameters = list(model.parameters())
         self._wrapped: nn.Module | None = None
+        self.frozen: FrozenTeacher | None = None
         self.sharded = sharded(model)
         self._shards = shards(model) if self.sharded else []
         if self.sharded and precision.name == "fp16":
@@ -170,10 +173,22 @@ class Execution:
 
     @torch.no_grad()
     def teacher(self, batch: Any) -> Any:
-        """The output of a pass in train mode that leaves no trace in gradients or statistics."""
+        """The teacher's output; neither gradients nor statistics change. The dense weights must be in place.
+
+        A frozen teacher evaluates. The dense network as it stands is in train mode, as the student is.
+        """
+        if self.frozen is not None:
+            with self.frozen.active():
+                return self.precision.passes(lambda: self._forward(self._model, batch), self.device)[0]
         with untouched_buffers(self._model), self._synchronised():
             output, _ = self.precision.passes(lambda: self._forward(self._model, batch), self.device)
         return output
+
+    @torch.no_grad()
+    def measured(self, batch: Any) -> tuple[Any, Any]:
+        """Output and target of a pass that no gradients are wanted of, in the modes that the model is in."""
+        with self._synchronised():
+            return self.precision.passes(lambda: self._forward(self._model, inputs_of(batch)), self.device)
 
     @contextmanager
     def _synchronised(self) -> Iterator[None]:
