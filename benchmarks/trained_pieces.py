@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from result_rows import Row, kind_of
+from torch.optim import SGD
 from trained_runs import Alone, CoTrained, Run, Runs, TorchPruned, Untrained
 from trained_tasks import TASKS
 
 import cocktailsdk as cocktail
-from cocktailsdk.training.recipes import recipe_named
+from cocktailsdk.training.recipes import PassAllocation, recipe_named
 from cocktailsdk.training.schedules import cosine, cosine_restarts
+from cocktailsdk.training.step.hooks import StepContext, StepHook
 
 B = 400
 """Student passes of a run on ResNet-20; each of 24 networks has a 24th of them where all have as many."""
@@ -25,13 +28,6 @@ RATES = (0.02, 0.05)
 
 PROBES = {"unstructured": "unstructured@0.893", "n:m": "2:4", "channel": "channel@0.469"}
 """The subnetwork that a pattern's rate is chosen by."""
-
-LEVERS: Mapping[str, Mapping[str, Any]] = {
-    "ema 0.97": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
-    "recalibration 8": {"evaluation": cocktail.EvaluationSettings(recalibration_batches=8)},
-    "recalibration 48": {"evaluation": cocktail.EvaluationSettings(recalibration_batches=48)},
-}
-"""Keywords of the trainer by which a run differs from our default; each is judged alone."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +136,58 @@ MUTUALNET = replace(US_NET, name="mutualnet", recipe="mutualnet")
 AST = CoTrained(name="ast", budget=B, recipe="ast", patterns=("unstructured",), schedule=cosine())
 
 
+@dataclass(frozen=True)
+class Refresh(StepHook):
+    """Makes all masks anew once, from co-trained weights.
+
+    Attributes:
+        at: Share of the run's steps before that.
+    """
+
+    at: float = 0.35
+
+    def before_step(self, context: StepContext) -> None:
+        """At the one step."""
+        if context.schedule.step == round(self.at * context.schedule.steps):
+            context.remake_masks(context.schedule.names)
+
+
+def variant(**changes: Any) -> dict[str, Any]:
+    """Our recipe with some fields changed."""
+    return {"recipe": replace(recipe_named("pretrained"), **changes)}
+
+
+def _distilled(temperature: float) -> dict[str, Any]:
+    return {"options": {"distillation": cocktail.DistillationSettings(temperature=temperature)}}
+
+
+def _recalibrated(batches: int) -> dict[str, Any]:
+    return {"options": {"evaluation": cocktail.EvaluationSettings(recalibration_batches=batches)}}
+
+
+NESTEROV = partial(SGD, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+
+LEVERS: Mapping[str, Mapping[str, Any]] = {
+    "temperature 1": _distilled(1.0),
+    "temperature 1, rate 0.05": {**_distilled(1.0), "rate": 0.05},  # gradients grow with the temperature
+    "temperature 4": _distilled(4.0),
+    "temperature 4, rate 0.02": {**_distilled(4.0), "rate": 0.02},
+    "rate 0.02": {"rate": 0.02},
+    "shares by place": variant(allocation=PassAllocation(measure_at=(), floor=0.0)),
+    "equal shares": variant(allocation=PassAllocation(floor=1.0)),
+    "dense share 0.3": variant(allocation=PassAllocation(dense=0.3)),
+    "head not refitted": variant(refit_head="none"),
+    "one head refitted": variant(refit_head="shared"),
+    "teacher dense": variant(teacher="dense"),
+    "masks refreshed once": variant(hooks=(Refresh(),)),
+    "ema 0.97": {"options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)}},
+    "nesterov": {"options": {"optimizer": NESTEROV}},
+    "recalibration 8": _recalibrated(8),
+    "recalibration 160": _recalibrated(160),
+}
+"""By name the fields by which a run differs from ours; each is judged alone."""
+
+
 def _single(run: Run) -> Runs:
     return lambda rows, seeds: iter([run])
 
@@ -160,10 +208,8 @@ PIECES: dict[str, Piece] = {
     "alone-2b": Piece("resnet20", "five subnetworks alone, 2 B passes", _alone_twice),
     "alone-distilled": Piece("resnet20", "five alone, taught as in ours", _alone_distilled),
     **{
-        f"lever:{name}": Piece(
-            "resnet20", f"ours with {name}", _single(replace(OURS, name=f"lever {name}", options=options))
-        )
-        for name, options in LEVERS.items()
+        f"lever:{name}": Piece("resnet20", f"ours, {name}", _single(replace(OURS, name=f"lever {name}", **changes)))
+        for name, changes in LEVERS.items()
     },
 }
 """The pieces, by name, in the order in which they are run. The long ones on other tasks are added where asked for."""
@@ -192,8 +238,11 @@ def effnet_pieces(passes: int = 600) -> dict[str, Piece]:
             yield Alone(name=alone_name(subnet), budget=passes, rate=0.02, subnet=subnet)
 
     start, ours = Untrained(name="start", budget=0), replace(OURS, budget=passes)
+    # a classifier that was trained on frozen features is a poor teacher of the whole model
+    untaught = replace(ours, name="ours, dense teacher", **variant(teacher="dense"))
     return {
         "effnet:start": Piece("effnet", "no training but of the classifier", _single(start)),
         "effnet": Piece("effnet", f"the default for trained weights, {passes} passes", _single(ours)),
+        "effnet:dense-teacher": Piece("effnet", "the same, taught by the dense network", _single(untaught)),
         "effnet:alone": Piece("effnet", f"three subnetworks alone, {passes} passes each", alone),
     }

@@ -241,7 +241,9 @@ class CoTrained(Run):
         return Measured(found, history.passes, self._teacher_passes(history.passes, given), seconds, details)
 
     def _teacher_passes(self, passes: int, given: Mapping[str, int]) -> int:
-        recipe = self.recipe if isinstance(self.recipe, Recipe) else recipe_named(self.recipe or "cocktail")
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else recipe_named(self.recipe or "pretrained")
+        if recipe.teacher == "frozen":
+            return passes
         if not recipe.distill or self.passes_per_step > 1:
             return 0  # in a sandwich, the dense network's own pass teaches
         return passes - given.get(DENSE, 0)
