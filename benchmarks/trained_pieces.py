@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from result_rows import Row, kind_of
-from torch.optim import SGD
 from trained_runs import Alone, CoTrained, Run, Runs, TorchPruned, Untrained
-from trained_tasks import TASKS
+from trained_tasks import TASKS, sgd
 
 import cocktailsdk as cocktail
 from cocktailsdk.training.recipes import PassAllocation, recipe_named
@@ -157,22 +155,20 @@ def variant(**changes: Any) -> dict[str, Any]:
     return {"recipe": replace(recipe_named("pretrained"), **changes)}
 
 
-def _distilled(temperature: float) -> dict[str, Any]:
-    return {"options": {"distillation": cocktail.DistillationSettings(temperature=temperature)}}
+def _distilled(temperature: float, **options: Any) -> dict[str, Any]:
+    return {"options": {"distillation": cocktail.DistillationSettings(temperature=temperature), **options}}
 
 
 def _recalibrated(batches: int) -> dict[str, Any]:
     return {"options": {"evaluation": cocktail.EvaluationSettings(recalibration_batches=batches)}}
 
 
-NESTEROV = partial(SGD, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
-
 LEVERS: Mapping[str, Mapping[str, Any]] = {
     "temperature 1": _distilled(1.0),
-    "temperature 1, rate 0.05": {**_distilled(1.0), "rate": 0.05},  # gradients grow with the temperature
+    "temperature 1, rate 0.05": _distilled(1.0, learning_rate=0.05),  # gradients grow with the temperature
     "temperature 4": _distilled(4.0),
-    "temperature 4, rate 0.02": {**_distilled(4.0), "rate": 0.02},
-    "rate 0.02": {"rate": 0.02},
+    "temperature 4, rate 0.02": _distilled(4.0, learning_rate=0.02),
+    "rate 0.02": {"options": {"learning_rate": 0.02}},
     "shares by place": variant(allocation=PassAllocation(measure_at=(), floor=0.0)),
     "equal shares": variant(allocation=PassAllocation(floor=1.0)),
     "dense share 0.3": variant(allocation=PassAllocation(dense=0.3)),
@@ -180,8 +176,13 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "one head refitted": variant(refit_head="shared"),
     "teacher dense": variant(teacher="dense"),
     "masks refreshed once": variant(hooks=(Refresh(),)),
+    "need to the power 1": variant(allocation=PassAllocation(power=1.0)),
     "ema 0.97": {"options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)}},
-    "nesterov": {"options": {"optimizer": NESTEROV}},
+    "shares by place, ema 0.97": {
+        **variant(allocation=PassAllocation(measure_at=(), floor=0.0)),
+        "options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
+    },
+    "no nesterov": {"options": {"optimizer": sgd(0.01)}},
     "recalibration 8": _recalibrated(8),
     "recalibration 160": _recalibrated(160),
 }

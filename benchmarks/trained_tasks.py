@@ -137,7 +137,7 @@ def _split(
     images = images[:count]  # classes alternate, so the first images are balanced
     return Loaders(
         TensorLoader(images[: count - HELD_OUT], batch, train, shuffle=True, drop_last=True),
-        TensorLoader(images[count - HELD_OUT :], 500, plain),
+        TensorLoader(images[count - HELD_OUT :], 128, plain),
         TensorLoader(test, 500, plain),
     )
 
