@@ -150,7 +150,7 @@ def test_groups_are_frozen_and_have_all_settings_of_the_trainer_as_keywords() ->
     with pytest.raises(dataclasses.FrozenInstanceError):
         RoundSettings().merge = False  # type: ignore[misc]
     keywords = [p.name for p in inspect.signature(CoTrainer).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert len(keywords) == 19
+    assert len(keywords) == 20
     assert keywords[-6:] == [f.name for f in dataclasses.fields(Settings)]
 
 

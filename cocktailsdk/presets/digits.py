@@ -50,7 +50,7 @@ def preset(
     Args:
         weights: File of trained weights to start from: ``.safetensors``, or ``.pth`` or ``.pt`` with a state dict.
         start: ``"scratch"`` or ``"pretrained"``. Default: ``"pretrained"`` with ``weights``.
-        recipe: Name of the recipe. Default: ``"pretrained"`` from trained weights, otherwise ``"paper"``.
+        recipe: Name of the recipe. Default: ``"pretrained"`` from trained weights, otherwise ``"cocktail"``.
     """
     return Preset(
         name="digits",
@@ -72,7 +72,7 @@ def _training(start: str, recipe: str | None) -> dict[str, Any]:
         return {"start": start, "epochs": TRAINED_EPOCHS}
     return {
         "start": start,
-        "recipe": recipe or "paper",
+        "recipe": recipe,
         "optimizer": partial(SGD, lr=0.2 if start == "scratch" else 0.02, momentum=0.9, weight_decay=5e-4, fused=True),
         "schedule": cosine(warmup=0.05),
         "epochs": 20,

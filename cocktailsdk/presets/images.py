@@ -102,7 +102,7 @@ def _training(epochs_scale: float, start: str, recipe: str | None) -> dict[str, 
     if not epochs_scale > 0:
         raise TrainingError(f"epochs_scale must be greater than 0, got {epochs_scale}")
     if start == "pretrained" and recipe in (None, "pretrained"):
-        return {"start": start, "epochs": max(1, round(TRAINED_EPOCHS * epochs_scale))}
+        return {"start": start, "epochs": TRAINED_EPOCHS * epochs_scale}
     epochs = max(1, round(EPOCHS * epochs_scale))
     training: dict[str, Any] = {"recipe": recipe or "paper", "epochs": epochs}
     if start == "pretrained":
