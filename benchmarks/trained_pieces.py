@@ -175,6 +175,15 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "head not refitted": variant(refit_head="none"),
     "one head refitted": variant(refit_head="shared"),
     "teacher dense": variant(teacher="dense"),
+    "unified masks": variant(masks="umg"),
+    "unified masks, ema 0.97": {
+        **variant(masks="umg"),
+        "options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
+    },
+    "unified masks, shares by place, ema 0.97": {
+        **variant(masks="umg", allocation=PassAllocation(measure_at=(), floor=0.0)),
+        "options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
+    },
     "masks refreshed once": variant(hooks=(Refresh(),)),
     "need to the power 1": variant(allocation=PassAllocation(power=1.0)),
     "ema 0.97": {"options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)}},
