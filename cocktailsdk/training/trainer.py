@@ -69,13 +69,13 @@ NetT = TypeVar("NetT", bound=SubnetModel)
 class CoTrainer(Generic[NetT]):
     """Trains the dense network and all its subnets as one set of weights (Sparse Cocktail, ICML 2024).
 
-    From scratch, the default is the recipe ``"cocktail"``. Round 0 trains the dense network. Every later round prunes by
-    unified mask generation and co-trains that round's subnets with the dense network, which teaches them. Then all
+    From scratch, the default is the recipe ``"cocktail"``. Round 0 trains the dense network. Every later round prunes
+    by unified mask generation and co-trains that round's subnets with the dense network, which teaches them. Then all
     networks are co-trained for as many steps again (finishing).
 
-    From trained weights (``start="pretrained"``), the default is the recipe ``"pretrained"``. All masks are made at once,
-    and all networks are co-trained in one round. A frozen copy of the given weights teaches, and the subnets whose
-    held-out loss is furthest from it get most passes. Then the classifier head is refitted.
+    From trained weights (``start="pretrained"``), the default is the recipe ``"pretrained"``. All masks are made at
+    once, and all networks are co-trained in one round. A frozen copy of the given weights teaches, and the subnets
+    whose held-out loss is furthest from it get most passes. Then the classifier head is refitted.
 
     At the end every network gets its own batch-norm statistics. Other recipes are chosen by name, see
     :mod:`cocktailsdk.training.recipes`.
@@ -95,8 +95,8 @@ class CoTrainer(Generic[NetT]):
             whose mean over all batches is the metric; or a scalar, the batch's mean. Default: accuracy for
             classification, otherwise the negative loss; labels that the loss ignores do not count. A metric that is not
             finite is recorded as NaN, and never chosen.
-        epochs: Epochs of every round. Default: the paper's 150; 10 for the recipe ``"pretrained"``, which has one round. A
-            fraction such as ``0.5`` is rounded to
+        epochs: Epochs of every round. Default: the paper's 150; 10 for the recipe ``"pretrained"``, which has one
+            round. A fraction such as ``0.5`` is rounded to
             whole optimizer steps, at least one. Finishing is added to the rounds; ``Recipe.finishing`` sets its length.
         total_steps: A budget of optimizer steps for the whole run, instead of ``epochs``; exactly so many are made.
             Finishing gets the recipe's share of them, rounds the rest in equal parts.
