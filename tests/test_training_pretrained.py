@@ -218,6 +218,9 @@ def test_the_events_say_who_got_which_passes() -> None:
     assert measured[0].step == 0
     assert set(measured[0].losses) == set(measured[0].shares) == set(trainer.net.names)
     assert sum(measured[-1].passes.values()) == measured[-1].step
+    refitted = [event for event in events if isinstance(event, ev.HeadRefitted)]
+    assert [event.name for event in refitted] == trainer.net.names
+    assert (refitted[-1].done, refitted[-1].total) == (len(trainer.net.names), len(trainer.net.names))
 
 
 def test_a_model_without_logits_trains_without_a_head(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from ...patterns.base import DENSE
 
 __all__ = ["PassAllocation"]
 
-WEIGHTS: Mapping[str, float] = {"channel": 0.5, "unstructured": 0.32, "n:m": 0.18}
+WEIGHTS: Mapping[str, float] = {"channel": 0.5, "unstructured": 0.3, "n:m": 0.2}
 LEAST_GAP = 0.01
 """A network that is as good as the teacher still counts as having this gap, in units of the loss."""
 LEAST_SHARE = 0.1

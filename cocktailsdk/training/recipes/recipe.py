@@ -120,8 +120,10 @@ class Recipe:
             raise self._error("temperature", "must be above 0, or None")
         if self.allocation is not None and not isinstance(self.allocation, PassAllocation):
             raise self._error("allocation", "must be a PassAllocation")
-        if self.schedule == "need" and (self.allocation is None or self.rounds != "one"):
-            raise self._error("schedule", 'goes with rounds="one" and an allocation=PassAllocation(...)')
+        if self.allocation is not None and self.rounds != "one":
+            raise self._error("allocation", 'is for rounds="one"')
+        if self.schedule == "need" and self.allocation is None:
+            raise self._error("schedule", "goes with an allocation=PassAllocation(...)")
         if self.refit_head != "none" and (self.weights == "own" or self.rounds != "one"):
             raise self._error("refit_head", 'is for rounds="one" and weights="shared"')
         if not 0 <= self.finishing < 1:
