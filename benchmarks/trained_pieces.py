@@ -11,7 +11,8 @@ from trained_runs import Alone, CoTrained, Run, Runs, TorchPruned, Untrained
 from trained_tasks import TASKS, sgd
 
 import cocktailsdk as cocktail
-from cocktailsdk.training.recipes import PassAllocation, recipe_named
+from cocktailsdk.masks import Mask
+from cocktailsdk.training.recipes import PassAllocation, Pruning, recipe_named
 from cocktailsdk.training.schedules import cosine, cosine_restarts
 from cocktailsdk.training.step.hooks import StepContext, StepHook
 
@@ -150,6 +151,11 @@ class Refresh(StepHook):
             context.remake_masks(context.schedule.names)
 
 
+def kept(pruning: Pruning) -> dict[str, Mask]:
+    """A mask rule: the masks that sparsify() made from the same weights."""
+    return {name: pruning.net.masks[name] for name in pruning.new}
+
+
 def variant(**changes: Any) -> dict[str, Any]:
     """Our recipe with some fields changed."""
     return {"recipe": replace(recipe_named("pretrained"), **changes)}
@@ -176,12 +182,9 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "one head refitted": variant(refit_head="shared"),
     "teacher dense": variant(teacher="dense"),
     "unified masks": variant(masks="umg"),
-    "unified masks, ema 0.97": {
-        **variant(masks="umg"),
-        "options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
-    },
-    "unified masks, shares by place, ema 0.97": {
-        **variant(masks="umg", allocation=PassAllocation(measure_at=(), floor=0.0)),
+    "masks of sparsify": variant(masks=kept),
+    "masks of sparsify, ema 0.97": {
+        **variant(masks=kept),
         "options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
     },
     "masks refreshed once": variant(hooks=(Refresh(),)),

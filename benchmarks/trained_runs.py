@@ -26,7 +26,7 @@ import cocktailsdk as cocktail
 from cocktailsdk.io.atomic import write_json
 from cocktailsdk.patterns.base import DENSE
 from cocktailsdk.training.events import Event, NetworkFinished, Saved, StepDone
-from cocktailsdk.training.recipes import Recipe, recipe_named
+from cocktailsdk.training.recipes import Pruning, Recipe, recipe_named
 from cocktailsdk.training.schedules import ScheduleFactory, cosine
 
 TEMPERATURE = 8.0
@@ -55,9 +55,15 @@ class Place:
         return self.task.loaders(self.data)
 
     def net(self, patterns: Sequence[str] = ()) -> cocktail.CocktailNet:
-        """The trained model and the masks made from its weights; by default of all of the task's patterns."""
+        """The trained model and the masks that our default makes of it; by default of all of the task's patterns."""
         example = torch.zeros(2, *self.task.example)
-        return cocktail.sparsify(self.task.model(self.data, self.work), patterns or self.task.patterns, (example,))
+        net = cocktail.sparsify(self.task.model(self.data, self.work), patterns or self.task.patterns, (example,))
+        recipe = recipe_named("pretrained")
+        (subnets,) = recipe.plan(net.patterns)
+        rule = Pruning(net=net, subnets=subnets, new=frozenset(net.masks), load_dense=lambda: None)
+        for name, mask in recipe.mask_rule(rule).items():
+            net.set_mask(name, mask)
+        return net
 
     def accuracies(self, net: cocktail.CocktailNet, *, recalibrated: bool = True) -> dict[str, float]:
         """Test accuracy in % of the task's named networks that a net has.

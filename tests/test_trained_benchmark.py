@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import cocktailsdk as cocktail
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 CURVE = {0: 20.0, 16: 36.0, 50: 45.0, 133: 56.0, 400: 68.0, 800: 70.0}
@@ -164,7 +166,26 @@ def test_a_run_that_time_stops_is_resumed_to_the_same_row(place: Any, tmp_path: 
     assert {k: again[k] for k in same} == {k: whole[k] for k in same} and again["cpu_seconds"] > 0
 
 
-def test_runs_alone_have_the_masks_of_the_start_and_only_their_own_accuracy(place: Any) -> None:
+def test_runs_alone_have_the_masks_of_our_run(place: Any, tmp_path: Path) -> None:
+    from trained_pieces import OURS
+    from trained_runs import mask_digests
+
+    class Stop(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if type(event).__name__ == "StepDone":
+            raise Stop
+
+    run = dataclasses.replace(OURS, budget=8, options={"output": cocktail.OutputSettings(event_seconds=0)})
+    trainer = run.trainer(place, tmp_path / "run", stop)
+    with pytest.raises(Stop):
+        trainer.fit()
+    names = place.task.alone
+    assert len(names) == 3 and mask_digests(trainer.net, names) == mask_digests(place.net(), names)
+
+
+def test_runs_alone_have_only_their_own_accuracy(place: Any) -> None:
     from trained_runs import Alone, TorchPruned, Untrained
 
     start = Untrained(name="start", budget=0).row(place)
