@@ -71,6 +71,13 @@ def test_a_budget_is_kept_exactly_and_every_pass_is_accounted_for(steps: int) ->
     assert record.made["dense"] == pytest.approx(shares["dense"] * steps, abs=1)
 
 
+def test_masks_are_those_that_the_rounds_would_make_of_the_same_weights() -> None:
+    net = tiny_net()
+    made = {name: mask.tensors(net.coupling) for name, mask in net.masks.items()}
+    pretrained(net, total_steps=2).fit()
+    assert_identical({name: mask.tensors(net.coupling) for name, mask in net.masks.items()}, made)
+
+
 def test_the_dense_network_is_measured_before_training() -> None:
     net = tiny_net()
     trainer = pretrained(net)
@@ -329,6 +336,6 @@ def test_every_setting_is_logged_with_the_defaults_filled_in(caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         pretrained(total_steps=4).fit()
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("settings: ")]
-    for setting in ("recipe.name=pretrained", "recipe.teacher=frozen", "recipe.allocation.dense=0.2", "steps=[4]",
+    for setting in ("recipe.name=pretrained", "recipe.teacher=frozen", "recipe.allocation.dense=0.22", "steps=[4]",
                     "distill_weight=0.5", "optimizer.class=SGD", "optimizer.lr=0.1", "seed=0"):  # fmt: skip
         assert setting in line

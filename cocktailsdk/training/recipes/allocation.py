@@ -12,7 +12,7 @@ from ...patterns.base import DENSE
 
 __all__ = ["PassAllocation"]
 
-WEIGHTS: Mapping[str, float] = {"channel": 0.5, "unstructured": 0.3, "n:m": 0.2}
+WEIGHTS: Mapping[str, float] = {"channel": 0.44, "unstructured": 0.31, "n:m": 0.25}
 LEAST_GAP = 0.01
 """A network that is as good as the teacher still counts as having this gap, in units of the loss."""
 LEAST_SHARE = 0.1
@@ -46,7 +46,7 @@ class PassAllocation:
         TrainingError: A field makes no sense; it is named.
     """
 
-    dense: float = 0.2
+    dense: float = 0.22
     patterns: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     others: float = 0.3
     floor: float = 0.2
