@@ -11,8 +11,7 @@ from trained_runs import Alone, CoTrained, Run, Runs, TorchPruned, Untrained
 from trained_tasks import TASKS, sgd
 
 import cocktailsdk as cocktail
-from cocktailsdk.masks import Mask
-from cocktailsdk.training.recipes import PassAllocation, Pruning, recipe_named
+from cocktailsdk.training.recipes import PassAllocation, recipe_named
 from cocktailsdk.training.schedules import cosine, cosine_restarts
 from cocktailsdk.training.step.hooks import StepContext, StepHook
 
@@ -160,11 +159,6 @@ class Refresh(StepHook):
             context.remake_masks(context.schedule.names)
 
 
-def kept(pruning: Pruning) -> dict[str, Mask]:
-    """A mask rule: the masks that sparsify() made from the same weights."""
-    return {name: pruning.net.masks[name] for name in pruning.new}
-
-
 def variant(**changes: Any) -> dict[str, Any]:
     """Our recipe with some fields changed."""
     return {"recipe": replace(recipe_named("pretrained"), **changes)}
@@ -190,12 +184,8 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "head not refitted": variant(refit_head="none"),
     "one head refitted": variant(refit_head="shared"),
     "teacher dense": variant(teacher="dense"),
-    "unified masks": variant(masks="umg"),
-    "masks of sparsify": variant(masks=kept),
-    "masks of sparsify, ema 0.97": {
-        **variant(masks=kept),
-        "options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
-    },
+    "each pattern's own masks": variant(masks="own"),
+    "unified masks, one round": variant(masks="umg"),
     "masks refreshed once": variant(hooks=(Refresh(),)),
     "need to the power 1": variant(allocation=PassAllocation(power=1.0)),
     "ema 0.97": {"options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)}},

@@ -144,7 +144,7 @@ class Run:
     def key(self) -> str:
         """Identifies the run within its task, also as a folder."""
         rate = "" if self.rate is None else f"--rate-{self.rate:g}"
-        return f"{self.name}--{self.budget}{rate}--{self.seed}".replace("/", "").replace(" ", "_").replace(":", "-")
+        return f"{self.name}--{self.budget}{rate}--{self.seed}".translate(str.maketrans(" :", "_-", "/',"))
 
     def measure(self, place: Place, folder: Path) -> Measured:
         """Make the run, or what is left of it.
