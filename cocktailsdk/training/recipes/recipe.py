@@ -30,7 +30,8 @@ class Recipe:
             ``"single"``, ``"need"``) or a function from a :class:`~.steps.ScheduleContext` to a :class:`~.steps.Step`.
         masks: How a round's masks are made: ``"umg"`` (paper, section 3.2), ``"own"`` (each pattern for itself),
             ``"tickets"`` (likewise; what does not nest is cut from the dense round's weights), ``"levels"`` (all levels
-            at once, as the rounds would make them one after the other), ``"refilling"``, or a function from a :class:`~.masks.Pruning` to masks by subnet name.
+            at once, as the rounds would make them one after the other), ``"refilling"``, or a function from a
+            :class:`~.masks.Pruning` to masks by subnet name.
         rounds: ``"levels"``: a dense round, then one for every level (paper, section 3); ``"one"``: all networks
             together in a single round, their masks made from the weights that it begins with.
         rewind: Whether rounds begin from the rewind point (paper, section 3.1) or from where the one before ended.
