@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trained_tables import trained_line
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SLIM = "channel@0.613"
@@ -19,7 +21,11 @@ def home_block(folder: str = "") -> str:
         folder: Where the pages lie, as seen from the one that has the table.
     """
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "zoo")]
-    lines = [line for row in (_bytes, _equal, _speed, _quality, _steps, _killed, _fuzzed, _large) for line in row()]
+    lines = [
+        line
+        for row in (_bytes, _equal, _speed, trained_line, _quality, _steps, _killed, _fuzzed, _large)
+        for line in row()
+    ]
     lines = [line.replace("](", f"]({folder}") for line in lines]
     return "\n".join(["| | measured | |", "| --- | --- | --- |", *lines]) + "\n"
 

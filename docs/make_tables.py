@@ -26,6 +26,7 @@ from paper_tables import paper_blocks
 from scaling_tables import scaling_block
 from serving_tables import serving_block
 from switching_tables import switching_block
+from trained_tables import trained_block
 from versions_tables import versions_block
 
 from cocktailsdk.report.figure import write_figure
@@ -303,6 +304,7 @@ PAGES: dict[Path, Callable[[], str | Sequence[str]]] = {
     ROOT / "docs" / "install.md": versions_block,
     ROOT / "docs" / "resuming.md": kill_block,
     ROOT / "docs" / "text.md": text_block,
+    ROOT / "docs" / "trained.md": trained_block,
     ROOT / "docs" / "zoo.md": zoo_block,
     ROOT / "docs" / "scaling.md": scaling_block,
     ROOT / "docs" / "serving.md": serving_block,

@@ -24,7 +24,8 @@ MEMBERS = {pattern: len(names) for pattern, names in SUBNETS.items()}
 
 
 def test_patterns_share_what_the_dense_network_leaves_in_proportion_to_their_weights() -> None:
-    shares = PassAllocation(patterns={"channel": 0.6, "unstructured": 0.2, "n:m": 0.1}, others=0.1).shares(SUBNETS, {})
+    weights = {"channel": 0.6, "unstructured": 0.2, "n:m": 0.1}
+    shares = PassAllocation(dense=0.2, patterns=weights, others=0.1).shares(SUBNETS, {})
     assert shares["dense"] == pytest.approx(0.2)
     assert sum(shares.values()) == pytest.approx(1)
     by_pattern = {pattern: sum(shares[name] for name in names) for pattern, names in SUBNETS.items()}
@@ -32,7 +33,7 @@ def test_patterns_share_what_the_dense_network_leaves_in_proportion_to_their_wei
 
 
 def test_before_anything_is_measured_need_is_the_place_in_the_pattern() -> None:
-    shares = PassAllocation(floor=0.0).shares({"channel": ("a", "b", "c")}, {})
+    shares = PassAllocation(dense=0.2, floor=0.0).shares({"channel": ("a", "b", "c")}, {})
     assert [shares[name] for name in "abc"] == pytest.approx([0.8 / 6, 1.6 / 6, 2.4 / 6])
 
 

@@ -167,7 +167,13 @@ class LineView:
             case events.Saved():
                 if event.interrupted:
                     self.note(f"state saved in {event.path.parent}")
-            case events.StepDone() | events.EpochEnded() | events.MergeProgress() | events.NetworkFinished():
+            case (
+                events.StepDone()
+                | events.EpochEnded()
+                | events.MergeProgress()
+                | events.HeadRefitted()
+                | events.NetworkFinished()
+            ):
                 if self._clock() - self._last_line >= self._every:
                     remaining = "" if p.remaining is None else f", {duration_text(p.remaining)} left"
                     rate = f", {p.rate:.1f} steps/s" if p.phase == "training" else ""

@@ -17,7 +17,7 @@ class Progress:
 
     Attributes:
         clock: Seconds, monotonic.
-        phase: ``"starting"``, ``"training"``, ``"merging"``, ``"measuring"`` or ``"done"``.
+        phase: ``"starting"``, ``"training"``, ``"merging"``, ``"refitting"``, ``"measuring"`` or ``"done"``.
         rounds: Number of the last round.
         first_round: Number of the first.
         round: The round that trains or is merged in.
@@ -26,7 +26,7 @@ class Progress:
         done_steps: Optimizer steps done.
         total_steps: Of how many.
         rate: Steps per second.
-        judged: Of merging, candidates judged; of measuring, networks done.
+        judged: Of merging, candidates judged; of refitting heads and of measuring, networks done.
         to_judge: Of how many.
         metrics: Latest held-out metric by network.
         losses: Latest mean training loss by network.
@@ -86,6 +86,10 @@ class Progress:
                 self.round, self.judged, self.to_judge = event.round, event.judged, event.total
             case events.AlphaChosen():
                 self.alphas[event.round] = event.alpha
+            case events.HeadRefitted():
+                if self.phase != "refitting":
+                    self._enter("refitting")
+                self.judged, self.to_judge = event.done, event.total
             case events.NetworkFinished():
                 if self.phase != "measuring":
                     self._enter("measuring")
@@ -111,7 +115,7 @@ class Progress:
         """Share of the phase that is done."""
         if self.phase == "training":
             return self.done_steps / self.total_steps if self.total_steps else 0.0
-        if self.phase in ("merging", "measuring"):
+        if self.phase in ("merging", "refitting", "measuring"):
             return self.judged / self.to_judge if self.to_judge else 0.0
         return 1.0 if self.phase == "done" else 0.0
 
@@ -120,7 +124,7 @@ class Progress:
         """Seconds that the phase still takes, as far as can be told; merging is not part of training's."""
         if self.phase == "training":
             return (self.total_steps - self.done_steps) / self.rate if self.rate > 0 else None
-        if self.phase in ("merging", "measuring") and self.judged:
+        if self.phase in ("merging", "refitting", "measuring") and self.judged:
             return (self.clock() - self._phase_began) * (self.to_judge - self.judged) / self.judged
         return None
 
@@ -136,6 +140,8 @@ class Progress:
                 return epochs if alone else f"round {self.round} of {self.rounds}, {epochs}"
             case "merging":
                 return f"merging round {self.round} of {self.rounds}, {self.judged} of {self.to_judge} judged"
+            case "refitting":
+                return f"classifier heads, {self.judged} of {self.to_judge} networks"
             case "measuring":
                 return f"statistics and metrics, {self.judged} of {self.to_judge} networks"
         return self.phase

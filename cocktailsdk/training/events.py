@@ -17,6 +17,7 @@ __all__ = [
     "EpochEnded",
     "Event",
     "Finished",
+    "HeadRefitted",
     "MergeProgress",
     "MergeStarted",
     "NeedMeasured",
@@ -214,6 +215,21 @@ class AlphaChosen(Event):
     round: int
     alpha: float
     metric: float
+
+
+@dataclass(frozen=True)
+class HeadRefitted(Event):
+    """A network's features were collected, and its classifier head fitted to them if each network has its own.
+
+    Attributes:
+        name: The network.
+        done: Networks done so far.
+        total: Of how many.
+    """
+
+    name: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ PAPER_EPOCHS = 150
 """Epochs of a round in the paper (CIFAR-10), where neither epochs nor a budget are given."""
 TRAINED_EPOCHS = 10
 """The same of a run from trained weights whose networks all train in one round."""
-RECALIBRATION, REFIT = 8, 48
-"""Training batches for statistics; and for these and a classifier head. Of 16, 32, 48 and 160 batches of 64 images,
-16 gave a head two thirds of its gain on ResNet-20, 32 nearly all."""
+RECALIBRATION, REFIT = 8, 96
+"""Training batches for statistics; and for these and a classifier head. Heads fitted on ResNet-20 to 96 batches of 64
+images instead of 48 gave channel@0.469 0.8 points and unstructured@0.893 0.6; 160 gave no more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,11 @@ from ..utils.modes import evaluating
 from .checkpoints import save, save_if_late
 from .distributed.sharing import inputs_of
 from .evaluation import recalibrate
+from .events import HeadRefitted
 from .head_fit import Features, HardLoss, Head, find_hard_loss, fit_head
 from .session import Session
 from .step.forward import loss_of, output_tensor
-from .user_code import guarded, guarded_batches
+from .user_code import emit, guarded, guarded_batches
 
 __all__ = ["refit_head"]
 
@@ -131,6 +132,7 @@ def _refit_own(session: Session, layer: Layer, names: list[str], targets: Target
         features = _features(session, layer, name, targets, most)
         heads[name] = _fit(session, trained, [features], name)
         session.position.step = i + 1
+        emit(session, HeadRefitted(name, i + 1, len(names)))
         save_if_late(session)
     for name in names:
         head = heads[name]
@@ -147,7 +149,10 @@ def _refit_own(session: Session, layer: Layer, names: list[str], targets: Target
 def _refit_shared(session: Session, layer: Layer, names: list[str], targets: Targets) -> None:
     """One head for all networks, fitted to the features of all."""
     most = max(1, FEATURE_BYTES // (4 * layer.module.in_features * len(names)))
-    features = [_features(session, layer, name, targets, most) for name in names]
+    features: list[Features | None] = []
+    for i, name in enumerate(names):
+        features.append(_features(session, layer, name, targets, most))
+        emit(session, HeadRefitted(name, i + 1, len(names)))
     head = _fit(session, layer.head(), features, "all networks")
     if head is not None:
         _write(layer, head)

@@ -155,7 +155,7 @@ class EvaluationSettings:
         metric_mode: ``"max"`` if a larger metric is better, ``"min"`` if a smaller one is.
         recalibration_batches: Number of training batches from which a network's batch-norm statistics are computed
             before it is measured. A recipe that refits the classifier head fits it to the features of these batches.
-            Default: 48 for such recipes, otherwise 8.
+            Default: 96 for such recipes, otherwise 8.
     """
 
     metric_mode: Literal["max", "min"] = "max"

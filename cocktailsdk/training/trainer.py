@@ -69,10 +69,15 @@ NetT = TypeVar("NetT", bound=SubnetModel)
 class CoTrainer(Generic[NetT]):
     """Trains the dense network and all its subnets as one set of weights (Sparse Cocktail, ICML 2024).
 
-    Round 0 trains the dense network. Every later round prunes by unified mask generation and co-trains that round's
-    subnets with the dense network, which teaches them. Then all networks are co-trained for as many steps again
-    (finishing). At the end every network gets its own batch-norm statistics. That is the recipe ``"cocktail"``;
-    ``"paper"`` rewinds the weights with every round and merges the rounds instead, and others are chosen by name, see
+    From scratch, the default is the recipe ``"cocktail"``. Round 0 trains the dense network. Every later round prunes
+    by unified mask generation and co-trains that round's subnets with the dense network, which teaches them. Then all
+    networks are co-trained for as many steps again (finishing).
+
+    From trained weights (``start="pretrained"``), the default is the recipe ``"pretrained"``. All masks are made at
+    once, and all networks are co-trained in one round. A frozen copy of the given weights teaches, and the subnets
+    whose held-out loss is furthest from it get most passes. Then the classifier head is refitted.
+
+    At the end every network gets its own batch-norm statistics. Other recipes are chosen by name, see
     :mod:`cocktailsdk.training.recipes`.
 
     The keywords up to ``callbacks`` are those that most runs need. All others come in six groups, see
@@ -90,17 +95,19 @@ class CoTrainer(Generic[NetT]):
             whose mean over all batches is the metric; or a scalar, the batch's mean. Default: accuracy for
             classification, otherwise the negative loss; labels that the loss ignores do not count. A metric that is not
             finite is recorded as NaN, and never chosen.
-        epochs: Epochs of every round (paper, CIFAR-10: 150, the default). A fraction such as ``0.5`` is rounded to
+        epochs: Epochs of every round. Default: the paper's 150; 10 for the recipe ``"pretrained"``, which has one
+            round. A fraction such as ``0.5`` is rounded to
             whole optimizer steps, at least one. Finishing is added to the rounds; ``Recipe.finishing`` sets its length.
         total_steps: A budget of optimizer steps for the whole run, instead of ``epochs``; exactly so many are made.
             Finishing gets the recipe's share of them, rounds the rest in equal parts.
         total_hours: A budget of hours instead of ``epochs``, merging included: a few steps are measured. A recipe with
             one round then makes as many optimizer steps as fit; with several, every round gets as many whole epochs as
             fit. A resumed run keeps its number of steps or epochs.
-        start: ``"scratch"``; or ``"pretrained"``, where the weights of ``net`` are the rewind point and round 0 is
-            skipped.
+        start: ``"scratch"``; or ``"pretrained"`` if the weights of ``net`` are trained. No round then trains the dense
+            network alone.
         recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
-            :class:`~cocktailsdk.training.recipes.Recipe` of your own. ``"paper"`` is the method as published.
+            :class:`~cocktailsdk.training.recipes.Recipe` of your own. Default: ``"cocktail"`` from scratch, otherwise
+            ``"pretrained"``. ``"paper"`` is the method as published.
         optimizer: ``"sgd"``, ``"adamw"``, or ``optimizer(parameters) -> Optimizer``, called once a round; one that
             steps without a closure. Default: the paper's SGD with momentum 0.9, weight decay 1e-4 and rate 0.1, or 0.01
             from pretrained weights. A recipe with ``optimizer_defaults="by model"`` looks at a pretrained model: SGD
@@ -108,7 +115,8 @@ class CoTrainer(Generic[NetT]):
             :mod:`cocktailsdk.training.optimizers` for rates. The run logs its choice.
         learning_rate: Replaces the rate of a default optimizer, or of one that is given by name.
         schedule: ``schedule(optimizer, steps) -> LRScheduler``, called once a round with the round's optimizer steps;
-            it is stepped after *every optimizer step*. Default: the paper's cosine with warm restarts. See
+            it is stepped after *every optimizer step*. Default: the paper's cosine with warm restarts; for the
+            recipe ``"pretrained"`` one cosine to zero. See
             :mod:`cocktailsdk.training.schedules`.
         out_dir: Where the run keeps its state, in ``state/``. With it, the same call resumes after a crash or Ctrl-C,
             bit-identically to never having stopped. One run at a time may train there. Without it, a run that fails
@@ -117,7 +125,7 @@ class CoTrainer(Generic[NetT]):
             own.
         seed: Of all randomness. The global generators are left as they were.
         callbacks: Called with every event; see :mod:`cocktailsdk.training.events`.
-        distillation: How the dense network teaches: weight, loss.
+        distillation: How the teacher teaches: weight, loss, temperature.
         rounds: How many rounds there are, where they begin, how they are merged.
         evaluation: How networks are measured: direction of the metric, batches for statistics.
         batches: How batches are used: ``forward_fn``, length of an epoch, several processes.

@@ -13,7 +13,7 @@ from ...patterns.base import DENSE
 
 __all__ = ["PassAllocation"]
 
-WEIGHTS: Mapping[str, float] = {"channel": 0.5, "unstructured": 0.32, "n:m": 0.18}
+WEIGHTS: Mapping[str, float] = {"channel": 0.44, "unstructured": 0.31, "n:m": 0.25}
 LEAST_GAP, LARGEST_GAP = 0.01, 1e30
 """A network that is as good as the teacher still counts as having this gap, in units of the loss. The power of a larger
 one than the largest might not be a finite number."""
@@ -48,7 +48,7 @@ class PassAllocation:
         TrainingError: A field makes no sense; it is named.
     """
 
-    dense: float = 0.2
+    dense: float = 0.22
     patterns: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     others: float = 0.3
     floor: float = 0.2

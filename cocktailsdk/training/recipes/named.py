@@ -21,7 +21,7 @@ COCKTAIL = replace(PAPER, name="cocktail", rewind=False, merging="none", finishi
 PRETRAINED = Recipe(
     name="pretrained",
     schedule="need",
-    masks="own",
+    masks="levels",
     rounds="one",
     teacher="frozen",
     temperature=None,

@@ -32,8 +32,9 @@ class Recipe:
         schedule: Which networks each mini-batch trains: a name (``"pivot"``, ``"rotation"``, ``"sandwich"``,
             ``"single"``, ``"need"``) or a function from a :class:`~.steps.ScheduleContext` to a :class:`~.steps.Step`.
         masks: How a round's masks are made: ``"umg"`` (paper, section 3.2), ``"own"`` (each pattern for itself),
-            ``"tickets"`` (likewise; what does not nest is cut from the dense round's weights), ``"refilling"``, or a
-            function from a :class:`~.masks.Pruning` to masks by subnet name.
+            ``"tickets"`` (likewise; what does not nest is cut from the dense round's weights), ``"levels"`` (all levels
+            at once, as the rounds would make them one after the other), ``"refilling"``, or a function from a
+            :class:`~.masks.Pruning` to masks by subnet name.
         rounds: ``"levels"``: a dense round, then one for every level (paper, section 3); ``"one"``: all networks
             together in a single round, their masks made from the weights that it begins with.
         rewind: Whether rounds begin from the rewind point (paper, section 3.1) or from where the one before ended.
@@ -125,8 +126,10 @@ class Recipe:
             raise self._error("temperature", "must be a number above 0, or None")
         if self.allocation is not None and not isinstance(self.allocation, PassAllocation):
             raise self._error("allocation", "must be a PassAllocation")
-        if self.schedule == "need" and (self.allocation is None or self.rounds != "one"):
-            raise self._error("schedule", 'goes with rounds="one" and an allocation=PassAllocation(...)')
+        if self.allocation is not None and self.rounds != "one":
+            raise self._error("allocation", 'is for rounds="one"')
+        if self.schedule == "need" and self.allocation is None:
+            raise self._error("schedule", "goes with an allocation=PassAllocation(...)")
         if self.refit_head != "none" and (self.weights == "own" or self.rounds != "one"):
             raise self._error("refit_head", 'is for rounds="one" and weights="shared"')
         if not 0 <= self.finishing < 1:
