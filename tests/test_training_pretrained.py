@@ -226,7 +226,7 @@ def test_measuring_need_leaves_statistics_and_random_numbers_alone() -> None:
 
 def test_the_events_say_who_got_which_passes() -> None:
     events: list[ev.Event] = []
-    trainer = pretrained(callbacks=[events.append])
+    trainer = pretrained(callbacks=[events.append], recipe=recipe(refit_head="own"))
     trainer.fit()
     measured = [event for event in events if isinstance(event, ev.NeedMeasured)]
     assert [event.step for event in measured] == [one["step"] for one in trainer.history.measured]
