@@ -315,7 +315,7 @@ def loop_run(stop: int | None = None) -> dict[str, Tensor]:
             loop.load_state_dict(states[0])
             optimizer = torch.optim.SGD(net.model.parameters(), lr=0.05, momentum=0.9)
             optimizer.load_state_dict(momentum)
-    assert trained.count("dense") == 4
+    assert trained.count("dense") in (4, 5)  # 22 % of 20
     return {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
 
 

@@ -43,9 +43,9 @@ def own() -> cocktail.CoTrainer:
 
 def test_every_subnetwork_has_a_head_of_its_own_that_its_mask_masks(own: cocktail.CoTrainer) -> None:
     net = own.net
-    assert len(net.private) > len(net.names) // 2
+    assert len(net.private) > len(net.names) // 3  # some keep the trained one
     heads = [head_of(net, name) for name in net.names]
-    assert len({tuple(head.flatten().tolist()) for head in heads}) > len(heads) // 2  # some keep the trained one
+    assert len({tuple(head.flatten().tolist()) for head in heads}) > len(heads) // 3
     for name in net.private:
         masks = net.mask_tensors(name)
         if "fc.weight" in masks:
