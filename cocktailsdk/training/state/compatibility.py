@@ -94,6 +94,8 @@ def check_state(
     for name, own in _of_networks("statistics", state["statistics"], net):
         _require(isinstance(own, dict), f"the statistics of {name!r} are", own)
         _check_tensors("statistics", own, shapes)
+    for key in ("private", "heads"):  # a state of release 0.1 has none
+        _require(isinstance(state.get(key, {}), dict), f"{key!r} is", state.get(key))
     for name, own in _of_networks("private tensors", state.get("private", {}), net):
         _require(isinstance(own, dict), f"the private tensors of {name!r} are", own)
         _check_tensors("private tensors", own, parameters)
