@@ -250,3 +250,9 @@ def test_by_default_a_head_is_not_fitted_to_a_handful_of_examples(caplog: pytest
             loader = TensorLoader(tiny_images(64), 8, to_float)
             run(Loose(), "auto", total_steps=4, recalibration_batches=batches, train_loader=loader)
         assert ("16 labels in 2 training batches" not in caplog.text) is refitted
+
+
+def test_weights_that_guess_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        pretrained(tiny_net(), total_steps=2).fit()
+    assert "which is chance for 4 classes: load the trained weights before sparsify()" in caplog.text

@@ -18,10 +18,12 @@ from .metrics import Score, mean_score, readable
 from .session import Session
 from .user_code import guarded, guarded_batches
 
-__all__ = ["compare_dense", "displayed", "measure", "recalibrate", "score"]
+__all__ = ["compare_dense", "displayed", "measure", "recalibrate", "score", "warn_if_untrained"]
 
 log = logging.getLogger(__name__)
 
+CHANCE = 1.2
+"""Weights are taken for untrained up to this multiple of the accuracy of guessing."""
 DENSE_LOSS = 0.005
 """Accuracy that the dense network may lose before a run warns."""
 
@@ -114,6 +116,20 @@ def compare_dense(session: Session) -> None:
             100 * before,
             100 * after,
             session.options.recipe.name,
+        )
+
+
+def warn_if_untrained(session: Session) -> None:
+    """Warn if weights that are said to be trained classify no better than chance."""
+    before, classes = session.history.before.get(DENSE), session.classes
+    if session.options.metric is not None or before is None or classes is None or not classes.size:
+        return
+    if before <= CHANCE / classes.size:
+        log.warning(
+            'start="pretrained", and the weights have an accuracy of %.1f %% on val_loader, which is chance for %d '
+            'classes: load the trained weights before sparsify(), or train with start="scratch"',
+            100 * before,
+            classes.size,
         )
 
 

@@ -12,7 +12,7 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..patterns.base import DENSE
 from .checkpoints import check_finite, emit_skipped, nonfinite_error, save, save_if_due, save_if_late
-from .evaluation import displayed, measure, score
+from .evaluation import displayed, measure, score, warn_if_untrained
 from .events import EpochEnded, RoundEnded, RoundStarted, StepDone
 from .left_out import note_step
 from .need import measure_if_due
@@ -59,6 +59,7 @@ def _enter_round(session: Session) -> None:
         if k == 1 and options.start == "pretrained":
             if options.recipe.teacher == "frozen" and session.data.held_out is not None and not session.history.before:
                 session.history.before = {DENSE: displayed(session, measure(session, DENSE).value)}
+                warn_if_untrained(session)
             store.put(REWIND, model_tensors(session.net.model))
             if options.recipe.weights == "own" and options.recipe.rounds == "levels":
                 session.history.weights[DENSE] = REWIND  # no round trains the dense network
@@ -266,7 +267,8 @@ def _end_round(session: Session) -> None:
         session.history.weights.update(dict.fromkeys(names, f"round-{k:02d}"))
     metrics = {} if finished else _measure(session, k)
     session.history.rounds[-1].metrics = metrics
-    log.info("round %d of %d: %s", k, options.rounds, ", ".join(f"{n} {m:.4f}" for n, m in metrics.items()))
+    if metrics:
+        log.info("round %d of %d: %s", k, options.rounds, ", ".join(f"{n} {m:.4f}" for n, m in metrics.items()))
     if k > options.rounds:
         position.phase = "finish"
     else:

@@ -161,9 +161,14 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
         lines = []
         for name in sorted({*old, *new}):
             lines += differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-        return lines
+        return sorted(lines, key=lambda line: line.startswith("schedule.rates"))  # which follow from other settings
     if old == new:
         return []
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = zip(old, new, strict=True)
+        if all(isinstance(a, Mapping) and isinstance(b, Mapping) for a, b in parts):  # an optimizer's groups
+            every = [differences(a, b, f"{key}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
+            return [line for lines in every for line in lines]
     return [f"{key}: {_short(old)}, now {_short(new)}"]
 
 
