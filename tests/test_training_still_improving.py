@@ -92,7 +92,7 @@ def test_points_come_from_accuracies_and_are_a_share_of_what_is_left() -> None:
     best = Measurement(0, 0.01, 0.65)
     (found,) = still_improving({"n": with_accuracy(0.2, 0.6)}, 400, best)
     assert found.points == pytest.approx(5 * share)
-    (found,) = still_improving({"n": with_accuracy(0.2, 0.3)}, 400, best, {"n": 0.61})
+    (found,) = still_improving({"n": with_accuracy(0.2, 0.6)}, 400, best, {"n": 0.61})
     assert found.points == pytest.approx(4 * share)
 
 
