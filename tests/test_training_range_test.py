@@ -14,8 +14,10 @@ from training_tiny import assert_identical, result, tiny_net, tiny_trainer
 
 import cocktailsdk as cocktail
 from cocktailsdk import TrainingError
-from cocktailsdk.training.range_test import LearningRateSuggestion, best_rate
+from cocktailsdk.training.range_test import LearningRateSuggestion
+from cocktailsdk.training.rate_curve import RateCurve, best_rate
 from cocktailsdk.training.recipes import Recipe
+from cocktailsdk.training.step.engine import Stepper
 
 
 def still(parameters: Any) -> torch.optim.Optimizer:
@@ -129,9 +131,9 @@ def test_parameters_beyond_the_models_are_put_back_too() -> None:
         ({"optimizer": still}, {}, r"SGD has lr=0.0: give SGD a learning rate above 0, or write optimizer="),
         ({"loss_fn": lambda o, t: o.sum() * math.nan}, {}, "the training loss is nan before the first step, .*: check"),
         (
-            {"loss_fn": lambda o, t: o.sum() * 0},
-            {"steps": 10},
-            r"did not fall at any rate between .*: write suggest_lr\(",
+            {},
+            {"lowest": 1e3, "highest": 1e6},
+            r"rose clearly at the lowest rate, 1e\+03: write suggest_lr\(lowest=33\)",
         ),
     ],
 )
@@ -167,6 +169,67 @@ def test_a_suggestion_is_a_short_sentence_and_says_where_the_range_was_too_low()
     )
     falling = LearningRateSuggestion(0.05, tuple(RATES), tuple(2 - 0.1 * i for i in range(16)), "AdamW")
     assert "it was still falling there: try suggest_lr(highest=" in str(falling)
+
+
+def curve(losses: list[float], dense: list[float]) -> RateCurve:
+    return RateCurve(2.0, 0.5, tuple(RATES), tuple(losses), tuple(dense))
+
+
+def test_a_loss_that_does_not_fall_clearly_gives_the_rate_that_the_optimizer_has() -> None:
+    flat = [2.0] * 16
+    for losses in (flat, [2.0 - 0.004 * i for i in range(16)], [2.0 + 0.1 * (-1) ** i for i in range(16)]):
+        assert curve(losses, [0.5] * 16).suggestion(0.01) == (0.01, False, False)
+    rising = [2.0] * 8 + [2.0 * 1.2**i for i in range(8)]
+    assert curve(rising, [0.5] * 16).suggestion(0.001) == (0.001, False, False)
+    rate, fell, capped = curve(rising, [0.5] * 16).suggestion(1.0) or (0.0, True, False)
+    assert RATES[6] <= rate <= RATES[9] and not fell and capped
+    assert curve([9.0] * 16, [0.5] * 16).suggestion(0.01) is None
+
+
+def test_the_rate_does_not_harm_the_dense_network() -> None:
+    falling = [2 - 0.1 * i for i in range(10)] + [1.1, 1.1, 1.2, 2.0, 4.0, 8.0]
+    free = curve(falling, [0.5] * 16).suggestion(0.01)
+    assert free is not None and free[1:] == (True, False)
+    harmed = curve(falling, [0.5] * 6 + [5.0] * 10).suggestion(0.01)
+    assert harmed is not None and RATES[2] <= harmed[0] <= RATES[5] < free[0] and harmed[1:] == (True, True)
+    at_once = curve(falling, [0.5] * 3 + [50.0] * 13).suggestion(0.01)
+    assert at_once is None or at_once[0] <= RATES[2]
+
+
+def test_a_rate_at_an_edge_of_the_range_and_a_test_that_showed_nothing_say_so() -> None:
+    losses = tuple(1 + 0.1 * i for i in range(16))
+    assert f"try suggest_lr(lowest={RATES[0] / 30:.2g})" in str(
+        LearningRateSuggestion(RATES[0], tuple(RATES), losses, "SGD")
+    )
+    assert "try suggest_lr(highest=" in str(LearningRateSuggestion(RATES[-1], tuple(RATES), losses, "SGD"))
+    nothing = str(LearningRateSuggestion(0.01, tuple(RATES), losses, "SGD", fell=False))
+    assert "did not fall clearly, so the test showed nothing, and this is the optimizer's own rate" in nothing
+    assert "close to the teacher" in nothing and "try" not in nothing
+    capped = str(LearningRateSuggestion(0.01, tuple(RATES), losses, "SGD", capped=True))
+    assert "above 0.01 the loss of the dense network, or the mean, rises clearly" in capped and "try" not in capped
+    both = str(LearningRateSuggestion(RATES[0], tuple(RATES), losses, "SGD", capped=True))
+    assert "rises clearly; it is the lowest rate of the test: try suggest_lr(lowest=" in both
+
+
+def test_a_test_that_shows_nothing_suggests_the_optimizers_rate() -> None:
+    suggestion = trainer(loss_fn=lambda o, t: o.sum() * 0, distillation=cocktail.DistillationSettings(weight=0))
+    found = suggestion.suggest_lr(10)
+    assert found.rate == 0.01 and not found.fell
+
+
+def test_networks_take_turns_where_passes_follow_measured_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes that are owed must build up, or the dense network alone is trained."""
+    trained: list[str] = []
+    step = Stepper.step
+
+    def spy(self: Stepper, of: Any, *args: Any) -> Any:
+        trained.extend(one.subnet for one in of.passes)
+        return step(self, of, *args)
+
+    monkeypatch.setattr(Stepper, "step", spy)
+    tested = trainer(recipe="pretrained")
+    tested.suggest_lr(24)
+    assert 1 <= trained.count("dense") <= 8 and len(set(trained)) > 3
 
 
 def test_private_tensors_have_no_part_in_a_range_test_and_stay() -> None:

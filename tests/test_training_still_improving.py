@@ -75,19 +75,41 @@ def test_one_bad_measurement_does_not_count() -> None:
     assert still_improving({"n": measured[::-1]}, 1000) == [found]
 
 
-def test_points_come_from_the_last_two_accuracies_and_cannot_exceed_what_is_left() -> None:
+def with_accuracy(first: float, last: float) -> list[Measurement]:
     measured = power(0.5, 400)
-    first, last = measured[0], measured[-1]
-    drop = first.loss - last.loss
-    full = [Measurement(0, first.loss, 0.2), *measured[1:-1], Measurement(400, last.loss, 0.6)]
-    (found,) = still_improving({"n": full}, 400)
-    assert found.points == pytest.approx(100 * 0.4 / drop * found.loss)
-    almost = [Measurement(0, first.loss, 0.2), *measured[1:-1], Measurement(400, last.loss, 0.995)]
-    assert still_improving({"n": almost}, 400)[0].points == pytest.approx(0.5)
-    fallen = [Measurement(0, first.loss, 0.7), *measured[1:-1], Measurement(400, last.loss, 0.6)]
-    assert still_improving({"n": fallen}, 400)[0].points is None
-    perfect = [Measurement(0, first.loss, 0.2), *measured[1:-1], Measurement(400, last.loss, 1.0)]
-    assert still_improving({"n": perfect}, 400) == []
+    return [
+        Measurement(0, measured[0].loss, first),
+        *measured[1:-1],
+        Measurement(400, measured[-1].loss, last),
+    ]
+
+
+def test_points_come_from_accuracies_and_are_a_share_of_what_is_left() -> None:
+    measured = power(0.5, 400)
+    drop, share = measured[0].loss - measured[-1].loss, 1 - 1.25**-0.5
+    (found,) = still_improving({"n": with_accuracy(0.2, 0.6)}, 400)
+    assert found.points == pytest.approx(min(100 * 0.4 / drop * found.loss, 40 * share))
+    best = Measurement(0, 0.01, 0.65)
+    (found,) = still_improving({"n": with_accuracy(0.2, 0.6)}, 400, best)
+    assert found.points == pytest.approx(5 * share)
+    (found,) = still_improving({"n": with_accuracy(0.2, 0.6)}, 400, best, {"n": 0.61})
+    assert found.points == pytest.approx(4 * share)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.7, 0.6), (0.2, 1.0), (0.2, 0.995)])
+def test_gains_below_a_third_of_a_point_are_silent(first: float, last: float) -> None:
+    assert still_improving({"n": with_accuracy(first, last)}, 400) == []
+
+
+def test_a_network_as_good_as_the_dense_one_has_nothing_to_gain() -> None:
+    assert still_improving({"n": power(0.5, 400)}, 400, Measurement(0, 2.0)) == []
+    assert still_improving({"n": with_accuracy(0.2, 0.9)}, 400, Measurement(0, 0.1, 0.9)) == []
+
+
+def test_measurements_must_span_the_middle_of_the_run() -> None:
+    early = [m for m in power(0.5, 400) if m.step <= 200]
+    assert still_improving({"n": early}, 400) == []
+    assert still_improving({"n": power(0.5, 40)}, 40) == []
 
 
 @pytest.mark.parametrize(
@@ -97,7 +119,9 @@ def test_points_come_from_the_last_two_accuracies_and_cannot_exceed_what_is_left
 def test_the_sentence_counts_steps_in_a_unit_that_fits_the_run(total: int, steps: int, said: str) -> None:
     (found,) = still_improving({"2:4": power(0.3, total)}, total)
     assert found.steps == steps
-    assert str(found).startswith("2:4's held-out loss still falls by about ") and str(found).endswith(f"{said} steps")
+    assert str(found).startswith("2:4's held-out loss still falls by up to about ") and str(found).endswith(
+        f"{said} steps"
+    )
 
 
 def test_the_warning_names_the_largest_gain_and_counts_the_others() -> None:
@@ -105,10 +129,12 @@ def test_the_warning_names_the_largest_gain_and_counts_the_others() -> None:
     other = Improvement("2:4", 100, 0.1, 0.2, 0.3)
     assert improvement_warning([]) is None
     assert (
-        improvement_warning([one]) == "channel@0.613 still gains about 0.4 points a hundred steps: more steps will pay"
+        improvement_warning([one])
+        == "channel@0.613 still gains up to about 0.4 points a hundred steps: more steps will pay"
     )
     assert improvement_warning([one, other]) == (
-        "channel@0.613 still gains about 0.4 points a hundred steps, and 1 other still improves: more steps will pay"
+        "channel@0.613 still gains up to about 0.4 points a hundred steps, and 1 other still improves: "
+        "more steps will pay"
     )
     assert "and 2 others still improve:" in str(improvement_warning([one, other, other]))
     measured = {"2:4": power(0.2, 400), "channel@0.613": power(0.6, 400), "1:2": power(0.4, 400)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -42,12 +44,23 @@ def measure_if_due(session: Session, context: ScheduleContext) -> None:
 
 def warn_if_improving(session: Session) -> None:
     """At the end of a run: say which subnetworks a longer one would make better, as its measurements show."""
-    history = session.history
-    measurements = {
-        name: [Measurement(m["step"], m["losses"][name], m["accuracies"].get(name)) for m in history.measured]
-        for name in session.names(session.options.rounds)
-    }
-    if (sentence := improvement_warning(still_improving(measurements, session.options.all_steps))) is not None:
+    measured = session.history.measured
+    if not measured:
+        return
+
+    def of(name: str) -> list[Measurement]:
+        return [Measurement(m["step"], m["losses"][name], m["accuracies"].get(name)) for m in measured]
+
+    measurements = {name: of(name) for name in session.names(session.options.rounds) if name != DENSE}
+    dense = of(DENSE)
+    best = min(dense, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf)
+    if best.accuracy is not None:
+        best = replace(best, accuracy=max(one.accuracy for one in dense if one.accuracy is not None))
+    final = session.net.metrics if best.accuracy is not None and DENSE in session.net.metrics else {}
+    if final:  # both on all held-out data
+        best = replace(best, accuracy=final[DENSE])
+    found = still_improving(measurements, session.options.all_steps, best, final)
+    if (sentence := improvement_warning(found)) is not None:
         log.warning("%s", sentence)
 
 

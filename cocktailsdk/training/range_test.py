@@ -7,9 +7,9 @@ after every other step, with the loss of training.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,12 +22,13 @@ from ..patterns.base import DENSE
 from .distributed.sharing import examples
 from .dry_run import dry_run
 from .optimization import Optimization
+from .rate_curve import RateCurve, smoothed
 from .session import Session
 from .settings import check_numbers, shortened
 from .step.engine import Stepper
 from .user_code import next_batches
 
-__all__ = ["LearningRateSuggestion", "best_rate", "suggest_rate"]
+__all__ = ["LearningRateSuggestion", "suggest_rate"]
 
 POINTS = 30
 """How often the networks are measured at most."""
@@ -35,8 +36,6 @@ EXAMPLES, BATCHES = 128, 4
 """They are measured on batches with so many examples together, or on so many batches."""
 FACTOR = 30.0
 """The test begins at the optimizer's rate divided by this, and ends at the rate times this."""
-VALLEY = 0.2
-"""Share of the whole decrease that the loss may be above its minimum within the valley."""
 DIVERGED = 4.0
 """The test ends when the loss is so many times that of the beginning."""
 
@@ -50,23 +49,41 @@ class LearningRateSuggestion:
         rates: Rates at which the loss was measured, rising. The test ends early where the loss diverges.
         losses: The training loss after the step at each rate: a mean over networks, on the same batches.
         optimizer: The optimizer's class.
+        fell: Whether the loss fell clearly. If not, the test showed nothing, and the rate is the optimizer's own.
+        capped: Whether the rate is lower than it would be, since the loss rises clearly above it: that of the dense
+            network, or the mean.
     """
 
     rate: float
     rates: tuple[float, ...]
     losses: tuple[float, ...]
     optimizer: str
+    fell: bool = True
+    capped: bool = False
 
     def __str__(self) -> str:
-        smoothed = _smoothed(self.losses)
-        lowest = min(smoothed)
-        more = ""
-        if smoothed[-1] == lowest:
-            more = f"; it was still falling there: try suggest_lr(highest={self.rates[-1] * FACTOR:.2g})"
-        return (
-            f"learning_rate={self.rate:.2g} for {self.optimizer}: between rates of {self.rates[0]:.2g} and "
-            f"{self.rates[-1]:.2g} the loss fell from {self.losses[0]:.3g} to {lowest:.3g}{more}"
-        )
+        smooth = smoothed(self.losses)
+        within = f"between rates of {self.rates[0]:.2g} and {self.rates[-1]:.2g} the loss"
+        if self.fell:
+            said = f"{within} fell from {self.losses[0]:.3g} to {min(smooth):.3g}"
+        else:
+            said = (
+                f"{within} did not fall clearly, so the test showed nothing, and "
+                f"{'this is no higher than' if self.capped else 'this is'} the optimizer's own rate; that is likely "
+                "where the subnetworks are already close to the teacher"
+            )
+        return f"learning_rate={self.rate:.2g} for {self.optimizer}: {said}{self._limits(smooth)}"
+
+    def _limits(self, smooth: Sequence[float]) -> str:
+        """What the range, or the protection of the dense network, had to do with the rate."""
+        said = ""
+        if self.capped:
+            said += f"; above {self.rate:.2g} the loss of the dense network, or the mean, rises clearly"
+        if (self.fell or self.capped) and self.rate <= self.rates[0]:
+            said += f"; it is the lowest rate of the test: try suggest_lr(lowest={self.rates[0] / FACTOR:.2g})"
+        elif self.fell and not self.capped and (smooth[-1] == min(smooth) or self.rate >= self.rates[-1]):
+            said += f"; it was still falling there: try suggest_lr(highest={self.rates[-1] * FACTOR:.2g})"
+        return said
 
 
 def suggest_rate(
@@ -82,7 +99,7 @@ def suggest_rate(
 
     Raises:
         TrainingError: There is nothing to suggest: too few steps, no range, a loss that is not finite from the
-            beginning or does not fall at any rate; says what to type.
+            beginning, or that rises clearly at every rate; says what to type.
     """
     check_numbers("suggest_lr: ", steps=steps, lowest=lowest, highest=highest)
     if steps is None or steps < 10:
@@ -104,61 +121,25 @@ def suggest_rate(
     foreign = [(p, p.detach().clone(), p.grad) for p in optimization.foreign]
     try:
         with dry_run(session):
-            before, measured, losses = _measure(session, optimization, rates)
+            curve = _measure(session, optimization, rates)
     finally:
         with torch.no_grad():
             for parameter, value, gradient in foreign:
                 parameter.copy_(value)
                 parameter.grad = gradient
-    if not math.isfinite(before):
+    if not math.isfinite(curve.before):
         raise TrainingError(
-            f"the training loss is {before} before the first step, so there is no rate to suggest: check the model's "
-            "output and the loss function on the first batch of train_loader"
+            f"the training loss is {curve.before} before the first step, so there is no rate to suggest: check the "
+            "model's output and the loss function on the first batch of train_loader"
         )
-    rate = best_rate(measured, losses, before)
-    if rate is None:
+    found = curve.suggestion(start)
+    if found is None:
         raise TrainingError(
-            f"the loss ({before:.4g}) did not fall at any rate between {lowest:.2g} and {highest:.2g}: write "
-            f"suggest_lr(lowest={lowest / FACTOR:.2g}), or suggest_lr(steps={4 * steps})"
+            f"the loss ({curve.before:.4g} before the first step) rose clearly at the lowest rate, {lowest:.2g}: write "
+            f"suggest_lr(lowest={lowest / FACTOR:.2g})"
         )
-    return LearningRateSuggestion(rate, tuple(measured), tuple(losses), type(optimization.optimizer).__name__)
-
-
-def best_rate(rates: Sequence[float], losses: Sequence[float], before: float) -> float | None:
-    """The middle of the valley of the smoothed curve: the geometric mean of its two edges.
-
-    The edges are where the loss has fallen by 80 % of all that it falls. Measured on six pairs of model and optimizer,
-    26 curves of 24 to 120 steps, against the best rate of a grid of runs of 120 steps. On average the suggestion was
-    off by a factor of 1.5, at worst by 3.1. The minimum of the smoothed curve was as good, but depends on one point.
-    A quarter of it was off by 5, a tenth by 13, the steepest slope by 8, and "valley" (fastai, Lightning) by 6, always
-    downwards but for the slope. Those rules are for training losses, whose minimum lags behind the rate.
-
-    Args:
-        rates: Rising.
-        losses: After the step at each rate.
-        before: The loss before the first step.
-
-    Returns:
-        ``None`` if the loss does not fall.
-    """
-    smoothed = _smoothed(losses)
-    lowest = min(smoothed, default=math.inf)
-    if not lowest < before:
-        return None
-    bottom = smoothed.index(lowest)
-    inside = [loss <= lowest + VALLEY * (before - lowest) for loss in smoothed]
-    left = right = bottom
-    while left > 0 and inside[left - 1]:
-        left -= 1
-    while right + 1 < len(inside) and inside[right + 1]:
-        right += 1
-    return math.sqrt(rates[left] * rates[right])
-
-
-def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Means of five medians of three: single outliers count for nothing, and the ends are means of fewer."""
-    medians = [statistics.median(losses[max(0, i - 1) : i + 2]) for i in range(len(losses))]
-    return [statistics.fmean(medians[max(0, i - 2) : i + 3]) for i in range(len(medians))]
+    rate, fell, capped = found
+    return LearningRateSuggestion(rate, curve.rates, curve.losses, type(optimization.optimizer).__name__, fell, capped)
 
 
 def _rate_of(optimizer: Optimizer) -> float:
@@ -172,51 +153,58 @@ def _rate_of(optimizer: Optimizer) -> float:
     return float(rate)
 
 
-def _measure(
-    session: Session, optimization: Optimization, rates: Sequence[float]
-) -> tuple[float, list[float], list[float]]:
+def _measure(session: Session, optimization: Optimization, rates: Sequence[float]) -> RateCurve:
     """The loss before the first step, then rates and the losses at them, until one is not finite or has diverged."""
     assert session.execution is not None
     stepper = Stepper.of(session.net, session.execution, session.options, session.classes)
-    optimizer, round_ = optimization.optimizer, session.options.first_round
-    first = [group["lr"] for group in optimizer.param_groups]
-    batches = _batches(session)
-    names = _networks(session, round_)
+    round_ = session.options.first_round
+    groups = optimization.optimizer.param_groups
+    first = [group["lr"] for group in groups]
+    batches, names = _batches(session), _networks(session, round_)
 
-    def loss() -> float:
-        return _mean_loss(session, stepper, names, batches)
+    def losses() -> tuple[float, float]:
+        each = [_mean_loss(session, stepper, name, batches) for name in names]
+        return math.fsum(each) / len(each), each[0]
 
-    before, every = loss(), max(1, round(len(rates) / POINTS))
-    measured: list[float] = []
-    losses: list[float] = []
+    before, every = losses(), max(1, round(len(rates) / POINTS))
+    measured: list[tuple[float, float, float]] = []
     session.modes.apply()
+    shares, session.shares = session.shares, copy.deepcopy(session.shares)
     try:
         for i, rate in enumerate(rates):
-            for group, own in zip(optimizer.param_groups, first, strict=True):
+            for group, own in zip(groups, first, strict=True):
                 group["lr"] = own * (rate / float(first[0]))
-            session.position.step = i
-            drawn, _ = next_batches(session)
-            step = session.step_at(round_, i % max(1, session.options.steps_of(round_)))
-            session.seed("range test", i)
-            result = stepper.step(step, drawn, optimizer, None, optimization.scaler)
-            if not all(bool(value.isfinite()) for value in result.losses.values()):
+            if not _trained(session, stepper, optimization, round_, i):
                 break
             if (i + 1) % every:
                 continue
-            now = loss()
-            if not math.isfinite(now):
+            mean, dense = losses()
+            if not math.isfinite(mean):
                 break
-            measured.append(rate)
-            losses.append(now)
-            if now > DIVERGED * before:
+            measured.append((rate, mean, dense))
+            if mean > DIVERGED * before[0]:
                 break
     finally:
+        session.shares = shares
         session.data.stream.close()
-    return before, measured, losses
+    columns = [tuple(column) for column in zip(*measured, strict=True)] or [(), (), ()]
+    return RateCurve(*before, *columns)
+
+
+def _trained(session: Session, stepper: Stepper, optimization: Optimization, round_: int, i: int) -> bool:
+    """Make a step; whether its losses are finite."""
+    session.position.step = i
+    drawn, _ = next_batches(session)
+    step = session.step_at(round_, i % max(1, session.options.steps_of(round_)))
+    if session.shares is not None:  # or the network that is owed most would be trained in every step
+        session.shares.give(one.subnet for one in step.passes)
+    session.seed("range test", i)
+    result = stepper.step(step, drawn, optimization.optimizer, None, optimization.scaler)
+    return all(bool(value.isfinite()) for value in result.losses.values())
 
 
 def _networks(session: Session, round_: int) -> list[str]:
-    """The dense network, and of every pattern the subnetwork of the middle level: about the mean of all of them."""
+    """The dense network first, and of every pattern the subnetwork of the middle level: about all of them."""
     return [DENSE, *(names[len(names) // 2] for names in session.networks(round_).values() if names)]
 
 
@@ -227,10 +215,9 @@ def _batches(session: Session) -> list[object]:
     return batches[: min(enough, BATCHES)]
 
 
-def _mean_loss(session: Session, stepper: Stepper, names: Sequence[str], batches: Sequence[object]) -> float:
+def _mean_loss(session: Session, stepper: Stepper, name: str, batches: Sequence[object]) -> float:
     losses: list[Tensor] = []
-    for name in names:
-        for i, batch in enumerate(batches):
-            session.seed("range test", "loss", i)  # the same dropout every time
-            losses.append(stepper.loss(name, batch))
+    for i, batch in enumerate(batches):
+        session.seed("range test", "loss", i)  # the same dropout every time
+        losses.append(stepper.loss(name, batch))
     return float(torch.stack([loss.double() for loss in losses]).mean())

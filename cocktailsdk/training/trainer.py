@@ -362,13 +362,17 @@ class CoTrainer(Generic[NetT]):
         included. Nothing is changed: weights, statistics, loaders and random generators are put back. The same seed
         gives the same suggestion.
 
+        Where the loss does not fall clearly, the suggestion is the optimizer's own rate, and says so. Above a suggested
+        rate that is called ``capped``, the loss of the dense network, or the mean, rises clearly.
+
         Args:
             steps: Optimizer steps of the test. It takes about as long as three times so many steps of training.
             lowest: The first rate. Default: the optimizer's own divided by 30.
             highest: The last rate. Default: 30 times the optimizer's own.
 
         Raises:
-            TrainingError: There is no rate to suggest, or there are several processes; says what to type.
+            TrainingError: The loss is not finite or rises at every rate, or there are several processes; says what to
+                type.
 
         Example:
             ```python
