@@ -11,6 +11,9 @@ from .recipes import PassAllocation
 
 __all__ = ["PassShares"]
 
+DIGITS = 4
+"""Decimals of a gap that count."""
+
 
 class PassShares:
     """Gives out passes such that every network gets its share of them at any time (smooth weighted round robin).
@@ -74,6 +77,8 @@ class PassShares:
 
 def _gaps(losses: Mapping[str, float], reference: float) -> dict[str, float]:
     """How much worse each network is than the reference; one without a finite loss is as bad as the worst other."""
-    gaps = {name: loss - reference for name, loss in losses.items()}
+    # Rounded, or the last bits of losses, which differ between machines and numbers of processes, would break ties
+    # between equal shares in another order.
+    gaps = {name: round(loss - reference, DIGITS) for name, loss in losses.items()}
     worst = max((gap for gap in gaps.values() if math.isfinite(gap)), default=0.0)
     return {name: gap if math.isfinite(gap) else worst for name, gap in gaps.items()}
