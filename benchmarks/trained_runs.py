@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -125,7 +126,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(ABC):
     """A run of the comparison. Subclasses make it.
 
     Attributes:
@@ -146,6 +147,7 @@ class Run:
         rate = "" if self.rate is None else f"--rate-{self.rate:g}"
         return f"{self.name}--{self.budget}{rate}--{self.seed}".translate(str.maketrans(" :", "_-", "/',"))
 
+    @abstractmethod
     def measure(self, place: Place, folder: Path) -> Measured:
         """Make the run, or what is left of it.
 
@@ -153,7 +155,6 @@ class Run:
             place: Task and data.
             folder: Where the run keeps its state.
         """
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """What identifies the run, as JSON values."""

@@ -16,7 +16,6 @@ from ..patterns.base import DENSE
 from ..utils.batchnorm import running_norms
 from .distributed.sharing import examples
 from .events import NeedMeasured
-from .recipes import ScheduleContext
 from .session import Session
 from .step.distill import Classes, untouched_buffers
 from .step.forward import loss_of, output_tensor
@@ -28,11 +27,12 @@ __all__ = ["held_out_losses", "measure_if_due", "warn_if_improving"]
 log = logging.getLogger(__name__)
 
 
-def measure_if_due(session: Session, context: ScheduleContext) -> None:
+def measure_if_due(session: Session, round_: int, step: int) -> None:
     """Before a step: where the recipe's allocation says so, measure all networks and share the passes anew."""
     shares, measured = session.shares, session.history.measured
-    if shares is None or not shares.is_due(context.step, measured):
+    if shares is None or not shares.is_due(step, measured):
         return
+    context = session.context_at(round_, step)
     losses, accuracies = held_out_losses(session, (DENSE, *context.names))
     measured.append({"step": context.step, "losses": losses, "accuracies": accuracies})
     shares.update(measured)

@@ -134,7 +134,7 @@ def _train_round(session: Session, stepper: Stepper) -> None:
         steps = options.steps_in(k, position.epoch)
         for i in range(position.step, steps):
             number = (position.epoch - options.epochs_of(k).start) * options.steps_per_epoch + i
-            measure_if_due(session, session.context_at(k, number))
+            measure_if_due(session, k, number)
             context = session.context_at(k, number)
             step = step_of(options.recipe, context, options.rounds)
             if not shared.follows(step):
