@@ -230,7 +230,7 @@ class CoTrained(Run):
             out_dir=folder,
             callbacks=[clock],
             **{name: value for name, value in given.items() if value is not None},
-            **self.options,
+            **{**place.task.execution, **self.options},
         )
 
     def measure(self, place: Place, folder: Path) -> Measured:
@@ -290,6 +290,7 @@ class Alone(Run):
             out_dir=folder,
             callbacks=[clock],
             **taught,
+            **place.task.execution,
         )
         seconds = clock.seconds
         found = {k: v for k, v in place.accuracies(tuned).items() if k == self.subnet}
