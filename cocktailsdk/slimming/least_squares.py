@@ -34,7 +34,7 @@ def masked_least_squares(
         iterations: At most so many, each a product of the weight with the gram matrix.
     """
     energy = gram.diagonal(dim1=-2, dim2=-1)
-    extra = damping * energy.mean(-1, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)  # parts, 1
+    extra = (damping * energy.mean(-1, keepdim=True)).clamp(min=torch.finfo(gram.dtype).tiny)  # parts, 1
     support = keep.to(weight.dtype)
 
     def applied(x: Tensor) -> Tensor:
