@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ class Norms(StepHook):
 class Noting(torch.optim.SGD):
     """Notes the norm of all gradients that it gets."""
 
-    norms: list[float] = []
+    norms: ClassVar[list[float]] = []
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
