@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_net
 
-from cocktailsdk import Channel, PatternError
+import cocktailsdk as cocktail
+from cocktailsdk import Channel, Mask, PatternError
 from cocktailsdk.graph import Group
-from cocktailsdk.patterns.channel import kept_units, unit_scores
+from cocktailsdk.patterns import parse_pattern
+from cocktailsdk.patterns.unit_choice import kept_units
+from cocktailsdk.patterns.unit_scores import unit_scores
 
 
 def naive_scores(net, beta, made):
@@ -108,9 +111,78 @@ def test_the_round_of_training_decides_which_masks_enter_the_score():
     assert torch.equal(first.removed, net.masks["channel@0.1"].removed)
 
 
+@given(
+    st.lists(st.floats(0.0, 1.0), min_size=2, max_size=4).map(sorted),
+    st.sampled_from([1, 4, "auto"]),
+    st.integers(0, 3),
+)
+def test_ranked_over_all_groups_exactly_the_asked_units_go_nested(sparsities, round_to, seed):
+    net = tiny_net([Channel(scope="global")])
+    generator = torch.Generator().manual_seed(seed)
+    previous = None
+    for sparsity in sparsities:
+        pattern = Channel([sparsity], scope="global", round_to=round_to)
+        (subnet,) = pattern.subnets()
+        mask = pattern.mask(subnet, net.umg(previous))
+        pattern.check(subnet, mask, net.umg())
+        n, groups = net.coupling.n_units, net.coupling.groups
+        assert not any(bool(mask.removed[g.start : g.stop].all()) for g in groups)
+        if round_to != 4:
+            assert int(mask.removed.sum()) == min(round(sparsity * n), n - len(groups))
+        if previous is not None:
+            assert not (previous.removed & ~mask.removed).any()
+        previous = mask
+        with torch.no_grad():  # weights change between rounds
+            for p in net.model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+
+def test_ranked_over_all_groups_the_choice_is_that_of_slim():
+    net = tiny_net([Channel([0.3], scope="global", beta=1.0, round_to=1)])
+    assert len({_share(net, g) for g in net.coupling.groups}) > 1
+    small = cocktail.slim(net.model, net.example[0], ratio=0.3, scope="global")
+    ours = net.slim("channel@0.3")
+    assert [p.shape for p in small.parameters()] == [p.shape for p in ours.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), ours.parameters(), strict=True))
+
+
+def _share(net, g):
+    return float(net.masks["channel@0.3"].removed[g.start : g.stop].float().mean())
+
+
+def test_a_mask_with_another_number_of_units_is_refused():
+    net = tiny_net([Channel([0.3], scope="global", round_to=1)])
+    pattern, (subnet,) = net.patterns[0], net.patterns[0].subnets()
+    removed = net.masks[subnet.name].removed.clone()
+    removed[removed.nonzero()[0]] = False
+    with pytest.raises(PatternError, match="units are removed, not"):
+        pattern.check(subnet, Mask(removed=removed), net.umg())
+    with pytest.raises(PatternError, match="of the group"):
+        Channel([0.3]).check(Channel([0.3]).subnets()[0], net.masks[subnet.name], net.umg())
+
+
+def test_the_scope_is_written_where_it_is_not_the_one_of_before(tmp_path):
+    assert "scope" not in Channel().config()
+    assert Channel(scope="global").config()["scope"] == "global"
+    assert parse_pattern("channel@0.5").scope == "group"
+    net = tiny_net([Channel([0.25, 0.5], scope="global")])
+    net.save_pretrained(tmp_path)
+    loaded = cocktail.from_pretrained(tmp_path, type(net.model)())
+    assert loaded.patterns == net.patterns
+    assert loaded.patterns[0].alone("channel@0.5") == Channel([0.5], scope="global")
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [{"beta": 1.5}, {"beta": "x"}, {"round_to": 0}, {"round_to": "even"}, {"round_to": 2.0}, {"sparsities": [2.0]}],
+    [
+        {"scope": "layer"},
+        {"beta": 1.5},
+        {"beta": "x"},
+        {"round_to": 0},
+        {"round_to": "even"},
+        {"round_to": 2.0},
+        {"sparsities": [2.0]},
+    ],
 )
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(PatternError, match="channel"):

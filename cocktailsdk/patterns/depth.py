@@ -13,10 +13,10 @@ from ..errors import PatternError
 from ..graph import EXCLUDED, Branch, Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
-from .channel import checked_beta, terms_of
 from .checking import covered_share, refuse
 from .magnitudes import Terms, row_sums
 from .registry import register_pattern
+from .unit_scores import checked_beta, terms_of
 
 __all__ = ["Depth", "branch_scores", "removable_branches"]
 
