@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .inspection import inspect as inspect
     from .masks import Mask as Mask
     from .net.costs import SubnetReport as SubnetReport
+    from .patterns import MLP as MLP
     from .patterns import NM as NM
     from .patterns import UMG as UMG
     from .patterns import Block as Block
@@ -77,6 +78,7 @@ _WHERE = {
     "Heads": ".patterns",
     "Inspection": ".inspection",
     "Mask": ".masks",
+    "MLP": ".patterns",
     "NM": ".patterns",
     "NMCheck": ".verify",
     "OutputSettings": ".training",
@@ -102,6 +104,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "MLP",
     "NM",
     "UMG",
     "AdapterError",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from block_models import block_model
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_net
 
 import cocktailsdk as cocktail
-from cocktailsdk import Channel, Mask, PatternError
-from cocktailsdk.graph import Group
-from cocktailsdk.patterns import parse_pattern
+from cocktailsdk import NM, Channel, Mask, PatternError
+from cocktailsdk.graph import Group, couple
+from cocktailsdk.patterns import make_pattern, parse_pattern
 from cocktailsdk.patterns.unit_choice import kept_units
+from cocktailsdk.patterns.unit_groups import stream_groups
 from cocktailsdk.patterns.unit_scores import unit_scores
 
 
@@ -187,3 +190,70 @@ def test_the_scope_is_written_where_it_is_not_the_one_of_before(tmp_path):
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(PatternError, match="channel"):
         Channel(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_the_stream_of_a_transformer_is_left_unpruned_unless_it_is_included(kind):
+    model, args, kwargs = block_model(kind, layers=2)
+    net = cocktail.sparsify(model, [Channel([0.5], round_to=1)], args, kwargs)
+    (stream,) = stream_groups(net.coupling)
+    removed = net.masks["channel@0.5"].removed
+    assert stream.size == 16
+    assert not bool(removed[stream.start : stream.stop].any())
+    assert int(removed.sum()) == sum(round(0.5 * g.size) for g in net.coupling.groups if g != stream)
+    report = net.subnets()[1]
+    assert report.sparsity_exact == pytest.approx(0.5, abs=0.05)
+    assert report.coverage > 0.9  # of what streams hold alone (embeddings, norms) nothing is eligible
+    small = net.slim("channel@0.5")
+    assert sum(p.numel() for p in small.parameters()) == report.params
+    wider = Channel([0.5], include_stream=True, round_to=1).mask(net.subnet("channel@0.5"), net.umg())
+    assert int(wider.removed[stream.start : stream.stop].sum()) == 8
+
+
+def test_the_stream_of_a_resnet_loses_channels_as_before():
+    model, args, _ = block_model("resnet")
+    net = cocktail.sparsify(model, ["channel@0.5"], args)
+    assert stream_groups(net.coupling) == ()
+    assert net.patterns[0].groups(net.coupling) == net.coupling.groups
+    assert net.subnets()[1].coverage == 1.0
+
+
+def test_a_model_whose_stream_alone_can_go_is_refused_with_what_to_write():
+    model, args, kwargs = block_model("llama", layers=2)
+    with pytest.raises(PatternError, match=r"residual stream \('model'\).*write Channel\(include_stream=True\)"):
+        cocktail.sparsify(model, ["channel@0.5"], args, kwargs, exclude_modules=["q_proj", "gate_proj"])
+    kept = ["q_proj", "gate_proj"]
+    net = cocktail.sparsify(model, [Channel([0.5], include_stream=True)], args, kwargs, exclude_modules=kept)
+    assert int(net.masks["channel@0.5"].removed.sum()) == 8
+
+
+def test_a_configuration_of_before_narrows_streams_and_is_written_as_it_was(tmp_path):
+    before = {"sparsities": [0.5], "beta": 0.8, "round_to": "auto"}
+    pattern = make_pattern("channel", before)
+    assert pattern == Channel([0.5], include_stream=True)
+    assert pattern.config() == before
+    assert repr(pattern) == "Channel(sparsities=[0.5], beta=0.8, round_to='auto', include_stream=True)"
+    assert Channel([0.5]).config() == {**before, "include_stream": False}
+    assert pattern.alone("channel@0.5") == pattern
+    assert pattern.merged(Channel([0.25], include_stream=True)).include_stream
+    with pytest.raises(PatternError, match="given twice"):
+        pattern.merged(Channel([0.25]))
+    pair = [{"name": "channel", "config": before}, {"name": "n:m", "config": NM(2, 4).config()}]
+    product = make_pattern("product", {"pairs": [pair]})
+    assert product.pairs[0][0] == pattern
+    model, args, kwargs = block_model("llama", layers=2)
+    net = cocktail.sparsify(model, [pattern], args, kwargs)
+    net.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "bundle.json").read_text())["patterns"] == [{"name": "channel", "config": before}]
+    loaded = cocktail.from_pretrained(tmp_path, block_model("llama", layers=2)[0])
+    assert loaded.patterns == net.patterns
+    assert torch.equal(loaded.masks["channel@0.5"].removed, net.masks["channel@0.5"].removed)
+    assert loaded.subnets() == net.subnets()
+
+
+def test_runs_resume_by_what_makes_a_difference_on_their_model():
+    net = tiny_net([Channel([0.5])])
+    assert Channel([0.5]).config_on(net.coupling) == Channel([0.5], include_stream=True).config()
+    model, args, kwargs = block_model("llama", layers=2)
+    coupling = couple(model, args, kwargs, prove=False)
+    assert Channel([0.5]).config_on(coupling)["include_stream"] is False

@@ -6,6 +6,7 @@ from .channel import Channel
 from .depth import Depth
 from .generation import in_order, make_all_masks, rounds_of
 from .heads import Heads
+from .mlp import MLP
 from .nm import NM
 from .product import Product
 from .registry import make_pattern, parse_pattern, pattern_class, register_pattern, registered, resolve_patterns
@@ -14,6 +15,7 @@ from .unstructured import Unstructured
 
 __all__ = [
     "DENSE",
+    "MLP",
     "NM",
     "UMG",
     "Block",

@@ -5,28 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..graph import Coupling, Group
 from .registry import register_pattern
+from .unit_groups import head_groups
 from .unit_patterns import UnitPattern
 
-__all__ = ["Heads", "head_groups"]
-
-
-def head_groups(coupling: Coupling) -> tuple[Group, ...]:
-    """The channel groups whose units are attention heads.
-
-    A head is a unit of several channels along which activations are multiplied with activations one by one: queries
-    with keys, and weights with values. Where heads share keys and values, a unit is one such set.
-    """
-    batched: set[int] = set()
-    for c in coupling.contractions:
-        for units in c.factors if c.weight is None else ():
-            if units.ndim > 2:  # the last two are the matrices' own
-                heads = units.flatten(-2)[..., 0]
-                batched.update(torch.unique(heads[heads >= 0]).tolist())
-    return tuple(g for g in coupling.groups if g.channels > 1 and batched.issuperset(range(g.start, g.stop)))
+__all__ = ["Heads"]
 
 
 @register_pattern("heads")
