@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .patterns import Channel as Channel
     from .patterns import Depth as Depth
     from .patterns import Heads as Heads
+    from .patterns import Layers as Layers
     from .patterns import Pattern as Pattern
     from .patterns import Product as Product
     from .patterns import Subnet as Subnet
@@ -76,6 +77,7 @@ _WHERE = {
     "ExecutionSettings": ".training",
     "Failure": ".verify",
     "Heads": ".patterns",
+    "Layers": ".patterns",
     "Inspection": ".inspection",
     "Mask": ".masks",
     "MLP": ".patterns",
@@ -124,6 +126,7 @@ __all__ = [
     "Failure",
     "Heads",
     "Inspection",
+    "Layers",
     "Mask",
     "NMCheck",
     "OutputSettings",

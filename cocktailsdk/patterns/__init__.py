@@ -6,6 +6,7 @@ from .channel import Channel
 from .depth import Depth
 from .generation import in_order, make_all_masks, rounds_of
 from .heads import Heads
+from .layers import Layers
 from .mlp import MLP
 from .nm import NM
 from .product import Product
@@ -22,6 +23,7 @@ __all__ = [
     "Channel",
     "Depth",
     "Heads",
+    "Layers",
     "Pattern",
     "Product",
     "Subnet",

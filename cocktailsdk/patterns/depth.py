@@ -31,14 +31,21 @@ def removable_branches(coupling: Coupling, eligible: Sequence[Weight]) -> tuple[
 
 
 def branch_scores(umg: UMG, branches: Sequence[Branch], beta: float) -> list[float]:
-    """How much each branch does: the mean over its weights of their mean magnitude times the root of the fan-in.
+    """How much each branch does: what ``UMG.layer_scores`` says of its name, otherwise what its weights say.
 
-    By that factor weights of any width score alike when they are drawn as layers usually are. Magnitudes are those
-    under the masks made this round, in the channel score's terms.
+    That is the mean over its weights of their mean magnitude times the root of the fan-in. By that factor weights of
+    any width score alike when they are drawn as layers usually are. Magnitudes are those under the masks made this
+    round, in the channel score's terms. Where a score of elements was chosen, its values stand in place of the weights.
     """
+    given = umg.layer_scores or {}
     terms = terms_of(umg, beta)
     weights = {w.name: w for w in umg.coupling.weights}
-    return [sum(_strength(weights[n], umg.ranked[n], terms) for n in b.weights) / len(b.weights) for b in branches]
+    return [
+        given[b.name]
+        if b.name in given
+        else sum(_strength(weights[n], umg.ranked[n], terms) for n in b.weights) / len(b.weights)
+        for b in branches
+    ]
 
 
 def _strength(weight: Weight, value: Tensor, terms: Terms) -> float:
