@@ -66,16 +66,19 @@ class Place:
             net.set_mask(name, mask)
         return net
 
-    def accuracies(self, net: cocktail.CocktailNet, *, recalibrated: bool = True) -> dict[str, float]:
-        """Test accuracy in % of the task's named networks that a net has.
+    def accuracies(
+        self, net: cocktail.CocktailNet, *, recalibrated: bool = True, named: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Test accuracy in % of the networks that a net has.
 
         Args:
             net: The networks.
+            named: Which; by default the task's named ones.
             recalibrated: Whether they get their statistics from :data:`STATISTICS` batches first, or keep their own.
         """
         known = {DENSE, *net.masks}
         out = {}
-        for name in (n for n in self.task.named if n in known):
+        for name in (n for n in named or self.task.named if n in known):
             if recalibrated:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
@@ -158,7 +161,8 @@ class Run(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What identifies the run, as JSON values."""
-        return {k: v for k, v in asdict(self).items() if k not in ("name", "budget", "seed")}
+        plain = () if getattr(self, "slim", False) else ("slim",)  # rows of before have no such field
+        return {k: v for k, v in asdict(self).items() if k not in ("name", "budget", "seed", *plain)}
 
     def row(self, place: Place) -> dict[str, Any]:
         """Make the run: its row for the results."""
@@ -269,18 +273,25 @@ class Alone(Run):
     Attributes:
         subnet: Which.
         distilled: Whether the trained model teaches it as in our default, besides the labels.
+        slim: Whether the slim model is trained, which computes the same as the masked one in less time.
     """
 
     subnet: str
     distilled: bool = False
+    slim: bool = False
 
     def measure(self, place: Place, folder: Path) -> Measured:
         """Train and measure."""
         net, clock = place.net(), Clock(folder, place.deadline)
+        masks = mask_digests(net, [self.subnet])
+        whole = "unstructured@0"  # of a slim model, nothing else is masked
+        if self.slim:
+            slim = net.slim(self.subnet).to(memory_format=torch.channels_last)
+            net = cocktail.sparsify(slim, [whole], torch.zeros(2, *place.task.example))
         taught: dict[str, Any] = taught_by(place.task.model(place.data, place.work)) if self.distilled else {}
         tuned = cocktail.finetune(
             net,
-            self.subnet,
+            whole if self.slim else self.subnet,
             place.loaders.train,
             taught.pop("loss_fn", F.cross_entropy),
             total_steps=self.budget,
@@ -293,8 +304,10 @@ class Alone(Run):
             **place.task.execution,
         )
         seconds = clock.seconds
-        found = {k: v for k, v in place.accuracies(tuned).items() if k == self.subnet}
-        details = {"masks": mask_digests(net, [self.subnet])}
+        found = place.accuracies(tuned, named=[whole] if self.slim else [self.subnet])
+        if self.slim:
+            found = {self.subnet: found[whole]}
+        details = {"masks": masks}
         return Measured(found, self.budget, self.budget if self.distilled else 0, seconds, details)
 
 
