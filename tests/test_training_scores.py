@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,21 @@ from typing import Any
 import pytest
 import torch
 from test_loops import batches, follow, plain_net, trained
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from training_tiny import assert_identical, result, tiny_loaders, tiny_net, tiny_trainer
 
 import cocktailsdk as cocktail
 from cocktailsdk import PatternError, TrainingError
 from cocktailsdk.calibration import CalibrationData
+from cocktailsdk.calibration.observe import InputObserver
 from cocktailsdk.masks import Mask
 from cocktailsdk.patterns import rounds_of
 from cocktailsdk.training import events as ev
 from cocktailsdk.training.recipes import Pruning, recipe_named
 from cocktailsdk.training.rivals.phases import Phases
+from cocktailsdk.utils.nested import default_forward
 
 PRETRAINED: dict[str, Any] = {"start": "pretrained", "recipe": "pretrained", "epochs": 1, "rewind_epoch": None}
 MIXED = {"channel": "activation", "*": "wanda"}
@@ -156,6 +161,28 @@ def test_scores_draw_nothing_from_the_random_numbers_of_training() -> None:
     assert_identical(result(runs[0]), result(runs[1]))
     assert "score" not in runs[0].net.provenance
     assert set(runs[1].net.provenance["score"]) == {"patterns"}
+
+
+def test_ctrl_c_while_a_score_is_judged_ends_the_run_which_resumes_bit_by_bit(tmp_path: Path) -> None:
+    judged: list[int] = []
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        if isinstance(_get_current_dispatch_mode(), InputObserver):
+            judged.append(len(judged))
+            if judged == [0, 1]:
+                os.kill(os.getpid(), signal.SIGINT)
+        return default_forward(model, batch)
+
+    def trainer(**options: Any) -> cocktail.CoTrainer[Any]:
+        return tiny_trainer(tiny_net(0, FEW), score="wanda", forward_fn=forward, **PRETRAINED, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(out_dir=tmp_path).fit()
+    assert judged == [0, 1]  # of 6 batches
+    run, whole = trainer(out_dir=tmp_path), trainer()
+    for one in (run, whole):
+        one.fit()
+    assert_identical(result(run), result(whole))
 
 
 def test_a_run_with_another_score_or_other_calibration_data_is_refused(tmp_path: Path) -> None:
