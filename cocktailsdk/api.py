@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .bundle import load_bundle
 from .bundle.hub_mixin import HubMixin
+from .calibration import CalibrationData, calibrate
+from .calibration.provenance import note_scores
 from .errors import PatternError
 from .graph import unsupported_modules
 from .net.coverage import check_coverage, nothing_to_prune
@@ -18,7 +20,8 @@ from .net.subnet_model import SubnetModel, model_unchanged
 from .net.target_modules import Modules, Selection
 from .net.tracing import couple_model, example_of
 from .patterns import DENSE, Pattern, make_all_masks, resolve_patterns
-from .patterns.scoring import PatternScores, ScoreLike
+from .patterns.scoring import PatternScores, ScoreLike, described_scores, resolve_scores, sharded_error
+from .utils.fsdp import sharded
 from .utils.losses import ForwardFn, LossFn
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ class CocktailNet(SubnetModel, HubMixin):
     def calibrate(
         self,
         score: ScoreLike | Mapping[str, ScoreLike],
-        calibration: Iterable[Any] | None = None,
+        calibration: Iterable[Any] | CalibrationData | None = None,
         loss_fn: LossFn | None = None,
         forward_fn: ForwardFn | None = None,
         sequential: bool = False,
@@ -53,10 +56,11 @@ class CocktailNet(SubnetModel, HubMixin):
             What :meth:`make_masks` ranks by.
 
         Raises:
-            PatternError: See :func:`sparsify`.
+            PatternError: See :func:`sparsify`; or the model's weights are sharded (FSDP2).
         """
-        from .calibration import CalibrationData, calibrate
-
+        resolved = resolve_scores(score, self.patterns)
+        if described_scores(resolved) and sharded(self.model):
+            raise sharded_error(resolved)
         data = None if calibration is None else CalibrationData.of(calibration)
         with self.using(DENSE), model_unchanged(self):
             return calibrate(
@@ -215,7 +219,7 @@ def sparsify(
     exclude_modules: Modules = None,
     *,
     score: ScoreLike | Mapping[str, ScoreLike] = "magnitude",
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | CalibrationData | None = None,
     loss_fn: LossFn | None = None,
     forward_fn: ForwardFn | None = None,
     sequential: bool = False,
@@ -273,7 +277,9 @@ def sparsify(
             "eligible when target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
-    scores = net.calibrate(score, calibration, loss_fn, forward_fn, sequential)
+    data = None if calibration is None else CalibrationData.of(calibration)
+    scores = net.calibrate(score, data, loss_fn, forward_fn, sequential)
+    note_scores(net, scores.by_pattern, data)
     umg = net.umg()
     for name, mask in make_all_masks(chosen, coupling, eligible, umg.values, scores).items():
         net.set_mask(name, mask)

@@ -156,6 +156,26 @@ def from_trained(folder: Path) -> Any:
     return trained(plain_trainer(**{**TRAINED, "recipe": recipe}))
 
 
+def scored(folder: Path) -> Any:
+    """Masks by a score; the calibration data is whole batches in every process."""
+    return trained(plain_trainer(score={"channel": "activation", "*": "wanda"}, merge=False))
+
+
+def scored_apart(folder: Path) -> Any:
+    """Loops of one's own whose processes judge the score from other data."""
+    images, labels = to_float(tiny_images().images).double(), tiny_images().labels
+    mine = 24 * int(os.environ.get("RANK", "0"))
+    calibration = [(images[mine : mine + 24], labels[mine : mine + 24])]
+    loop = cocktail.CoLoop(
+        plain_net(), 12, start="pretrained", recipe="cocktail", score="wanda", calibration=calibration
+    )
+    try:
+        loop.begin((images[:4], labels[:4]))
+    except cocktail.TrainingError as error:
+        return str(error)
+    return None
+
+
 def own_heads(folder: Path) -> Any:
     return trained(tiny_trainer(tiny_net(), **TRAINED))
 
@@ -426,6 +446,8 @@ DDP = (
     loader,
     several,
     from_trained,
+    scored,
+    scored_apart,
     own_heads,
     batch_norm,
     interrupted,

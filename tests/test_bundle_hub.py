@@ -70,6 +70,9 @@ def test_the_card_lists_the_networks_and_says_how_to_load_them(hub):
     assert card.data.license == "mit"
     assert "| `2:4` | 0.500 | 0.9712 |" in card.text
     assert 'from_pretrained("somebody/tiny", model)' in card.text
+    assert "ranked by" not in card.text
+    net.provenance["score"] = {"patterns": {"n:m": "wanda"}, "calibration": {"examples": 8, "fingerprint": "ab12"}}
+    assert "Masks are ranked by wanda; calibrated on 8 examples (ab12).\n" in net.generate_model_card().text
 
 
 def test_a_name_that_the_hub_does_not_have_is_said_so(hub):

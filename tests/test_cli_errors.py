@@ -23,8 +23,9 @@ from cocktailsdk.choosing import read_profile
 from cocktailsdk.cli import checks
 from cocktailsdk.cli.group import PIPE_CLOSED
 from cocktailsdk.cli.main import app
-from cocktailsdk.cli.options import RECIPES
+from cocktailsdk.cli.options import RECIPES, SCORES
 from cocktailsdk.exporting.formats import FORMATS
+from cocktailsdk.patterns.scores import registered_scores
 from cocktailsdk.presets import PRESETS
 from cocktailsdk.presets.images import MODELS
 from cocktailsdk.presets.weights import SUFFIXES
@@ -226,6 +227,8 @@ def test_what_is_checked_before_torch_is_what_is_there() -> None:
     assert checks.WEIGHTS == SUFFIXES
     assert {*RECIPES} == {name for name, recipe in recipes().items() if recipe.takes == "any" and not recipe.only}
     assert {*RECIPES, *checks.OTHER_RECIPES} == set(recipes())
+    ours = {name: score for name, score in registered_scores().items() if score.__module__.startswith("cocktailsdk.")}
+    assert {*SCORES} == {name for name, score in ours.items() if score.scores_elements() or score.scores_units()}
     assert {suffix: (tuple(k.packages), k.extra) for suffix, k in FORMATS.items()} == checks.FORMATS
     assert available_device("cpu").type == "cpu"
 
@@ -250,6 +253,17 @@ def test_a_missing_extra_is_named_with_what_to_type(
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
     said = refused(*arguments)
     assert f'pip install "cocktailsdk[{extra}]"' in said and packages[0] in said
+
+
+def test_a_score_is_one_for_all_patterns_or_by_pattern() -> None:
+    assert checks.check_score([]) is None
+    assert checks.check_score(["wanda"]) == "wanda"
+    assert checks.check_score(["wanda", "channel=activation"]) == {"*": "wanda", "channel": "activation"}
+    assert checks.check_score(["n:m=taylor"]) == {"n:m": "taylor"}
+    train = ("train", "--preset", "digits")
+    assert "did you mean 'wanda'" in refused(*train, "--score", "wander")
+    assert "twice for all patterns" in refused(*train, "--score", "wanda", "--score", "taylor")
+    assert "twice for pattern 'channel'" in refused(*train, *("--score", "channel=wanda") * 2)
 
 
 def test_names_are_not_printed_raw() -> None:

@@ -190,6 +190,25 @@ def test_subnets_lists_a_bundle_without_building_a_model(finished: tuple[Path, R
     assert subprocess.run([sys.executable, "-c", program, "subnets", str(folder)], check=False).returncode == 0
 
 
+def test_a_score_is_in_the_bundle_the_report_and_the_list_of_subnets(tmp_path: Path) -> None:
+    command = ("train", "--preset", "digits", "--score", "wanda", "--score", "channel=activation")
+    done = run(*command, "--recipe", "cocktail", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    provenance = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["provenance"]
+    assert provenance["score"]["patterns"] == {"unstructured": "wanda", "n:m": "wanda", "channel": "activation"}
+    assert provenance["score"]["calibration"]["examples"] == 128
+    assert provenance["command"].endswith("--recipe cocktail --score wanda --score channel=activation")
+    report = read_report(tmp_path)
+    assert report is not None and report.score == provenance["score"]
+    assert report.configuration["training"]["score"] == provenance["score"]["patterns"]
+    assert "ranked by wanda (unstructured, n:m), activation (channel)" in " ".join(
+        run("subnets", str(tmp_path)).stdout.split()
+    )
+    assert json.loads(run("subnets", str(tmp_path), "--json").stdout)["score"] == provenance["score"]
+    again = run("train", "--preset", "digits", "--recipe", "cocktail", "--out", str(tmp_path))
+    assert again.exit_code == 1 and "training.score" in again.stderr
+
+
 def test_eval_measures_what_training_reported(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     report = read_report(folder)

@@ -18,6 +18,7 @@ from tiny import IMAGE, TinyNet
 from cocktailsdk.exporting.formats import FORMATS
 from cocktailsdk.graph.rules import RULES
 from cocktailsdk.patterns import registry
+from cocktailsdk.patterns.scores import registry as score_registry
 from cocktailsdk.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.fixture
 def own_registries() -> Iterator[None]:
     """What a page registers is gone after it."""
-    known = (RULES, registry._REGISTERED, FORMATS, PRESETS)
+    known = (RULES, registry._REGISTERED, score_registry._REGISTERED, FORMATS, PRESETS)
     before = [dict(kinds) for kinds in known]
     yield
     for kinds, had in zip(known, before, strict=True):

@@ -86,6 +86,16 @@ def test_every_id_is_there_once_and_links_lead_to_ids(page: str) -> None:
                 assert target[1:] in ids
 
 
+def test_the_score_is_among_the_provenance_and_in_no_report_without_one(page: str, tmp_path: Path) -> None:
+    assert "masks ranked by" not in page and "score" not in REPORT.to_dict()
+    record = {"patterns": {"n:m": "wanda"}, "calibration": {"examples": 8, "fingerprint": "ab12"}}
+    scored = replace(REPORT, score=record)
+    text = report_page([ReportedRun(scored, RUN, (profile(),))])
+    assert "masks ranked by" in text and "wanda; calibrated on 8 examples (ab12)" in text
+    scored.write(tmp_path)
+    assert read_report(tmp_path) == replace(scored, metric_name=scored.metric_name)
+
+
 def test_every_network_is_a_mark_with_its_command_and_a_row(page: str) -> None:
     marks = [a for _, a in Page(page).elements if a.get("class") == "mark"]
     for row in REPORT.networks:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,3 +332,47 @@ def test_parametrized_weights_are_seen() -> None:
     nn.utils.parametrizations.weight_norm(model[2])
     net = cocktail.sparsify(model, ["unstructured@0.5"], EXAMPLE, score="wanda", calibration=batches())
     assert net.names == ("dense", "unstructured@0.5") or list(net.names) == ["dense", "unstructured@0.5"]
+
+
+def test_bundles_record_the_score_by_pattern_and_the_data_it_was_judged_from(tmp_path: Path) -> None:
+    patterns, data = ["unstructured@0.5", "channel@0.25"], batches()
+    options = {"score": {"channel": "activation", "*": "wanda"}, "calibration": data}
+    net = cocktail.sparsify(mlp(), patterns, EXAMPLE, **options)  # type: ignore[arg-type]
+    expected = {
+        "patterns": {"unstructured": "wanda", "channel": "activation"},
+        "calibration": {"fingerprint": CalibrationData.of(data).fingerprint, "examples": 12},
+    }
+    assert net.provenance["score"] == expected
+    net.save_pretrained(tmp_path / "bundle")
+    assert cocktail.from_pretrained(tmp_path / "bundle", mlp()).provenance["score"] == expected
+    plain = cocktail.sparsify(mlp(), patterns, EXAMPLE, calibration=data)
+    assert "score" not in plain.provenance
+
+
+def test_masks_that_are_made_again_rank_by_the_scores_that_are_given() -> None:
+    net = cocktail.sparsify(mlp(), ["unstructured@0.5"], EXAMPLE, score="wanda", calibration=batches())
+    scores = net.calibrate("wanda", batches())
+    made = net.make_masks("unstructured@0.5", scores=scores)
+    assert all(torch.equal(m, net.masks["unstructured@0.5"].elements[n]) for n, m in made.elements.items())
+    assert any(not torch.equal(m, made.elements[n]) for n, m in net.make_masks("unstructured@0.5").elements.items())
+
+
+def test_batches_of_a_loader_that_reuses_its_memory_are_kept_apart() -> None:
+    def reusing() -> Iterator[Tensor]:
+        memory = torch.empty(4, 12)
+        for batch in batches():
+            yield memory.copy_(batch)
+
+    assert CalibrationData.of(reusing()).fingerprint == CalibrationData.of(batches()).fingerprint
+    kept = CalibrationData.of(reusing()).batches
+    assert all(torch.equal(a, b) for a, b in zip(kept, batches(), strict=True))
+
+
+def test_the_units_scores_of_a_score_are_checked() -> None:
+    @register_score("wrong-units")
+    class Wrong(Score):
+        def units(self, coupling, values, summaries):  # type: ignore[no-untyped-def]
+            return torch.full((coupling.n_units,), math.nan)
+
+    with pytest.raises(cocktail.PatternError, match="score 'wrong-units' returned scores that are not finite"):
+        cocktail.sparsify(mlp(), ["channel@0.25"], EXAMPLE, score="wrong-units")

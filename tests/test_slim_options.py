@@ -1,4 +1,4 @@
-"""The options of the one-liner: ratios by module and group, minimum widths, the global scope, importances."""
+"""The options of the one-liner: ratios by module and group, minimum widths, the global scope, scores."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cocktailsdk.graph.coupling import Coupling, Group, Producer
 from cocktailsdk.patterns.unit_choice import Choice, Pool
 from cocktailsdk.slimming.choice import scores_of
 from cocktailsdk.slimming.ratios import pools
+from cocktailsdk.slimming.scoring import UnitScoring
 from cocktailsdk.slimming.targets import Target
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -232,11 +233,15 @@ class TestMinWidth:
             slimmed(min_width=wrong)
 
 
+def magnitudes(model, found, scope):
+    return UnitScoring.of("magnitude").of_units(model, found, (), scope)
+
+
 def removed_by(found, seed=0, **options):
     """The units that a choice takes, for laws that need no slimming."""
     scope, ratio = options.pop("scope", "global"), options.pop("ratio", 0.5)
     model = net(seed)
-    return Choice(found, scores_of(model, found, "magnitude", scope), pools(ratio, scope, model, found), **options)
+    return Choice(found, magnitudes(model, found, scope), pools(ratio, scope, model, found), **options)
 
 
 class TestGlobal:
@@ -276,11 +281,11 @@ class TestGlobal:
         for p in model.parameters():
             nn.init.ones_(p)
         found = couple_once()
-        choice = Choice(found, scores_of(model, found, "magnitude", "global"), pools(0.25, "global", model, found))
+        choice = Choice(found, magnitudes(model, found, "global"), pools(0.25, "global", model, found))
         assert choice.removed().nonzero().flatten().tolist() == [*range(15), *range(16, 21)]
 
     def test_groups_are_comparable_whatever_they_are_made_of(self):
-        scores = scores_of(net(), couple_once(), "magnitude", "global")
+        scores = magnitudes(net(), couple_once(), "global")
         for g in couple_once().groups:
             assert float(scores[g.start : g.stop].mean()) == pytest.approx(1.0)
 
@@ -354,27 +359,27 @@ class TestTargets:
             slimmed(flops=0.05, **options)
 
 
-class TestImportance:
+class TestScore:
     def test_a_function_says_which_units_go(self):
         model = net()
-        small = cocktail.slim(model, (X,), importance=lambda umg: torch.arange(umg.coupling.n_units))
+        small = cocktail.slim(model, (X,), score=lambda umg: torch.arange(umg.coupling.n_units))
         assert torch.equal(small.neck.bias, model.neck.bias[16:])
 
     def test_it_sees_every_parameter(self):
         seen = {}
 
-        def importance(umg):
+        def score(umg):
             seen.update(umg.values)
             return torch.rand(umg.coupling.n_units, generator=torch.Generator().manual_seed(0))
 
         model = net()
-        cocktail.slim(model, (X,), importance=importance, scope="global")
+        cocktail.slim(model, (X,), score=score, scope="global")
         assert set(seen) == {n for n, _ in model.named_parameters()}
 
     @pytest.mark.parametrize(
         ("wrong", "said"),
         [
-            ("taylor", "'magnitude' or a function, not 'taylor'"),
+            ("tayler", "did you mean 'taylor'"),
             (None, "not None"),
             (lambda umg: torch.ones(3), r"shape \[80\], one score a unit, not shape \[3\]"),
             (lambda umg: [1.0], "not a list"),
@@ -383,7 +388,57 @@ class TestImportance:
     )
     def test_others_are_refused(self, wrong, said):
         with pytest.raises(PatternError, match=said):
-            slimmed(importance=wrong)
+            slimmed(score=wrong)
+
+
+class TestScoresFromData:
+    DATA = tuple(torch.randn(2, *X.shape[1:], generator=torch.Generator().manual_seed(i)) for i in range(2))
+
+    @pytest.mark.parametrize("score", ["wanda", "activation", "taylor"])
+    @pytest.mark.parametrize("scope", ["group", "global"])
+    def test_the_model_is_left_as_it_was_and_slimmed_by_the_score(self, score, scope):
+        model, state = net(), torch.get_rng_state()
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        options = {"calibration": self.DATA, "loss_fn": lambda output, target: output.square().mean(), "scope": scope}
+        small = cocktail.slim(model, (X,), score=score, ratio=0.4, **options)
+        plain = cocktail.slim(model, (X,), ratio=0.4, scope=scope)
+        both = zip(small.parameters(), plain.parameters(), strict=True)
+        assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in both)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert torch.equal(state, torch.get_rng_state())
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_every_group_loses_the_channels_that_the_channel_pattern_removes(self):
+        model = net()
+        pattern = cocktail.Channel([0.5], round_to=1)
+        made = cocktail.sparsify(model, [pattern], (X,), score="activation", calibration=self.DATA)
+        small = cocktail.slim(model, (X,), score="activation", calibration=self.DATA)
+        expected = made.slim("channel@0.5")
+        assert all(torch.equal(a, b) for a, b in zip(small.parameters(), expected.parameters(), strict=True))
+
+    def test_scores_of_elements_by_a_function_are_summed_over_units(self):
+        by_name = cocktail.slim(net(), (X,), score=lambda umg: {n: v.abs() for n, v in umg.values.items()})
+        magnitude = cocktail.slim(net(), (X,))
+        assert all(torch.equal(a, b) for a, b in zip(by_name.parameters(), magnitude.parameters(), strict=True))
+
+    def test_importance_is_the_deprecated_name_of_score(self):
+        with pytest.warns(DeprecationWarning, match=r"slim\(score=\.\.\.\) now"):
+            old = cocktail.slim(net(), (X,), importance="magnitude")
+        new = cocktail.slim(net(), (X,), score="magnitude")
+        assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+        with pytest.raises(PatternError, match="leave importance out"):
+            cocktail.slim(net(), (X,), importance="magnitude", score="wanda", calibration=self.DATA)
+
+    def test_the_old_function_of_units_scores_still_works(self):
+        with pytest.warns(DeprecationWarning, match=r"UnitScoring\.of\(importance\)"):
+            old = scores_of(net(), couple_once(), "magnitude", "group")
+        assert torch.equal(old, magnitudes(net(), couple_once(), "group"))
+
+    def test_data_and_loss_that_are_missing_are_asked_for(self):
+        with pytest.raises(PatternError, match="score 'wanda' is judged from data: give calibration=loader"):
+            slimmed(score="wanda")
+        with pytest.raises(cocktail.TrainingError, match="give loss_fn"):
+            slimmed(score="taylor", calibration=self.DATA)
 
 
 @settings(max_examples=12, deadline=None)
@@ -399,7 +454,7 @@ def test_slim_equals_masked_whatever_the_options(rng: random.Random):
     }
     slim = cocktail.slim(model, (x,), ratio=ratio, **options)
     scope = options.pop("scope")
-    choice = Choice(found, scores_of(model, found, "magnitude", scope), pools(ratio, scope, model, found), **options)
+    choice = Choice(found, magnitudes(model, found, scope), pools(ratio, scope, model, found), **options)
     with torch.no_grad():
         tensors = dict(model.named_parameters())
         for name, keep in found.masks(choice.removed()).items():

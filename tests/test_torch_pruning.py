@@ -142,7 +142,7 @@ def test_the_model_and_the_world_are_left_as_they_were(capsys, recwarn, caplog):
 def test_one_of_its_importances_can_be_given():
     model = tiny()
     model(X).square().sum().backward()
-    small = slimmed(model, importance=tp.importance.TaylorImportance())
+    small = slimmed(model, score=tp.importance.TaylorImportance())
     theirs = copy.deepcopy(model)
     for p, q in zip(theirs.parameters(), model.parameters(), strict=True):
         p.grad = q.grad.clone()
@@ -154,6 +154,12 @@ def test_one_of_its_importances_can_be_given():
     pruner.step()
     assert same(small, theirs.float())
     assert not same(small, slimmed(model))
+
+
+@pytest.mark.parametrize("options", [{"score": "wanda"}, {"score": "wanda", "calibration": [X]}, {"calibration": [X]}])
+def test_scores_from_data_are_not_for_it(options):
+    with pytest.raises(PatternError, match="use backend='cocktail'"):
+        slimmed(tiny(), **options)
 
 
 def test_ratio_none_is_a_copy():

@@ -55,7 +55,7 @@ def losses(run: Any) -> list[float]:
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "loader", "several", "from_trained"])
+@pytest.mark.parametrize("name", ["plain", "loader", "several", "from_trained", "scored"])
 def test_two_processes_train_as_one_with_the_same_batches(name: str, folder: Path, tmp_path: Path) -> None:
     two, one = outcome(folder, name, 0), alone(name, tmp_path)
     assert losses(two) == pytest.approx(losses(one), abs=ROUNDING)
@@ -70,6 +70,13 @@ def test_two_processes_train_as_one_with_the_same_batches(name: str, folder: Pat
 
 @needs_gloo
 @pytest.mark.slow
+def test_processes_whose_loops_judge_scores_from_other_data_are_told_so(folder: Path) -> None:
+    for rank in (0, 1):
+        assert "the calibration data, or the masks that are made from it" in outcome(folder, "scored_apart", rank)
+
+
+@needs_gloo
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -77,6 +84,7 @@ def test_two_processes_train_as_one_with_the_same_batches(name: str, folder: Pat
         "loader",
         "several",
         "from_trained",
+        "scored",
         "own_heads",
         "batch_norm",
         "mixed",

@@ -104,7 +104,7 @@ def test_fine_tuning_and_presets_take_deprecated_keywords_too() -> None:
         ({"max_grad_norm": 1.0}, "did you mean execution=ExecutionSettings(max_grad_norm=...)?"),
         ({"clip_nrm": 1.0}, "did you mean execution=ExecutionSettings(max_grad_norm=...)?"),
         ({"excution": None}, "did you mean execution=?"),
-        ({"zzz": 1}, "it takes batches, callbacks, device"),
+        ({"zzz": 1}, "it takes batches, calibration, callbacks, device"),
         (
             {"clip_norm": 1.0, "execution": ExecutionSettings()},
             "got execution= and the deprecated clip_norm: write execution=ExecutionSettings(max_grad_norm=1.0)",
@@ -150,7 +150,7 @@ def test_groups_are_frozen_and_have_all_settings_of_the_trainer_as_keywords() ->
     with pytest.raises(dataclasses.FrozenInstanceError):
         RoundSettings().merge = False  # type: ignore[misc]
     keywords = [p.name for p in inspect.signature(CoTrainer).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert len(keywords) == 20
+    assert len(keywords) == 22
     assert keywords[-6:] == [f.name for f in dataclasses.fields(Settings)]
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from ..errors import BundleError
 from ..models import best_record
 from ..net.subnet_model import SubnetModel
+from ..printable import printable
+from ..utils.score_text import score_text
 from .hub import first_line
 from .read import load_bundle
 from .write import save_bundle
@@ -36,7 +38,7 @@ net.switch({name!r})
 | network | sparsity | metric |
 | --- | --: | --: |
 {rows}
-
+{score}
 `weights.safetensors` alone is the dense network, as any checkpoint.
 """
 
@@ -190,8 +192,15 @@ class HubMixin(ModelHubMixin, library_name="cocktailsdk", tags=["pruning", "spar
             argument=", model" if best_record(net.model)[1] else "",
             name=net.names[-1],
             rows="\n".join(rows),
+            score=_score_line(net),
         )
         return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{text}")
 
     def _net(self) -> SubnetModel:
         return cast(SubnetModel, self)
+
+
+def _score_line(net: SubnetModel) -> str:
+    """By what masks were ranked, as a paragraph; empty where by magnitude."""
+    text = score_text(net.provenance.get("score"))
+    return f"\nMasks are ranked by {printable(text)}.\n" if text else ""

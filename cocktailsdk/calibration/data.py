@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..errors import PatternError
 from ..utils.nested import tensors_in, to_device
@@ -34,12 +36,14 @@ class CalibrationData:
     fingerprint: str
 
     @classmethod
-    def of(cls, loader: Iterable[Any]) -> CalibrationData:
-        """All batches of a loader.
+    def of(cls, loader: Iterable[Any] | CalibrationData) -> CalibrationData:
+        """All batches of a loader; calibration data as it is.
 
         Raises:
             PatternError: There are none, or ``loader`` is no iterable of batches.
         """
+        if isinstance(loader, CalibrationData):
+            return loader
         if isinstance(loader, Tensor | Mapping | str) or not isinstance(loader, Iterable):
             raise PatternError(
                 f"calibration must be a loader or a list of batches, not {type(loader).__name__}; put a single batch "
@@ -49,6 +53,8 @@ class CalibrationData:
         sha, examples = hashlib.sha256(), 0
         for batch in loader:
             batch = to_device(batch, torch.device("cpu"))
+            if not isinstance(loader, DataLoader | Sequence):  # which may write the next batch into the same memory
+                batch = copy.deepcopy(batch)
             tensors = tensors_in(batch)
             examples += tensors[0].shape[0] if tensors and tensors[0].ndim else 1
             for tensor in tensors:

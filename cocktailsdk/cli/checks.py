@@ -12,7 +12,7 @@ from ..errors import CocktailError, ExportFailed, SubnetError, TrainingError
 from ..utils.nearest import loose, no_subnet, shown
 from ..utils.optional import check_installed
 from .bundles import bundle_folder
-from .options import PRESETS, RECIPES
+from .options import PRESETS, RECIPES, SCORES
 
 __all__ = [
     "FORMATS",
@@ -20,6 +20,7 @@ __all__ = [
     "check_device",
     "check_format",
     "check_preset",
+    "check_score",
     "check_subnets",
     "input_file",
     "input_folder",
@@ -131,6 +132,29 @@ def _check_recipe(preset: str, recipe: str, *, trained: bool) -> None:
         raise TrainingError(
             "--recipe pretrained starts from trained weights: give --weights FILE, without --start scratch"
         )
+
+
+def check_score(given: Sequence[str]) -> str | dict[str, str] | None:
+    """What ``--score`` says, as the trainer takes it: a score for all patterns, or by pattern.
+
+    Raises:
+        TrainingError: A score is unknown, or two are given for the same patterns.
+    """
+    out: dict[str, str] = {}
+    for text in given:
+        pattern, _, name = text.rpartition("=")
+        pattern = pattern or "*"
+        _check_choice("score", name, SCORES)
+        if pattern in out:
+            of = "all patterns" if pattern == "*" else f"pattern {shown(pattern)}"
+            raise TrainingError(
+                f"--score is given twice for {of}: give one score, and others by pattern, as in --score wanda --score "
+                "channel=activation"
+            )
+        out[pattern] = name
+    if not out:
+        return None
+    return out["*"] if set(out) == {"*"} else out
 
 
 def check_subnets(bundle: Path, names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from ..errors import CocktailError
 __all__ = [
     "PRESETS",
     "RECIPES",
+    "SCORES",
     "AsData",
     "Bundle",
     "Data",
@@ -21,6 +22,7 @@ __all__ = [
     "networks",
     "presets",
     "recipes",
+    "scores",
 ]
 
 AsData = Annotated[bool, typer.Option("--json", help="Print the same as data.")]
@@ -69,6 +71,16 @@ RECIPES = (
     "refilling",
 )
 """Names of the recipes that train the networks of a preset; the others train a net of one pattern or one network."""
+
+
+SCORES = ("magnitude", "wanda", "sparsegpt", "taylor", "fisher", "activation")
+"""Names of the scores, as the package of scores has them."""
+
+
+def scores(incomplete: str) -> list[str]:
+    """Scores that begin so, also after a pattern: ``channel=act``."""
+    pattern, equals, name = incomplete.rpartition("=")
+    return [f"{pattern}{equals}{score}" for score in SCORES if score.startswith(name)]
 
 
 def presets(incomplete: str) -> list[str]:

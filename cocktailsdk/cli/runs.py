@@ -39,6 +39,7 @@ def train_preset(
     seed: int | None = None,
     device: str | None = None,
     weights: Path | None = None,
+    score: str | Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunReport | None:
@@ -54,6 +55,7 @@ def train_preset(
         seed: By default the preset's.
         device: Where to train.
         weights: File of trained weights to start from.
+        score: By what masks are ranked; ``None`` for magnitude.
         settings: Further settings of the preset; ``None`` stands for its default.
         callbacks: What watches the run besides the view.
 
@@ -69,7 +71,8 @@ def train_preset(
         for view in views:
             view(event)
 
-    prepared = preset.prepare(data, seed=seed, out_dir=folder, callbacks=(watch, *callbacks), device=device)
+    options: dict[str, Any] = {} if score is None else {"score": score}
+    prepared = preset.prepare(data, seed=seed, out_dir=folder, callbacks=(watch, *callbacks), device=device, **options)
     ranks = prepared.trainer.ranks
 
     def finished() -> RunReport | None:
@@ -94,7 +97,7 @@ def train_preset(
         if not ranks.is_main:
             return None
         file = None if weights is None else weights.name
-        command = _command(name, **(settings or {}), weights=file, seed=seed)
+        command = _command(name, score, **(settings or {}), weights=file, seed=seed)
         report = _report(prepared, test, preset, folder, seed, command)
     report.write(folder)
     return report
@@ -113,9 +116,11 @@ def _threads(most: int | None) -> AbstractContextManager[None]:
     return computing_threads(most if fewer else None)
 
 
-def _command(name: str, **options: Any) -> str:
+def _command(name: str, score: str | Mapping[str, str] | None, **options: Any) -> str:
     """The command line that trains the same, without the paths of this machine."""
     pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value is not None]
+    by_pattern = {"*": score} if isinstance(score, str) else score or {}
+    pairs += [("--score", of if pattern == "*" else f"{pattern}={of}") for pattern, of in by_pattern.items()]
     return shlex.join(["cocktail-cli", "train", "--preset", name, *(part for pair in pairs for part in pair)])
 
 

@@ -21,13 +21,16 @@ def list_subnets(
 
     from ..bundle.files import listed_subnets, model_class, read_meta
     from ..bundle.private_entries import private_bytes
+    from ..utils.score_text import score_text
 
     _, meta = read_meta(folder)
     subnets, made_from, private = listed_subnets(meta), model_class(meta), private_bytes(meta)
+    score = (meta.get("provenance") or {}).get("score")  # bundles of version 1 have no provenance
+    ranked = printable(score_text(score))
     size = sum(f["bytes"] for f in meta["files"].values())
     if as_json:
         rows = [{**s, "private_bytes": private[s["name"]]} if s["name"] in private else s for s in subnets]
-        print_json({"bundle": str(folder), "model": made_from, "subnets": rows})
+        print_json({"bundle": str(folder), "model": made_from, "subnets": rows, **({"score": score} if ranked else {})})
         return
     from rich.text import Text
 
@@ -48,3 +51,5 @@ def list_subnets(
     screen = results()
     screen.print(table)
     screen.print(f"\n{len(subnets)} networks of {made_from} in {bytes_text(size)}")
+    if ranked:
+        screen.print(f"masks ranked by {ranked}", markup=False, highlight=False, soft_wrap=True)

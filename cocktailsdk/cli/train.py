@@ -11,9 +11,9 @@ import typer
 
 from ..errors import TrainingError
 from ..utils.optional import check_installed
-from .checks import check_device, check_preset, output_folder
+from .checks import check_device, check_preset, check_score, output_folder
 from .console import INTERRUPTED, TERMINATED, command, log_to, messages, print_json, results
-from .options import Data, Device, presets, recipes
+from .options import Data, Device, presets, recipes, scores
 
 __all__ = ["train"]
 
@@ -64,6 +64,15 @@ def train(
             autocompletion=recipes,
         ),
     ] = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="By what masks are ranked: magnitude, or judged from the first training batches, wanda, sparsegpt, "
+            "taylor or fisher. Of one pattern: channel=activation; repeat the option for several.",
+            show_default="magnitude",
+            autocompletion=scores,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.", show_default="the preset's")
     ] = None,
@@ -88,6 +97,7 @@ def train(
     folder = out if out is not None else Path("runs") / preset
     begin = None if start is None else start.value
     check_preset(preset, data=data, model=model, epochs_scale=epochs_scale, weights=weights, start=begin, recipe=recipe)
+    ranking = check_score(score or ())
     output_folder(folder, "--out")
     output_folder(tensorboard, "--tensorboard")
     if tensorboard is not None:
@@ -111,6 +121,7 @@ def train(
                 seed=seed,
                 device=device,
                 weights=weights,
+                score=ranking,
                 settings={"model": model, "epochs_scale": epochs_scale, "start": begin, "recipe": recipe},
                 callbacks=boards,
             )

@@ -14,6 +14,7 @@ from ..graph import Coupling, Weight
 from ..graph.weight_graph import run_weight_graph
 from ..masks import Mask
 from ..patterns import DENSE, UMG, Pattern, Subnet
+from ..patterns.scoring import PatternScores
 from ..patterns.sharded import ShardedValues, sharded_mask
 from ..utils.batchnorm import Forward, frozen_norms, measure, statistics_of
 from ..utils.fsdp import is_sharded, rows_of, total
@@ -66,7 +67,8 @@ class SubnetModel(SwitchableModel):
         private: Parameters' values that a subnetwork owns, by subnet name and parameter name; read-only. Set them with
             :meth:`set_private`.
         provenance: Where the networks come from, as JSON values, saved in bundles: ``"versions"`` of what made them,
-            and what training or the user adds (``"training"``, ``"data"``, ``"seed"``, ``"command"``).
+            and what training or the user adds (``"training"``, ``"data"``, ``"seed"``, ``"command"``). ``"score"``
+            says by what masks were ranked, where not all were by magnitude, and on what data.
     """
 
     def __init__(
@@ -99,7 +101,11 @@ class SubnetModel(SwitchableModel):
         raise PatternError(f"this net has no pattern {name!r}; it has {', '.join(p.name for p in self.patterns)}")
 
     def make_masks(
-        self, subnet: Subnet | str, previous: Mask | None = None, made: Mapping[str, Mask] | None = None
+        self,
+        subnet: Subnet | str,
+        previous: Mask | None = None,
+        made: Mapping[str, Mask] | None = None,
+        scores: PatternScores | None = None,
     ) -> Mask:
         """The mask that the subnet's pattern makes from the dense weights as they are now (UMG). It is not set.
 
@@ -107,10 +113,17 @@ class SubnetModel(SwitchableModel):
             subnet: The subnet or its name.
             previous: The pattern's mask of the level before; used by nested patterns.
             made: Masks of this round by other patterns, by pattern name.
+            scores: How patterns rank, from :meth:`CocktailNet.calibrate`. Default: by magnitude.
+
+        Raises:
+            PatternError: A score is no score of this model, or weights are sharded and ranked by another score than
+                magnitude.
         """
         s = self.subnet(subnet) if isinstance(subnet, str) else subnet
         pattern = self.pattern(s.pattern)
         umg = self.umg(previous if pattern.nested else None, made)
+        if scores is not None:
+            umg = scores.seen_by(pattern, umg, s)
         return sharded_mask(pattern, s, umg) if isinstance(umg.values, ShardedValues) else pattern.mask(s, umg)
 
     def umg(self, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> UMG:

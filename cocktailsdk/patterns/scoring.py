@@ -13,8 +13,18 @@ from ..errors import PatternError
 from ..graph import Weight
 from .base import UMG, Pattern, Subnet
 from .scores import Magnitude, Score, registered_scores, score_named
+from .sharded import ShardedValues
 
-__all__ = ["PatternScores", "ScoreFunction", "ScoreLike", "resolve_scores"]
+__all__ = [
+    "PatternScores",
+    "ScoreFunction",
+    "ScoreLike",
+    "described_scores",
+    "needs_data",
+    "resolve_scores",
+    "sharded_error",
+    "unit_tensor",
+]
 
 ScoreFunction = Callable[[UMG], Tensor | Mapping[str, Tensor]]
 """A user's own score: scores of units, or of elements by weight name, from what a pattern sees."""
@@ -77,6 +87,43 @@ def _defined(score: Score | ScoreFunction, pattern: Pattern) -> Score | ScoreFun
     )
 
 
+def needs_data(scores: Mapping[str, Score | ScoreFunction]) -> bool:
+    """Whether calibration data is needed for what :func:`resolve_scores` returned."""
+    return any(isinstance(s, Score) and bool(s.needs) for s in scores.values())
+
+
+def described_scores(scores: Mapping[str, Score | ScoreFunction]) -> dict[str, str]:
+    """The score of each pattern as text, for configurations and bundles: ``"wanda"``, or a function's name.
+
+    Empty where all rank by magnitude, as they do where nothing was chosen.
+
+    Args:
+        scores: From :func:`resolve_scores`.
+    """
+    if all(isinstance(s, Magnitude) for s in scores.values()):
+        return {}
+    return {pattern: _described(score) for pattern, score in scores.items()}
+
+
+def _described(score: Score | ScoreFunction) -> str:
+    if not isinstance(score, Score):
+        return str(getattr(score, "__qualname__", type(score).__qualname__))
+    # other values than these may be shown with their address, which differs from run to run
+    plain = {k: v for k, v in vars(score).items() if isinstance(v, bool | int | float | str | None)}
+    settings = ", ".join(f"{name}={value!r}" for name, value in sorted(plain.items()))
+    name = score.name or type(score).__qualname__
+    return f"{name}({settings})" if settings else name
+
+
+def sharded_error(scores: Mapping[str, Score | ScoreFunction]) -> PatternError:
+    """The error for scores that are wanted of a model whose weights are sharded."""
+    other = next((_described(s) for s in scores.values() if not isinstance(s, Magnitude)), "a score")
+    return PatternError(
+        f"score {other!r} sees whole weights, and the model's are sharded (FSDP2): rank by score='magnitude', or train "
+        "without sharding (one process, or DDP)"
+    )
+
+
 @dataclass(frozen=True)
 class PatternScores:
     """How patterns rank: each by a score, and by what calibration observed for it.
@@ -101,18 +148,21 @@ class PatternScores:
             subnet: Whose mask is made.
 
         Raises:
-            PatternError: A user's function returned something else than scores.
+            PatternError: A user's function or score returned something else than scores, or weights are sharded.
         """
         del subnet
         score = self.by_pattern.get(pattern.name)
         if score is None or isinstance(score, Magnitude):
             return umg
+        if isinstance(umg.values, ShardedValues):
+            raise sharded_error({pattern.name: score})
         if not isinstance(score, Score):
             return _by_function(score, pattern, umg)
         summaries = self.summaries.get(score.name, {})
         if pattern.ranks == "units" and score.scores_units():
             if score.name not in self._units:  # levels of a pattern share it; weights do not change meanwhile
-                self._units[score.name] = score.units(umg.coupling, umg.values, summaries)
+                found = score.units(umg.coupling, umg.values, summaries)
+                self._units[score.name] = unit_tensor(found, umg.coupling.n_units, f"score {score.name!r}")
             return replace(umg, unit_scores=self._units[score.name])
         if pattern.ranks == "layers" and score.scores_layers():
             return replace(umg, layer_scores=self.layers[pattern.name])

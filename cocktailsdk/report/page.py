@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.optional import check_installed
+from ..utils.score_text import score_text
 from .chart import Chart
 from .costs_charts import cost_charts, metric_text
 from .drawing import Limits, inline_svg, limits_of
@@ -159,6 +160,7 @@ def _provenance(run: ReportedRun) -> dict[str, str]:
         "model": report.model or "–",
         "preset": report.preset or "–",
         "recipe": str(_value_at(report.configuration, "training", "recipe", "name") or "–"),
+        **({"masks ranked by": text} if (text := score_text(report.score)) else {}),
         "seed": str(report.seed),
         **{str(k): str(v) for k, v in report.environment.items()},
         "configuration (SHA-256)": report.fingerprint or "–",

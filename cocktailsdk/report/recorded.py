@@ -48,6 +48,7 @@ def recorded(net: SubnetModel, trainer: CoTrainer[Any]) -> dict[str, Any]:
         "history": _rounded(history),
         "masks": mask_record(net),
         "kept": unpruned_record(net),
+        "score": net.provenance.get("score", {}),
     }
 
 

@@ -79,6 +79,8 @@ class RunReport:
         masks: What the masks look like, as :func:`~cocktailsdk.report.recorded.mask_record` says.
         kept: What is kept whole and why: ``what``, ``where``, ``reason``.
         format: Version of this layout.
+        score: By what masks were ranked and on what data, as ``net.provenance["score"]`` has it; empty where by
+            magnitude, and in reports of older releases.
     """
 
     networks: tuple[NetworkRow, ...]
@@ -98,6 +100,7 @@ class RunReport:
     masks: Mapping[str, Any] = field(default_factory=dict)
     kept: Sequence[Mapping[str, str]] = ()
     format: int = FORMAT
+    score: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passes(self) -> dict[str, int]:
@@ -117,6 +120,8 @@ class RunReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a metric that is not finite is ``None``."""
         values: dict[str, Any] = json_values(asdict(self))
+        if not self.score:  # as releases before scores wrote it, which do not read the key
+            del values["score"]
         return values
 
     def write(self, folder: Path) -> Path:

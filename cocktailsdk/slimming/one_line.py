@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..calibration import CalibrationData
 from ..errors import PatternError, SlimError
 from ..graph import Coupling, slim_module
 from ..models import after_slim
@@ -15,16 +17,20 @@ from ..net.coverage import nothing_to_remove, warn_of_few_channels
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Modules, Selection
 from ..net.tracing import Example, couple_model, example_of
+from ..patterns.scoring import ScoreLike
 from ..patterns.unit_choice import Choice, checked_round_to
 from ..utils.devices import device_of
+from ..utils.losses import ForwardFn, LossFn
 from ..utils.nested import to_device
-from .choice import MAGNITUDE, scores_of
 from .ratios import checked_ratios, pools
+from .scoring import UnitScoring
 from .targets import Target
 
 __all__ = ["slim"]
 
 log = logging.getLogger(__name__)
+
+MAGNITUDE = "magnitude"
 
 
 def slim(
@@ -36,14 +42,18 @@ def slim(
     round_to: int | str | None = None,
     min_width: int = 1,
     scope: str = "group",
-    importance: str | Callable[..., Tensor] = MAGNITUDE,
+    score: ScoreLike = MAGNITUDE,
+    calibration: Iterable[Any] | CalibrationData | None = None,
+    loss_fn: LossFn | None = None,
+    forward_fn: ForwardFn | None = None,
     flops: float | None = None,
     params: float | None = None,
     target_modules: Modules = None,
     exclude_modules: Modules = None,
     backend: str = "cocktail",
+    importance: ScoreLike | None = None,
 ) -> nn.Module:
-    """Channel pruning alone, in one line: a slim copy without the channels of least magnitude.
+    """Channel pruning alone, in one line: a slim copy without the channels of least score, by default magnitude.
 
     The result is checked to compute what the model computes with those channels masked.
 
@@ -66,8 +76,12 @@ def slim(
             its score divided by the mean of its group's, and exactly ``round(ratio * n)`` of all n units go; where the
             minimum widths hold some back, the next in rank go instead. Ties by position. With a mapping, the groups
             that one key claims are ranked together. ``round_to`` is applied to each group afterwards.
-        importance: ``"magnitude"`` (the paper's score), or a function that takes a :class:`cocktailsdk.UMG`, whose
-            ``values`` are all parameters, and returns a score for each unit. It is not divided by anything.
+        score: ``"magnitude"`` (the paper's score), another score of :mod:`cocktailsdk.patterns.scores` that ranks
+            channels, or a function. The function takes a :class:`cocktailsdk.UMG`, whose ``values`` are all parameters.
+            It returns a score for each unit, which is not divided by anything, or scores of elements by weight name.
+        calibration: A loader or list of batches that scores other than magnitude are judged from.
+        loss_fn: ``loss_fn(output, target)`` for scores that need the loss. Default: the loss in the model's output.
+        forward_fn: ``forward_fn(model, batch) -> (output, target)``. Default: batches are used as in training.
         flops: Instead of a ratio: the share of FLOPs that may be left, in (0, 1]; the smallest ratio that meets it is
             found. A mapping's ratios are multiplied by one factor, to at most 1.
         params: Likewise for parameters. With both, both are met.
@@ -75,9 +89,11 @@ def slim(
         exclude_modules: These keep theirs.
         backend: ``"torch-pruning"``: that library chooses and removes the channels, and the result is checked in the
             same way; see :func:`cocktailsdk.slimming.torch_pruning.prune` for what the options mean then.
+        importance: Deprecated: the name of ``score`` in the version before.
 
     Raises:
-        PatternError: An argument makes no sense, nothing can be removed, or a target cannot be met.
+        PatternError: An argument makes no sense, nothing can be removed, or a target cannot be met. Or the score is
+            unknown, does not rank channels, or needs data that is not given.
         SlimError: The slim model cannot be made.
     """
     if isinstance(model, SubnetModel):
@@ -89,10 +105,11 @@ def slim(
         raise PatternError(f"min_width is a number of channels, a whole number of at least 1, not {min_width!r}")
     if scope not in ("group", "global"):
         raise PatternError(f"scope must be 'group' or 'global', not {scope!r}")
-    if importance != MAGNITUDE and not callable(importance):
-        raise PatternError(f"importance must be {MAGNITUDE!r} or a function, not {importance!r}")
     if backend not in ("cocktail", "torch-pruning"):
         raise PatternError(f"backend must be 'cocktail' or 'torch-pruning', not {backend!r}")
+    if importance is not None:
+        score = _renamed(importance, score)
+    scoring = None if backend == "torch-pruning" else UnitScoring.of(score, calibration, loss_fn, forward_fn)
     if any(p.is_meta for p in model.parameters()):
         raise SlimError(
             f"{type(model).__name__} is on the meta device, without values, so a slim model cannot be checked; build "
@@ -100,15 +117,15 @@ def slim(
         )
     selection = Selection.of(model, target_modules, exclude_modules)
     example = example_of(model, example_inputs, example_kwargs)
-    if backend == "torch-pruning":
+    if scoring is None:
         if target or min_width != 1 or multiple == "auto":
             raise PatternError(
                 "flops, params, min_width and round_to='auto' are not Torch-Pruning's; leave them out, or use "
                 "backend='cocktail'"
             )
-        from .torch_pruning import prune
+        from .torch_pruning import chosen_importance, prune
 
-        chosen = importance if callable(importance) else None
+        chosen = chosen_importance(score, (calibration, loss_fn, forward_fn))
         return after_slim(prune(model, example, ratios, int(multiple), scope, selection, chosen), example)
 
     def slimmed(coupling: Coupling) -> nn.Module:
@@ -116,7 +133,8 @@ def slim(
             raise PatternError(f"no channels of {type(model).__name__} can be removed ({nothing_to_remove(coupling)})")
         proportions = 1.0 if target and isinstance(ratios, float) else ratios
         found = pools(proportions, scope, model, coupling)
-        choice = Choice(coupling, scores_of(model, coupling, importance, scope), found, multiple, min_width)
+        units = scoring.of_units(model, coupling, selection.eligible(coupling), scope)
+        choice = Choice(coupling, units, found, multiple, min_width)
         removed = target.meet(choice) if target else choice.removed()
         made = _cut(model, coupling, removed, example)
         if target or any(ratios.values() if isinstance(ratios, dict) else [ratios]):
@@ -131,6 +149,22 @@ def slim(
     except SlimError as error:
         log.info("looking for what must be kept whole: %s", error)
         return slimmed(couple_model(model, example, selection))
+
+
+def _renamed(importance: ScoreLike, score: ScoreLike) -> ScoreLike:
+    """``importance`` as ``score``.
+
+    Raises:
+        PatternError: Both are given.
+    """
+    if score != MAGNITUDE:
+        raise PatternError("slim got score and importance, its old name: leave importance out")
+    warnings.warn(
+        "slim(importance=...) is slim(score=...) now; the old keyword goes with the next version",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return importance
 
 
 def _cut(model: nn.Module, coupling: Coupling, removed: Tensor, example: Example) -> nn.Module:

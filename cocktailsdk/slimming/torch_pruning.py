@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,14 @@ from ..graph.compare import doubled, leaves_of
 from ..graph.copies import duplicate_in_double
 from ..net.target_modules import Selection, some_of
 from ..net.tracing import Example, couple_model
+from ..patterns.scores import Magnitude
+from ..patterns.scoring import ScoreLike
 from ..utils.devices import device_of
 from ..utils.nested import to_device
 from .positions import Inputs, Where, check_equal, filled, named_tensors
 from .ratios import REST, Ratios
 
-__all__ = ["prune"]
+__all__ = ["chosen_importance", "prune"]
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +83,25 @@ def prune(
         raise SlimError(f"{_peer()} found nothing to remove from {type(model).__name__}; {_ADVICE}")
     check_equal(model, slim, where, inputs, f"what {_peer()} leaves of {type(model).__name__}", _ADVICE)
     return filled(slim, model, where)
+
+
+def chosen_importance(score: ScoreLike, options: Sequence[Any]) -> Callable[..., Tensor] | None:
+    """What of ``slim``'s score Torch-Pruning takes: one of its importances; ``None`` for magnitude, its default.
+
+    Args:
+        score: As ``slim`` got it.
+        options: Calibration data and what is done with it; all ``None`` where the user gave none.
+
+    Raises:
+        PatternError: It is another score, or there is calibration data.
+    """
+    magnitude = score == Magnitude.name or isinstance(score, Magnitude)
+    if any(option is not None for option in options) or not (magnitude or callable(score)):
+        raise PatternError(
+            f"backend='torch-pruning' ranks channels by score='magnitude' or by one of Torch-Pruning's importances, "
+            f"without calibration data, loss_fn and forward_fn; got score={score!r}: use backend='cocktail'"
+        )
+    return None if magnitude else cast(Callable[..., Tensor], score)
 
 
 _ADVICE = "backend='cocktail' follows more models, and keeps whole what it cannot follow"

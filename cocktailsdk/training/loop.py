@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
+from ..calibration import CalibrationData
+from ..calibration.provenance import note_scores
 from ..errors import SubnetError, TrainingError
 from ..net.subnet_model import SubnetModel
 from ..net.switcher import forget_derived
 from ..patterns.base import DENSE
+from ..patterns.scoring import ScoreLike
 from ..utils.batchnorm import running_norms
 from ..utils.devices import device_of
 from ..utils.fsdp import reshard_after_forward
-from ..utils.losses import ForwardFn
+from ..utils.losses import ForwardFn, LossFn
 from ..utils.modes import TrainingModes, modes_restored
 from ..utils.nested import default_forward
 from ..utils.undo import forked
@@ -28,6 +32,7 @@ from .loop_plan import LoopPlan, check_loop_state
 from .loop_step import LoopStep, beyond, dense_output_of, recipe_for_loops
 from .metrics import MetricFn, mean_score
 from .recipes import Recipe, default_recipe
+from .scoring import RunScoring, warn_of_other_scores
 from .session import model_tensors
 from .settings import check_numbers
 from .state.encoding import encode_masks
@@ -61,6 +66,11 @@ class CoLoop:
             trains one network a step. Default: ``"cocktail"``, or ``"pretrained"`` with ``start="pretrained"``. A loop
             has no held-out data while it trains, so the need of a subnet is not measured but its place in its pattern,
             and the classifier head stays as it was trained.
+        score: By what masks are ranked whenever the loop makes some, with the weights as they are then: a name, a score
+            or a function, or a mapping from patterns' names to these, as :func:`~cocktailsdk.sparsify` takes it.
+        calibration: Batches that scores are judged from, a loader or a list. A loop does not know its data ahead, so
+            that all scores but ``"magnitude"`` and functions need them. Several processes give the same batches.
+        loss_fn: ``loss_fn(output, target)``, for scores that need the loss. Default: the loss in the model's output.
         rounds: Rounds after the dense one. Default: the largest number of levels of a pattern.
         start: ``"pretrained"`` skips the dense round.
         forward_fn: ``forward_fn(model, batch) -> (output, target)``, for the teacher's passes; found by itself for
@@ -78,6 +88,8 @@ class CoLoop:
 
     Raises:
         TrainingError: For arguments that make no sense, and recipes that need the trainer; says why.
+        PatternError: A score is unknown, not defined for its pattern, or needs data that is not given; or the model is
+            sharded and the score is not ``"magnitude"``.
 
     Example:
         ```python
@@ -98,6 +110,9 @@ class CoLoop:
         steps: int,
         *,
         recipe: str | Recipe | None = None,
+        score: ScoreLike | Mapping[str, ScoreLike] = "magnitude",
+        calibration: Iterable[Any] | CalibrationData | None = None,
+        loss_fn: LossFn | None = None,
         rounds: int | None = None,
         start: Literal["scratch", "pretrained"] = "scratch",
         forward_fn: ForwardFn | None = None,
@@ -112,6 +127,11 @@ class CoLoop:
         if not 0 <= distill_weight <= 1:
             raise TrainingError(f"distill_weight must lie in 0 … 1, got {distill_weight!r}")
         self._net, self._recipe, self._seed = net, recipe, seed
+        self._scoring = RunScoring.of(net, recipe, score, calibration, loss_fn, forward_fn, seed)
+        if self._scoring is None:
+            warn_of_other_scores(net, "CoLoop")
+        else:
+            self._scoring.require_data("CoLoop")
         self._modes, self._norms = TrainingModes(net.model), list(running_norms(net.model).values())
         self._plan = LoopPlan(net, recipe, steps, rounds, start, seed)
         self._distillation = Distillation(
@@ -133,6 +153,7 @@ class CoLoop:
             "distill_weight": distill_weight,
             "seed": seed,
             "subnets": net.names,
+            **({} if self._scoring is None else self._scoring.describe()),
         }
         self.total, self.done = steps, 0
         self.current: LoopStep | None = None
@@ -219,7 +240,7 @@ class CoLoop:
             net._drop_private()
         if self._first_sums is None and not self.done:
             self._first_sums = weight_sums(net.model)
-        if self._plan.enter(round_):
+        if self._plan.enter(round_, None if self._scoring is None else partial(self._scoring.calibrate, net)):
             self._shared.clear()
         forget_derived()  # the optimizer has stepped, inside the caller's autocast perhaps
         if self._modes.frozen or not all(norm.training for norm in self._norms):
@@ -306,6 +327,7 @@ class CoLoop:
                         score = mean_score(net.model, held_out, forward, metric, check=name == DENSE)
                     net.metrics[name] = score.number
             note_training(net, self._configuration, train_loader)
+            note_scores(net, {} if (s := self._scoring) is None else s.by_pattern, None if s is None else s.data)
         return net
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch import distributed as dist
 
 from ..errors import TrainingError
 from ..masks import Mask
+from ..masks.packed import PackedMasks
 from ..net.subnet_model import SubnetModel
+from ..patterns.scoring import PatternScores
+from ..utils.devices import device_of
 from .budget import round_steps
+from .distributed.ranks import ProcessRanks, digest
 from .pass_shares import PassShares
 from .recipes import Recipe, ScheduleContext, Step
 from .recipes.steps import DENSE_STEP
@@ -91,15 +96,35 @@ class LoopPlan:
             self._shares.give(one.subnet for one in self._last.passes)
         return self._last
 
-    def enter(self, round_: int) -> bool:
-        """Make the masks of a round whose first step is about to begin; whether that was to be done."""
+    def enter(self, round_: int, calibrate: Callable[[], PatternScores] | None = None) -> bool:
+        """Make the masks of a round whose first step is about to begin; whether that was to be done.
+
+        Args:
+            round_: The round.
+            calibrate: Judges the weights as they are; ``None`` where all patterns rank by magnitude.
+        """
         if not self.entered < round_ <= self.rounds:
             return False
         net = self._net
-        for name, mask in round_masks(self._recipe, net, self._plan, round_, _no_dense_round).items():
+        for name, mask in round_masks(self._recipe, net, self._plan, round_, _no_dense_round, calibrate).items():
             net.set_mask(name, mask)
+        if calibrate is not None:
+            _check_alike(net, self.names(round_))
         self.entered = round_
         return True
+
+
+def _check_alike(net: SubnetModel, names: Iterable[str]) -> None:
+    """See that several processes, each of which judged its own data, have the same masks.
+
+    Raises:
+        TrainingError: They have not.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        elements = {name: PackedMasks(net.masks[name].elements.items()).bits for name in names}
+        units = {f"{name}/removed": m.removed for name in names if (m := net.masks[name]).removed is not None}
+        ranks = ProcessRanks(device_of(net.model))
+        ranks.verify("the calibration data, or the masks that are made from it,", lambda: digest({**elements, **units}))
 
 
 def _no_dense_round() -> None:

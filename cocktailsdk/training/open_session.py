@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..net.subnet_model import SubnetModel
@@ -88,7 +91,14 @@ def open_session(
         net=net,
         options=options,
         plan=plan,
-        data=RunData(stream, _recalibration(loaders, options, device), held_out, first),
+        data=RunData(
+            stream,
+            _recalibration(loaders, options, device),
+            held_out,
+            first,
+            # whole batches, also of several processes: all judge the same, whatever their number
+            CachedBatches(train, (options.seed, "calibration"), torch.device("cpu"), without=_left_out(options)),
+        ),
         metric=choose_metric(classes, options),
         classes=classes,
         store=store,
@@ -121,9 +131,13 @@ def _frozen_teacher(session: Session) -> FrozenTeacher | None:
 
 def _recalibration(loaders: Loaders, options: Options, device: torch.device) -> CachedBatches:
     key = options.seed, "recalibration"
-    # a single batch with NaN in it would make all statistics NaN, and with them every network
-    without = has_nonfinite if options.settings.execution.on_nan == "skip" else None
+    without = _left_out(options)
     return CachedBatches(loaders.shared_train, key, device, options.recalibration_batches, without=without)
+
+
+def _left_out(options: Options) -> Callable[[Any], bool] | None:
+    """Which batches nothing is measured on: a single one with NaN would make all statistics and scores NaN."""
+    return has_nonfinite if options.settings.execution.on_nan == "skip" else None
 
 
 def _execution(net: SubnetModel, options: Options, launch: Launch, device: torch.device) -> Execution:

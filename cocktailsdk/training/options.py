@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from os import PathLike
@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..calibration import CalibrationData
 from ..errors import TrainingError
+from ..patterns.scoring import ScoreLike
 from ..utils.losses import ForwardFn, LossFn
 from ..utils.nested import default_forward
 from .budget import Division, RunLength, divide_epochs, divide_steps, epochs_in
@@ -29,6 +31,7 @@ from .recipes import Recipe, default_recipe, recipe_named
 from .recipes.recipe import check_start
 from .round_plan import Plan
 from .schedules import ScheduleFactory, cosine, cosine_restarts
+from .scoring import RunScoring
 from .settings import Settings, check_numbers, shortened
 from .step.execution import Precision
 
@@ -60,6 +63,8 @@ class TrainerArguments:
     total_hours: float | None
     start: Start
     recipe: str | Recipe | None
+    score: ScoreLike | Mapping[str, ScoreLike]
+    calibration: Iterable[Any] | CalibrationData | None
     optimizer: OptimizerFactory | OptimizerName | None
     learning_rate: float | None
     schedule: ScheduleFactory | None
@@ -169,6 +174,7 @@ class Options(TrainerArguments):
         gradient_accumulation_steps: Batches of an optimizer step.
         budget: Optimizer steps of every round and of finishing; empty where all have whole epochs.
         pass_length: Batches of a pass over the training loader; ``None`` where it cannot say.
+        scoring: How masks are ranked; ``None`` where all are by magnitude.
     """
 
     recipe: Recipe
@@ -185,6 +191,7 @@ class Options(TrainerArguments):
     gradient_accumulation_steps: int
     pass_length: int | None
     precision: Precision
+    scoring: RunScoring | None
 
     def __post_init__(self) -> None:
         rewound = self.settings.rounds.rewind_schedule
@@ -278,6 +285,7 @@ def build_options(
     plan: Plan,
     loaders: Loaders,
     launch: Launch,
+    scoring: RunScoring | None,
     length: RunLength | None = None,
 ) -> Options:
     """What a run does.
@@ -288,6 +296,7 @@ def build_options(
         plan: The subnets of every round.
         loaders: The run's.
         launch: The processes and their devices.
+        scoring: How masks are ranked.
         length: What fits into a budget of hours, once it is known. Until then a round has one epoch, so that a step
             can be measured.
 
@@ -319,6 +328,7 @@ def build_options(
         gradient_accumulation_steps=size,
         pass_length=loaders.pass_length,
         precision=precision_of(launch, settings.execution.mixed_precision),
+        scoring=scoring,
     )
 
 

@@ -8,6 +8,7 @@ from ..errors import TrainingError
 from ..masks import Mask
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import Subnet
+from ..patterns.scoring import PatternScores
 from .recipes import Pruning, Recipe, ScheduleContext, Step
 from .recipes.steps import DENSE_STEP
 
@@ -47,7 +48,12 @@ def step_of(recipe: Recipe, context: ScheduleContext, last: int) -> Step:
 
 
 def round_masks(
-    recipe: Recipe, net: SubnetModel, plan: Plan, round_: int, load_dense: Callable[[], None]
+    recipe: Recipe,
+    net: SubnetModel,
+    plan: Plan,
+    round_: int,
+    load_dense: Callable[[], None],
+    calibrate: Callable[[], PatternScores | None] | None = None,
 ) -> dict[str, Mask]:
     """Masks of the subnets that are new in a round, by the recipe's rule; they are not set.
 
@@ -57,12 +63,29 @@ def round_masks(
         plan: The subnets of every round.
         round_: The round's number, from 1.
         load_dense: Loads the weights that the dense round ended with.
+        calibrate: Judges the weights that are loaded; ``None`` where all patterns rank by magnitude.
 
     Raises:
-        TrainingError: The rule makes others.
+        TrainingError: The rule makes others, or does not rank by the score.
     """
     new = frozenset(names_until(net, plan, round_)) - frozenset(names_until(net, plan, round_ - 1))
-    masks = recipe.mask_rule(Pruning(net, plan[round_ - 1], new, load_dense))
+    judged: list[PatternScores | None] = []
+
+    def scores() -> PatternScores | None:
+        if calibrate is not None and not judged:
+            judged.append(calibrate())
+        return judged[0] if judged else None
+
+    def load() -> None:
+        judged.clear()  # other weights have other scores
+        load_dense()
+
+    masks = recipe.mask_rule(Pruning(net, plan[round_ - 1], new, load, scores))
+    if new and calibrate is not None and not judged:
+        raise TrainingError(
+            f"recipe {recipe.name!r}: its mask rule does not rank by the run's score: call pruning.make_masks(subnet, "
+            "previous) in it instead of net.make_masks, or leave score out"
+        )
     if set(masks) != new:
         raise TrainingError(
             f"recipe {recipe.name!r}: its mask rule must make masks of {', '.join(sorted(new)) or 'nothing'} "

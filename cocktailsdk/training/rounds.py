@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from .need import measure_if_due
 from .optimization import Optimization
 from .recipes import ScheduleContext, Step
 from .round_plan import round_masks, step_of
+from .round_scores import scores_now
 from .session import REWIND, Session, load_tensors, model_tensors
 from .state.encoding import encode_masks, to_cpu
 from .state.history import RoundHistory
@@ -105,7 +107,8 @@ def _make_masks(session: Session, k: int) -> dict[str, Mask]:
     def load_dense() -> None:
         load_tensors(net.model, session.store.get(REWIND if options.first_round else "round-00"))
 
-    masks = session.broadcast_masks(round_masks(options.recipe, net, session.plan, k, load_dense))
+    calibrate = None if options.scoring is None else partial(scores_now, session)
+    masks = session.broadcast_masks(round_masks(options.recipe, net, session.plan, k, load_dense, calibrate))
     for name, mask in masks.items():
         net.set_mask(name, mask)
     return masks
@@ -189,6 +192,7 @@ def _hooks(session: Session, step: Step, context: ScheduleContext) -> HookCalls:
         agreed=session.broadcast_masks,
         changed=session.remade.add,
         snapshot=lambda name: _snapshot_weights(session, name),
+        calibrate=partial(scores_now, session),
     )
     return HookCalls(session.hooks.of(context, session.options.rounds), step_context)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration import CalibrationData
 from ..masks import Mask
 from ..masks.packed import PackedMasks
 from ..net.subnet_model import SubnetModel
@@ -75,12 +76,16 @@ class RunData:
         recalibration: Training batches for the batch-norm statistics.
         held_out: Batches of ``val_loader``; ``None`` without one.
         first_generators: States of the training loader's own generators when the run began.
+        calibration: Training batches that scores are judged from where the user gave no calibration data.
+        calibration_data: What of them was read, once scores were judged.
     """
 
     stream: Stream
     recalibration: CachedBatches
     held_out: CachedBatches | None
     first_generators: Mapping[str, Any]
+    calibration: CachedBatches
+    calibration_data: CalibrationData | None = None
 
 
 @dataclass

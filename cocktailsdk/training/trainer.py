@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
+from ..calibration import CalibrationData
 from ..errors import TrainingError
 from ..net.costs import stored_params
 from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
+from ..patterns.scoring import ScoreLike
 from ..utils.devices import device_of
 from ..utils.fsdp import sharded
 from ..utils.losses import LossFn
@@ -39,8 +41,10 @@ from .planning import Costs, Plan, length_for, measure, plan
 from .range_test import LearningRateSuggestion, suggest_rate
 from .recipes import Recipe
 from .refit import refit_head
+from .round_scores import note_run_scores
 from .rounds import train_rounds
 from .schedules import ScheduleFactory
+from .scoring import RunScoring, warn_of_other_scores
 from .session import Session
 from .settings import (
     BatchSettings,
@@ -108,6 +112,11 @@ class CoTrainer(Generic[NetT]):
         recipe: What is done: a name from :func:`~cocktailsdk.training.recipes.recipes`, or a
             :class:`~cocktailsdk.training.recipes.Recipe` of your own. Default: ``"cocktail"`` from scratch, otherwise
             ``"pretrained"``. ``"paper"`` is the method as published.
+        score: By what masks are ranked whenever the run makes some, with the weights as they are then: a name, a score
+            or a function, or a mapping from patterns' names to these, as :func:`~cocktailsdk.sparsify` takes it.
+            Scores that need the loss use ``loss_fn``.
+        calibration: Batches that scores are judged from. Default: the first training batches, as many as have 128
+            examples together. Give the same batches when the run resumes.
         optimizer: ``"sgd"``, ``"adamw"``, or ``optimizer(parameters) -> Optimizer``, called once a round; one that
             steps without a closure. Default: the paper's SGD with momentum 0.9, weight decay 1e-4 and rate 0.1, or 0.01
             from pretrained weights. A recipe with ``optimizer_defaults="by model"`` looks at a pretrained model: SGD
@@ -142,6 +151,8 @@ class CoTrainer(Generic[NetT]):
 
     Raises:
         TrainingError: For arguments that make no sense, each named.
+        PatternError: A score is unknown or not defined for its pattern, or the model is sharded and the score is not
+            ``"magnitude"``.
         TypeError: For an unknown keyword; names the nearest.
 
     Example:
@@ -165,6 +176,8 @@ class CoTrainer(Generic[NetT]):
         total_hours: float | None = None,
         start: Literal["scratch", "pretrained"] = "scratch",
         recipe: str | Recipe | None = None,
+        score: ScoreLike | Mapping[str, ScoreLike] = "magnitude",
+        calibration: Iterable[Any] | CalibrationData | None = None,
         optimizer: OptimizerFactory | OptimizerName | None = None,
         learning_rate: float | None = None,
         schedule: ScheduleFactory | None = None,
@@ -201,6 +214,8 @@ class CoTrainer(Generic[NetT]):
             total_hours=total_hours,
             start=start,
             recipe=recipe,
+            score=score,
+            calibration=calibration,
             optimizer=optimizer,
             learning_rate=learning_rate,
             schedule=schedule,
@@ -225,9 +240,20 @@ class CoTrainer(Generic[NetT]):
         shard(net.model, self._launch)
         self._device = self._launch.device or device_of(net.model)
         self._loaders = Loaders.of(arguments, self.ranks)
+        scoring = RunScoring.of(
+            net,
+            arguments.named_recipe,
+            arguments.score,
+            arguments.calibration,
+            arguments.loss_fn,
+            arguments.settings.batches.forward_fn,
+            arguments.seed,
+        )
+        if scoring is None and self.ranks.is_main:
+            warn_of_other_scores(net, "CoTrainer")
         hours = arguments.total_hours
         length = None if hours is None else self._resumed_length(hours)
-        given = arguments, net.model, self._plan, self._loaders, self._launch
+        given = arguments, net.model, self._plan, self._loaders, self._launch, scoring
         self._options = build_options(*given, length)
         if hours is not None and length is None:
             with self._measured() as (session, costs):
@@ -287,6 +313,7 @@ class CoTrainer(Generic[NetT]):
                     finish(session)
                 shown = {key: self.configuration[key] for key in ("training", "optimizer", "schedule", "config")}
                 note_training(net, {"fingerprint": self.fingerprint, **shown}, self._arguments.train_loader)
+                note_run_scores(session)
                 session.execution = None  # the session stays for using(), and shall not hold the DDP wrapper
                 self._done = session
                 emit(session, Finished(dict(net.metrics), session.history.seconds))

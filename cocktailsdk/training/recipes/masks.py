@@ -11,8 +11,9 @@ from ...errors import TrainingError
 from ...masks import Mask
 from ...net.subnet_model import SubnetModel
 from ...patterns import rounds_of
-from ...patterns.base import Subnet
+from ...patterns.base import UMG, Subnet
 from ...patterns.ranking import drop_smallest
+from ...patterns.scoring import PatternScores
 
 __all__ = ["MASK_RULES", "MaskRule", "Pruning", "layerwise", "levels", "own", "refilling", "tickets", "umg"]
 
@@ -26,12 +27,23 @@ class Pruning:
         subnets: Of the round by pattern, in the order in which masks are made.
         new: Those without a mask of this run.
         load_dense: Loads the weights that the dense round ended with into the net.
+        scores: How patterns rank the weights that are loaded; ``None`` where all rank by magnitude.
     """
 
     net: SubnetModel
     subnets: Mapping[str, tuple[Subnet, ...]]
     new: frozenset[str]
     load_dense: Callable[[], None]
+    scores: Callable[[], PatternScores | None] = lambda: None
+
+    def make_masks(self, subnet: Subnet, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> Mask:
+        """The mask of a subnet, ranked by the run's score; otherwise as ``net.make_masks``."""
+        return self.net.make_masks(subnet, previous, made, self.scores())
+
+    def umg(self, subnet: Subnet, previous: Mask | None = None) -> UMG:
+        """What the subnet's pattern sees, with the run's score."""
+        seen, scores = self.net.umg(previous), self.scores()
+        return seen if scores is None else scores.seen_by(self.net.pattern(subnet.pattern), seen, subnet)
 
     def previous(self, subnet: Subnet, made: Mapping[str, Mask]) -> Mask | None:
         """The mask of the level before, for nested patterns."""
@@ -59,7 +71,7 @@ def umg(pruning: Pruning) -> dict[str, Mask]:
     for pattern, subnets in pruning.subnets.items():
         for s in subnets:
             if s.name in pruning.new:
-                out[s.name] = net.make_masks(s, pruning.previous(s, out), dict(made))
+                out[s.name] = pruning.make_masks(s, pruning.previous(s, out), dict(made))
         if subnets:
             last = subnets[-1].name
             made[pattern] = out[last] if last in out else net.masks[last]
@@ -67,10 +79,10 @@ def umg(pruning: Pruning) -> dict[str, Mask]:
 
 
 def own(pruning: Pruning) -> dict[str, Mask]:
-    """Each pattern for itself, from the magnitudes of all weights."""
+    """Each pattern for itself, from the magnitudes, or scores, of all weights."""
     out: dict[str, Mask] = {}
     for _, s in pruning.in_turn():
-        out[s.name] = pruning.net.make_masks(s, pruning.previous(s, out))
+        out[s.name] = pruning.make_masks(s, pruning.previous(s, out))
     return out
 
 
@@ -86,7 +98,7 @@ def levels(pruning: Pruning) -> dict[str, Mask]:
         for pattern, subnets in plan.items():
             for s in subnets:
                 if s.name in pruning.new and s.name not in out:
-                    out[s.name] = net.make_masks(s, pruning.previous(s, out), dict(made))
+                    out[s.name] = pruning.make_masks(s, pruning.previous(s, out), dict(made))
             if subnets:
                 last = subnets[-1].name
                 made[pattern] = out[last] if last in out else net.masks[last]
@@ -122,7 +134,7 @@ def refilling(pruning: Pruning) -> dict[str, Mask]:
             counts = {n: mask.elements[n].to(v) if n in mask.elements else v * 0 + 1 for n, v in seen.values.items()}
             out[s.name] = net.pattern(pattern).mask(s, replace(seen, values=counts))
         else:
-            out[s.name] = net.make_masks(s, previous)
+            out[s.name] = pruning.make_masks(s, previous)
     return out
 
 
@@ -131,12 +143,14 @@ def layerwise(pruning: Pruning) -> dict[str, Mask]:
     net, out = pruning.net, dict[str, Mask]()
     for pattern, s in pruning.in_turn():
         previous = pruning.previous(s, out)
-        if pattern != "unstructured":
-            out[s.name] = net.make_masks(s, previous)
+        scored = None if pattern != "unstructured" or pruning.scores() is None else pruning.umg(s, previous)
+        # a score that is compared within layers or rows gives all layers the same sparsity anyway
+        if pattern != "unstructured" or (scored is not None and scored.comparison != "global"):
+            out[s.name] = pruning.make_masks(s, previous)
             continue
         elements, total, gone = {}, 0, 0
         for weight in net.eligible:
-            value = net.dense_tensor(weight.name).detach()
+            value = net.dense_tensor(weight.name).detach() if scored is None else scored.ranked[weight.name]
             kept = torch.ones_like(value, dtype=torch.bool) if previous is None else previous.elements[weight.name]
             kept = kept.to(value.device)
             # what rounding takes from one layer the next one gets: the sum is exact

@@ -62,6 +62,7 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
         "recipe": options.recipe.describe(),
         **_execution(options),
         **({"steps": list(options.budget)} if options.budget else {}),
+        **({} if options.scoring is None else options.scoring.describe()),
     }
     return {
         "format": 1,

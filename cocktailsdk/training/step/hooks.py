@@ -20,6 +20,7 @@ from ...errors import TrainingError
 from ...masks import Mask
 from ...net.subnet_model import SubnetModel
 from ...patterns.base import DENSE
+from ...patterns.scoring import PatternScores
 from ...utils.fsdp import local, sharded
 from ..recipes.steps import ScheduleContext, Step
 from .nan_guard import StepSnapshot
@@ -92,9 +93,10 @@ class StepContext:
         agreed: Callable[[Mapping[str, Mask]], Mapping[str, Mask]] = dict,
         changed: Callable[[str], None] = lambda name: None,
         snapshot: Callable[[str], None] = lambda name: None,
+        calibrate: Callable[[], PatternScores | None] = lambda: None,
     ) -> None:
         self.net, self.step, self.schedule, self.optimizer = net, step, schedule, optimizer
-        self._agreed, self._changed, self._snapshot = agreed, changed, snapshot
+        self._agreed, self._changed, self._snapshot, self._calibrate = agreed, changed, snapshot, calibrate
         self.undo: StepSnapshot | None = None
         self._parameters: dict[str, nn.Parameter] | None = None
 
@@ -135,9 +137,10 @@ class StepContext:
         self._changed(name)
 
     def remake_masks(self, names: Iterable[str]) -> None:
-        """Make the masks of subnets anew from the current weights, each by its pattern."""
+        """Make the masks of subnets anew from the current weights, each by its pattern and the run's score."""
+        scores = self._calibrate()
         for name in names:
-            self.set_mask(name, self.net.make_masks(name))
+            self.set_mask(name, self.net.make_masks(name, scores=scores))
 
     @torch.no_grad()
     def zero_masked_weights(self, name: str) -> None:
