@@ -177,6 +177,16 @@ def test_blocks_are_judged_by_what_the_pruned_blocks_before_return() -> None:
         assert float(row[~kept].max()) <= float(row[kept].min()) * (1 + 1e-5)
 
 
+def test_masks_are_made_from_the_dense_network_whatever_is_active() -> None:
+    model, data = llama(2), texts(3)
+    net = cocktail.sparsify(model, ["unstructured@0.6"], score="wanda", calibration=data, sequential=True)
+    scores = net.calibrate("wanda", data, sequential=True)
+    want = net.masks["unstructured@0.6"]
+    with net.using("unstructured@0.6"):
+        mask = net.make_masks("unstructured@0.6", scores=scores)
+    assert all(torch.equal(m, want.elements[n]) for n, m in mask.elements.items())
+
+
 def test_what_cannot_be_judged_block_by_block_is_refused_before_any_work() -> None:
     data = texts(2)
     with pytest.raises(cocktail.PatternError, match="compares all blocks' weights"):

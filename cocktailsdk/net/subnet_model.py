@@ -123,7 +123,8 @@ class SubnetModel(SwitchableModel):
         pattern = self.pattern(s.pattern)
         umg = self.umg(previous if pattern.nested else None, made)
         if scores is not None:
-            umg = scores.seen_by(pattern, umg, s)
+            with self.using(DENSE):  # scores may run the model, block by block
+                umg = scores.seen_by(pattern, umg, s)
         return sharded_mask(pattern, s, umg) if isinstance(umg.values, ShardedValues) else pattern.mask(s, umg)
 
     def umg(self, previous: Mask | None = None, made: Mapping[str, Mask] | None = None) -> UMG:
