@@ -227,7 +227,7 @@ class CoTrained(Run):
             out_dir=folder,
             callbacks=[clock],
             **{name: value for name, value in given.items() if value is not None},
-            **self.options,
+            **{**place.task.execution, **self.options},
         )
 
     def measure(self, place: Place, folder: Path) -> Measured:
@@ -287,6 +287,7 @@ class Alone(Run):
             out_dir=folder,
             callbacks=[clock],
             **taught,
+            **place.task.execution,
         )
         seconds = clock.seconds
         found = {k: v for k, v in place.accuracies(tuned).items() if k == self.subnet}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
+import cocktailsdk as cocktail
 from cocktailsdk.io.tensors import read_tensors, write_tensors
 from cocktailsdk.presets import Loaders
 from cocktailsdk.presets.datasets import Images, TensorLoader, cifar10, normalise, standard_augmentation
@@ -45,6 +46,7 @@ class Task:
         alone: The subnetworks that are trained alone too.
         needs: Python packages beyond the SDK's.
         patterns: Of the subnetworks.
+        mixed_precision: Of every run's training passes, those of subnetworks alone too; ``None`` for single precision.
     """
 
     name: str
@@ -57,6 +59,14 @@ class Task:
     alone: tuple[str, ...]
     needs: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ("unstructured", "n:m", "channel")
+    mixed_precision: Literal["bf16"] | None = None
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """Keywords of trainers that set the precision."""
+        if self.mixed_precision is None:
+            return {}
+        return {"execution": cocktail.ExecutionSettings(mixed_precision=self.mixed_precision)}
 
     def model(self, data: Path, work: Path) -> nn.Module:
         """The model with the weights that every run begins with; made once, then read from the work folder."""
@@ -235,8 +245,8 @@ TASKS = {
             _resnet20, _adapted, _centre_loaders, (3, 24, 24), NAMED, FIVE,
         ),
         Task(
-            "long", "ResNet-20 on CIFAR-10 (JPEG version) at 32x32, batch 128, all 50,000 images",
-            _resnet20, _published, _whole_loaders, (3, 32, 32), NAMED, FIVE,
+            "long", "ResNet-20 on CIFAR-10 (JPEG version) at 32x32, batch 128, all 50,000 images, bfloat16",
+            _resnet20, _published, _whole_loaders, (3, 32, 32), NAMED, FIVE, mixed_precision="bf16",
         ),
         Task(
             "effnet", "EfficientNet-Lite0 (ImageNet) on CIFAR-10 (JPEG version) at 64x64, batch 64",

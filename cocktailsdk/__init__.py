@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .patterns import Unstructured as Unstructured
     from .patterns import Vector as Vector
     from .patterns import register_pattern as register_pattern
+    from .patterns.scores import Score as Score
+    from .patterns.scores import register_score as register_score
     from .slimming import slim as slim
     from .training import BatchSettings as BatchSettings
     from .training import CoLoop as CoLoop
@@ -90,6 +92,8 @@ _WHERE = {
     "from_pretrained": ".api",
     "inspect": ".inspection",
     "register_pattern": ".patterns",
+    "register_score": ".patterns.scores",
+    "Score": ".patterns.scores",
     "slim": ".slimming",
     "sparsify": ".api",
     "verify_nm": ".verify",
@@ -122,6 +126,7 @@ __all__ = [
     "PatternError",
     "Product",
     "RoundSettings",
+    "Score",
     "SlimError",
     "Subnet",
     "SubnetError",
@@ -135,6 +140,7 @@ __all__ = [
     "from_pretrained",
     "inspect",
     "register_pattern",
+    "register_score",
     "slim",
     "sparsify",
     "verify_nm",

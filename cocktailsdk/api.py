@@ -17,7 +17,9 @@ from .net.coverage import check_coverage, nothing_to_prune
 from .net.subnet_model import SubnetModel, model_unchanged
 from .net.target_modules import Modules, Selection
 from .net.tracing import couple_model, example_of
-from .patterns import Pattern, make_all_masks, resolve_patterns
+from .patterns import DENSE, Pattern, make_all_masks, resolve_patterns
+from .patterns.scoring import PatternScores, ScoreLike
+from .utils.losses import ForwardFn, LossFn
 
 if TYPE_CHECKING:
     from .choosing import DeviceProfile
@@ -36,6 +38,27 @@ class CocktailNet(SubnetModel, HubMixin):
     :class:`~cocktailsdk.net.subnet_model.SubnetModel` that also makes smaller models, writes bundles and other
     runtimes' files, picks a subnetwork by budget, and pushes to the hub.
     """
+
+    def calibrate(
+        self,
+        score: ScoreLike | Mapping[str, ScoreLike],
+        calibration: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> PatternScores:
+        """Judge the dense network's weights, channels and layers by a score; for the arguments see :func:`sparsify`.
+
+        Returns:
+            What :meth:`make_masks` ranks by.
+
+        Raises:
+            PatternError: See :func:`sparsify`.
+        """
+        from .calibration import CalibrationData, calibrate
+
+        data = None if calibration is None else CalibrationData.of(calibration)
+        with self.using(DENSE), model_unchanged(self):
+            return calibrate(self.model, self.coupling, self.eligible, self.patterns, score, data, loss_fn, forward_fn)
 
     def slim(self, name: str) -> nn.Module:
         """A plain copy of the subnetwork without its removed channels; verified against the masked model.
@@ -179,11 +202,19 @@ def sparsify(
     example_kwargs: Mapping[str, Any] | None = None,
     target_modules: Modules = None,
     exclude_modules: Modules = None,
+    *,
+    score: ScoreLike | Mapping[str, ScoreLike] = "magnitude",
+    calibration: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    forward_fn: ForwardFn | None = None,
 ) -> CocktailNet:
     """Make a model's sparse subnetworks: a mask for every pattern and level, from the current weights.
 
     This needs no training and does not change the model's weights. :class:`CoTrainer` then trains all subnetworks
     together.
+
+    Which weights and channels go is decided by a score. Magnitudes need no data. On language models they are poor
+    guides: there, give ``score="wanda"`` and some calibration text.
 
     Args:
         model: Any module that ``torch.export`` can trace, fully or in part.
@@ -194,10 +225,18 @@ def sparsify(
             names and suffixes. Default: all convolution and linear weights, without the first convolution and the
             classifier.
         exclude_modules: The modules that may not, in the same forms. They also keep their output channels.
+        score: What is ranked: ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"taylor"``, ``"fisher"``,
+            ``"activation"`` (channels, heads), a score of your own, or a mapping from patterns' names to scores, with
+            ``"*"`` for all other patterns. See :mod:`cocktailsdk.patterns.scores`.
+        calibration: A loader or list of batches, of the forms that training takes, without which only magnitudes can be
+            scores. All of it is used; 128 examples are usual. Padding tokens do not count.
+        loss_fn: ``loss_fn(output, target)`` for scores that need the loss. Default: the loss in the model's output.
+        forward_fn: ``forward_fn(model, batch) -> (output, target)``. Default: batches are used as in training.
 
     Raises:
-        PatternError: A pattern is unknown or finds nothing to prune, or a selection matches no module. If a pattern can
-            touch less than a tenth of the weights, or a level removes nothing, a warning is logged.
+        PatternError: A pattern or score is unknown or finds nothing to prune, or a selection matches no module. Or a
+            score is not defined for its pattern, needs data that is not given, or sees activations that are not finite.
+            If a pattern can touch less than a tenth of the weights, or a level removes nothing, a warning is logged.
         AdapterError: No example inputs were given, and no adapter can make them.
         ExportFailed: The model cannot be traced on the example inputs.
     """
@@ -219,8 +258,9 @@ def sparsify(
             "eligible when target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
+    scores = net.calibrate(score, calibration, loss_fn, forward_fn)
     umg = net.umg()
-    for name, mask in make_all_masks(chosen, coupling, eligible, umg.values).items():
+    for name, mask in make_all_masks(chosen, coupling, eligible, umg.values, scores).items():
         net.set_mask(name, mask)
     check_coverage(net, patterns, umg)
     log.info(

@@ -117,8 +117,8 @@ class SubnetModel(SwitchableModel):
         """What a pattern sees of this net: the dense weights, whatever is active."""
         self._check_structure()
         self._refuse_writes()
-        weights = [*self.eligible, *(w for w in self.coupling.weights if w.unmaskable)]
-        names = dict.fromkeys([*(w.name for w in weights), *(p.weight for p in self.coupling.producers)])
+        producers = (p.weight for p in self.coupling.producers)
+        names = dict.fromkeys([*(w.name for w in self.coupling.weights), *producers])
         values: Mapping[str, Tensor]
         if self._switcher.tensors.sharded:
             values = self._sharded_values(tuple(names))

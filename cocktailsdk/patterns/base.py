@@ -11,13 +11,15 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
+from jaxtyping import Float64
 from torch import Tensor
 
 from ..errors import PatternError
 from ..graph import Coupling, Weight
 from ..masks import Mask
+from .scores.base import Comparison
 
 DENSE = "dense"
 
@@ -54,13 +56,18 @@ class UMG:
     Attributes:
         coupling: The model's weights, units and groups.
         eligible: The weights that elementwise patterns may touch, in order of execution.
-        values: Current values by name, detached, of all eligible weights and all channel producers. Where a weight is
+        values: Current values by name, detached, of all weights and all channel producers. Where a weight is
             computed from a parameter element by element (weight norm, ``torch.nn.utils.prune``, fake quantization),
             the computed weight, since that is what the model multiplies with.
         previous: This pattern's own mask of the level before, for nested patterns.
         made: Masks of the current round by other patterns, by pattern name.
         hidden: Only for :meth:`Pattern.check`: by weight name, elements that another mask zeroes besides. A mask is
             False there, whatever the pattern chose.
+        scores: By weight name, scores of elements, of the weights' shapes and not negative. ``None`` where magnitudes
+            are the scores.
+        comparison: Within what elements are compared: ``"global"``, ``"layer"`` (a weight), ``"row"`` (an output).
+        unit_scores: A score for each channel unit, where the score gives them by itself.
+        layer_scores: A score for each residual branch by its name, and for each layer by its path, likewise.
     """
 
     coupling: Coupling
@@ -69,6 +76,15 @@ class UMG:
     previous: Mask | None = None
     made: Mapping[str, Mask] = field(default_factory=dict)
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] | None = None
+    comparison: Comparison = "global"
+    unit_scores: Float64[Tensor, " units"] | None = None
+    layer_scores: Mapping[str, float] | None = None
+
+    @property
+    def ranked(self) -> Mapping[str, Tensor]:
+        """What patterns rank by magnitude: scores where there are some, otherwise the weights."""
+        return self.values if self.scores is None else self.scores
 
 
 class Pattern(ABC):
@@ -82,6 +98,8 @@ class Pattern(ABC):
         term: The term of the channel score that its masks enter: ``"unstructured"`` (weights chosen freely, weight β),
             ``"n:m"`` (so many of each run, 1-β), or none.
         removes_units: Whether it removes units, and masks no elements; such a pattern can be the first of a product.
+        ranks: What it ranks: single ``"elements"`` (also within runs and blocks), channel ``"units"``, or ``"layers"``
+            and branches.
     """
 
     name: ClassVar[str] = ""
@@ -89,6 +107,7 @@ class Pattern(ABC):
     nested: ClassVar[bool] = True
     term: ClassVar[str] = ""
     removes_units: ClassVar[bool] = False
+    ranks: ClassVar[Literal["elements", "units", "layers"]] = "elements"
 
     @abstractmethod
     def subnets(self) -> tuple[Subnet, ...]:

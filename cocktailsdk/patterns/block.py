@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -17,8 +17,10 @@ from ..masks import Mask
 from ..masks.tiles import covered_by_tiles, tiles, untiles
 from .base import UMG, Pattern, Subnet, checked_sparsities, level_of
 from .checking import covered_share, refuse, weight_masks, zeros_among_covered
+from .comparison import apportion
 from .ranking import drop_smallest
 from .registry import register_pattern
+from .scores.base import Comparison
 
 
 @register_pattern("block")
@@ -75,21 +77,32 @@ class Block(Pattern):
     def mask(self, subnet: Subnet, umg: UMG) -> Mask:
         """Of the blocks kept so far the least go, until the asked count is gone."""
         before = umg.previous.elements if umg.previous is not None else {}
-        norms = {w.name: self._norms(w, umg.values[w.name]) for w in umg.eligible}
+        norms = {w.name: self._norms(w, umg.ranked[w.name]) for w in umg.eligible}
         remaining = {
             w.name: self._tiles_kept(w, before[w.name]).to(norms[w.name].device)
             if w.name in before
             else torch.ones_like(norms[w.name], dtype=torch.bool)
             for w in umg.eligible
         }
-        pools = [list(norms)] if self.scope == "global" else [[name] for name in norms]
         keep: dict[str, Tensor] = {}
-        for names in pools:
-            total = sum(norms[n].numel() for n in names)
-            gone = total - sum(int(remaining[n].sum()) for n in names)
-            count = round(subnet.sparsity * total) - gone
+        for names, count in self._pools(remaining, subnet.sparsity, umg.comparison):
             keep |= drop_smallest({n: norms[n] for n in names}, {n: remaining[n] for n in names}, count)
         return Mask({w.name: self._spread(w, keep[w.name].cpu()) for w in umg.eligible})
+
+    def _pools(
+        self, remaining: Mapping[str, Bool[Tensor, " tiles"]], sparsity: float, comparison: Comparison
+    ) -> list[tuple[list[str], int]]:
+        """Which weights' blocks are ranked together, and how many of them go."""
+        sizes = torch.tensor([r.numel() for r in remaining.values()])
+        masked = torch.tensor([int((~r).sum()) for r in remaining.values()])
+        if self.scope == "layer":
+            counts = [round(sparsity * int(n)) - int(m) for n, m in zip(sizes, masked, strict=True)]
+            return [([name], count) for name, count in zip(remaining, counts, strict=True)]
+        count = round(sparsity * int(sizes.sum())) - int(masked.sum())
+        if comparison == "global":
+            return [(list(remaining), count)]
+        # the score does not compare one weight with another, so each loses the same share
+        return [([n], c) for n, c in zip(remaining, apportion(sizes, masked, sparsity, count).tolist(), strict=True)]
 
     def _norms(self, weight: Weight, value: Tensor) -> Float32[Tensor, " tiles"]:
         return tiles(weight, value.detach(), self.rows, self.columns).abs().sum((1, 2), dtype=torch.float32)

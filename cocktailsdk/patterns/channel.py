@@ -24,7 +24,7 @@ AUTO_CHANNELS = 256  # groups at least this wide
 
 def whole_sums(umg: UMG, producer: Producer, terms: Terms) -> Float64[Tensor, " rows"]:
     """The sum of each of a producer's rows, where its values are whole."""
-    return row_sums(producer.weight, umg.values[producer.weight], producer.axis, terms)
+    return row_sums(producer.weight, umg.ranked[producer.weight], producer.axis, terms)
 
 
 def unit_scores(
@@ -37,7 +37,8 @@ def unit_scores(
 
     Where several patterns of one term (``Pattern.term``) made masks this round, unstructured and block, say, the term
     is their mean. A term without a mask is dropped; where no mask enters, and for producers that are not eligible, the
-    unmasked rows stand in.
+    unmasked rows stand in. Where a score of elements was chosen, its values stand in place of the weights. A score that
+    scores units by itself is returned as it is.
 
     Args:
         umg: ``made`` may hold masks of patterns with a term.
@@ -50,6 +51,8 @@ def unit_scores(
     Raises:
         PatternError: A producer's weights are NaN.
     """
+    if umg.unit_scores is not None:
+        return umg.unit_scores
     scores = torch.zeros(umg.coupling.n_units, dtype=torch.float64)
     terms = terms_of(umg, beta)
     for producer in umg.coupling.producers:
@@ -146,6 +149,7 @@ class Channel(Pattern):
 
     after = ("unstructured", "n:m")
     removes_units = True
+    ranks = "units"
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ def branch_scores(umg: UMG, branches: Sequence[Branch], beta: float) -> list[flo
     """
     terms = terms_of(umg, beta)
     weights = {w.name: w for w in umg.coupling.weights}
-    return [sum(_strength(weights[n], umg.values[n], terms) for n in b.weights) / len(b.weights) for b in branches]
+    return [sum(_strength(weights[n], umg.ranked[n], terms) for n in b.weights) / len(b.weights) for b in branches]
 
 
 def _strength(weight: Weight, value: Tensor, terms: Terms) -> float:
@@ -67,6 +67,7 @@ class Depth(Pattern):
     """
 
     after = ("unstructured", "n:m")
+    ranks = "layers"
 
     def __init__(
         self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.1, beta: float = 0.8

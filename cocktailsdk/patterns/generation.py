@@ -10,6 +10,7 @@ from ..errors import PatternError
 from ..graph import Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet
+from .scoring import PatternScores
 
 
 def in_order(patterns: Sequence[Pattern]) -> tuple[Pattern, ...]:
@@ -55,14 +56,26 @@ def rounds_of(patterns: Sequence[Pattern], total: int | None = None) -> tuple[di
 
 
 def make_all_masks(
-    patterns: Sequence[Pattern], coupling: Coupling, eligible: tuple[Weight, ...], values: Mapping[str, Tensor]
+    patterns: Sequence[Pattern],
+    coupling: Coupling,
+    eligible: tuple[Weight, ...],
+    values: Mapping[str, Tensor],
+    scores: PatternScores | None = None,
 ) -> dict[str, Mask]:
     """Every subnet's mask from the weights as they are, as the rounds of training would make them.
+
+    Args:
+        patterns: The patterns.
+        coupling: The model's coupling.
+        eligible: The weights that patterns of elements may touch.
+        values: The weights by name.
+        scores: How patterns rank; by default by magnitude.
 
     Returns:
         By subnet name, patterns in the order given.
     """
     by_name = {p.name: p for p in patterns}
+    scores = scores or PatternScores()
     masks: dict[str, Mask] = {}
     last: dict[str, Mask] = {}
     for plan in rounds_of(patterns):
@@ -72,7 +85,8 @@ def make_all_masks(
             for s in subnets:
                 if s.name not in masks:
                     previous = last.get(name) if pattern.nested else None
-                    masks[s.name] = pattern.mask(s, UMG(coupling, eligible, values, previous, dict(made)))
+                    umg = UMG(coupling, eligible, values, previous, dict(made))
+                    masks[s.name] = pattern.mask(s, scores.seen_by(pattern, umg))
                     last[name] = masks[s.name]
             if subnets:
                 made[name] = masks[subnets[-1].name]

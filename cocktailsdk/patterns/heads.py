@@ -52,6 +52,7 @@ class Heads(Pattern):
 
     after = ("unstructured", "n:m")
     removes_units = True
+    ranks = "units"
 
     def __init__(
         self, sparsities: Sequence[float] | None = None, rounds: int = 10, rate: float = 0.1, beta: float = 0.8

@@ -176,7 +176,7 @@ class NM(Pattern):
     def mask(self, subnet: Subnet, umg: UMG) -> Mask:
         """The N largest of each run of M, from the weights as they are."""
         n, m = subnet.options["n"], subnet.options["m"]
-        return Mask({w.name: nm_mask(w, umg.values[w.name], n, m).cpu() for w in umg.eligible})
+        return Mask({w.name: nm_mask(w, umg.ranked[w.name], n, m).cpu() for w in umg.eligible})
 
     def rounds(self, total: int) -> tuple[tuple[Subnet, ...], ...]:
         """One N:M network at a time; none in round 1, where there are rounds enough.

@@ -182,7 +182,14 @@ def _inner(mask: Mask, umg: UMG) -> tuple[Remaining, Mask]:
 def _seen(remaining: Remaining, umg: UMG) -> UMG:
     """What the second pattern sees: eligible weights and their values as the slim model will hold them."""
     weights = {w.name: w for w in umg.eligible}
-    return UMG(umg.coupling, tuple(remaining.weight(w) for w in umg.eligible), _Sliced(remaining, weights, umg.values))
+    scores = None if umg.scores is None else _Sliced(remaining, weights, umg.scores)
+    return UMG(
+        umg.coupling,
+        tuple(remaining.weight(w) for w in umg.eligible),
+        _Sliced(remaining, weights, umg.values),
+        scores=scores,
+        comparison=umg.comparison,
+    )
 
 
 class _Sliced(Mapping[str, Tensor]):

@@ -54,7 +54,7 @@ class Transposable(NM):
         n, m = subnet.options["n"], subnet.options["m"]
         out: dict[str, Tensor] = {}
         for w in umg.eligible:
-            parts = tiles(w, umg.values[w.name].detach(), m, m)
+            parts = tiles(w, umg.ranked[w.name].detach(), m, m)
             out[w.name] = untiles(w, best_squares(parts, n).cpu(), True)
         return Mask(out)
 

@@ -1,4 +1,4 @@
-"""Unstructured sparsity: single weights, ranked by magnitude over the whole network."""
+"""Unstructured sparsity: single weights, ranked by score, by default by magnitude over the whole network."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .checking import refuse, weight_masks
-from .ranking import drop_smallest
+from .comparison import drop_least
 from .registry import register_pattern
 
 
 @register_pattern("unstructured")
 class Unstructured(Pattern):
-    """Global magnitude pruning of single weights, nested over its levels (paper, Section 3.2).
+    """Pruning of single weights by score, nested over its levels (paper, Section 3.2).
 
     Exactly ``round(sparsity * total)`` of the eligible weights are zero. Each level ranks the weights that the level
-    before has kept; ties are broken by position.
+    before has kept; ties are broken by position. By default magnitudes are ranked over the whole network. Another score
+    may rank within each weight or within each of its rows; then each has the same share of zeros.
 
     Args:
         sparsities: Ascending, in [0, 1]; by default ``1 - (1 - rate)^k`` for k = 1 … rounds.
@@ -39,13 +40,10 @@ class Unstructured(Pattern):
 
     def mask(self, subnet: Subnet, umg: UMG) -> Mask:
         """Drop the smallest of the weights kept so far, until the asked count is zero."""
-        values = {w.name: umg.values[w.name] for w in umg.eligible}
         keep = umg.previous.elements if umg.previous is not None else {}
-        keep = {name: keep[name] for name in values if name in keep}
-        total = sum(v.numel() for v in values.values())
-        gone = sum(k.numel() - int(k.count_nonzero()) for k in keep.values())
-        count = round(subnet.sparsity * total) - gone
-        return Mask({name: k.cpu() for name, k in drop_smallest(values, keep, count, kept=total - gone).items()})
+        keep = {w.name: keep[w.name] for w in umg.eligible if w.name in keep}
+        kept = drop_least(umg.eligible, umg.ranked, keep, subnet.sparsity, umg.comparison)
+        return Mask({name: k.cpu() for name, k in kept.items()})
 
     def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
         """Exactly ``round(sparsity * total)`` of the eligible weights are zero.

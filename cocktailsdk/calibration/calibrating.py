@@ -1,0 +1,115 @@
+"""From data to the scores of a net's patterns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PatternError
+from ..graph import Coupling, Weight
+from ..patterns.base import Pattern
+from ..patterns.scores import Observed, Score
+from ..patterns.scoring import PatternScores, ScoreLike, resolve_scores
+from ..utils.losses import ForwardFn, LossFn
+from .data import CalibrationData
+from .passes import observe_gradients, observe_inputs
+
+__all__ = ["calibrate"]
+
+log = logging.getLogger(__name__)
+
+INPUTS, GRADIENTS = frozenset({"squares", "gram"}), frozenset({"gradients"})
+
+
+def calibrate(
+    model: nn.Module,
+    coupling: Coupling,
+    eligible: Sequence[Weight],
+    patterns: Sequence[Pattern],
+    score: ScoreLike | Mapping[str, ScoreLike],
+    data: CalibrationData | None,
+    loss_fn: LossFn | None = None,
+    forward_fn: ForwardFn | None = None,
+) -> PatternScores:
+    """Pass data through a model, as often as the scores of its patterns need it.
+
+    Args:
+        model: With its dense weights; it is left as it was.
+        coupling: The model's coupling.
+        eligible: The weights that patterns of elements may touch.
+        patterns: The patterns.
+        score: See :func:`~cocktailsdk.patterns.scoring.resolve_scores`.
+        data: The data; ``None`` where no score needs any.
+        loss_fn: As in training.
+        forward_fn: As in training.
+
+    Raises:
+        PatternError: A score is not known, or not defined for its pattern; it needs data or a loss and there is none;
+            a weight that is to be ranked is not used on the data, or activations are not finite.
+    """
+    chosen = resolve_scores(score, patterns)
+    scores = {s.name: s for s in chosen.values() if isinstance(s, Score)}
+    for s in scores.values():
+        if s.needs and data is None:
+            raise PatternError(f"score {s.name!r} is judged from data: give calibration=loader")
+    summaries: dict[str, dict[str, Mapping[str, Tensor]]] = {name: {} for name in scores}
+    needed = frozenset[str]().union(*(s.needs for s in scores.values()))
+    weights = _ranked(coupling, eligible)
+    if data is not None and needed & INPUTS:
+        ranked = {w.name for w in eligible}
+        for weight, observed in observe_inputs(model, weights, data, forward_fn, gram="gram" in needed):
+            if observed is None:
+                if weight.name in ranked:
+                    raise PatternError(_unused(weight))
+                continue
+            _report(weight, observed)
+            _summarise([s for s in scores.values() if s.needs & INPUTS], weight, observed, summaries)
+    if data is not None and needed & GRADIENTS:
+        for weight, gradients in observe_gradients(model, weights, data, loss_fn, forward_fn):
+            _summarise([s for s in scores.values() if s.needs & GRADIENTS], weight, gradients, summaries)
+    return PatternScores(chosen, summaries)
+
+
+def _ranked(coupling: Coupling, eligible: Sequence[Weight]) -> list[Weight]:
+    """The weights that scores are about: those that patterns touch, and all that consume or make channels."""
+    names = {w.name for w in eligible} | coupling.fields.keys()
+    return [w for w in coupling.weights if w.name in names]
+
+
+def _summarise(
+    scores: Sequence[Score],
+    weight: Weight,
+    observed: Observed,
+    summaries: Mapping[str, dict[str, Mapping[str, Tensor]]],
+) -> None:
+    for score in scores:
+        summaries[score.name][weight.name] = score.summary(observed)
+
+
+def _unused(weight: Weight) -> str:
+    return (
+        f"calibration: the inputs of {weight.name!r} were not seen. Either the data does not reach it, or the model "
+        "computes the weight anew in every pass (torch.nn.utils.weight_norm, autocast in forward_fn). Leave it out "
+        f"with exclude_modules=[{weight.module!r}], or choose another score"
+    )
+
+
+def _report(weight: Weight, observed: Observed) -> None:
+    """Say what the data did not reach."""
+    without = [part for part, rows in enumerate(observed.rows) if not rows]
+    if without:
+        log.warning(
+            "no calibration token reached %d of %d parts (experts) of %r: %s; they are ranked by magnitude",
+            len(without),
+            len(observed.rows),
+            weight.name,
+            ", ".join(map(str, without[:8])),
+        )
+    assert observed.squares is not None
+    with_rows = observed.squares[torch.tensor(observed.rows) > 0]
+    dead = int((with_rows == 0).sum())
+    if dead:
+        log.warning("%d of %d inputs of %r are zero on all calibration data", dead, with_rows.numel(), weight.name)

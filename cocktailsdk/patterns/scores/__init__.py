@@ -1,0 +1,27 @@
+"""Scores: how much each weight, unit or layer matters. One file a score; new ones register themselves by name."""
+
+from .activation import Activation
+from .base import Comparison, Layers, Need, Observed, Score
+from .fisher import Fisher
+from .magnitude import Magnitude
+from .registry import register_score, registered_scores, score_named
+from .sparsegpt import SparseGPT
+from .taylor import Taylor
+from .wanda import Wanda
+
+__all__ = [
+    "Activation",
+    "Comparison",
+    "Fisher",
+    "Layers",
+    "Magnitude",
+    "Need",
+    "Observed",
+    "Score",
+    "SparseGPT",
+    "Taylor",
+    "Wanda",
+    "register_score",
+    "registered_scores",
+    "score_named",
+]
