@@ -28,6 +28,8 @@ from one_shot_tasks import Place
 from result_rows import read_rows
 from trained_rows import add_row
 
+from cocktailsdk.errors import CocktailError
+
 
 def missing(piece: Piece, results: Path) -> list[Run]:
     """The runs of a piece that have no row."""
@@ -43,22 +45,29 @@ def listed(known: Mapping[str, Piece], results: Path) -> str:
     )
 
 
-def run_piece(name: str, piece: Piece, place: Place, results: Path, deadline: float) -> None:
-    """Make the runs of a piece that are missing.
+def run_piece(name: str, piece: Piece, place: Place, results: Path, deadline: float) -> bool:
+    """Make the runs of a piece that are missing; whether none failed.
 
     Raises:
         KeyboardInterrupt: Time is up.
     """
     if reason := piece.task.lacking(place.data):
         print(f"{name}: skipped: {reason}")
-        return
+        return True
+    well = True
     for run in missing(piece, results):
         if time.monotonic() > deadline:
             raise KeyboardInterrupt
         print(f"{time.strftime('%H:%M:%S')} {name}: {run.key}", flush=True)
-        row = {"piece": name, **run.row(piece.task, place)}
+        try:
+            row = {"piece": name, **run.row(piece.task, place)}
+        except CocktailError as error:  # the other runs do not depend on it
+            print(f"   failed: {error}", flush=True)
+            well = False
+            continue
         add_row(row, results)
         print("  ", *(f"{n} {v:.2f}" for n, v in row["values"].items()), f"{row['cpu_seconds']} s", flush=True)
+    return well
 
 
 def main() -> int:
@@ -85,13 +94,12 @@ def main() -> int:
     torch.set_num_threads(asked.threads)
     place, deadline = Place(Path(asked.data), asked.work), time.monotonic() + 60 * asked.minutes
     try:
-        for name in asked.only or known:
-            run_piece(name, known[name], place, asked.results, deadline)
+        well = [run_piece(name, known[name], place, asked.results, deadline) for name in asked.only or known]
     except KeyboardInterrupt:
         print("stopped; the same command resumes")
         return 3
     print(tables(read_rows(asked.results)))
-    return 0
+    return 0 if all(well) else 1
 
 
 if __name__ == "__main__":

@@ -91,11 +91,12 @@ def _smollm2() -> Iterator[tuple[str, str, Sequence[Run]]]:
 
 def _other(task: Task) -> Iterator[tuple[str, str, Sequence[Run]]]:
     subnets, size = SUBNETS[task.name], task.sizes[0]
+    units = tuple(s for s in subnets if s.startswith(("channel", "mlp", "heads")))
+    parts = tuple(s for s in subnets if s not in units), units
     yield "dense", "the model as it is", (Dense(),)
     for score in SCORES:
         needs = None if score == "magnitude" else size
-        yield score, f"by {score}", (Ours(subnets=subnets, score=score, size=needs),)
-    units = tuple(s for s in subnets if s.startswith(("channel", "mlp", "heads")))
+        yield score, f"by {score}", [Ours(subnets=part, score=score, size=needs) for part in parts]
     yield "activation", "units by activation", (Ours(subnets=units, score="activation", size=size),)
     repaired = [Ours(subnets=subnets, score=score, size=size, repaired=True) for score in ("wanda", "sparsegpt")]
     yield "reconstructed", "scored and reconstructed", _each(repaired)
