@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .patterns import register_pattern as register_pattern
     from .patterns.scores import Score as Score
     from .patterns.scores import register_score as register_score
+    from .slimming import reconstruct as reconstruct
     from .slimming import slim as slim
     from .training import BatchSettings as BatchSettings
     from .training import CoLoop as CoLoop
@@ -91,6 +92,7 @@ _WHERE = {
     "finetune": ".training",
     "from_pretrained": ".api",
     "inspect": ".inspection",
+    "reconstruct": ".slimming",
     "register_pattern": ".patterns",
     "register_score": ".patterns.scores",
     "Score": ".patterns.scores",
@@ -139,6 +141,7 @@ __all__ = [
     "finetune",
     "from_pretrained",
     "inspect",
+    "reconstruct",
     "register_pattern",
     "register_score",
     "slim",

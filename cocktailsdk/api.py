@@ -45,6 +45,7 @@ class CocktailNet(SubnetModel, HubMixin):
         calibration: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
         forward_fn: ForwardFn | None = None,
+        sequential: bool = False,
     ) -> PatternScores:
         """Judge the dense network's weights, channels and layers by a score; for the arguments see :func:`sparsify`.
 
@@ -58,7 +59,17 @@ class CocktailNet(SubnetModel, HubMixin):
 
         data = None if calibration is None else CalibrationData.of(calibration)
         with self.using(DENSE), model_unchanged(self):
-            return calibrate(self.model, self.coupling, self.eligible, self.patterns, score, data, loss_fn, forward_fn)
+            return calibrate(
+                self.model,
+                self.coupling,
+                self.eligible,
+                self.patterns,
+                score,
+                data,
+                loss_fn,
+                forward_fn,
+                sequential=sequential,
+            )
 
     def slim(self, name: str) -> nn.Module:
         """A plain copy of the subnetwork without its removed channels; verified against the masked model.
@@ -207,6 +218,7 @@ def sparsify(
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
     forward_fn: ForwardFn | None = None,
+    sequential: bool = False,
 ) -> CocktailNet:
     """Make a model's sparse subnetworks: a mask for every pattern and level, from the current weights.
 
@@ -232,6 +244,9 @@ def sparsify(
             scores. All of it is used; 128 examples are usual. Padding tokens do not count.
         loss_fn: ``loss_fn(output, target)`` for scores that need the loss. Default: the loss in the model's output.
         forward_fn: ``forward_fn(model, batch) -> (output, target)``. Default: batches are used as in training.
+        sequential: Whether single weights are judged block by block, on what the pruned blocks before return. This
+            takes two more passes of the data for each such subnetwork. It needs a model whose blocks follow one
+            another, as transformers' do. Default: one pass of the dense model for all.
 
     Raises:
         PatternError: A pattern or score is unknown or finds nothing to prune, or a selection matches no module. Or a
@@ -258,7 +273,7 @@ def sparsify(
             "eligible when target_modules names them"
         )
     net = CocktailNet(model, chosen, coupling, selection, example, {})
-    scores = net.calibrate(score, calibration, loss_fn, forward_fn)
+    scores = net.calibrate(score, calibration, loss_fn, forward_fn, sequential)
     umg = net.umg()
     for name, mask in make_all_masks(chosen, coupling, eligible, umg.values, scores).items():
         net.set_mask(name, mask)

@@ -16,6 +16,8 @@ from ..patterns.scoring import PatternScores, ScoreLike, resolve_scores
 from ..utils.losses import ForwardFn, LossFn
 from .data import CalibrationData
 from .passes import observe_gradients, observe_inputs
+from .replay import Replay, find_chain
+from .sequential import SequentialScores, check_sequential
 
 __all__ = ["calibrate"]
 
@@ -33,6 +35,8 @@ def calibrate(
     data: CalibrationData | None,
     loss_fn: LossFn | None = None,
     forward_fn: ForwardFn | None = None,
+    *,
+    sequential: bool = False,
 ) -> PatternScores:
     """Pass data through a model, as often as the scores of its patterns need it.
 
@@ -45,6 +49,7 @@ def calibrate(
         data: The data; ``None`` where no score needs any.
         loss_fn: As in training.
         forward_fn: As in training.
+        sequential: Whether elements are judged block by block in each subnetwork, on the outputs of its pruned blocks.
 
     Raises:
         PatternError: A score is not known, or not defined for its pattern; it needs data or a loss and there is none;
@@ -70,7 +75,23 @@ def calibrate(
     if data is not None and needed & GRADIENTS:
         for weight, gradients in observe_gradients(model, weights, data, loss_fn, forward_fn):
             _summarise([s for s in scores.values() if s.needs & GRADIENTS], weight, gradients, summaries)
-    return PatternScores(chosen, summaries)
+    if not sequential:
+        return PatternScores(chosen, summaries)
+    checked = [check_sequential(p, chosen[p.name]) for p in patterns]  # each may refuse
+    if not any(checked):
+        raise PatternError(
+            "sequential=True judges single weights by their inputs, block by block, and no pattern here is ranked so; "
+            "leave it out, or choose score='wanda' or 'sparsegpt'"
+        )
+    assert data is not None
+    names = find_chain(model, data, forward_fn)
+    if not names:
+        raise PatternError(
+            f"sequential=True runs {type(model).__name__} block by block, and it has no list of modules of which each "
+            "takes what the one before returned; leave it out"
+        )
+    replay = Replay.capture(model, data, forward_fn, names)
+    return SequentialScores(by_pattern=chosen, summaries=summaries, model=model, replay=replay)
 
 
 def _ranked(coupling: Coupling, eligible: Sequence[Weight]) -> list[Weight]:

@@ -86,7 +86,7 @@ def make_all_masks(
                 if s.name not in masks:
                     previous = last.get(name) if pattern.nested else None
                     umg = UMG(coupling, eligible, values, previous, dict(made))
-                    masks[s.name] = pattern.mask(s, scores.seen_by(pattern, umg))
+                    masks[s.name] = pattern.mask(s, scores.seen_by(pattern, umg, s))
                     last[name] = masks[s.name]
             if subnets:
                 made[name] = masks[subnets[-1].name]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import PatternError
 from ..graph import Weight
-from .base import UMG, Pattern
+from .base import UMG, Pattern, Subnet
 from .scores import Magnitude, Score, registered_scores, score_named
 
 __all__ = ["PatternScores", "ScoreFunction", "ScoreLike", "resolve_scores"]
@@ -92,12 +92,18 @@ class PatternScores:
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     _units: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def seen_by(self, pattern: Pattern, umg: UMG) -> UMG:
+    def seen_by(self, pattern: Pattern, umg: UMG, subnet: Subnet) -> UMG:
         """What a pattern sees, with its score.
+
+        Args:
+            pattern: The pattern.
+            umg: What it sees without.
+            subnet: Whose mask is made.
 
         Raises:
             PatternError: A user's function returned something else than scores.
         """
+        del subnet
         score = self.by_pattern.get(pattern.name)
         if score is None or isinstance(score, Magnitude):
             return umg

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ def recipe_for_loops(recipe: str | Recipe, start: str) -> Recipe:
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
     check_start(recipe, start)
+    unclipped = replace(recipe, clip=None)  # the user's loop owns the gradients
     needs_trainer = {
         "merges its rounds": recipe.merges,
         "rewinds the weights": recipe.rewind and recipe.rounds == "levels",
@@ -110,7 +112,7 @@ def recipe_for_loops(recipe: str | Recipe, start: str) -> Recipe:
         "keeps statistics of every network while it trains": recipe.statistics == "separate",
         "keeps masked weights unchanged while the optimizer steps": recipe.update == "active",
         "changes learning rates": recipe.finishing_rate != 1,
-        "has hooks, which change masks, gradients or the optimizer inside rounds": len(recipe.step_hooks()) > 0,
+        "has hooks, which change masks, gradients or the optimizer inside rounds": len(unclipped.step_hooks()) > 0,
     }
     for what, needed in needs_trainer.items():
         if needed:

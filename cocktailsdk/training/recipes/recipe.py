@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ...errors import TrainingError
 from ...patterns import Pattern, Subnet, rounds_of
 from ...patterns.registry import registered
+from ..step.clipping import AutoClip
 from ..step.hooks import StepHook, StepHooks
 from .allocation import PassAllocation
 from .masks import MASK_RULES, MaskRule
@@ -19,7 +20,7 @@ from .steps import SCHEDULES, StepSchedule
 __all__ = ["Recipe", "check_start"]
 
 Plan = tuple[dict[str, tuple[Subnet, ...]], ...]
-NEW = frozenset({"hooks", "teacher", "temperature", "decay", "allocation", "refit_head", "optimizer_defaults"})
+NEW = frozenset({"hooks", "teacher", "temperature", "decay", "allocation", "refit_head", "optimizer_defaults", "clip"})
 """Fields that recipes of release 0.1 did not have."""
 
 
@@ -74,6 +75,9 @@ class Recipe:
         only: The only patterns that it may have; empty for any.
         hooks: What happens between steps besides training: see :mod:`~cocktailsdk.training.step.hooks`. A schedule
             that is a hook itself is not named again. Every run works on copies.
+        clip: Quantile of the gradient norms of the last steps to which gradients are clipped, between 0 and 1: see
+            :class:`~cocktailsdk.training.step.clipping.AutoClip`. ``None`` for no such limit. A ``CoLoop`` leaves
+            clipping to the user's loop.
         optimizer_defaults: Which optimizer trains pretrained weights if none is given: the ``"paper"``'s SGD, or one
             that is chosen ``"by model"``: see :mod:`~cocktailsdk.training.optimizers`. From scratch it is the paper's.
 
@@ -104,6 +108,7 @@ class Recipe:
     needs: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     hooks: tuple[StepHook, ...] = ()
+    clip: float | None = None
     optimizer_defaults: Literal["paper", "by model"] = "paper"
 
     def __post_init__(self) -> None:
@@ -119,10 +124,11 @@ class Recipe:
                 raise self._error(name, f"must be one of {', '.join(map(repr, allowed))}{function}")
         if not isinstance(self.hooks, tuple) or not all(isinstance(hook, StepHook) for hook in self.hooks):
             raise self._error("hooks", "must be a tuple of StepHook instances")
+        if self.clip is not None and not (_is_number(self.clip) and 0 < self.clip < 1):
+            raise self._error("clip", "must be a quantile between 0 and 1, or None")
         if not 0 <= self.distill <= 1:
             raise self._error("distill", "must be True, False or a share in 0 … 1")
-        number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
-        if self.temperature is not None and not (number and 0 < self.temperature < float("inf")):
+        if self.temperature is not None and not (_is_number(self.temperature) and 0 < self.temperature < float("inf")):
             raise self._error("temperature", "must be a number above 0, or None")
         if self.allocation is not None and not isinstance(self.allocation, PassAllocation):
             raise self._error("allocation", "must be a PassAllocation")
@@ -166,7 +172,8 @@ class Recipe:
 
     def step_hooks(self) -> StepHooks:
         """Copies of the hooks for one run; empty for most recipes."""
-        return StepHooks(self.schedule, self.finishing_schedule, self.hooks)
+        clipping = () if self.clip is None else (AutoClip(self.clip),)
+        return StepHooks(self.schedule, self.finishing_schedule, (*self.hooks, *clipping))
 
     @property
     def mask_rule(self) -> MaskRule:
@@ -254,6 +261,10 @@ def check_start(recipe: Recipe, start: str) -> None:
             f"recipe {recipe.name!r} has the weights that the run starts from as its teacher, and start={start!r} says "
             'that they are untrained: give start="pretrained", or another recipe, such as recipe="cocktail"'
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _described(value: Any) -> Any:
