@@ -261,3 +261,15 @@ def test_without_data_the_benchmark_says_so_and_is_no_failure(
     monkeypatch.setattr(sys, "argv", ["one_shot.py"])
     assert one_shot.main() == 0
     assert capsys.readouterr().out.startswith("skipped: texts and images are needed")
+
+
+@pytest.mark.parametrize("subnet", ["unstructured@0.5", "2:4"])
+def test_ours_block_by_block_prunes_what_plain_wanda_prunes(subnet: str, task: Any, tmp_path: Path) -> None:
+    from one_shot_runs import Ours, Reference
+    from one_shot_tasks import Place
+
+    place, size = Place(tmp_path, tmp_path), task.sizes[0]
+    ours = Ours(subnets=(subnet,), score="wanda", size=size, sequential=True).row(task, place)
+    plain = Reference(of="wanda", subnets=(subnet,), size=size).row(task, place)
+    assert ours["values"][subnet] == pytest.approx(plain["values"][subnet], rel=1e-5)
+    assert ours["settings"]["sparsity"] == {subnet: 0.5} and ours["method"] == "wanda, sequential"
