@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from one_shot_images import Lite0, ResNet
 from one_shot_runs import Dense, Ours, Reference, Run
@@ -33,6 +33,9 @@ SUBNETS = {"stories260k": TEXTS, "minilm": TEXTS, "resnet20": IMAGES, "resnet56"
 SCORES = ("magnitude", "wanda", "sparsegpt", "taylor", "fisher")
 """Of elements; units get theirs from these."""
 
+SEQUENTIAL = ("wanda", "sparsegpt")
+"""Scores whose inputs may be those that pruned blocks give; each subnetwork then has passes of its own."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -58,11 +61,7 @@ def _references(size: Size) -> Iterator[Run]:
 
 def _each(runs: Sequence[Ours]) -> tuple[Run, ...]:
     """The runs, each subnetwork a run of its own: an interruption loses less, and CPU seconds are its own."""
-    return tuple(
-        Ours(subnets=(s,), size=r.size, score=r.score, sequential=r.sequential, repaired=r.repaired)
-        for r in runs
-        for s in r.subnets
-    )
+    return tuple(replace(run, subnets=(subnet,)) for run in runs for subnet in run.subnets)
 
 
 def _smollm2() -> Iterator[tuple[str, str, Sequence[Run]]]:
@@ -77,14 +76,14 @@ def _smollm2() -> Iterator[tuple[str, str, Sequence[Run]]]:
         yield f"units{name}", f"units by score, {size}", units
         blocks = [Ours(subnets=BLOCKS, score=s, size=size) for s in ("cosine", "loss")]
         yield f"blocks{name}", f"blocks by score, {size}", blocks
+        flows = [Ours(subnets=ELEMENTS, score=s, size=size, sequential=True) for s in SEQUENTIAL]
+        yield f"sequential{name}", f"elements by score, block by block, {size}", _each(flows)
         repaired = [
-            *(Ours(subnets=ELEMENTS, score=s, size=size, repaired=True) for s in ("wanda", "sparsegpt")),
+            *(replace(run, repaired=True) for run in (*scored[:2], *flows)),
             Ours(subnets=UNITS, score="activation", size=size, repaired=True),
             Ours(subnets=BLOCKS[:1], score="loss", size=size, repaired=True),
         ]
         yield f"reconstructed{name}", f"scored and reconstructed, {size}", _each(repaired)
-    flows = [Ours(subnets=ELEMENTS, score=s, size=USUAL, sequential=q) for s in SCORES[1:3] for q in (True, False)]
-    yield "sequential", "inputs of pruned blocks, and of dense ones", flows
     twelve = Ours(subnets=TWELVE, score=(("*", "wanda"), ("mlp", "activation"), ("layers", "cosine")), size=USUAL)
     yield "twelve", "twelve subnetworks of one net at once", (twelve,)
 

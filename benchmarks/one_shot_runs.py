@@ -166,14 +166,14 @@ class Ours(Run):
     """
 
     score: str | tuple[tuple[str, str], ...] = "magnitude"
-    sequential: bool | None = None
+    sequential: bool = False
     repaired: bool = False
     method: str = ""
 
     def __post_init__(self) -> None:
         score = self.score if isinstance(self.score, str) else " ".join(f"{p}={s}" for p, s in self.score)
-        flow = {None: "", True: ", sequential", False: ", one pass"}[self.sequential]
-        object.__setattr__(self, "method", f"{score}{flow}{', reconstructed' if self.repaired else ''}")
+        options = [", block by block"] * self.sequential + [", reconstructed"] * self.repaired
+        object.__setattr__(self, "method", "".join([score, *options]))
 
     @property
     def reconstructed(self) -> bool:
@@ -197,10 +197,15 @@ class Ours(Run):
 
     def _net(self, task: Task, place: Place, batches: list[Batch] | None) -> cocktail.CocktailNet:
         score = self.score if isinstance(self.score, str) else dict(self.score)
-        options: dict[str, Any] = {"score": score, "calibration": batches, "loss_fn": task.loss_fn}
-        if self.sequential is not None:
-            options["sequential"] = self.sequential
-        return cocktail.sparsify(task.model(place), self.subnets, task.example(place), **options)
+        return cocktail.sparsify(
+            task.model(place),
+            self.subnets,
+            task.example(place),
+            score=score,
+            calibration=batches,
+            loss_fn=task.loss_fn,
+            sequential=self.sequential,
+        )
 
 
 def _value(net: cocktail.CocktailNet, name: str, task: Task, place: Place) -> float:
