@@ -190,7 +190,7 @@ class Ours(Run):
         for name in (n for n in net.names if n != DENSE):
             sparsity[name] = net.subnet(name).sparsity
             began = time.process_time()
-            plain = cocktail.reconstruct(net, name, batches) if self.repaired else None
+            plain = cocktail.reconstruct(net, name, batches or []) if self.repaired else None
             seconds += time.process_time() - began
             values[name] = _plain_value(plain, task, place) if plain is not None else _value(net, name, task, place)
         return Measured(values, seconds, {"sparsity": sparsity})
