@@ -177,9 +177,13 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "temperature 1, rate 0.05": _distilled(1.0, learning_rate=0.05),  # gradients grow with the temperature
     "temperature 4": _distilled(4.0),
     "temperature 4, rate 0.02": _distilled(4.0, learning_rate=0.02),
+    "rate 0.01": {"options": {"learning_rate": 0.01}},
     "rate 0.02": {"options": {"learning_rate": 0.02}},
     "shares by place": variant(allocation=PassAllocation(measure_at=(), floor=0.0)),
     "equal shares": variant(allocation=PassAllocation(floor=1.0)),
+    "gradients not clipped": variant(clip=None),
+    "gradients not clipped, rate 0.01": {**variant(clip=None), "options": {"learning_rate": 0.01}},
+    "clipped to quantile 0.7": variant(clip=0.7),
     "dense share 0.3": variant(allocation=PassAllocation(dense=0.3)),
     "head not refitted": variant(refit_head="none"),
     "one head refitted": variant(refit_head="shared"),
@@ -193,7 +197,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
         **variant(allocation=PassAllocation(measure_at=(), floor=0.0)),
         "options": {"execution": cocktail.ExecutionSettings(ema_decay=0.97)},
     },
-    "no nesterov": {"options": {"optimizer": sgd(0.01)}},
+    "no nesterov": {"options": {"optimizer": sgd(0.014)}},
     "recalibration 8": _recalibrated(8),
     "recalibration 160": _recalibrated(160),
 }

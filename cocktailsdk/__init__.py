@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from .inspection import inspect as inspect
     from .masks import Mask as Mask
     from .net.costs import SubnetReport as SubnetReport
+    from .patterns import MLP as MLP
     from .patterns import NM as NM
     from .patterns import UMG as UMG
     from .patterns import Block as Block
     from .patterns import Channel as Channel
     from .patterns import Depth as Depth
     from .patterns import Heads as Heads
+    from .patterns import Layers as Layers
     from .patterns import Pattern as Pattern
     from .patterns import Product as Product
     from .patterns import Subnet as Subnet
@@ -75,8 +77,10 @@ _WHERE = {
     "ExecutionSettings": ".training",
     "Failure": ".verify",
     "Heads": ".patterns",
+    "Layers": ".patterns",
     "Inspection": ".inspection",
     "Mask": ".masks",
+    "MLP": ".patterns",
     "NM": ".patterns",
     "NMCheck": ".verify",
     "OutputSettings": ".training",
@@ -102,6 +106,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "MLP",
     "NM",
     "UMG",
     "AdapterError",
@@ -121,6 +126,7 @@ __all__ = [
     "Failure",
     "Heads",
     "Inspection",
+    "Layers",
     "Mask",
     "NMCheck",
     "OutputSettings",

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
@@ -28,6 +28,7 @@ __all__ = [
     "GROUP",
     "Adapter",
     "Inputs",
+    "LayersAdapter",
     "RecordAdapter",
     "SlimAdapter",
     "adapters",
@@ -36,6 +37,7 @@ __all__ = [
     "example_inputs_for",
     "rebuilt",
     "record_of",
+    "without_elements",
 ]
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,25 @@ class SlimAdapter(Protocol):
             model: The slim model, which nobody else has yet.
             args: Positional arguments of one forward pass, on the model's device.
             kwargs: Keyword arguments of that pass.
+        """
+        ...
+
+
+@runtime_checkable
+class LayersAdapter(Protocol):
+    """What an adapter may offer besides: to number a model's layers anew when some of them are taken out."""
+
+    def without_elements(self, model: nn.Module, container: str, kept: Sequence[int], total: int) -> None:
+        """Called with a copy of a model, of whatever library, of which a list has lost elements.
+
+        It changes what else says how many layers there are, or which of them a module is: configurations, and numbers
+        by which a cache is read. The copy is compared with the masked model afterwards.
+
+        Args:
+            model: The copy, which nobody else has yet.
+            container: Path of the ``ModuleList`` or ``Sequential``.
+            kept: Where each of its elements was before.
+            total: How many there were.
         """
         ...
 
@@ -200,6 +221,13 @@ def after_slim(model: nn.Module, example: Inputs) -> nn.Module:
             except Exception:  # someone else's package must not break ours
                 log.warning("adapter %r failed on a slim %s", name, type(model).__name__, exc_info=True)
     return model
+
+
+def without_elements(model: nn.Module, container: str, kept: Sequence[int], total: int) -> None:
+    """Shows a copy of a model that has lost layers to every :class:`LayersAdapter`."""
+    for adapter in adapters().values():
+        if isinstance(adapter, LayersAdapter):
+            adapter.without_elements(model, container, kept, total)
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:

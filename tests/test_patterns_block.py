@@ -16,7 +16,8 @@ from tiny import tiny_net
 from cocktailsdk import Block, PatternError, Unstructured, Vector
 from cocktailsdk.masks.tiles import covered_by_tiles, matrices, tiles, unmatrices, untiles
 from cocktailsdk.patterns import in_order, parse_pattern, resolve_patterns
-from cocktailsdk.patterns.channel import Channel, unit_scores
+from cocktailsdk.patterns.channel import Channel
+from cocktailsdk.patterns.unit_scores import unit_scores
 
 SIZES = st.sampled_from([(4, 4), (2, 3), (1, 4), (4, 1), (16, 16)])
 

@@ -17,9 +17,10 @@ import cocktailsdk as cocktail
 from cocktailsdk import Heads, PatternError
 from cocktailsdk.graph import couple
 from cocktailsdk.patterns import in_order, parse_pattern
-from cocktailsdk.patterns.channel import Channel, unit_scores
-from cocktailsdk.patterns.heads import head_groups
+from cocktailsdk.patterns.channel import Channel
 from cocktailsdk.patterns.nm import NM
+from cocktailsdk.patterns.unit_groups import head_groups
+from cocktailsdk.patterns.unit_scores import unit_scores
 
 
 class Grouped(HeadsOfFour):

@@ -19,8 +19,8 @@ from cocktailsdk import NM, PatternError, Transposable
 from cocktailsdk.masks import Mask
 from cocktailsdk.masks.tiles import covered_by_tiles, matrices
 from cocktailsdk.patterns import UMG, parse_pattern, resolve_patterns
-from cocktailsdk.patterns.channel import unit_scores
 from cocktailsdk.patterns.transposable import best_squares
+from cocktailsdk.patterns.unit_scores import unit_scores
 
 PAIRS = st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4), (2, 3), (4, 8), (2, 8), (3, 6)])
 

@@ -16,8 +16,9 @@ from cocktailsdk import PatternError
 from cocktailsdk.graph import couple
 from cocktailsdk.graph.compare import relative_error, tensors_in
 from cocktailsdk.graph.coupling import Coupling, Group, Producer
-from cocktailsdk.slimming.choice import Choice, scores_of
-from cocktailsdk.slimming.ratios import Pool, pools
+from cocktailsdk.patterns.unit_choice import Choice, Pool
+from cocktailsdk.slimming.choice import scores_of
+from cocktailsdk.slimming.ratios import pools
 from cocktailsdk.slimming.targets import Target
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -79,7 +79,7 @@ def test_a_default_depends_on_where_the_weights_come_from_and_on_the_recipe() ->
     assert optimizer_of(start="pretrained", rewind_epoch=None) == {**paper, "lr": 0.01}
     one_round = replace(BY_MODEL, optimizer_defaults="paper")
     assert optimizer_of(**{**PRETRAINED, "recipe": one_round}) == {**paper, "lr": 0.01}
-    assert optimizer_of(**PRETRAINED) == {**paper, "lr": 0.01, "nesterov": True}
+    assert optimizer_of(**PRETRAINED) == {**paper, "lr": 0.014, "nesterov": True}
 
 
 def test_a_rate_alone_replaces_that_of_the_default_and_of_named_optimizers() -> None:
@@ -91,7 +91,7 @@ def test_a_rate_alone_replaces_that_of_the_default_and_of_named_optimizers() -> 
 
 
 def test_a_named_optimizer_is_the_same_run_as_the_default_it_names() -> None:
-    by_name = tiny_trainer(**PRETRAINED, optimizer="sgd", learning_rate=0.01)
+    by_name = tiny_trainer(**PRETRAINED, optimizer="sgd", learning_rate=0.014)
     assert by_name.fingerprint == tiny_trainer(**PRETRAINED, optimizer=None).fingerprint
 
 
@@ -106,7 +106,7 @@ def test_the_choice_is_logged_when_training_begins(caplog: pytest.LogCaptureFixt
     tiny_trainer(epochs=1, optimizer=sgd, recipe="cocktail", val_loader=None, rewind_epoch=None).plan()
     said = [r.getMessage() for r in caplog.records if r.name == "cocktailsdk.training.trainer"]
     lines = [line for line in said if line.startswith("optimizer: ")]
-    assert lines == ["optimizer: SGD, rate 0.01, chosen because the model has batch norms"]
+    assert lines == ["optimizer: SGD, rate 0.014, chosen because the model has batch norms"]
 
 
 @pytest.mark.parametrize(

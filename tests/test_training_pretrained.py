@@ -315,7 +315,7 @@ def loop_run(stop: int | None = None) -> dict[str, Tensor]:
             loop.load_state_dict(states[0])
             optimizer = torch.optim.SGD(net.model.parameters(), lr=0.05, momentum=0.9)
             optimizer.load_state_dict(momentum)
-    assert trained.count("dense") in (4, 5)  # 22 % of 20
+    assert trained.count("dense") in (3, 4)  # 18 % of 20
     return {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
 
 
@@ -344,7 +344,7 @@ def test_every_setting_is_logged_with_the_defaults_filled_in(caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         pretrained(total_steps=4).fit()
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("settings: ")]
-    for setting in ("recipe.name=pretrained", "recipe.teacher=frozen", "recipe.allocation.dense=0.22", "steps=[4]",
+    for setting in ("recipe.name=pretrained", "recipe.teacher=frozen", "recipe.allocation.dense=0.18", "steps=[4]",
                     "distill_weight=0.5", "optimizer.class=SGD", "optimizer.lr=0.1", "seed=0"):  # fmt: skip
         assert setting in line
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,14 @@ class TransformersAdapter:
             from .transformers_slim import describe
 
             describe(model, args, kwargs)
+
+    def without_elements(self, model: nn.Module, container: str, kept: Sequence[int], total: int) -> None:
+        """Numbers a model's layers anew, for its cache, and counts them in its configuration."""
+        loaded = sys.modules.get("transformers.modeling_utils")
+        if loaded is not None and any(isinstance(m, loaded.PreTrainedModel) for m in model.modules()):
+            from .transformers_layers import renumber
+
+            renumber(model, container, kept, total)
 
     def references(self) -> Iterable[str]:
         """All model types."""

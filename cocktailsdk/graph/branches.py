@@ -16,7 +16,7 @@ __all__ = ["Residual", "residuals"]
 _KEEPS_ZERO = frozenset(
     """
     _to_copy abs adaptive_avg_pool2d alias avg_pool2d chunk clone contiguous div dropout elu expand feature_dropout
-    flatten flip gelu getitem hardswish index_select leaky_relu mean mish movedim narrow neg permute pixel_shuffle
+    flatten flip gelu getitem hardswish index index_select leaky_relu mean mish movedim narrow neg permute pixel_shuffle
     pixel_unshuffle prelu relu reshape roll select silu slice split split_with_sizes squeeze sum swapaxes t tanh to
     transpose type_as unbind unflatten unsqueeze view
     """.split()  # noqa: SIM905
@@ -26,6 +26,9 @@ _KEEPS_ZERO = frozenset(
 _NORMS = {"batch_norm": 1, "instance_norm": 1, "layer_norm": 2, "group_norm": 2, "rms_norm": 2}
 """Norms, with the place of their weight; their bias comes next."""
 
+
+_OF_EXPERTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+"""Products of rows with a stack of matrices. Their third operand says where rows end."""
 
 _NONE = Scale("", None)
 
@@ -167,7 +170,7 @@ class _Zeros:
 
     def _made(self, node: fx.Node) -> bool:
         op, args, sources = op_name(node), [*node.args, None, None, None, None], node.all_input_nodes
-        if op in ("mul", "matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum"):
+        if op in ("mul", "matmul", "mm", "bmm", "mv", "dot", "vdot", "einsum", *_OF_EXPERTS):
             return any(self.zero(a) for a in sources)
         if op in ("add", "sub"):
             return len(sources) == 2 and all(self.zero(a) for a in sources)

@@ -19,6 +19,7 @@ from ..masks.tiles import covered_by_runs
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Selection
 from ..net.tracing import Example, example_of
+from ..patterns import Channel
 from ..utils.devices import device_of
 from ..utils.grouping import grouped
 from ..utils.modes import evaluating
@@ -200,10 +201,13 @@ def _savings(coupling: Coupling, eligible: Iterable[Weight]) -> tuple[Saving, ..
         return Saving(pattern, subnet, params - sum(zeros_of.values()), flops, flops - idle, sum(may.values()) / params)
 
     removed = torch.zeros(coupling.n_units, dtype=torch.bool)
-    for g in coupling.groups:
+    groups = Channel().groups(coupling)
+    for g in groups:
         removed[g.start : g.start + min(round(HALF * g.size), g.size - 1)] = True
     params_left, run = coupling.params(removed), coupling.flops(removed)
-    everything = torch.ones(coupling.n_units, dtype=torch.bool)
+    everything = torch.zeros(coupling.n_units, dtype=torch.bool)
+    for g in groups:
+        everything[g.start : g.stop] = True
     return (
         zeros("unstructured", f"unstructured@{HALF:g}", {w.name: w.numel for w in weights}),
         *(zeros("n:m", f"{m // 2}:{m}", {w.name: covered_by_runs(w, m) for w in weights}) for m in RUNS[:3]),

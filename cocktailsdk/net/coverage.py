@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import PatternError
-from ..graph import Coupling
+from ..graph import Coupling, Group
 from ..masks import Mask
 from ..patterns import Pattern, Subnet, resolve_patterns
 from ..patterns.base import UMG
 from ..patterns.product import Product
+from ..patterns.unit_patterns import UnitPattern
 from .target_modules import Selection
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def _coverage(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG) -> float:
     total = sum(prod(shape) for shape in umg.coupling.shapes.values() if len(shape) > 1)
     if not total:
         return 0.0
+    if isinstance(pattern, UnitPattern):
+        return channel_coverage(umg.coupling, pattern.groups(umg.coupling))
     if pattern.removes_units and type(pattern).coverage is Pattern.coverage:
         return channel_coverage(umg.coupling)
     covered = pattern.coverage(subnet, mask, umg)
@@ -105,10 +108,13 @@ def _coverage(pattern: Pattern, subnet: Subnet, mask: Mask, umg: UMG) -> float:
     return covered * sum(w.numel for w in umg.eligible) / total
 
 
-def channel_coverage(coupling: Coupling) -> float:
-    """The share of a model's parameters that would be removed with all channels that can be."""
+def channel_coverage(coupling: Coupling, groups: Sequence[Group] | None = None) -> float:
+    """The share of a model's parameters that would be removed with all channels that can be (of these groups alone)."""
     total = coupling.params()
-    fixed = coupling.params(torch.ones(coupling.n_units, dtype=torch.bool))
+    every = torch.zeros(coupling.n_units, dtype=torch.bool)
+    for g in coupling.groups if groups is None else groups:
+        every[g.start : g.stop] = True
+    fixed = coupling.params(every)
     return 1.0 - fixed / total if total else 0.0
 
 

@@ -6,6 +6,8 @@ from .channel import Channel
 from .depth import Depth
 from .generation import in_order, make_all_masks, rounds_of
 from .heads import Heads
+from .layers import Layers
+from .mlp import MLP
 from .nm import NM
 from .product import Product
 from .registry import make_pattern, parse_pattern, pattern_class, register_pattern, registered, resolve_patterns
@@ -14,12 +16,14 @@ from .unstructured import Unstructured
 
 __all__ = [
     "DENSE",
+    "MLP",
     "NM",
     "UMG",
     "Block",
     "Channel",
     "Depth",
     "Heads",
+    "Layers",
     "Pattern",
     "Product",
     "Subnet",

@@ -119,7 +119,22 @@ class Pattern(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Keyword arguments that make an equal pattern, as JSON values."""
+        """Keyword arguments that make an equal pattern, as JSON values.
+
+        Bundles keep it. An argument that is added later must be left out where it has the value that patterns had
+        before, so that bundles of before stay as they are; where that is not the default, override
+        :meth:`from_config`.
+        """
+
+    def config_on(self, coupling: Coupling) -> dict[str, Any]:
+        """:meth:`config` without what makes no difference on a model: runs resume where this is the same."""
+        del coupling
+        return self.config()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The pattern that :meth:`config` came from, of this version or an earlier one."""
+        return cls(**config)
 
     def rounds(self, total: int) -> tuple[tuple[Subnet, ...], ...]:
         """Which subnets train in each of the rounds ``1 … total``; the last of a round is the one that enters UMG.
@@ -200,7 +215,7 @@ class Pattern(ABC):
         arguments = {k: v for k, v in self.config().items() if k not in ("rounds", "rate")}
         if "sparsities" not in arguments and len(arguments) == len(self.config()):
             return None
-        return type(self)(**{**arguments, "sparsities": [sparsity]})
+        return self.from_config({**arguments, "sparsities": [sparsity]})
 
     def merged(self, other: Self) -> Self:
         """One pattern with the subnets of both; called when a pattern is given twice (``"1:2", "2:4"``).
@@ -217,8 +232,7 @@ class Pattern(ABC):
                 f"pattern {self.name!r} is given twice, as {self!r} and {other!r}; give one that has all its subnets"
             )
         a["sparsities"] = sorted({*mine, *theirs})
-        merged: dict[str, Any] = a
-        return type(self)(**merged)
+        return self.from_config(a)
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.config().items())

@@ -2,135 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
-from jaxtyping import Bool, Float64
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from ..errors import PatternError
-from ..graph import Coupling, Group, Producer
+from ..graph import Coupling, Group
 from ..masks import Mask
-from .base import UMG, Pattern, Subnet, checked_sparsities
-from .checking import check_units
-from .magnitudes import Terms, row_sums
-from .registry import pattern_class, register_pattern
-
-AUTO_MULTIPLE = 8  # what GPUs' matrix units want
-AUTO_CHANNELS = 256  # groups at least this wide
-
-
-def whole_sums(umg: UMG, producer: Producer, terms: Terms) -> Float64[Tensor, " rows"]:
-    """The sum of each of a producer's rows, where its values are whole."""
-    return row_sums(producer.weight, umg.ranked[producer.weight], producer.axis, terms)
-
-
-def unit_scores(
-    umg: UMG, beta: float, sums: Callable[[UMG, Producer, Terms], Float64[Tensor, " rows"]] = whole_sums
-) -> Float64[Tensor, " units"]:
-    """Importance of every channel unit (paper, Section 3.2, with units in place of channels).
-
-    A row C of a producer has the score β‖m_u⊙C‖₁ + (1-β)‖m_nm⊙C‖₁ on unmasked weights, divided by the mean over
-    the producer's rows, so that no layer dominates a residual stream. A unit's score is the sum over its producers.
-
-    Where several patterns of one term (``Pattern.term``) made masks this round, unstructured and block, say, the term
-    is their mean. A term without a mask is dropped; where no mask enters, and for producers that are not eligible, the
-    unmasked rows stand in. Where a score of elements was chosen, its values stand in place of the weights. A score that
-    scores units by itself is returned as it is.
-
-    Args:
-        umg: ``made`` may hold masks of patterns with a term.
-        beta: Weight of the unstructured term, in [0, 1].
-        sums: How a producer's rows are summed.
-
-    Returns:
-        On the CPU.
-
-    Raises:
-        PatternError: A producer's weights are NaN.
-    """
-    if umg.unit_scores is not None:
-        return umg.unit_scores
-    scores = torch.zeros(umg.coupling.n_units, dtype=torch.float64)
-    terms = terms_of(umg, beta)
-    for producer in umg.coupling.producers:
-        has_unit = producer.units >= 0
-        if not bool(has_unit.any()):
-            continue
-        norms = sums(umg, producer, terms)
-        mean = float(norms.mean())
-        if mean > 0.0:
-            scores.index_add_(0, producer.units[has_unit], norms[has_unit] / mean)
-    return scores
-
-
-def terms_of(umg: UMG, beta: float) -> Terms:
-    """What magnitudes are weighed by: the share of each mask made this round that enters the score, and its elements.
-
-    One share of 1 without elements where no mask enters.
-    """
-    out: list[tuple[float, Mapping[str, Tensor]]] = []
-    for term, share in (("unstructured", beta), ("n:m", 1.0 - beta)):
-        of = [mask.elements for name, mask in umg.made.items() if pattern_class(name).term == term]
-        out += [(share / len(of), elements) for elements in of]
-    return out or [(1.0, {})]
-
-
-def kept_units(group: Group, sparsity: float, round_to: int | str = 1) -> int:
-    """How many of a group's n units stay: ``n - round(sparsity * n)``, at least one.
-
-    Args:
-        group: The group.
-        sparsity: In [0, 1].
-        round_to: The number of channels kept is rounded to a multiple of this (at least one multiple, at most all);
-            ``"auto"`` means 8 in groups of 256 channels and more, 1 elsewhere.
-    """
-    return rounded_units(group, group.size - min(round(sparsity * group.size), group.size - 1), round_to)
-
-
-def rounded_units(group: Group, kept: int, round_to: int | str = 1) -> int:
-    """A number of units kept, rounded so that their channels are a multiple of ``round_to``; all stay all."""
-    step = rounding_step(group, round_to)
-    if kept == group.size or step == 1:
-        return kept
-    return min(group.size, max(1, round(kept / step)) * step)
-
-
-def rounding_step(group: Group, round_to: int | str = 1) -> int:
-    """How many units have a multiple of ``round_to`` channels."""
-    if round_to == "auto":
-        round_to = AUTO_MULTIPLE if group.size * group.channels >= AUTO_CHANNELS else 1
-    return int(round_to) // math.gcd(int(round_to), group.channels)
-
-
-def removed_units(
-    scores: Float64[Tensor, " units"],
-    coupling: Coupling,
-    sparsity: float,
-    previous: Bool[Tensor, " units"] | None = None,
-    round_to: int | str = 1,
-    groups: Iterable[Group] | None = None,
-) -> Bool[Tensor, " units"]:
-    """The units of least score of each group (of these groups alone, where given); those removed before go first.
-
-    Ties by position.
-    """
-    removed = torch.zeros(coupling.n_units, dtype=torch.bool)
-    for g in coupling.groups if groups is None else groups:
-        s = scores[g.start : g.stop].clone()
-        gone = g.size - kept_units(g, sparsity, round_to)
-        if previous is not None:
-            before = previous[g.start : g.stop]
-            s[before] = -math.inf
-            gone = max(gone, int(before.sum()))
-        removed[g.start + s.argsort(stable=True)[:gone]] = True
-    return removed
+from .base import UMG, Subnet
+from .registry import register_pattern
+from .unit_groups import stream_groups
+from .unit_patterns import UnitPattern
 
 
 @register_pattern("channel")
-class Channel(Pattern):
+class Channel(UnitPattern):
     """Removes the same share of channel units from every group (paper, Section 3.2), nested over its levels.
 
     Of a group's n units exactly ``round(sparsity * n)`` go, never all. About ``1 - (1 - sparsity)²`` of the weights
@@ -142,14 +27,17 @@ class Channel(Pattern):
         rate: Share of the kept units that each default level removes.
         beta: Weight of the unstructured mask in the score; the N:M mask has the rest.
         round_to: Channels kept are rounded to a multiple of this; ``"auto"``: 8 in groups of 256 channels and more.
+        scope: ``"group"``: the same share of every group. ``"global"``: the units of all groups are ranked together,
+            each by its score divided by the mean of its group's. Exactly ``round(sparsity * n)`` of all n units go,
+            never all of a group. ``round_to`` is applied to each group afterwards.
+        include_stream: Whether the residual stream of a transformer loses channels too
+            (:func:`cocktailsdk.patterns.unit_groups.stream_groups`). One channel of it runs through every layer and
+            enters the statistics of every layer norm, so it costs more accuracy than any other. Streams with batch
+            norms, as those of ResNets, always lose channels.
 
     Raises:
-        PatternError: An argument makes no sense.
+        PatternError: An argument makes no sense; when masks are made, that all channels that can go are such a stream.
     """
-
-    after = ("unstructured", "n:m")
-    removes_units = True
-    ranks = "units"
 
     def __init__(
         self,
@@ -158,62 +46,50 @@ class Channel(Pattern):
         rate: float = 0.1,
         beta: float = 0.8,
         round_to: int | str | None = "auto",
+        scope: str = "group",
+        include_stream: bool = False,
     ) -> None:
-        self.sparsities, self._subnets, self._levels = checked_sparsities(self.name, sparsities, rounds, rate)
-        self.beta = checked_beta(self.name, beta)
-        self.round_to = checked_round_to(round_to)
+        super().__init__(sparsities, rounds, rate, beta, round_to, scope)
+        if not isinstance(include_stream, bool):
+            raise PatternError(f"channel: include_stream must be True or False, not {include_stream!r}")
+        self.include_stream = include_stream
 
-    def subnets(self) -> tuple[Subnet, ...]:
-        """Its subnetworks, from the widest to the narrowest."""
-        return self._subnets
+    def groups(self, coupling: Coupling) -> tuple[Group, ...]:
+        """All channel groups, without the residual streams of transformers where these stay whole."""
+        if self.include_stream:
+            return coupling.groups
+        streams = {g.name for g in stream_groups(coupling)}
+        return tuple(g for g in coupling.groups if g.name not in streams)
 
-    def mask(self, subnet: Subnet, umg: UMG) -> Mask:
-        """The units of least score go."""
-        previous = umg.previous.removed if umg.previous is not None else None
-        scores = unit_scores(umg, self.beta)
-        return Mask(removed=removed_units(scores, umg.coupling, subnet.sparsity, previous, self.round_to))
+    def nothing(self, coupling: Coupling) -> str | None:
+        """Why no channel can go, where a stream is the reason; other reasons are given for all patterns alike."""
+        if not coupling.groups:
+            return None
+        return (
+            "the only channels of this model that can go are a transformer's residual stream "
+            f"({coupling.groups[0].name!r}), which stays whole by default; write Channel(include_stream=True)"
+        )
 
-    def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
-        """Removed units among all."""
-        del subnet
-        n = umg.coupling.n_units
-        return int(mask.removed.sum()) / n if mask.removed is not None and n else 0.0
-
-    def check(self, subnet: Subnet, mask: Mask, umg: UMG) -> None:
-        """Of every group exactly as many units go as :func:`kept_units` leaves out.
-
-        Raises:
-            PatternError: Another number does, or single elements are masked.
-        """
-        groups = umg.coupling.groups
-        check_units(subnet, mask, {g: g.size - kept_units(g, subnet.sparsity, self.round_to) for g in groups})
+    def coverage(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
+        """The share of the eligible weights that its groups touch; 1 where it leaves out no group."""
+        if len(self.groups(umg.coupling)) == len(umg.coupling.groups):
+            return 1.0
+        return super().coverage(subnet, mask, umg)
 
     def config(self) -> dict[str, Any]:
-        """Keyword arguments that make an equal pattern."""
-        return {**self._levels, "beta": self.beta, "round_to": self.round_to}
+        """What :meth:`from_config` makes an equal pattern from."""
+        # Bundles of before do not say it: there streams lost channels.
+        return {**super().config(), **({} if self.include_stream else {"include_stream": False})}
 
+    def config_on(self, coupling: Coupling) -> dict[str, Any]:
+        """:meth:`config`; of a model without a transformer's stream it does not say what becomes of one."""
+        config = self.config()
+        return config if stream_groups(coupling) else {k: v for k, v in config.items() if k != "include_stream"}
 
-def checked_beta(pattern: str, beta: object) -> float:
-    """A number in [0, 1].
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The pattern that :meth:`config` came from; one of before ``include_stream`` narrows streams too."""
+        return cls(**{"include_stream": True, **config})
 
-    Raises:
-        PatternError: It is none.
-    """
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0.0 <= beta <= 1.0:
-        raise PatternError(f"{pattern}: beta must be a number in [0, 1], not {beta!r}")
-    return float(beta)
-
-
-def checked_round_to(round_to: object) -> int | str:
-    """``"auto"`` or a positive whole number; ``None`` is 1, no rounding.
-
-    Raises:
-        PatternError: It is neither.
-    """
-    if round_to is None:
-        return 1
-    if round_to == "auto":
-        return "auto"
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise PatternError(f"channel: round_to must be 'auto' or a whole number of at least 1, not {round_to!r}")
-    return round_to
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}{', include_stream=True' if self.include_stream else ''})"

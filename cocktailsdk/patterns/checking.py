@@ -6,7 +6,7 @@ every pattern counts what its masks keep when a bundle is saved and when it is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Never
 
 from jaxtyping import Bool
@@ -16,8 +16,9 @@ from ..errors import PatternError
 from ..graph import Group, Weight
 from ..masks import Mask
 from .base import UMG, Subnet
+from .unit_choice import least_units, widths_before_rounding
 
-__all__ = ["check_units", "covered_share", "refuse", "weight_masks", "zeros_among_covered"]
+__all__ = ["check_unit_count", "check_units", "covered_share", "refuse", "weight_masks", "zeros_among_covered"]
 
 
 def refuse(subnet: Subnet, why: str) -> Never:
@@ -74,3 +75,26 @@ def check_units(subnet: Subnet, mask: Mask, groups: dict[Group, int]) -> None:
     found = 0 if mask.removed is None else int(mask.removed.sum())
     if found != sum(groups.values()):
         refuse(subnet, f"{found} units are removed, {sum(groups.values())} of them of groups that the pattern prunes")
+
+
+def check_unit_count(subnet: Subnet, mask: Mask, groups: Sequence[Group], round_to: int | str) -> None:
+    """See that exactly so many units of all groups together are removed, of other groups none, and that no element is.
+
+    ``round(sparsity * n)`` units go before each group is rounded. So the widths must be those that rounding makes of
+    widths with that sum.
+
+    Raises:
+        PatternError: It is not so.
+    """
+    gone = [0 if mask.removed is None else int(mask.removed[g.start : g.stop].sum()) for g in groups]
+    check_units(subnet, mask, dict(zip(groups, gone, strict=True)))
+    total = sum(g.size for g in groups)
+    kept = total - min(round(subnet.sparsity * total), total - sum(least_units(g, round_to) for g in groups))
+    fewest = most = 0
+    for group, n in zip(groups, gone, strict=True):
+        widths = widths_before_rounding(group, group.size - n, round_to)
+        if widths is None:
+            refuse(subnet, f"{group.size - n} of the {group.size} units of the group {group.name!r} are kept")
+        fewest, most = fewest + widths[0], most + widths[1]
+    if not fewest <= kept <= most:
+        refuse(subnet, f"{sum(gone)} of the {total} units are removed, not {total - kept}")

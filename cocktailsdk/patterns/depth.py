@@ -13,10 +13,10 @@ from ..errors import PatternError
 from ..graph import EXCLUDED, Branch, Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
-from .channel import checked_beta, terms_of
 from .checking import covered_share, refuse
 from .magnitudes import Terms, row_sums
 from .registry import register_pattern
+from .unit_scores import checked_beta, terms_of
 
 __all__ = ["Depth", "branch_scores", "removable_branches"]
 
@@ -31,14 +31,21 @@ def removable_branches(coupling: Coupling, eligible: Sequence[Weight]) -> tuple[
 
 
 def branch_scores(umg: UMG, branches: Sequence[Branch], beta: float) -> list[float]:
-    """How much each branch does: the mean over its weights of their mean magnitude times the root of the fan-in.
+    """How much each branch does: what ``UMG.layer_scores`` says of its name, otherwise what its weights say.
 
-    By that factor weights of any width score alike when they are drawn as layers usually are. Magnitudes are those
-    under the masks made this round, in the channel score's terms.
+    That is the mean over its weights of their mean magnitude times the root of the fan-in. By that factor weights of
+    any width score alike when they are drawn as layers usually are. Magnitudes are those under the masks made this
+    round, in the channel score's terms. Where a score of elements was chosen, its values stand in place of the weights.
     """
+    given = umg.layer_scores or {}
     terms = terms_of(umg, beta)
     weights = {w.name: w for w in umg.coupling.weights}
-    return [sum(_strength(weights[n], umg.ranked[n], terms) for n in b.weights) / len(b.weights) for b in branches]
+    return [
+        given[b.name]
+        if b.name in given
+        else sum(_strength(weights[n], umg.ranked[n], terms) for n in b.weights) / len(b.weights)
+        for b in branches
+    ]
 
 
 def _strength(weight: Weight, value: Tensor, terms: Terms) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatternError
-from ..graph import Weight
+from ..graph import Coupling, Weight
 from ..masks import Mask
 from ..masks.remaining import Remaining
 from .base import MOST_LEVELS, UMG, Pattern, Subnet
@@ -138,6 +138,10 @@ class Product(Pattern):
     def config(self) -> dict[str, Any]:
         """Keyword arguments that make an equal pattern."""
         return {"pairs": [[{"name": p.name, "config": p.config()} for p in pair] for pair in self.pairs]}
+
+    def config_on(self, coupling: Coupling) -> dict[str, Any]:
+        """:meth:`config` with that of each factor on the model."""
+        return {"pairs": [[{"name": p.name, "config": p.config_on(coupling)} for p in pair] for pair in self.pairs]}
 
     @classmethod
     def parse(cls, spec: str) -> Self | None:

@@ -142,7 +142,7 @@ def make_pattern(name: str, config: Mapping[str, Any]) -> Pattern:
     """
     cls = pattern_class(name)
     try:
-        return cls(**config)
+        return cls.from_config(config)
     except (TypeError, ValueError) as e:
         raise PatternError(f"pattern {name!r} ({cls.__name__}) cannot be made from {dict(config)!r}: {e}") from e
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from ..graph import Producer, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet
-from .channel import Channel, removed_units, unit_scores
 from .magnitudes import Terms, row_sums
 from .nm import NM, nm_mask
 from .ranking import Shards, drop_smallest
+from .unit_patterns import UnitPattern
+from .unit_scores import unit_scores
 from .unstructured import Unstructured
 
 __all__ = ["ShardedValues", "sharded_mask"]
@@ -91,10 +92,8 @@ def sharded_mask(pattern: Pattern, subnet: Subnet, umg: UMG) -> Mask:
     if type(pattern) is NM:
         n, m = subnet.options["n"], subnet.options["m"]
         return Mask({w.name: _nm(w, values, n, m) for w in umg.eligible})
-    if type(pattern) is Channel:
-        previous = umg.previous.removed if umg.previous is not None else None
-        scores = unit_scores(umg, pattern.beta, _row_sums)
-        return Mask(removed=removed_units(scores, umg.coupling, subnet.sparsity, previous, pattern.round_to))
+    if isinstance(pattern, UnitPattern) and type(pattern).mask is UnitPattern.mask:
+        return pattern.mask_by(unit_scores(umg, pattern.beta, _row_sums), subnet, umg)
     return pattern.mask(subnet, umg)
 
 

@@ -15,7 +15,7 @@ from ..graph.output_tensors import tensors_of
 from ..utils.modes import evaluating
 from ..utils.undo import unchanged
 
-__all__ = ["Skipped", "without_branches"]
+__all__ = ["Skipped", "close", "without_branches"]
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _replaced(
                 model.set_submodule(path, stand_in.train(before[path].training))
         with unchanged(model), torch.no_grad():
             got = tensors_of(model(*args, **kwargs))
-        same = len(got) == len(want) and all(_close(g, w) for g, w in zip(got, want, strict=True))
+        same = len(got) == len(want) and all(close(g, w) for g, w in zip(got, want, strict=True))
     except Exception as error:  # code that wants something else of a module raises anything
         log.info("branches cannot be taken out as modules: %s", error)
         same = False
@@ -116,7 +116,8 @@ def _stand_in(calls: Sequence[Any]) -> Skipped | None:
     return None
 
 
-def _close(got: Tensor, want: Tensor) -> bool:
+def close(got: Tensor, want: Tensor) -> bool:
+    """Whether a tensor is the one that the masked model returns, but for rounding."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     scale = float(want.abs().max()) if want.numel() and want.is_floating_point() else 0.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["ITERATIONS", "masked_least_squares", "output_error"]
+__all__ = ["ITERATIONS", "iterates", "masked_least_squares", "output_error"]
 
 ITERATIONS = 30
 TOLERANCE = 1e-3
@@ -20,6 +22,20 @@ def masked_least_squares(
     damping: float,
     iterations: int = ITERATIONS,
 ) -> Float[Tensor, "parts rows n"]:
+    """The last of :func:`iterates`, or the masked weights if there is none."""
+    found = weight * keep
+    for x in iterates(weight, keep, gram, damping, iterations):
+        found = x
+    return found
+
+
+def iterates(
+    weight: Float[Tensor, "parts rows n"],
+    keep: Bool[Tensor, "parts rows n"],
+    gram: Float[Tensor, "parts n n"],
+    damping: float,
+    iterations: int = ITERATIONS,
+) -> Iterator[Float[Tensor, "parts rows n"]]:
     """Minimise ``‖X W'ᵀ - X Wᵀ‖² + λ ‖W' - W‖²`` over the weights ``W'`` that are zero where the mask is.
 
     All rows are solved at once by conjugate gradients on their own support, preconditioned by the diagonal. Every
@@ -32,9 +48,12 @@ def masked_least_squares(
         gram: ``XᵀX``.
         damping: ``λ`` as a share of the mean of the gram matrix's diagonal.
         iterations: At most so many, each a product of the weight with the gram matrix.
+
+    Yields:
+        The weights after each iteration.
     """
     energy = gram.diagonal(dim1=-2, dim2=-1)
-    extra = damping * energy.mean(-1, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)  # parts, 1
+    extra = (damping * energy.mean(-1, keepdim=True)).clamp(min=torch.finfo(gram.dtype).tiny)  # parts, 1
     support = keep.to(weight.dtype)
 
     def applied(x: Tensor) -> Tensor:
@@ -56,12 +75,12 @@ def masked_least_squares(
         length = dot(direction, step)
         rate = torch.where(length > 0, size / length.clamp(min=torch.finfo(length.dtype).tiny), 0.0)
         x = x + rate * direction
+        yield x
         residual = residual - rate * step
         z = residual * inverse
         new = dot(residual, z)
         ratio = torch.where(size > 0, new / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
         direction, size = z + ratio * direction, new
-    return x
 
 
 def output_error(

@@ -15,10 +15,10 @@ from ..net.coverage import nothing_to_remove, warn_of_few_channels
 from ..net.subnet_model import SubnetModel
 from ..net.target_modules import Modules, Selection
 from ..net.tracing import Example, couple_model, example_of
-from ..patterns.channel import checked_round_to
+from ..patterns.unit_choice import Choice, checked_round_to
 from ..utils.devices import device_of
 from ..utils.nested import to_device
-from .choice import MAGNITUDE, Choice, scores_of
+from .choice import MAGNITUDE, scores_of
 from .ratios import checked_ratios, pools
 from .targets import Target
 

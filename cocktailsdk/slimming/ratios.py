@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from torch import nn
 
 from ..errors import PatternError
 from ..graph import Coupling, Group
 from ..net.target_modules import containers_of, is_called, nearest, owner_of, some_of
+from ..patterns.unit_choice import Pool, pooled
 
-__all__ = ["Pool", "Ratios", "checked_ratios", "pools"]
+__all__ = ["Ratios", "checked_ratios", "pools"]
 
 REST = "*"
 """The key of a mapping that stands for all that no other key claims."""
@@ -21,19 +21,6 @@ Rank = tuple[int, ...]
 """How specific a claim is; of two, the greater wins."""
 
 _GROUP, _PATH, _SUFFIX, _CONTAINER, _EXPRESSION, _REST = 5, 4, 3, 2, 1, 0
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Groups whose units are ranked together.
-
-    Attributes:
-        groups: The groups.
-        ratio: The share of their units that goes.
-    """
-
-    groups: tuple[Group, ...]
-    ratio: float
 
 
 def checked_ratios(ratio: object) -> float | dict[str, float]:
@@ -188,9 +175,7 @@ def pools(ratio: float | Mapping[str, float], scope: str, model: nn.Module, coup
         PatternError: A key names nothing, or nothing that can go, or contradicts another.
     """
     if not isinstance(ratio, Mapping):
-        return (
-            (Pool(coupling.groups, ratio),) if scope == "global" else tuple(Pool((g,), ratio) for g in coupling.groups)
-        )
+        return pooled(coupling.groups, ratio, scope)
     ratios = Ratios(model, ratio, (g.name for g in coupling.groups))
     claimed: dict[str, list[Group]] = {key: [] for key in ratio}
     for g in coupling.groups:
@@ -200,9 +185,7 @@ def pools(ratio: float | Mapping[str, float], scope: str, model: nn.Module, coup
     for key, share in ratio.items():
         if share > 0.0 and key != REST and not any(ratios.claims(key, g) for g in coupling.groups):
             raise PatternError(_nothing(ratios, key, coupling))
-    if scope == "global":
-        return tuple(Pool(tuple(groups), ratio[key]) for key, groups in claimed.items() if groups)
-    return tuple(Pool((g,), ratio[key]) for key, groups in claimed.items() for g in groups)
+    return tuple(pool for key, groups in claimed.items() if groups for pool in pooled(groups, ratio[key], scope))
 
 
 def _nothing(ratios: Ratios, key: str, coupling: Coupling) -> str:

@@ -14,9 +14,12 @@ from ..graph.hook_weights import refresh_hook_weights
 from ..models import after_slim
 from ..net.subnet_model import SubnetModel
 from ..net.tracing import couple_model
+from ..patterns import Layers
+from ..patterns.whole_layers import dropped_layers, layers_of
 from ..utils.devices import device_of
 from ..utils.nested import to_device
 from .depth import without_branches
+from .layers import without_layers
 
 __all__ = ["coupling_difference", "slim_subnet"]
 
@@ -37,8 +40,11 @@ def slim_subnet(net: SubnetModel, name: str) -> nn.Module:
         if not dropped or net.example is None:
             return made
         args, kwargs = to_device(net.example, device_of(net.model))
-        without_branches(made, dropped, args, kwargs)
-        return after_slim(made, (args, kwargs))
+        paths = _whole_layers(net, name)
+        smaller = without_layers(made, paths, args, kwargs) if paths else None
+        if smaller is None:
+            without_branches(made, dropped, args, kwargs)
+        return after_slim(made if smaller is None else smaller, (args, kwargs))
     if net.example is None:
         raise SlimError(
             "slimming traces the model, but the bundle could not describe its example inputs: set "
@@ -49,6 +55,14 @@ def slim_subnet(net: SubnetModel, name: str) -> nn.Module:
     with net.using(name):
         made = slim_module(net.model, coupling, removed, args, kwargs)
     return after_slim(made, (args, kwargs))
+
+
+def _whole_layers(net: SubnetModel, name: str) -> list[str]:
+    """Paths of the layers that a subnetwork of the pattern ``layers`` drops."""
+    if not isinstance(net.pattern(net.subnet(name).pattern), Layers):
+        return []
+    layers = layers_of(net.coupling)
+    return [layer.path for layer in dropped_layers(net.masks[name], net.coupling, layers)]
 
 
 def traced_coupling(net: SubnetModel) -> Coupling:

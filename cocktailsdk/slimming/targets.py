@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..errors import PatternError
-from .choice import Choice
+from ..patterns.unit_choice import Choice
 
 __all__ = ["Target"]
 

@@ -2,7 +2,9 @@
 
 from .activation import Activation
 from .base import Comparison, Layers, Need, Observed, Score
+from .cosine import Cosine
 from .fisher import Fisher
+from .greedy import Greedy
 from .magnitude import Magnitude
 from .registry import register_score, registered_scores, score_named
 from .sparsegpt import SparseGPT
@@ -12,7 +14,9 @@ from .wanda import Wanda
 __all__ = [
     "Activation",
     "Comparison",
+    "Cosine",
     "Fisher",
+    "Greedy",
     "Layers",
     "Magnitude",
     "Need",

@@ -57,11 +57,13 @@ class Layers:
         names: Paths of layers, or names of branches, in order of execution.
         cosines: By name, the mean cosine similarity of the stream before and after; where a score needs it.
         loss_without: The mean loss on the calibration data if some of them are dropped; where a score needs it.
+        most: The largest number of them that a subnetwork drops.
     """
 
     names: tuple[str, ...]
     cosines: Mapping[str, float] = field(default_factory=dict)
     loss_without: Callable[[Sequence[str]], float] | None = None
+    most: int = 0
 
 
 class Score:

@@ -30,6 +30,7 @@ PRETRAINED = Recipe(
     allocation=PassAllocation(),
     refit_head="auto",
     merging="none",
+    clip=0.6,
 )
 ONE_ROUND = Recipe(name="one round", masks="own", rounds="one", distill=False, merging="none")
 US_NET = replace(ONE_ROUND, name="us-net", schedule=Sandwich(), distill=1.0)

@@ -65,7 +65,7 @@ def describe(net: SubnetModel, options: Options, config: Mapping[str, Any] | Non
     }
     return {
         "format": 1,
-        "patterns": {p.name: p.config() for p in net.patterns},
+        "patterns": {p.name: p.config_on(net.coupling) for p in net.patterns},
         "eligible": [w.name for w in net.eligible],
         "tensors": {name: list(t.shape) for name, t in [*net.model.named_parameters(), *net.model.named_buffers()]},
         "training": training,

@@ -22,7 +22,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -118,8 +118,8 @@ class FolderStore:
             if lines := differences(then, now):
                 raise TrainingError(
                     f"{folder} holds the state of a run with another configuration ({'; '.join(lines[:8])}"
-                    f"{'; …' if len(lines) > 8 else ''}): {_other_recipe(then, now)}train into another folder, or "
-                    "remove it to start anew"
+                    f"{'; …' if len(lines) > 8 else ''}): {_other_recipe(then, now)}{_other_stream(lines)}train "
+                    "into another folder, or remove it to start anew"
                 )
         else:
             write_json(folder / CONFIGURATION, now, sort_keys=True)
@@ -294,6 +294,14 @@ def _other_recipe(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before == wanted or before not in recipes():
         return ""
     return f"the run was of recipe {before!r}, so give recipe={before!r} to resume it; or "
+
+
+def _other_stream(lines: Sequence[str]) -> str:
+    """What to type where a run of before narrowed a transformer's residual stream, which is not the default now."""
+    changed = any("include_stream" in line for line in lines)
+    return (
+        "to resume a run that narrowed the residual stream, give Channel(include_stream=True); or " if changed else ""
+    )
 
 
 def _head(checksum: str) -> bytes:

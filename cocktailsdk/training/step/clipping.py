@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ...errors import TrainingError
 from ...utils.fsdp import local
@@ -46,7 +45,8 @@ class AutoClip(StepHook):
         if not with_gradient:
             return
         norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if (whole := getattr(norm, "full_tensor", None)) is not None:  # of sharded gradients (FSDP2)
+            norm = whole()
         # norms stay on their device, so that no step waits for it; an overflow (fp16) counts as no number
         self._norms.append(torch.where(norm.isfinite(), norm, torch.nan).float())
         del self._norms[: -self.window]
