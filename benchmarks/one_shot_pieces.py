@@ -74,14 +74,14 @@ def _smollm2() -> Iterator[tuple[str, str, Sequence[Run]]]:
         yield f"scores{name}", f"elements by score, {size}", scored
         units = [Ours(subnets=UNITS, score=s, size=size) for s in ("activation", "wanda", "taylor")]
         yield f"units{name}", f"units by score, {size}", units
-        blocks = [Ours(subnets=BLOCKS, score=s, size=size) for s in ("cosine", "loss")]
+        blocks = [Ours(subnets=BLOCKS, score=s, size=size) for s in ("cosine", "greedy")]
         yield f"blocks{name}", f"blocks by score, {size}", blocks
         flows = [Ours(subnets=ELEMENTS, score=s, size=size, sequential=True) for s in SEQUENTIAL]
         yield f"sequential{name}", f"elements by score, block by block, {size}", _each(flows)
         repaired = [
             *(replace(run, repaired=True) for run in (*scored[:2], *flows)),
             Ours(subnets=UNITS, score="activation", size=size, repaired=True),
-            Ours(subnets=BLOCKS[:1], score="loss", size=size, repaired=True),
+            Ours(subnets=BLOCKS[:1], score="greedy", size=size, repaired=True),
         ]
         yield f"reconstructed{name}", f"scored and reconstructed, {size}", _each(repaired)
     twelve = Ours(subnets=TWELVE, score=(("*", "wanda"), ("mlp", "activation"), ("layers", "cosine")), size=USUAL)
