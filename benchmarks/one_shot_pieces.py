@@ -98,6 +98,7 @@ def _other(task: Task) -> Iterator[tuple[str, str, Sequence[Run]]]:
         yield score, f"by {score}", [Ours(subnets=part, score=score, size=needs) for part in parts]
     yield "activation", "units by activation", (Ours(subnets=units, score="activation", size=size),)
     repaired = [Ours(subnets=subnets, score=score, size=size, repaired=True) for score in ("wanda", "sparsegpt")]
+    repaired += [Ours(subnets=units, score="activation", size=size, repaired=True)]
     yield "reconstructed", "scored and reconstructed", _each(repaired)
 
 
