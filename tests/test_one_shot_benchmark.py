@@ -273,3 +273,14 @@ def test_ours_block_by_block_prunes_what_plain_wanda_prunes(subnet: str, task: A
     plain = Reference(of="wanda", subnets=(subnet,), size=size).row(task, place)
     assert ours["values"][subnet] == pytest.approx(plain["values"][subnet], rel=1e-5)
     assert ours["settings"]["sparsity"] == {subnet: 0.5} and ours["method"] == "wanda, block by block"
+
+
+def test_a_reconstructed_network_is_measured_as_the_plain_model_that_it_is(task: Any, tmp_path: Path) -> None:
+    from one_shot_runs import Ours
+    from one_shot_tasks import Place
+
+    place, subnets = Place(tmp_path, tmp_path), ("2:4", "mlp@0.25")
+    run = Ours(subnets=subnets, score=(("*", "wanda"), ("mlp", "activation")), size=task.sizes[0], repaired=True)
+    row = run.row(task, place)
+    assert row["reconstructed"] and row["method"] == "*=wanda mlp=activation, reconstructed"
+    assert set(row["values"]) == set(subnets) and row["cpu_seconds"] > 0
