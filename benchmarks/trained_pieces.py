@@ -203,6 +203,15 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
 }
 """By name the fields by which a run differs from ours; each is judged alone."""
 
+LEVERS_TWICE: Mapping[str, Mapping[str, Any]] = {
+    "unstructured share 0.45": variant(
+        allocation=PassAllocation(patterns={"channel": 0.33, "unstructured": 0.45, "n:m": 0.22})
+    ),
+    "masks refreshed once": variant(hooks=(Refresh(),)),
+    "rate 0.02": {"options": {"learning_rate": 0.02}},
+}
+"""The same with 2 B passes, where unstructured subnetworks fall behind those that are trained alone."""
+
 
 def _single(run: Run) -> Runs:
     return lambda rows, seeds: iter([run])
@@ -226,6 +235,12 @@ PIECES: dict[str, Piece] = {
     **{
         f"lever:{name}": Piece("resnet20", f"ours, {name}", _single(replace(OURS, name=f"lever {name}", **changes)))
         for name, changes in LEVERS.items()
+    },
+    **{
+        f"lever-2b:{name}": Piece(
+            "resnet20", f"ours with 2 B, {name}", _single(replace(OURS, budget=2 * B, name=f"lever {name}", **changes))
+        )
+        for name, changes in LEVERS_TWICE.items()
     },
 }
 """The pieces, by name, in the order in which they are run. The long ones on other tasks are added where asked for."""

@@ -147,8 +147,17 @@ def test_digits_from_trained_weights_train_all_networks_in_one_round(tmp_path: P
         lambda state: {"model": state, "optimizer": {"state": {}}},
         lambda state: {"model_state_dict": state},
         lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
+        lambda state: {**state, "epoch": 3, "note": "best so far"},
     ],
-    ids=["state dict", "of DDP", "of compiled DDP", "under model", "under model_state_dict", "before 0.4.1"],
+    ids=[
+        "state dict",
+        "of DDP",
+        "of compiled DDP",
+        "under model",
+        "under model_state_dict",
+        "before 0.4.1",
+        "beside an epoch",
+    ],
 )
 def test_checkpoints_are_read_in_the_forms_that_training_scripts_write(
     wrap: Callable[[dict[str, torch.Tensor]], object], tmp_path: Path

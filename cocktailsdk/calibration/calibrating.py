@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..errors import PatternError
 from ..graph import Coupling, Weight
 from ..patterns.base import Pattern
-from ..patterns.scores import Observed, Score
+from ..patterns.scores import Layers, Observed, Score
 from ..patterns.scoring import PatternScores, ScoreLike, resolve_scores
 from ..utils.losses import ForwardFn, LossFn
 from .data import CalibrationData
+from .layers import layer_cosines, loss_without
 from .passes import observe_gradients, observe_inputs
 from .replay import Replay, find_chain
 from .sequential import SequentialScores, check_sequential
@@ -75,8 +76,14 @@ def calibrate(
     if data is not None and needed & GRADIENTS:
         for weight, gradients in observe_gradients(model, weights, data, loss_fn, forward_fn):
             _summarise([s for s in scores.values() if s.needs & GRADIENTS], weight, gradients, summaries)
+    layers: dict[str, Mapping[str, float]] = {}
+    for p in patterns:
+        own = chosen[p.name]
+        if data is not None and isinstance(own, Score) and p.ranks == "layers" and own.scores_layers():
+            parts = p.droppable(coupling, eligible)
+            layers[p.name] = _layer_scores(model, p, own, parts, data, loss_fn, forward_fn)
     if not sequential:
-        return PatternScores(chosen, summaries)
+        return PatternScores(chosen, summaries, layers)
     checked = [check_sequential(p, chosen[p.name]) for p in patterns]  # each may refuse
     if not any(checked):
         raise PatternError(
@@ -91,7 +98,32 @@ def calibrate(
             "takes what the one before returned; leave it out"
         )
     replay = Replay.capture(model, data, forward_fn, names)
-    return SequentialScores(by_pattern=chosen, summaries=summaries, model=model, replay=replay)
+    return SequentialScores(by_pattern=chosen, summaries=summaries, layers=layers, model=model, replay=replay)
+
+
+def _layer_scores(
+    model: nn.Module,
+    pattern: Pattern,
+    score: Score,
+    parts: Mapping[str, tuple[str, ...]],
+    data: CalibrationData,
+    loss_fn: LossFn | None,
+    forward_fn: ForwardFn | None,
+) -> Mapping[str, float]:
+    """A score of each of a pattern's layers or branches."""
+    cosines: Mapping[str, float] = {}
+    if "changes" in score.needs:
+        modules = {path for path, _ in model.named_modules()}
+        other = next((name for name in parts if name not in modules), None)
+        if other is not None or pattern.name == "depth":
+            raise PatternError(
+                f"score {score.name!r} compares what goes into a layer with what comes out, and the pattern "
+                f"{pattern.name!r} drops branches of layers; choose the pattern 'layers', or the score 'greedy'"
+            )
+        cosines = layer_cosines(model, tuple(parts), data, forward_fn)
+    trial = loss_without(model, parts, data, loss_fn, forward_fn) if "trials" in score.needs else None
+    most = max(round(s.sparsity * len(parts)) for s in pattern.subnets())
+    return score.layers(Layers(tuple(parts), cosines, trial, max(0, min(most, len(parts) - 1))))
 
 
 def _ranked(coupling: Coupling, eligible: Sequence[Weight]) -> list[Weight]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -150,6 +150,18 @@ class Pattern(ABC):
             out.append(levels[done:level] or levels[max(level - 1, 0) : level])
             done = max(done, level)
         return tuple(out)
+
+    def droppable(self, coupling: Coupling, eligible: Sequence[Weight]) -> Mapping[str, tuple[str, ...]]:
+        """By name, the layers or branches that may go, each as its parameters; in order of execution.
+
+        Nothing for patterns that rank no layers.
+
+        Args:
+            coupling: The model's coupling.
+            eligible: The weights that patterns of elements may touch.
+        """
+        del coupling, eligible
+        return {}
 
     def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """The sparsity that the mask has, by the same definition as ``Subnet.sparsity``."""

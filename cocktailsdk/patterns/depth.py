@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,10 @@ class Depth(Pattern):
             return Mask(removed=torch.zeros(umg.coupling.n_units, dtype=torch.bool))
         shapes = umg.coupling.shapes
         return Mask({t: torch.zeros(shapes[t], dtype=torch.bool) for b in gone for t in b.tensors})
+
+    def droppable(self, coupling: Coupling, eligible: Sequence[Weight]) -> Mapping[str, tuple[str, ...]]:
+        """The branches that may go."""
+        return {b.name: b.tensors for b in removable_branches(coupling, eligible)}
 
     def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """Dropped branches among all that may go."""

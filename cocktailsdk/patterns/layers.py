@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from ..errors import PatternError
-from ..graph import Coupling
+from ..graph import Coupling, Weight
 from ..masks import Mask
 from .base import UMG, Pattern, Subnet, checked_sparsities
 from .checking import covered_share, refuse
@@ -84,6 +84,10 @@ class Layers(Pattern):
             return Mask(removed=torch.zeros(umg.coupling.n_units, dtype=torch.bool))
         shapes = umg.coupling.shapes
         return Mask({t: torch.zeros(shapes[t], dtype=torch.bool) for layer in gone for t in layer.tensors})
+
+    def droppable(self, coupling: Coupling, eligible: Sequence[Weight]) -> Mapping[str, tuple[str, ...]]:
+        """The layers that may go."""
+        return {layer.path: layer.tensors for layer in removable_layers(coupling, eligible)}
 
     def exact_sparsity(self, subnet: Subnet, mask: Mask, umg: UMG) -> float:
         """Dropped layers among all that may go."""

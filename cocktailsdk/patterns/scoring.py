@@ -84,7 +84,7 @@ class PatternScores:
     Attributes:
         by_pattern: The score of each pattern, by its name. Others rank by magnitude.
         summaries: By score name and weight name, what scores keep of their observations.
-        layers: By score name, the scores of layers and branches.
+        layers: By pattern name, the scores of its layers or branches.
     """
 
     by_pattern: Mapping[str, Score | ScoreFunction] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class PatternScores:
                 self._units[score.name] = score.units(umg.coupling, umg.values, summaries)
             return replace(umg, unit_scores=self._units[score.name])
         if pattern.ranks == "layers" and score.scores_layers():
-            return replace(umg, layer_scores=self.layers[score.name])
+            return replace(umg, layer_scores=self.layers[pattern.name])
         weights = {w.name: w for w in umg.coupling.weights}
         return replace(umg, scores=_Elements(score, weights, umg.values, summaries), comparison=score.comparison)
 

@@ -87,6 +87,8 @@ def _checkpoint(path: Path) -> Mapping[str, Tensor]:
     found = data
     if isinstance(data, Mapping):
         found = next((data[key] for key in NESTED if isinstance(data.get(key), Mapping)), data)
+        # scripts put the epoch or a note beside the tensors
+        found = {k: v for k, v in found.items() if not isinstance(v, int | float | str | None)} or found
     if (
         not isinstance(found, Mapping)
         or not found

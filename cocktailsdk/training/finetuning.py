@@ -13,10 +13,10 @@ from ..patterns import Pattern
 from ..patterns.base import DENSE
 from ..patterns.registry import parse_pattern
 from ..utils.fsdp import local
+from ..utils.losses import LossFn
 from .keywords import MOVED, current_keywords
 from .recipes import Pruning, Recipe
 from .settings import RoundSettings
-from .step.forward import LossFn
 from .trainer import CoTrainer
 
 __all__ = ["finetune"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CocktailError, TrainingError
 from ..utils.blame import blamed, one_line
+from ..utils.losses import loss_of
 from ..utils.modes import evaluating, modes_restored, train_as_handed
 from ..utils.nested import default_forward, form_of
 from .distributed.ranks import Ranks
@@ -23,7 +24,7 @@ from .metrics import HeldOutLoss, MetricFn, NothingScored, accuracy_of, mean_sco
 from .options import Options
 from .randomness import seed_everything
 from .step.distill import Classes, check_teacher, find_classes, no_soft_loss, untouched_buffers
-from .step.forward import loss_of, output_tensor
+from .step.forward import output_tensor
 
 __all__ = ["choose_metric", "infer_task", "try_metric"]
 

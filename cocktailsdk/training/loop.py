@@ -16,6 +16,7 @@ from ..patterns.base import DENSE
 from ..utils.batchnorm import running_norms
 from ..utils.devices import device_of
 from ..utils.fsdp import reshard_after_forward
+from ..utils.losses import ForwardFn
 from ..utils.modes import TrainingModes, modes_restored
 from ..utils.nested import default_forward
 from ..utils.undo import forked
@@ -34,7 +35,7 @@ from .state.provenance import note_training
 from .step.distill import Classes, Distillation, DistillFn, check_teacher, find_classes
 from .step.engine import StepEngine
 from .step.execution import Execution, without_autocast
-from .step.forward import ForwardFn, detached
+from .step.forward import detached
 from .step.same_batch import SameBatch
 from .step.teacher import FrozenTeacher
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import CocktailError, TrainingError
 from ..net.subnet_model import SubnetModel
+from ..utils.losses import ForwardFn
 from ..utils.modes import evaluating
 from .data.batches import CachedBatches
 from .ending import rescued_bundle
 from .left_out import first_few, weight_sums
 from .metrics import MetricFn, accuracy_of
 from .step.distill import Classes, find_classes
-from .step.forward import ForwardFn
 from .step.nan_guard import not_finite
 
 __all__ = ["accuracy_metric", "check_trained", "restored_on_failure"]

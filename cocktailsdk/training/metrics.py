@@ -21,12 +21,13 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..utils.losses import ForwardFn, LossFn, loss_of
 from ..utils.modes import evaluating
 from ..utils.nested import tensors_in
 from .distributed.ranks import SINGLE, Ranks
 from .distributed.sharing import part_of
 from .step.distill import Classes, counted
-from .step.forward import ForwardFn, LossFn, loss_of, output_tensor
+from .step.forward import output_tensor
 
 __all__ = [
     "HeldOutLoss",

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..patterns.base import DENSE
 from ..utils.batchnorm import running_norms
+from ..utils.losses import loss_of
 from .distributed.sharing import examples
 from .events import NeedMeasured
 from .session import Session
 from .step.distill import Classes, untouched_buffers
-from .step.forward import loss_of, output_tensor
+from .step.forward import output_tensor
 from .still_improving import Measurement, improvement_warning, still_improving
 from .user_code import emit, guarded, guarded_batches
 

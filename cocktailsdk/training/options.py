@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import TrainingError
+from ..utils.losses import ForwardFn, LossFn
 from ..utils.nested import default_forward
 from .budget import Division, RunLength, divide_epochs, divide_steps, epochs_in
 from .data.loader_state import epoch_length, loader_length, refuse_spent
@@ -30,7 +31,6 @@ from .round_plan import Plan
 from .schedules import ScheduleFactory, cosine, cosine_restarts
 from .settings import Settings, check_numbers, shortened
 from .step.execution import Precision
-from .step.forward import ForwardFn, LossFn
 
 __all__ = ["Loaders", "Options", "TrainerArguments", "build_options"]
 

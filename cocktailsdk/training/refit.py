@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..patterns.base import DENSE
 from ..utils.fsdp import is_sharded
+from ..utils.losses import loss_of
 from ..utils.modes import evaluating
 from .checkpoints import save, save_if_late
 from .distributed.sharing import inputs_of
@@ -24,7 +25,7 @@ from .evaluation import recalibrate
 from .events import HeadRefitted
 from .head_fit import Features, HardLoss, Head, find_hard_loss, fit_head
 from .session import Session
-from .step.forward import loss_of, output_tensor
+from .step.forward import output_tensor
 from .user_code import emit, guarded, guarded_batches
 
 __all__ = ["refit_head"]

@@ -41,9 +41,9 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import TrainingError
+from ..utils.losses import ForwardFn
 from .step.distill import DistillFn
 from .step.execution import MixedPrecision
-from .step.forward import ForwardFn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,6 +16,7 @@ from ..net.subnet_model import SubnetModel
 from ..patterns.base import DENSE
 from ..utils.devices import device_of
 from ..utils.fsdp import sharded
+from ..utils.losses import LossFn
 from ..utils.modes import modes_restored
 from ..utils.undo import forked
 from .budget import RunLength
@@ -56,7 +57,6 @@ from .state.provenance import note_training
 from .state.store import FolderStore, MemoryStore, Store
 from .step.distill import Classes
 from .step.execution import without_autocast
-from .step.forward import LossFn
 from .user_code import LoaderFailed, emit
 
 __all__ = ["CoTrainer"]

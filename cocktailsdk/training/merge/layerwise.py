@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ...utils.losses import loss_of
 from ..session import load_tensors
 from ..step.distill import untouched_buffers
-from ..step.forward import loss_of
 from ..user_code import guarded_batches
 from .alpha_search import Choice, interpolate, layer_of
 from .candidates import Candidates

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from ...errors import TrainingError
 from ...utils.blame import blamed
+from ...utils.losses import LossFn, loss_of
 from ...utils.nested import form_of
-from .forward import LossFn, loss_of, output_tensor
+from .forward import output_tensor
 
 __all__ = [
     "Classes",

@@ -20,12 +20,13 @@ from ...patterns.base import DENSE
 from ...utils.batchnorm import statistics_of
 from ...utils.blame import one_line
 from ...utils.fsdp import local
+from ...utils.losses import LossFn, loss_of
 from ..distributed.sharing import inputs_of
 from ..options import Options
 from ..recipes.steps import Step, SubnetPass
 from .distill import Classes, Distillation
 from .execution import Execution
-from .forward import LossFn, detached, loss_of, resized
+from .forward import detached, resized
 
 __all__ = ["ActivePass", "StepEngine", "StepResult", "Stepper"]
 

@@ -15,13 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...errors import TrainingError
 from ...net.switcher import forget_derived
 from ...utils.fsdp import sharded, shards
+from ...utils.losses import ForwardFn, LossFn, loss_of
 from ...utils.modes import modes_restored, train_as_handed
 from ...utils.nested import default_forward, split
 from ...utils.optional import require
 from ..distributed.ranks import SINGLE, Ranks
 from ..distributed.sharing import examples, inputs_of
 from .distill import Classes, untouched_buffers
-from .forward import ForwardFn, LossFn, loss_of, mapped
+from .forward import mapped
 from .teacher import FrozenTeacher
 
 if TYPE_CHECKING:

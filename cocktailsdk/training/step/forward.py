@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from ...errors import TrainingError
-from ...utils.losses import ForwardFn, LossFn, loss_of
 
-__all__ = ["ForwardFn", "LossFn", "detached", "loss_of", "mapped", "output_tensor", "resized"]
+__all__ = ["detached", "mapped", "output_tensor", "resized"]
 
 
 def output_tensor(output: Any) -> Tensor | None:
