@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cocktailsdk.io.atomic import write_json
 
@@ -30,3 +34,12 @@ def write_rows(rows: Iterable[Row], path: Path, order: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda r: tuple(r[column] for column in order))
     write_json(path, {"rows": ordered})
+
+
+def provenance() -> Row:
+    """What a run was made with, and when."""
+    return {
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
+        "date": datetime.now(UTC).date().isoformat(),
+    }

