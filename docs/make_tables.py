@@ -22,6 +22,7 @@ from deploy_tables import deploy_block
 from detection_tables import detection_block
 from home_picture import home_picture
 from home_tables import home_block
+from one_shot_tables import one_shot_block
 from paper_tables import paper_blocks
 from scaling_tables import scaling_block
 from serving_tables import serving_block
@@ -305,6 +306,7 @@ PAGES: dict[Path, Callable[[], str | Sequence[str]]] = {
     ROOT / "docs" / "resuming.md": kill_block,
     ROOT / "docs" / "text.md": text_block,
     ROOT / "docs" / "trained.md": trained_block,
+    ROOT / "docs" / "scores.md": one_shot_block,
     ROOT / "docs" / "zoo.md": zoo_block,
     ROOT / "docs" / "scaling.md": scaling_block,
     ROOT / "docs" / "serving.md": serving_block,
