@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import cocktailsdk as cocktail
 from cocktailsdk.calibration import CalibrationData
 from cocktailsdk.calibration.replay import Replay, WholeModel, find_chain
+from cocktailsdk.patterns.scores import Wanda, register_score
 from cocktailsdk.slimming.least_squares import masked_least_squares, output_error
 
 
@@ -200,6 +201,6 @@ def test_what_cannot_be_judged_block_by_block_is_refused_before_any_work() -> No
         cocktail.reconstruct(net, "2:4", data)
 
 
-class _Global(cocktail.patterns.scores.Wanda):
-    name = "global-wanda"
+@register_score("global-wanda")
+class _Global(Wanda):
     comparison = "global"

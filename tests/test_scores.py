@@ -294,6 +294,12 @@ def test_impossible_requests_say_what_to_type() -> None:
         made(score="activation", calibration=batches())
     with pytest.raises(cocktail.PatternError, match=r"write Wanda\(\)"):
         made(score=Wanda)
+
+    class Own(Wanda):
+        pass
+
+    with pytest.raises(cocktail.PatternError, match="Own is not registered"):
+        made(score=Own(), calibration=batches())
     with pytest.raises(cocktail.PatternError, match="put a single batch into a list"):
         made(score="wanda", calibration=torch.zeros(2, 12))
     with pytest.raises(cocktail.PatternError, match="no batches"):

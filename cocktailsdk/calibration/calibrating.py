@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..errors import PatternError
 from ..graph import Coupling, Weight
 from ..patterns.base import Pattern
 from ..patterns.scores import Layers, Observed, Score
-from ..patterns.scoring import PatternScores, ScoreLike, resolve_scores
+from ..patterns.scoring import PatternScores, ScoreFunction, ScoreLike, resolve_scores
 from ..utils.losses import ForwardFn, LossFn
 from .data import CalibrationData
 from .layers import layer_cosines, loss_without
@@ -57,48 +57,88 @@ def calibrate(
             a weight that is to be ranked is not used on the data, or activations are not finite.
     """
     chosen = resolve_scores(score, patterns)
-    scores = {s.name: s for s in chosen.values() if isinstance(s, Score)}
+    scores = _by_name(chosen.values())
     for s in scores.values():
         if s.needs and data is None:
             raise PatternError(f"score {s.name!r} is judged from data: give calibration=loader")
-    summaries: dict[str, dict[str, Mapping[str, Tensor]]] = {name: {} for name in scores}
-    needed = frozenset[str]().union(*(s.needs for s in scores.values()))
-    weights = _ranked(coupling, eligible)
-    if data is not None and needed & INPUTS:
-        ranked = {w.name for w in eligible}
-        for weight, observed in observe_inputs(model, weights, data, forward_fn, gram="gram" in needed):
-            if observed is None:
-                if weight.name in ranked:
-                    raise PatternError(_unused(weight))
-                continue
-            _report(weight, observed)
-            _summarise([s for s in scores.values() if s.needs & INPUTS], weight, observed, summaries)
-    if data is not None and needed & GRADIENTS:
-        for weight, gradients in observe_gradients(model, weights, data, loss_fn, forward_fn):
-            _summarise([s for s in scores.values() if s.needs & GRADIENTS], weight, gradients, summaries)
+    names = _blocks(model, patterns, chosen, data, forward_fn) if sequential else ()
+    if data is None:
+        return PatternScores(chosen)
+    summaries = _summaries(model, coupling, eligible, scores, data, loss_fn, forward_fn)
     layers: dict[str, Mapping[str, float]] = {}
     for p in patterns:
         own = chosen[p.name]
-        if data is not None and isinstance(own, Score) and p.ranks == "layers" and own.scores_layers():
+        if isinstance(own, Score) and p.ranks == "layers" and own.scores_layers():
             parts = p.droppable(coupling, eligible)
             layers[p.name] = _layer_scores(model, p, own, parts, data, loss_fn, forward_fn)
     if not sequential:
         return PatternScores(chosen, summaries, layers)
+    replay = Replay.capture(model, data, forward_fn, names)
+    return SequentialScores(by_pattern=chosen, summaries=summaries, layers=layers, model=model, replay=replay)
+
+
+def _by_name(chosen: Iterable[Score | ScoreFunction]) -> dict[str, Score]:
+    out: dict[str, Score] = {}
+    for score in chosen:
+        if isinstance(score, Score) and vars(out.setdefault(score.name, score)) != vars(score):
+            raise PatternError(
+                f"score {score.name!r} is given with other settings for another pattern, and a net has each score "
+                "once; register a subclass under a name of its own"
+            )
+    return out
+
+
+def _blocks(
+    model: nn.Module,
+    patterns: Sequence[Pattern],
+    chosen: Mapping[str, Score | ScoreFunction],
+    data: CalibrationData | None,
+    forward_fn: ForwardFn | None,
+) -> tuple[str, ...]:
+    """The blocks that are judged one after another.
+
+    Raises:
+        PatternError: There are none, or nothing is judged by them.
+    """
     checked = [check_sequential(p, chosen[p.name]) for p in patterns]  # each may refuse
-    if not any(checked):
+    if data is None or not any(checked):
         raise PatternError(
             "sequential=True judges single weights by their inputs, block by block, and no pattern here is ranked so; "
             "leave it out, or choose score='wanda' or 'sparsegpt'"
         )
-    assert data is not None
     names = find_chain(model, data, forward_fn)
     if not names:
         raise PatternError(
             f"sequential=True runs {type(model).__name__} block by block, and it has no list of modules of which each "
             "takes what the one before returned; leave it out"
         )
-    replay = Replay.capture(model, data, forward_fn, names)
-    return SequentialScores(by_pattern=chosen, summaries=summaries, layers=layers, model=model, replay=replay)
+    return names
+
+
+def _summaries(
+    model: nn.Module,
+    coupling: Coupling,
+    eligible: Sequence[Weight],
+    scores: Mapping[str, Score],
+    data: CalibrationData,
+    loss_fn: LossFn | None,
+    forward_fn: ForwardFn | None,
+) -> dict[str, dict[str, Mapping[str, Tensor]]]:
+    """By score and weight, what scores keep of what is observed."""
+    out: dict[str, dict[str, Mapping[str, Tensor]]] = {name: {} for name in scores}
+    needed = frozenset[str]().union(*(s.needs for s in scores.values()))
+    weights, ranked = _ranked(coupling, eligible), {w.name for w in eligible}
+    if needed & INPUTS:
+        for weight, observed in observe_inputs(model, weights, data, forward_fn, gram="gram" in needed):
+            if observed is not None:
+                _report(weight, observed)
+                _summarise([s for s in scores.values() if s.needs & INPUTS], weight, observed, out)
+            elif weight.name in ranked:
+                raise PatternError(_unused(weight))
+    if needed & GRADIENTS:
+        for weight, gradients in observe_gradients(model, weights, data, loss_fn, forward_fn):
+            _summarise([s for s in scores.values() if s.needs & GRADIENTS], weight, gradients, out)
+    return out
 
 
 def _layer_scores(

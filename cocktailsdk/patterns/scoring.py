@@ -65,6 +65,11 @@ def _resolved(score: ScoreLike) -> Score | ScoreFunction:
         return score_named(score)()
     if isinstance(score, type):
         raise PatternError(f"score {score.__name__} is a class; write {score.__name__}()")
+    if isinstance(score, Score) and registered_scores().get(score.name) is not type(score):
+        raise PatternError(
+            f"{type(score).__name__} is not registered; decorate it with @register_score('a-name'), so that bundles "
+            "and reports can name it"
+        )
     if isinstance(score, Score) or callable(score):
         return score
     raise PatternError(
