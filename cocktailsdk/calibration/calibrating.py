@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..errors import PatternError
 from ..graph import Coupling, Weight
 from ..patterns.base import Pattern
+from ..patterns.experts import removable_experts
 from ..patterns.scores import Layers, Observed, Score
 from ..patterns.scoring import PatternScores, ScoreLike, resolve_scores
 from ..utils.losses import ForwardFn, LossFn
 from .data import CalibrationData
+from .experts import observe_experts
 from .layers import layer_cosines, loss_without
 from .passes import observe_gradients, observe_inputs
 from .replay import Replay, find_chain
@@ -62,7 +64,10 @@ def calibrate(
         if s.needs and data is None:
             raise PatternError(f"score {s.name!r} is judged from data: give calibration=loader")
     summaries: dict[str, dict[str, Mapping[str, Tensor]]] = {name: {} for name in scores}
-    needed = frozenset[str]().union(*(s.needs for s in scores.values()))
+    # Whole experts are judged by what they return, not by what an observer of weights sees.
+    of_experts = [p for p in patterns if _judges_experts(p, chosen[p.name])]
+    others = (chosen[p.name] for p in patterns if p not in of_experts)
+    needed = frozenset[str]().union(*(s.needs for s in others if isinstance(s, Score)))
     weights = _ranked(coupling, eligible)
     if data is not None and needed & INPUTS:
         ranked = {w.name for w in eligible}
@@ -82,8 +87,15 @@ def calibrate(
         if data is not None and isinstance(own, Score) and p.ranks == "layers" and own.scores_layers():
             parts = p.droppable(coupling, eligible)
             layers[p.name] = _layer_scores(model, p, own, parts, data, loss_fn, forward_fn)
+    experts: dict[str, Mapping[str, Tensor]] = {}
+    if data is not None and of_experts:
+        routed = observe_experts(model, removable_experts(coupling, eligible), data, forward_fn)
+        for p in of_experts:
+            own = chosen[p.name]
+            assert isinstance(own, Score)
+            experts[p.name] = {name: own.experts(of) for name, of in routed.items()}
     if not sequential:
-        return PatternScores(chosen, summaries, layers)
+        return PatternScores(chosen, summaries, layers, experts)
     checked = [check_sequential(p, chosen[p.name]) for p in patterns]  # each may refuse
     if not any(checked):
         raise PatternError(
@@ -98,7 +110,13 @@ def calibrate(
             "takes what the one before returned; leave it out"
         )
     replay = Replay.capture(model, data, forward_fn, names)
-    return SequentialScores(by_pattern=chosen, summaries=summaries, layers=layers, model=model, replay=replay)
+    return SequentialScores(
+        by_pattern=chosen, summaries=summaries, layers=layers, experts=experts, model=model, replay=replay
+    )
+
+
+def _judges_experts(pattern: Pattern, score: object) -> bool:
+    return pattern.ranks == "experts" and isinstance(score, Score) and score.scores_experts()
 
 
 def _layer_scores(
