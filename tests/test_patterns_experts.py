@@ -9,8 +9,7 @@ import threading
 
 import pytest
 import torch
-import transformers as hf
-from block_models import SIZES, WORDS, block_model, logits
+from block_models import WORDS, block_model, logits
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +17,6 @@ import cocktailsdk as cocktail
 from cocktailsdk import Mask, PatternError
 from cocktailsdk.calibration.data import CalibrationData
 from cocktailsdk.calibration.experts import observe_experts
-from cocktailsdk.graph import couple
 from cocktailsdk.patterns.experts import expert_scores, removable_experts
 
 KINDS = ["mixtral", "mixtral, batched", "qwen3-moe"]
@@ -233,6 +231,18 @@ def test_such_subnetworks_are_trained_and_removed_experts_get_no_gradient():
             assert bool(grad[~gone].any())
 
 
+def test_co_training_keeps_tokens_from_removed_experts(tmp_path):
+    net, kwargs = made("mixtral", ["experts@0.25", "experts@0.5"])
+    data = [{"input_ids": WORDS, "labels": WORDS}] * 2
+    cocktail.CoTrainer(net, data, val_loader=data, epochs=2, out_dir=tmp_path, learning_rate=1e-3).fit()
+    for name in net.names[1:]:
+        with net.using(name):
+            for at, used in chosen(net, kwargs).items():
+                assert not used & set(net.masks[name].experts[at].nonzero().flatten().tolist())
+            masked = net(**kwargs).logits
+        torch.testing.assert_close(net.slim(name)(**kwargs).logits, masked)
+
+
 def test_impossible_requests_say_what_to_type(mixtral):
     net, kwargs = mixtral
     model = net.model
@@ -252,16 +262,6 @@ def test_impossible_requests_say_what_to_type(mixtral):
         cocktail.reconstruct(net, "experts@0.5", [kwargs, kwargs])
     with pytest.raises(cocktail.SubnetError, match="removes experts"):
         net.views(["experts@0.25"])
-
-
-def test_routers_that_choose_by_more_than_their_logits_are_left_out():
-    config = hf.DeepseekV3Config(
-        **{**SIZES, "num_key_value_heads": 4}, num_hidden_layers=2, first_k_dense_replace=1, moe_intermediate_size=16,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, q_lora_rank=None, kv_lora_rank=8,
-        qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, n_shared_experts=1,
-    )  # fmt: skip
-    model = hf.DeepseekV3ForCausalLM(config).eval()
-    assert couple(model, (), {"input_ids": WORDS, "use_cache": False}).experts == ()
 
 
 class Mixture(nn.Module):

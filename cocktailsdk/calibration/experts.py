@@ -59,8 +59,9 @@ def observe_experts(
 
 
 def _holder(of: ExpertSet) -> str:
-    """Path of the module that holds the experts' own parameters."""
-    owners = [name.rpartition(".")[0].split(".") for name in of.tensors[1:]]
+    """Path of the module that holds the experts' own parameters, without those of the router."""
+    paths = [name.rpartition(".")[0] for name in of.tensors]
+    owners = [path.split(".") for path in paths if path != paths[0]] or [paths[0].split(".")]
     return ".".join(p[0] for p in takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False)))
 
 

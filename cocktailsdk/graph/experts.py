@@ -76,14 +76,16 @@ def _chosen_from(ctx: Context) -> dict[fx.Node, dict[str, set[fx.Node]]]:
     """For each choice of the largest, the tensors that its indices choose from, with the calls that read these."""
     nodes = [n for n in ctx.exported.graph.nodes if n.op == "call_function" and not training_only(n)]
     out: dict[fx.Node, dict[str, set[fx.Node]]] = {n: {} for n in nodes if op_name(n) == "topk" and n not in ctx.dead}
-    for node in nodes:
+    for node in nodes if out else ():
         for stack, index in _choices(node):
-            tops = _tops_behind(index)
             path = [node, *_path_to_tensor(stack)]
             name = ctx.tensor_name(path[-1])
             # what is made of the parameter on the way to the choice must be read by nothing else
             alone = all(set(made.users) - ctx.dead == {reader} for reader, made in pairwise(path[:-1]))
-            if name is not None and alone and len(tops) == 1 and (top := tops.pop()) in out:
+            if name is None or not alone:
+                continue
+            tops = _tops_behind(index)
+            if len(tops) == 1 and (top := tops.pop()) in out:
                 out[top].setdefault(name, set()).add(path[-2])
     return out
 
