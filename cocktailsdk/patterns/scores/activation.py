@@ -19,7 +19,7 @@ __all__ = ["Activation"]
 
 @register_score("activation")
 class Activation(Score):
-    """Of channel units and heads, inside experts too: the sum of ``‖x‖₂ · ‖W[:, x]‖₂`` over the inputs ``x`` that a unit feeds.
+    """Of channel units and heads: the sum of ``‖x‖₂ · ‖W[:, x]‖₂`` over the inputs ``x`` that a unit feeds.
 
     A product is the norm of what the input adds to a weight's outputs, if outputs are summed as independent. Each
     weight's products are divided by their mean, so that no layer dominates a residual stream. Where one weight consumes
