@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 import cocktailsdk as cocktail
 from cocktailsdk import Mask, PatternError
+from cocktailsdk.bundle.couplings import read_coupling, write_coupling
 from cocktailsdk.calibration.data import CalibrationData
 from cocktailsdk.calibration.experts import observe_experts
+from cocktailsdk.masks.encoder import decode_masks
 from cocktailsdk.patterns.experts import expert_scores, removable_experts
 
 KINDS = ["mixtral", "mixtral, batched", "qwen3-moe"]
@@ -216,6 +218,39 @@ def test_bundles_keep_which_experts_go(mixtral, tmp_path):
     assert read.slim("experts@0.5").config.num_local_experts == 2
 
 
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ([["model", [0]]], "the model has none there"),
+        ([["model.layers.0.mlp", [4]]], "for an expert"),
+        ([["model.layers.0.mlp", [0]], ["model.layers.0.mlp", [1]]], "twice"),
+        ({"model.layers.0.mlp": [0]}, "not a list"),
+    ],
+)
+def test_entries_of_masks_that_do_not_fit_the_model_are_refused(mixtral, sets, said):
+    net, _ = mixtral
+    name = "experts@0.5"
+    with pytest.raises(cocktail.BundleError, match=said):
+        decode_masks([{"experts": name, "sets": sets}], dict.__getitem__, [name], net.coupling, net.eligible)
+
+
+def test_couplings_with_experts_that_do_not_fit_the_model_are_refused(mixtral):
+    net, _ = mixtral
+    names = list(net.coupling.shapes)
+    meta, units = write_coupling(net.coupling, names)
+    assert read_coupling(meta, units, names, net.coupling.shapes, {}).experts == net.coupling.experts
+    name, module, tensors, count, top_k = meta["experts"][0]
+    wrong = [
+        [name, "elsewhere", tensors, count, top_k],
+        [name, module, tensors, count + 1, top_k],
+        [name, module, tensors, count, count + 1],
+        [name, module, [], count, top_k],
+    ]
+    for entry in wrong:
+        with pytest.raises(cocktail.BundleError):
+            read_coupling({**meta, "experts": [entry]}, units, names, net.coupling.shapes, {})
+
+
 def test_such_subnetworks_are_trained_and_removed_experts_get_no_gradient():
     net, kwargs = made("mixtral", ["experts@0.5"])
     with net.using("experts@0.5"):
@@ -253,6 +288,8 @@ def test_impossible_requests_say_what_to_type(mixtral):
     llama, _, words = block_model("llama", 1)
     with pytest.raises(PatternError, match="no experts that can go.*'mlp@0.5'"):
         cocktail.sparsify(llama, ["experts@0.5"], example_kwargs=words)
+    with pytest.raises(PatternError, match="no factor of a product"):
+        cocktail.sparsify(model, ["heads@0.5+experts@0.5"], example_kwargs=kwargs)
     of = net.coupling.experts[0].name
     with pytest.raises(PatternError, match="leaves 1 experts.*at most 2"):
         net.set_mask("experts@0.5", Mask(experts={of: torch.tensor([True, True, True, False])}))
@@ -298,3 +335,31 @@ def test_mixtures_of_ones_own_lose_experts_and_the_biases_of_their_routers(k):
         torch.testing.assert_close(logits(small(x)), net(x))
     with pytest.raises(PatternError, match="is not called with the experts chosen"):
         cocktail.sparsify(net.model, ["experts@0.25"], (x,), score="activation", calibration=[x])
+
+
+def test_a_forward_that_somebody_else_has_hidden_is_used_and_comes_back():
+    torch.manual_seed(0)
+    model, x = Mixture(1), torch.randn(16, 8)
+    net = cocktail.sparsify(model, ["experts@0.25"], (x,))
+    with net.using("experts@0.25"):
+        wanted = net(x)
+    calls = []
+
+    def hidden(inputs):
+        calls.append(inputs)
+        return F.linear(inputs, model.router.weight, model.router.bias)
+
+    model.router.forward = hidden
+    with net.using("experts@0.25"):
+        assert torch.equal(net(x), wanted)
+    assert len(calls) == 1
+    assert vars(model.router)["forward"] is hidden
+
+
+def test_a_router_that_computes_its_logits_in_another_way_is_no_silent_error():
+    torch.manual_seed(0)
+    model, x = Mixture(1), torch.randn(16, 8)
+    net = cocktail.sparsify(model, ["experts@0.25"], (x,))
+    model.router.forward = lambda inputs: inputs @ model.router.weight.T + model.router.bias
+    with net.using("experts@0.25"), pytest.raises(cocktail.SubnetError, match=r"did not compute the logits.*net.slim"):
+        net(x)
