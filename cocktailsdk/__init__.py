@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .patterns import Block as Block
     from .patterns import Channel as Channel
     from .patterns import Depth as Depth
+    from .patterns import Experts as Experts
     from .patterns import Heads as Heads
     from .patterns import Layers as Layers
     from .patterns import Pattern as Pattern
@@ -72,6 +73,7 @@ _WHERE = {
     "CoTrainer": ".training",
     "CocktailNet": ".api",
     "Depth": ".patterns",
+    "Experts": ".patterns",
     "DistillationSettings": ".training",
     "EvaluationSettings": ".training",
     "ExecutionSettings": ".training",
@@ -122,6 +124,7 @@ __all__ = [
     "DistillationSettings",
     "EvaluationSettings",
     "ExecutionSettings",
+    "Experts",
     "ExportFailed",
     "Failure",
     "Heads",

@@ -290,7 +290,7 @@ def test_impossible_requests_say_what_to_type() -> None:
         made(score="wander")
     with pytest.raises(cocktail.PatternError, match="give calibration=loader"):
         made(score="wanda")
-    with pytest.raises(cocktail.PatternError, match="channel units, and the pattern 'unstructured' ranks elements"):
+    with pytest.raises(cocktail.PatternError, match="channel units and experts, and the pattern 'unstructured' ranks"):
         made(score="activation", calibration=batches())
     with pytest.raises(cocktail.PatternError, match=r"write Wanda\(\)"):
         made(score=Wanda)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError
-from ..graph import Branch, Contraction, Coupling, Group, Kept, Producer, Scale, Touch, Weight
+from ..graph import Branch, Contraction, Coupling, ExpertSet, Group, Kept, Producer, Scale, Touch, Weight
 from ..io.limits import MAX_DIMS, MAX_FIELDS, max_coupling_entries, max_unit_entries
 from ..io.values import distinct, integer, items, keyed, label, quoted, text, texts
 from ..printable import printable
@@ -119,6 +119,8 @@ def write_coupling(coupling: Coupling, tensors: Sequence[str]) -> tuple[dict[str
         meta["scales"] = [[at[n], at[s.name] if s.name else None, s.axis] for n, s in coupling.scales.items()]
     if any(w.unmaskable for w in coupling.weights):
         meta["unmaskable"] = [[at[w.name], w.unmaskable] for w in coupling.weights if w.unmaskable]
+    if coupling.experts:
+        meta["experts"] = [[s.name, s.module, [at[t] for t in s.tensors], s.count, s.top_k] for s in coupling.experts]
     meta["units"] = vectors.table
     return meta, vectors.tensor(coupling.n_units)
 
@@ -142,7 +144,9 @@ def read_coupling(
     Raises:
         BundleError: It does not fit the model.
     """
-    keyed(meta, "its coupling", _KEYS, ("branches", "scales", "unmaskable"))  # older bundles have no branches
+    keyed(
+        meta, "its coupling", _KEYS, ("branches", "scales", "unmaskable", "experts")
+    )  # older bundles have no branches
     return _Reader(tensors, {**buffers, **shapes}, shapes).coupling(meta, data)
 
 
@@ -198,7 +202,27 @@ class _Reader:
             unknown_ops={printable(op): integer(n, "the uses of an op") for op, n in unknown.items()},
             branches=tuple(self.branch(b) for b in self.entries(meta.get("branches", []), "its branches")),
             scales=dict(self.scale(s) for s in self.entries(meta.get("scales", []), "its scales")),
+            experts=self.expert_sets(meta.get("experts", [])),
         )
+
+    def expert_sets(self, value: Any) -> tuple[ExpertSet, ...]:
+        found = tuple(self.expert_set(s) for s in self.entries(value, "its experts"))
+        distinct([s.name for s in found], "its sets of experts")
+        distinct([t for s in found for t in s.tensors], "the tensors of its experts")
+        return found
+
+    def expert_set(self, value: Any) -> ExpertSet:
+        name, module, own, count, top_k = items(value, "a set of experts", 5)
+        tensors = tuple(self.parameter(t) for t in self.entries(own, "the tensors of experts"))
+        path = text(module, "the module of a router")
+        if not tensors or (path and not tensors[0].startswith(f"{path}.")):
+            raise BundleError(f"the bundle has a router in {quoted(path)} whose weight is not there")
+        count = integer(count, "the number of experts", 1)
+        for t in tensors:
+            if self.parameters[t][:1] != (count,):
+                raise BundleError(f"the bundle has {count} experts in {t!r} of shape {self.parameters[t]}")
+        top_k = integer(top_k, "the experts of a token", 1, count)
+        return ExpertSet(label(name, "a set of experts"), path, tensors, count, top_k)
 
     def entries(self, value: Any, what: str) -> list[Any]:
         """A list; all of them together are as long as a model of so many tensors needs at most."""

@@ -173,6 +173,8 @@ def same_mask(a: Mask, b: Mask) -> bool:
         return False
     if a.removed is not None and b.removed is not None and not torch.equal(a.removed, b.removed):
         return False
+    if set(a.experts) != set(b.experts) or not all(torch.equal(k, b.experts[n]) for n, k in a.experts.items()):
+        return False
     return all(torch.equal(k, b.elements[n]) for n, k in a.elements.items())
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..errors import PatternError
 from ..graph import Coupling, Weight
 from ..patterns.base import Pattern
+from ..patterns.experts import removable_experts
 from ..patterns.scores import Layers, Observed, Score
 from ..patterns.scoring import PatternScores, ScoreFunction, ScoreLike, resolve_scores
 from ..utils.losses import ForwardFn, LossFn
 from .data import CalibrationData
+from .experts import observe_experts
 from .layers import layer_cosines, loss_without
 from .passes import observe_gradients, observe_inputs
 from .replay import Replay, find_chain
@@ -64,17 +66,33 @@ def calibrate(
     names = _blocks(model, patterns, chosen, data, forward_fn) if sequential else ()
     if data is None:
         return PatternScores(chosen)
-    summaries = _summaries(model, coupling, eligible, scores, data, loss_fn, forward_fn)
+    # whole experts are judged by what they return, not by what an observer of weights sees
+    of_experts = [p for p in patterns if _judges_experts(p, chosen[p.name])]
+    others = _by_name(chosen[p.name] for p in patterns if p not in of_experts)
+    summaries = _summaries(model, coupling, eligible, others, data, loss_fn, forward_fn)
     layers: dict[str, Mapping[str, float]] = {}
     for p in patterns:
         own = chosen[p.name]
         if isinstance(own, Score) and p.ranks == "layers" and own.scores_layers():
             parts = p.droppable(coupling, eligible)
             layers[p.name] = _layer_scores(model, p, own, parts, data, loss_fn, forward_fn)
+    experts: dict[str, Mapping[str, Tensor]] = {}
+    if of_experts:
+        routed = observe_experts(model, removable_experts(coupling, eligible), data, forward_fn)
+        for p in of_experts:
+            own = chosen[p.name]
+            assert isinstance(own, Score)
+            experts[p.name] = {name: own.experts(of) for name, of in routed.items()}
     if not sequential:
-        return PatternScores(chosen, summaries, layers)
+        return PatternScores(chosen, summaries, layers, experts)
     replay = Replay.capture(model, data, forward_fn, names)
-    return SequentialScores(by_pattern=chosen, summaries=summaries, layers=layers, model=model, replay=replay)
+    return SequentialScores(
+        by_pattern=chosen, summaries=summaries, layers=layers, experts=experts, model=model, replay=replay
+    )
+
+
+def _judges_experts(pattern: Pattern, score: object) -> bool:
+    return pattern.ranks == "experts" and isinstance(score, Score) and score.scores_experts()
 
 
 def _by_name(chosen: Iterable[Score | ScoreFunction]) -> dict[str, Score]:

@@ -205,7 +205,7 @@ def _runner(net: SubnetModel, name: str, runtime: str, folder: Path) -> _Runner:
             dtype = next(net.model.parameters()).dtype
             kernels, _ = to_semi_structured(net, name, dtype=dtype, device=device_of(net.model))
             return _torch_runner(net, name, kernels)
-    if mask is not None and (mask.removed is not None or mask.dropped(net.coupling)):
+    if mask is not None and (mask.removed is not None or mask.experts or mask.dropped(net.coupling)):
         return _torch_runner(net, name, net.slim(name).eval())
     with net.using(name):
         return replace(_torch_runner(net, name, net.model), within=lambda: net.using(name))

@@ -25,6 +25,7 @@ def deployed_bytes(net: SubnetModel, name: str) -> int:
         gone = tuple(f"{path}." for b in mask.dropped(net.coupling) for path in b.modules)
         if mask.removed is not None:
             keep = net.coupling.left(mask.removed)
+        keep |= net.coupling.left_by_experts(mask.experts)
     total, seen = 0, set()
     for tensor_name, t in net.model.state_dict(keep_vars=True).items():
         if not isinstance(t, Tensor) or id(t) in seen or tensor_name.startswith(gone or ("\0",)):

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from .branches import residuals
 from .coupling import STAYS, Branch, Contraction, Coupling, Group, Kept, Node, Producer, Touch, Trace, Weight
+from .experts import expert_sets
 from .export import module_of, op_name, shape_of, within
 from .labels import MUST_STAY, Field
 from .reasons import stays
@@ -147,6 +148,7 @@ def assemble(ctx: Context) -> Coupling:
         unknown_ops=dict(ctx.unknown),
         branches=_branches(ctx),
         scales=dict(ctx.scales),
+        experts=expert_sets(ctx),
         trace=_trace(ctx, units, made, root),
     )
 

@@ -226,6 +226,31 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class ExpertSet:
+    """The experts of one mixture: a router gives each a logit, and the ``top_k`` largest choose who computes.
+
+    Attributes:
+        name: Path of the module that holds router and experts (``"model.layers.0.mlp"``).
+        module: Path of the module that computes the logits.
+        tensors: Parameters with an entry for each expert along their first axis: the weight of the linear layer that
+            computes the logits, then the experts' own.
+        count: How many experts there are.
+        top_k: How many of them each token is given to.
+    """
+
+    name: str
+    module: str
+    tensors: tuple[str, ...]
+    count: int
+    top_k: int
+
+    @property
+    def router(self) -> str:
+        """Name of the weight that computes the logits."""
+        return self.tensors[0]
+
+
+@dataclass(frozen=True)
 class Node:
     """One call of the exported graph.
 
@@ -306,6 +331,7 @@ class Coupling:
         branches: The residual branches, in order of execution.
         scales: By name, parameters that are divided by a norm of their own before use.
         trace: Further parts of the graph for slimming; ``None`` in a coupling read from a file.
+        experts: The sets of experts of which some can go, in order of execution.
     """
 
     weights: tuple[Weight, ...]
@@ -319,6 +345,7 @@ class Coupling:
     branches: tuple[Branch, ...] = ()
     scales: Mapping[str, Scale] = field(default_factory=dict)
     trace: Trace | None = field(default=None, compare=False, repr=False)
+    experts: tuple[ExpertSet, ...] = ()
 
     @property
     def n_units(self) -> int:
@@ -372,6 +399,19 @@ class Coupling:
             any_remaining = any_remaining.reshape(()) if own == 0 else any_remaining
             out[scale.name] = out[scale.name] & any_remaining if scale.name in out else any_remaining
         return out
+
+    def left_by_experts(self, gone: Mapping[str, Bool[Tensor, " experts"]]) -> dict[str, Bool[Tensor, "..."]]:
+        """The positions that remain of tensors after experts are sliced away, broadcastable to their shapes.
+
+        Args:
+            gone: By the name of a set, for each of its experts whether it goes.
+        """
+        return {
+            name: ~gone[s.name].cpu().view(-1, *[1] * (len(self.shapes[name]) - 1))
+            for s in self.experts
+            if s.name in gone and bool(gone[s.name].any())
+            for name in s.tensors
+        }
 
     def params(self, removed: Bool[Tensor, " units"] | None = None) -> int:
         """Number of parameters, or of those left when units go."""

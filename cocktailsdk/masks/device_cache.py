@@ -167,7 +167,7 @@ class DeviceMaskCache:
 
     def _on_device(self, mask: Mask) -> DeviceMasks:
         tensors = self._tensors
-        units = None if mask.elements or mask.removed is None else self._units(mask.removed)
+        units = None if mask.elements or mask.experts or mask.removed is None else self._units(mask.removed)
         if units is not None:
             return units
         if tensors.sharded:
@@ -183,7 +183,7 @@ class DeviceMaskCache:
 
     def _only_elements(self, mask: Mask) -> bool:
         """Whether the mask's elements alone say what is set to zero."""
-        return mask.removed is None and self._coupling.scales.keys().isdisjoint(mask.elements)
+        return mask.removed is None and not mask.experts and self._coupling.scales.keys().isdisjoint(mask.elements)
 
     def _units(self, removed: Tensor) -> UnitMasks | None:
         """Removed units by the positions that go, where that is quicker: for large models on the CPU."""

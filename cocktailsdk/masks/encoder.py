@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BundleError
 from ..graph import Coupling, Weight
-from ..io.values import items, keyed, more, quoted, text, texts
+from ..io.values import integer, items, keyed, more, quoted, text, texts
 from .bits import from_levels, from_ranks, level_bits, pack, rank_bits, to_levels, to_ranks, unpack
 from .mask import Mask
 from .remaining import Remaining
@@ -95,6 +95,12 @@ class _Encoder:
             if s.name not in masks:
                 continue
             mask = masks[s.name]
+            if mask.experts:
+                if mask.elements or mask.removed is not None:
+                    raise BundleError(f"the mask of {s.name!r} removes experts, and other things besides")
+                gone = [[n, e.nonzero().flatten().tolist()] for n, e in mask.experts.items()]
+                self.entries.append({"experts": s.name, "sets": gone})
+                continue
             if not any(bool(k.any()) for k in mask.elements.values()):  # whole tensors go, or nothing does
                 if mask.elements or mask.removed is None:
                     self.entries.append({"zeroed": s.name, "weights": list(self._ordered(mask.elements))})
@@ -220,7 +226,8 @@ def decode_masks(
     if missing and base is None:
         raise BundleError(f"the bundle has no mask for {missing[0]!r}" + more(missing))
     masked = [n for n in names if n in decoder.wanted and n in found]
-    return {n: Mask(decoder.elements.get(n, {}), decoder.removed.get(n)) for n in masked}
+    parts = (decoder.elements, decoder.removed, decoder.experts)
+    return {n: Mask(parts[0].get(n, {}), parts[1].get(n), parts[2].get(n, {})) for n in masked}
 
 
 @dataclass
@@ -236,6 +243,7 @@ class _Decoder:
     nested_keys: tuple[str, ...]
     elements: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     removed: dict[str, Tensor] = field(default_factory=dict)
+    experts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     has_elements: set[str] = field(default_factory=set)
     has_units: set[str] = field(default_factory=set)
 
@@ -244,6 +252,8 @@ class _Decoder:
         what, known = "an entry of its masks", type(value) is dict
         if known and "zeroed" in value:
             e = keyed(value, what, ("zeroed", "weights"))
+        elif known and "experts" in value:
+            e = keyed(value, what, ("experts", "sets"))
         elif known and "units" in value:
             e = keyed(value, what, ("tensor", "levels", "units"), self.nested_keys)
         elif known and "runs" in value:
@@ -268,7 +278,8 @@ class _Decoder:
         """The subnetworks that an entry is of."""
         if "levels" in e:
             return texts(e["levels"], "the levels of a mask")
-        return [text(e["runs"] if "runs" in e else e["zeroed"], "the subnet of a mask")]
+        kind = next(k for k in ("runs", "zeroed", "experts") if k in e)
+        return [text(e[kind], "the subnet of a mask")]
 
     def read(self, e: Mapping[str, Any]) -> None:
         """Make the masks of an entry, as far as they are wanted."""
@@ -276,12 +287,28 @@ class _Decoder:
             return
         if "units" in e:
             self.removed |= {s: ~k for s, k in self.levels(e, self.coupling.n_units, _base_units).items()}
+        elif "experts" in e:
+            self.experts[e["experts"]] = self.sets(e)
         elif "zeroed" in e:
             shapes = self.coupling.shapes
             none = torch.zeros((), dtype=torch.bool)  # expanded: a few names must not take a model's memory
             self.elements[e["zeroed"]] = {w.name: none.expand(shapes[w.name]) for w in self.of(e)}
         else:
             self.cells(e)
+
+    def sets(self, e: Mapping[str, Any]) -> dict[str, Tensor]:
+        """By set, for each expert whether it is removed."""
+        counts = {s.name: s.count for s in self.coupling.experts}
+        out: dict[str, Tensor] = {}
+        for entry in items(e["sets"], "the sets of experts of a mask"):
+            name, removed = items(entry, "a set of experts of a mask", 2)
+            if text(name, "a set of experts") not in counts or name in out:
+                raise BundleError(f"a mask names the experts of {quoted(name)} twice, or the model has none there")
+            gone = torch.zeros(counts[name], dtype=torch.bool)
+            for i in items(removed, "the experts that a mask removes"):
+                gone[integer(i, "an expert", high=counts[name] - 1)] = True
+            out[name] = gone
+        return out
 
     def cells(self, e: Mapping[str, Any]) -> None:
         """Make masks of weights from cells."""

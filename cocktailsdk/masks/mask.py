@@ -20,10 +20,13 @@ class Mask:
     Attributes:
         elements: By weight name, True where an element is kept, in the weight's shape.
         removed: For each channel unit whether it is removed; ``None`` where the pattern removes none.
+        experts: By the name of a set of experts (``ExpertSet.name``), for each of them whether it is removed. While the
+            subnetwork is active, no token is given to one: the router's logit is -inf there.
     """
 
     elements: Mapping[str, Bool[Tensor, "..."]] = field(default_factory=dict)
     removed: Bool[Tensor, " units"] | None = None
+    experts: Mapping[str, Bool[Tensor, " experts"]] = field(default_factory=dict)
 
     def tensors(self, coupling: Coupling) -> dict[str, Bool[Tensor, "..."]]:
         """All that is set to zero: by parameter or buffer name, True where kept, broadcastable to its shape."""
@@ -34,7 +37,7 @@ class Mask:
         # The mask of a scale follows from that of the weight that it scales.
         wanted = {n for n in {*self.elements, *coupling.fields} if n in names}
         wanted |= {weight for weight, scale in coupling.scales.items() if scale.name in names}
-        part = Mask({n: self.elements[n] for n in self.elements if n in wanted}, self.removed)
+        part = Mask({n: self.elements[n] for n in self.elements if n in wanted}, self.removed, self.experts)
         narrowed = replace(coupling, fields={n: f for n, f in coupling.fields.items() if n in wanted})
         return {n: keep for n, keep in part.tensors(narrowed).items() if n in names}
 
@@ -44,6 +47,8 @@ class Mask:
         if self.removed is not None:
             for name, keep in coupling.left(self.removed).items():
                 out[name] = out[name] & keep if name in out else keep
+        for name, keep in coupling.left_by_experts(self.experts).items():
+            out[name] = out[name] & keep if name in out else keep
         return out
 
     def dropped(self, coupling: Coupling) -> tuple[Branch, ...]:

@@ -93,7 +93,9 @@ def _any_of(masks: Sequence[Mask]) -> Mask:
     shared = set(masks[0].elements).intersection(*(mask.elements for mask in masks))
     elements = {n: torch.stack([m.elements[n] for m in masks]).any(0) for n in masks[0].elements if n in shared}
     removed = [mask.removed for mask in masks if mask.removed is not None]
-    return Mask(elements, torch.stack(removed).all(0) if len(removed) == len(masks) else None)
+    sets = set(masks[0].experts).intersection(*(mask.experts for mask in masks))
+    experts = {n: torch.stack([m.experts[n] for m in masks]).all(0) for n in sets}
+    return Mask(elements, torch.stack(removed).all(0) if len(removed) == len(masks) else None, experts)
 
 
 def slim_flops(coupling: Coupling, mask: Mask) -> int:
@@ -102,9 +104,19 @@ def slim_flops(coupling: Coupling, mask: Mask) -> int:
 
 
 def _remaining_contractions(coupling: Coupling, mask: Mask) -> tuple[Contraction, ...]:
-    """The products that a slim model computes: all but those in the modules of dropped branches."""
+    """The products that a slim model computes: all but those in the modules of dropped branches.
+
+    Each token goes to as many experts as ever, whatever experts are removed; only their router has fewer outputs.
+    """
     dropped = tuple(path for b in mask.dropped(coupling) for path in b.modules)
-    return tuple(c for c in coupling.contractions if not any(f"{c.module}.".startswith(f"{path}.") for path in dropped))
+    remaining = (c for c in coupling.contractions if not any(f"{c.module}.".startswith(f"{path}.") for path in dropped))
+    kept = {
+        s.router: s.count - int(gone.sum()) for s in coupling.experts if (gone := mask.experts.get(s.name)) is not None
+    }
+    counts = {s.router: s.count for s in coupling.experts}
+    return tuple(
+        replace(c, macs=c.macs * kept[c.weight] // counts[c.weight]) if c.weight in kept else c for c in remaining
+    )
 
 
 def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
@@ -113,7 +125,7 @@ def nonzero_macs(coupling: Coupling, mask: Mask) -> int:
     All elements of a weight count as used equally often. Padding would make a difference at the borders, but dense
     kernels multiply with padding, too.
     """
-    masks = mask.left(coupling)
+    masks = replace(mask, experts={}).left(coupling)
     # One more unit, which is never removed: the index STAYS (-1) finds it.
     removed = None if mask.removed is None else torch.cat([mask.removed, torch.zeros(1, dtype=torch.bool)])
     total = 0

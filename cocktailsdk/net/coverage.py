@@ -120,7 +120,7 @@ def channel_coverage(coupling: Coupling, groups: Sequence[Group] | None = None) 
 
 def _removes_nothing(mask: Mask) -> bool:
     units = mask.removed is not None and bool(mask.removed.any())
-    return not units and all(bool(keep.all()) for keep in mask.elements.values())
+    return not units and not mask.experts and all(bool(keep.all()) for keep in mask.elements.values())
 
 
 def warn_of_few_channels(model: str, coupling: Coupling, removed: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -128,7 +129,8 @@ class MaskedModel(nn.Module):
         _check_fits(name, mask, self.coupling)
         _check_scales(name, mask, self.coupling)
         removed = None if mask.removed is None else mask.removed.detach().cpu()
-        self._masks[name] = Mask(PackedMasks((n, k.cpu()) for n, k in mask.elements.items()), removed)
+        experts = {n: gone.detach().cpu() for n, gone in mask.experts.items()}
+        self._masks[name] = Mask(PackedMasks((n, k.cpu()) for n, k in mask.elements.items()), removed, experts)
         self._mask_cache.forget(name)
         self._switcher.forget([name])
         self.statistics.pop(name, None)
@@ -187,7 +189,7 @@ class MaskedModel(nn.Module):
         if len(elements) == len(names) > 2:
             levels = nested_levels([e.packed() for e in elements if isinstance(e, Level | PackedMasks)])
             for name, level in zip(names, levels or (), strict=False):
-                self._masks[name] = Mask(level, self._masks[name].removed)
+                self._masks[name] = replace(self._masks[name], elements=level)
 
     def mask_tensors(self, name: str) -> dict[str, Tensor]:
         """Masks of a subnetwork's parameters as numbers: 1 kept, 0 masked. They are as large as the parameters.
@@ -272,6 +274,21 @@ def _check_fits(name: str, mask: Mask, coupling: Coupling) -> None:
             f"the mask of {name!r} removes units given as {mask.removed.dtype} of {tuple(mask.removed.shape)}; the "
             f"model has {coupling.n_units} units, so bool of ({coupling.n_units},)"
         )
+    sets = {s.name: s for s in coupling.experts}
+    for at, gone in mask.experts.items():
+        if at not in sets:
+            raise PatternError(f"the mask of {name!r} removes experts of {at!r}, where the model has no such experts")
+        found = sets[at]
+        if gone.dtype != torch.bool or tuple(gone.shape) != (found.count,):
+            raise PatternError(
+                f"the mask of {name!r} removes experts of {at!r} given as {gone.dtype} of {tuple(gone.shape)}; there "
+                f"are {found.count}, so bool of ({found.count},)"
+            )
+        if found.count - int(gone.sum()) < found.top_k:
+            raise PatternError(
+                f"the mask of {name!r} leaves {found.count - int(gone.sum())} experts of {at!r}, and each token is "
+                f"given to {found.top_k}; remove at most {found.count - found.top_k}"
+            )
 
 
 def _check_scales(name: str, mask: Mask, coupling: Coupling) -> None:

@@ -19,6 +19,7 @@ from ..patterns import DENSE, Subnet
 from ..utils.batchnorm import statistics_of
 from .masked_model import MaskedModel
 from .private import check_unsharded, private_copies
+from .routing import RouterGuard
 from .rwlock import ReadWriteLock
 from .switcher import forget_derived
 from .tuners import MergeGuard, adapter_caches
@@ -43,6 +44,7 @@ class SwitchableModel(MaskedModel):
         self._lock = ReadWriteLock()
         self._hooked = tuple(m for m in model.modules() if m._forward_pre_hooks)
         self._merges = MergeGuard(model)
+        self._routers = RouterGuard(model, coupling)
         self._adapter_caches = adapter_caches(model)
         self.training = model.training
 
@@ -202,6 +204,7 @@ class SwitchableModel(MaskedModel):
                     active = self._masks.get(self._active, Mask())
                     self._switcher.abandon(active.tensors(self.coupling), self._private.get(self._active, {}))
                     self._merges.lift()
+                    self._routers.lift()
                     self._active = self._statistics_active = DENSE
             raise
 
@@ -271,9 +274,12 @@ class SwitchableModel(MaskedModel):
             masks = {} if name == DENSE or switcher.has_preloaded(name) else self._device_masks(name)
             switcher.restore(switcher.weights)
             self._merges.lift()
+            self._routers.lift()
             self._active = DENSE  # in case the next lines fail
             if name != DENSE and not switcher.swap_in_weights(name, own):
                 switcher.mask(masks or self._device_masks(name), own)
+            if name != DENSE:
+                self._routers.arm(self._masks[name])
             self._active = name
             for cache in self._adapter_caches:
                 cache.clear()

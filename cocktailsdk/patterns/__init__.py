@@ -4,6 +4,7 @@ from .base import DENSE, UMG, Pattern, Subnet
 from .block import Block, Vector
 from .channel import Channel
 from .depth import Depth
+from .experts import Experts
 from .generation import in_order, make_all_masks, rounds_of
 from .heads import Heads
 from .layers import Layers
@@ -22,6 +23,7 @@ __all__ = [
     "Block",
     "Channel",
     "Depth",
+    "Experts",
     "Heads",
     "Layers",
     "Pattern",

@@ -68,6 +68,7 @@ class UMG:
         comparison: Within what elements are compared: ``"global"``, ``"layer"`` (a weight), ``"row"`` (an output).
         unit_scores: A score for each channel unit, where the score gives them by itself.
         layer_scores: A score for each residual branch by its name, and for each layer by its path, likewise.
+        expert_scores: By the name of a set of experts, a score for each of them, likewise.
     """
 
     coupling: Coupling
@@ -80,6 +81,7 @@ class UMG:
     comparison: Comparison = "global"
     unit_scores: Float64[Tensor, " units"] | None = None
     layer_scores: Mapping[str, float] | None = None
+    expert_scores: Mapping[str, Float64[Tensor, " experts"]] | None = None
 
     @property
     def ranked(self) -> Mapping[str, Tensor]:
@@ -98,8 +100,8 @@ class Pattern(ABC):
         term: The term of the channel score that its masks enter: ``"unstructured"`` (weights chosen freely, weight β),
             ``"n:m"`` (so many of each run, 1-β), or none.
         removes_units: Whether it removes units, and masks no elements; such a pattern can be the first of a product.
-        ranks: What it ranks: single ``"elements"`` (also within runs and blocks), channel ``"units"``, or ``"layers"``
-            and branches.
+        ranks: What it ranks: single ``"elements"`` (also within runs and blocks), channel ``"units"``, ``"layers"`` and
+            branches, or ``"experts"``.
     """
 
     name: ClassVar[str] = ""
@@ -107,7 +109,7 @@ class Pattern(ABC):
     nested: ClassVar[bool] = True
     term: ClassVar[str] = ""
     removes_units: ClassVar[bool] = False
-    ranks: ClassVar[Literal["elements", "units", "layers"]] = "elements"
+    ranks: ClassVar[Literal["elements", "units", "layers", "experts"]] = "elements"
 
     @abstractmethod
     def subnets(self) -> tuple[Subnet, ...]:

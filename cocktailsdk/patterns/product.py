@@ -82,6 +82,8 @@ class Product(Pattern):
         made = second.mask(b, _seen(remaining, umg))
         if made.removed is not None:
             raise PatternError(f"product {subnet.name!r}: {second!r} removes units, which only the first may do")
+        if made.experts:
+            raise PatternError(f"product {subnet.name!r}: {second!r} removes experts, which no factor of a product may")
         weights = {w.name: w for w in umg.eligible}
         other = next((n for n in made.elements if n not in weights), None)
         if other is not None:

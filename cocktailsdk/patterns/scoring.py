@@ -85,7 +85,14 @@ def _defined(score: Score | ScoreFunction, pattern: Pattern) -> Score | ScoreFun
         return score
     if pattern.ranks == "layers" and score.scores_layers():
         return score
-    what = [w for w, has in (("channel units", score.scores_units()), ("layers", score.scores_layers())) if has]
+    if pattern.ranks == "experts" and score.scores_experts():
+        return score
+    own = {
+        "channel units": score.scores_units(),
+        "layers": score.scores_layers(),
+        "experts": score.scores_experts(),
+    }
+    what = [w for w, has in own.items() if has]
     raise PatternError(
         f"score {score.name!r} is for {' and '.join(what)}, and the pattern {pattern.name!r} ranks {pattern.ranks}; "
         f"give a score for each pattern, as in score={{{pattern.name!r}: 'magnitude', '*': {score.name!r}}}"
@@ -137,11 +144,13 @@ class PatternScores:
         by_pattern: The score of each pattern, by its name. Others rank by magnitude.
         summaries: By score name and weight name, what scores keep of their observations.
         layers: By pattern name, the scores of its layers or branches.
+        experts: By pattern name and set of experts, the scores of these.
     """
 
     by_pattern: Mapping[str, Score | ScoreFunction] = field(default_factory=dict)
     summaries: Mapping[str, Mapping[str, Summary]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     _units: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def seen_by(self, pattern: Pattern, umg: UMG, subnet: Subnet) -> UMG:
@@ -171,6 +180,8 @@ class PatternScores:
             return replace(umg, unit_scores=self._units[score.name])
         if pattern.ranks == "layers" and score.scores_layers():
             return replace(umg, layer_scores=self.layers[pattern.name])
+        if pattern.ranks == "experts" and score.scores_experts():
+            return replace(umg, expert_scores=self.experts[pattern.name])
         weights = {w.name: w for w in umg.coupling.weights}
         return replace(umg, scores=_Elements(score, weights, umg.values, summaries), comparison=score.comparison)
 

@@ -106,6 +106,9 @@ def _mask_of(net: SubnetModel, name: str, shape: Sequence[int], mask: Mask) -> T
         units = alone.left(mask.removed).get(name)
         if units is not None:
             keep = units if keep is None else keep & units.to(keep.device)
+    experts = net.coupling.left_by_experts(mask.experts).get(name)
+    if experts is not None:
+        keep = experts if keep is None else keep & experts.to(keep.device)
     return None if keep is None else keep.cpu().expand(tuple(shape))
 
 

@@ -69,10 +69,14 @@ def reconstruct(
 
     Raises:
         SubnetError: There is no such subnetwork.
-        PatternError: There is too little data, or activations are not finite.
+        PatternError: There is too little data, activations are not finite, or the subnetwork removes whole experts.
         SlimError: The slim model cannot be made.
     """
     mask = net.mask_tensors(name)
+    if name in net.masks and net.masks[name].experts:
+        raise PatternError(
+            f"{name!r} removes whole experts, and leaves no weight of those that stay to fit: use net.slim({name!r})"
+        )
     data = CalibrationData.of(calibration)
     if len(data.batches) < 2:
         raise PatternError("reconstruct holds out some batches, and calibration has only one; give smaller batches")

@@ -19,6 +19,7 @@ from ..patterns.whole_layers import dropped_layers, layers_of
 from ..utils.devices import device_of
 from ..utils.nested import to_device
 from .depth import without_branches
+from .experts import without_experts
 from .layers import without_layers
 
 __all__ = ["coupling_difference", "slim_subnet"]
@@ -32,7 +33,8 @@ def slim_subnet(net: SubnetModel, name: str) -> nn.Module:
     """
     mask = net.masks.get(name)
     removed = None if mask is None else mask.removed
-    if removed is None or not bool(removed.any()):
+    experts = {} if mask is None else mask.experts
+    if not experts and (removed is None or not bool(removed.any())):
         with net.using(name):
             made = duplicate(net.model)
             refresh_hook_weights(made.modules())
@@ -51,6 +53,11 @@ def slim_subnet(net: SubnetModel, name: str) -> nn.Module:
             "net.example = (args, kwargs)"
         )
     args, kwargs = to_device(net.example, device_of(net.model))
+    if experts:
+        with net.using(name):
+            made = without_experts(net.model, net.coupling.experts, experts, args, kwargs)
+        return after_slim(made, (args, kwargs))
+    assert removed is not None
     coupling = traced_coupling(net)
     with net.using(name):
         made = slim_module(net.model, coupling, removed, args, kwargs)

@@ -155,6 +155,8 @@ def _nested(net: SubnetModel, subnets: str | Iterable[str]) -> dict[str, Bool[Te
         mask = net.masks.get(name)
         if mask is None and name != DENSE:
             raise SubnetError(f"subnet {name!r} has no mask yet: it is made in a later round of training (set_mask)")
+        if mask is not None and mask.experts:
+            raise SubnetError(f"{name!r} removes experts, which no order of channels puts last: use switch, or slim")
         if mask is not None and (mask.elements or mask.removed is None):
             raise SubnetError(f"{name!r} masks single weights, so it shares no tensors with other widths: use switch")
         out[name] = torch.zeros(net.coupling.n_units, dtype=torch.bool)

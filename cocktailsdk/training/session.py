@@ -251,6 +251,7 @@ class Session:
             weights = {n: t for n, t in model_tensors(self.net.model).items() if not is_sharded(t)}
             bits = {name: PackedMasks(mask.elements.items()).bits for name, mask in masks.items()}
             units = {f"{name}/removed": m.removed for name, m in masks.items() if m.removed is not None}
-            return digest({**weights, **bits, **units})
+            experts = {f"{name}/experts/{s}": e for name, m in masks.items() for s, e in m.experts.items()}
+            return digest({**weights, **bits, **units, **experts})
 
         self.ranks.verify(name, value)

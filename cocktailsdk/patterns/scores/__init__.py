@@ -1,7 +1,7 @@
 """Scores: how much each weight, unit or layer matters. One file a score; new ones register themselves by name."""
 
 from .activation import Activation
-from .base import Comparison, Layers, Need, Observed, Score
+from .base import Comparison, Layers, Need, Observed, Routed, Score
 from .cosine import Cosine
 from .fisher import Fisher
 from .greedy import Greedy
@@ -21,6 +21,7 @@ __all__ = [
     "Magnitude",
     "Need",
     "Observed",
+    "Routed",
     "Score",
     "SparseGPT",
     "Taylor",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import PatternError
 from ...graph import Coupling, Weight
-from .base import Observed, Score, input_norms
+from .base import Observed, Routed, Score, input_norms
 from .matrices import as_matrices
 from .registry import register_score
 
@@ -19,11 +19,14 @@ __all__ = ["Activation"]
 
 @register_score("activation")
 class Activation(Score):
-    """Of channel units, heads and experts: the sum of ``‖x‖₂ · ‖W[:, x]‖₂`` over the inputs ``x`` that a unit feeds.
+    """Of channel units and heads: the sum of ``‖x‖₂ · ‖W[:, x]‖₂`` over the inputs ``x`` that a unit feeds.
 
     A product is the norm of what the input adds to a weight's outputs, if outputs are summed as independent. Each
     weight's products are divided by their mean, so that no layer dominates a residual stream. Where one weight consumes
     a unit, as in the feed-forward part of a transformer, this is Wanda's score of the weight's column.
+
+    Of whole experts of a mixture: the mean, over the tokens given to an expert, of the L2 norm of its output times the
+    router's weight for it (Lasby et al. 2025, "REAP the Experts"). An expert without tokens has the score 0.
     """
 
     needs = frozenset({"squares"})
@@ -61,6 +64,10 @@ class Activation(Score):
                     "leave that part out with exclude_modules, or choose a score of elements, such as 'wanda'"
                 )
         return scores
+
+    def experts(self, routed: Routed) -> Float64[Tensor, " experts"]:
+        """Router-weighted norms of outputs."""
+        return routed.norms / routed.tokens.clamp(min=1)
 
 
 def _columns(coupling: Coupling, weight: Weight) -> Iterator[Int64[Tensor, "parts features"]]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ...errors import PatternError
 from ...graph import Coupling, Weight
 
-__all__ = ["Comparison", "Layers", "Need", "Observed", "Score", "input_norms"]
+__all__ = ["Comparison", "Layers", "Need", "Observed", "Routed", "Score", "input_norms"]
 
 Comparison = Literal["global", "layer", "row"]
 """Within what elements compete: all eligible weights, each weight, or each output row of a weight."""
@@ -66,8 +66,22 @@ class Layers:
     most: int = 0
 
 
+@dataclass(frozen=True)
+class Routed:
+    """What calibration observed of the experts of a mixture.
+
+    Attributes:
+        tokens: How many tokens were given to each expert.
+        norms: Sum over these tokens of the L2 norm of the expert's output times the router's weight for it.
+    """
+
+    tokens: Int64[Tensor, " experts"]
+    norms: Float64[Tensor, " experts"]
+
+
 class Score:
-    """Base class of all scores. Override :meth:`elements`, :meth:`units` or :meth:`layers`, or several.
+    """Base class of all scores. Override one or several of :meth:`elements`, :meth:`units`, :meth:`layers`,
+    :meth:`experts`.
 
     What is not defined is derived where that makes sense: a score of elements scores units by unified mask generation
     (the sum over a unit's rows), and layers by the mean over their weights. Scores of units or layers do not score
@@ -121,6 +135,14 @@ class Score:
         """
         raise NotImplementedError
 
+    def experts(self, routed: Routed) -> Float64[Tensor, " experts"]:
+        """The score of each expert of a mixture; the least go first.
+
+        Args:
+            routed: What calibration observed of them.
+        """
+        raise NotImplementedError
+
     @classmethod
     def scores_elements(cls) -> bool:
         """Whether it scores single elements."""
@@ -135,6 +157,11 @@ class Score:
     def scores_layers(cls) -> bool:
         """Whether it scores layers by itself, not as means over elements."""
         return cls.layers is not Score.layers
+
+    @classmethod
+    def scores_experts(cls) -> bool:
+        """Whether it scores whole experts by itself, not as means over elements."""
+        return cls.experts is not Score.experts
 
 
 def input_norms(score: Score, observed: Observed) -> Float[Tensor, "parts features"]:

@@ -129,7 +129,7 @@ def regrown(net: SubnetModel, name: str, share: float) -> Mask:
         else:
             new = _exchanged(now, value, gradient, share)
         out[weight.name] = new.cpu()
-    return Mask(out, mask.removed)
+    return Mask(out, mask.removed, mask.experts)
 
 
 def _exchanged(
