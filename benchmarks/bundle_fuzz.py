@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import gc
 import json
 import os
 import platform
@@ -653,6 +654,9 @@ def chunk(first: int, last: int, beside: Path) -> dict[str, Any]:
     note.write_text("{}")
     child = os.fork()
     if child == 0:
+        # What is garbage in the parent is not for the child to free: destructors of onnxruntime wait for threads, which
+        # a fork does not copy.
+        gc.freeze()
         try:
             worker(first, last, note, beside / "bundle")
             os._exit(0)
