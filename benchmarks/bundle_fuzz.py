@@ -22,8 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import hashlib
 import gc
+import hashlib
 import json
 import os
 import platform
