@@ -61,7 +61,7 @@ def test_one_seed_gives_one_suggestion() -> None:
     again = trainer()
     assert again.suggest_lr(20) == again.suggest_lr(20) == suggestions[0]
     assert suggestions[0].optimizer == "SGD" and len(suggestions[0].rates) == len(suggestions[0].losses) == 20
-    assert suggestions[0].rates[0] == pytest.approx(0.01 / 30) and suggestions[0].rates[-1] == pytest.approx(0.3)
+    assert suggestions[0].rates[0] == pytest.approx(0.014 / 30) and suggestions[0].rates[-1] == pytest.approx(0.42)
 
 
 @pytest.mark.parametrize("start", ["scratch", "pretrained"])
@@ -127,7 +127,7 @@ def test_parameters_beyond_the_models_are_put_back_too() -> None:
         ({}, {"steps": 5}, r"suggest_lr\(steps=5\) is too short for a curve: write suggest_lr\(steps=60\)"),
         ({}, {"steps": 12.5}, "suggest_lr: steps must be a whole number"),
         ({}, {"lowest": 0}, "suggest_lr: lowest must be above 0, and finite, got 0"),
-        ({}, {"lowest": 1.0}, r"suggest_lr\(lowest=1, highest=0.3\) is no range: write highest=900"),
+        ({}, {"lowest": 1.0}, r"suggest_lr\(lowest=1, highest=0.42\) is no range: write highest=900"),
         ({"optimizer": still}, {}, r"SGD has lr=0.0: give SGD a learning rate above 0, or write optimizer="),
         ({"loss_fn": lambda o, t: o.sum() * math.nan}, {}, "the training loss is nan before the first step, .*: check"),
         (
@@ -214,7 +214,7 @@ def test_a_rate_at_an_edge_of_the_range_and_a_test_that_showed_nothing_say_so() 
 def test_a_test_that_shows_nothing_suggests_the_optimizers_rate() -> None:
     suggestion = trainer(loss_fn=lambda o, t: o.sum() * 0, distillation=cocktail.DistillationSettings(weight=0))
     found = suggestion.suggest_lr(10)
-    assert found.rate == 0.01 and not found.fell
+    assert found.rate == 0.014 and not found.fell
 
 
 def test_networks_take_turns_where_passes_follow_measured_need(monkeypatch: pytest.MonkeyPatch) -> None:
