@@ -113,7 +113,7 @@ class Score:
             value: Its current values.
             summary: Of what was observed of it; see :meth:`summary`.
         """
-        raise NotImplementedError
+        raise self._undefined("elements")
 
     def units(
         self, coupling: Coupling, values: Mapping[str, Tensor], summaries: Mapping[str, Mapping[str, Tensor]]
@@ -125,7 +125,7 @@ class Score:
             values: The weights by name.
             summaries: By weight name.
         """
-        raise NotImplementedError
+        raise self._undefined("units")
 
     def layers(self, found: Layers) -> Mapping[str, float]:
         """The score of each layer or branch by name; the least go first.
@@ -133,7 +133,7 @@ class Score:
         Args:
             found: What calibration found out.
         """
-        raise NotImplementedError
+        raise self._undefined("layers")
 
     def experts(self, routed: Routed) -> Float64[Tensor, " experts"]:
         """The score of each expert of a mixture; the least go first.
@@ -141,7 +141,10 @@ class Score:
         Args:
             routed: What calibration observed of them.
         """
-        raise NotImplementedError
+        raise self._undefined("experts")
+
+    def _undefined(self, what: str) -> PatternError:
+        return PatternError(f"score {self.name!r} is not defined for {what}; override {type(self).__name__}.{what}")
 
     @classmethod
     def scores_elements(cls) -> bool:
