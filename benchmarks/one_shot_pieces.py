@@ -74,7 +74,8 @@ def _smollm2() -> Iterator[tuple[str, str, Sequence[Run]]]:
         yield f"scores{name}", f"elements by score, {size}", scored
         units = [Ours(subnets=UNITS, score=s, size=size) for s in ("activation", "wanda", "taylor")]
         yield f"units{name}", f"units by score, {size}", units
-        blocks = [Ours(subnets=BLOCKS, score=s, size=size) for s in ("cosine", "greedy")]
+        layers = BLOCKS[:1]  # cosine compares what goes into a layer with what comes out; branches have neither
+        blocks = [Ours(subnets=s, score=n, size=size) for n, s in (("cosine", layers), ("greedy", BLOCKS))]
         yield f"blocks{name}", f"blocks by score, {size}", blocks
         flows = [Ours(subnets=ELEMENTS, score=s, size=size, sequential=True) for s in SEQUENTIAL]
         yield f"sequential{name}", f"elements by score, block by block, {size}", _each(flows)
